@@ -1,0 +1,7 @@
+"""The multi-exit networks that timm sees, their answers, and what an answer costs."""
+
+from sssd_zoo.models.cost import multiply_adds
+from sssd_zoo.models.exits import EarlyExits, Exit, Exits, ensemble_logits
+from sssd_zoo.models.resnet import SSSDResNet
+
+__all__ = ["EarlyExits", "Exit", "Exits", "SSSDResNet", "ensemble_logits", "multiply_adds"]

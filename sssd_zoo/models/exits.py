@@ -1,0 +1,128 @@
+"""Exit heads: what turns the map of an early stage into the vector and the logits of a classifier of its own."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Exits(NamedTuple):
+    """The answers of all four exits in order, the final classifier last.
+
+    Attributes:
+        logits: four tensors [B, num_classes], q_1..q_3 and q_C before the softmax.
+        features: four tensors [B, num_features], F_1..F_3 and F_C: non-negative (they come out of a ReLU), pooled,
+            and as they are before the dropout in front of the classifiers. With `global_pool=''` they are maps.
+    """
+
+    logits: list[Tensor]
+    features: list[Tensor]
+
+
+class EarlyExits(NamedTuple):
+    """The answers of a batch whose images left at different exits.
+
+    Attributes:
+        logits: [B, num_classes] of the exit that each image took.
+        exit: int64 [B] in 1..4.
+    """
+
+    logits: Tensor
+    exit: Tensor
+
+
+def ensemble_logits(logits: list[Tensor]) -> Tensor:
+    """The log of the mean of the exits' softmax outputs, float32 [B, num_classes].
+
+    Its softmax is that mean, so it serves as the logits of the ensemble; every exit has a gradient. Computed in float32
+    from log-softmaxes, so that it holds in half precision and for probabilities that underflow.
+
+    Args:
+        logits: of the exits, [B, num_classes] each, of any floating type.
+    """
+    log_probabilities = torch.stack([F.log_softmax(exit_logits, dim=1, dtype=torch.float32) for exit_logits in logits])
+    return torch.logsumexp(log_probabilities, dim=0) - math.log(len(logits))
+
+
+def bottleneck_layer(
+    in_chs: int,
+    out_chs: int,
+    stride: int,
+    *,
+    narrow: bool,
+    norm_layer: Callable[..., nn.Module],
+    act_layer: Callable[..., nn.Module],
+    **dd: Any,
+) -> nn.Sequential:
+    """A layer that takes a map [B, in_chs, H, W] to [B, out_chs, ceil(H / stride), ceil(W / stride)].
+
+    The stride comes before the widening: exit 1 of a 32 px network is bound by the memory that its full-resolution map
+    moves, so that map is read once and never written wide.
+
+    Args:
+        in_chs: channels of the map.
+        out_chs: channels of the result.
+        stride: of the 3x3 convolution.
+        narrow: squeeze to in_chs / 8 by a 1x1 convolution before the 3x3, for the four times wider maps of Bottleneck
+            trunks; otherwise the 3x3 convolution itself goes to in_chs / 2.
+        norm_layer: makes a normalisation of a number of channels.
+        act_layer: makes an activation.
+        dd: device and dtype of the parameters.
+    """
+    width = in_chs // 8 if narrow else in_chs // 2
+    shapes = [(in_chs, width, 1, 1)] if narrow else []
+    shapes += [(width if narrow else in_chs, width, 3, stride), (width, out_chs, 1, 1)]
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for i, (chs, next_chs, kernel, step) in enumerate(shapes, start=1):
+        conv = nn.Conv2d(chs, next_chs, kernel, stride=step, padding=kernel // 2, bias=False, **dd)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm does in the trunk
+        layers[f"conv{i}"], layers[f"bn{i}"], layers[f"act{i}"] = conv, norm_layer(next_chs, **dd), act_layer()
+    return nn.Sequential(layers)
+
+
+class Exit(nn.Module):
+    """An exit: bottleneck layers that bring a stage's map to the last stage's width and size, and a classifier.
+
+    One layer stands for each stage that is skipped, with that stage's stride and width. `forward` gives the map
+    [B, num_features, h, w]; the network pools it and applies `fc`, as it does with its own last map.
+
+    Args:
+        chs: channels of this stage's map and of all after it, so a layer for every entry but the first.
+        strides: of the stages after this one.
+        fc: the classifier, or an identity.
+        narrow: see `bottleneck_layer`.
+        norm_layer: makes a normalisation of a number of channels.
+        act_layer: makes an activation.
+        dd: device and dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        chs: Sequence[int],
+        strides: Sequence[int],
+        fc: nn.Module,
+        *,
+        narrow: bool,
+        norm_layer: Callable[..., nn.Module],
+        act_layer: Callable[..., nn.Module],
+        **dd: Any,
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            *[
+                bottleneck_layer(
+                    chs[i], chs[i + 1], stride, narrow=narrow, norm_layer=norm_layer, act_layer=act_layer, **dd
+                )
+                for i, stride in enumerate(strides)
+            ]
+        )
+        self.fc = fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The map of the stage, [B, C_i, H, W], to [B, num_features, h, w]."""
+        x = self.blocks(x)
+        return x

@@ -1,0 +1,463 @@
+"""Multi-exit ResNets: timm's ResNet with an exit after each stage, registered with timm as `sssd_resnet*`.
+
+Source: Chen and Chu, "SSSD: Self-Supervised Self Distillation", after BYOT (Zhang et al. 2019): a classifier per stage,
+of which the deepest teaches the others.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import create_classifier, get_act_layer, get_norm_layer
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from sssd_zoo.errors import UserError
+from sssd_zoo.models.exits import EarlyExits, Exit, Exits, ensemble_logits
+
+__all__ = ["SSSDResNet"]  # register_model adds the entry points
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+class SSSDResNet(ResNet):
+    """A timm ResNet with four exits: one after each of the stages 1 to 3, and the final classifier.
+
+    The trunk's state-dict keys are timm's own, so a plain timm resnet's weights load into it and back; `exit1` to
+    `exit3` come after it. What `forward` answers, and so what is built, is set by `output`:
+
+    - 'ensemble': all is built. `forward` gives the log of the mean softmax of the four exits in float32.
+      `forward_features` is the last stage's map, `forward_head` the final classifier's answer alone.
+    - 'final' (or 4): the plain ResNet, without exits.
+    - 1, 2 or 3: the stages up to that exit, and the exit. `forward_features` includes the exit's bottleneck layers, so
+      that it gives [B, num_features, h, w] at every `output`; `forward_head` pools that and applies the exit's
+      classifier. `feature_info` ends at the exit's stage.
+
+    Without classifiers (`num_classes=0`) the `forward` of an 'ensemble' network gives F_C, the trunk's pooled vector
+    [B, num_features], or its map where `global_pool=''`; `forward_exits` gives every exit's.
+
+    Args:
+        block: timm's BasicBlock or Bottleneck.
+        layers: number of blocks in each of the four stages.
+        num_classes: of every classifier; 0 for none.
+        in_chans: channels of the images.
+        output: 'ensemble', 'final', or the number of an exit, 1 to 4 (as a number or as text).
+        cifar_stem: a 3x3 stride-1 first convolution and no max-pool, for images of about 32 px.
+        act_layer: as timm's.
+        norm_layer: as timm's.
+        device: of the parameters.
+        dtype: of the parameters.
+        kwargs: the other arguments of timm's ResNet.
+
+    Raises:
+        UserError: for an `output` that does not exist, or a stem that contradicts `cifar_stem`.
+    """
+
+    __constants__ = ("ensemble",)  # so that TorchScript compiles only the branches whose exits there are
+    if TYPE_CHECKING:  # set by name, by timm or because not every network has them
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+        layer4: nn.Sequential
+        exit1: Exit
+        exit2: Exit
+        exit3: Exit
+        pretrained_cfg: dict[str, Any]
+
+    def __init__(
+        self,
+        block: Any,
+        layers: tuple[int, ...],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        *,
+        output: str | int = "ensemble",
+        cifar_stem: bool = False,
+        act_layer: Any = nn.ReLU,
+        norm_layer: Any = nn.BatchNorm2d,
+        device: Any = None,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(
+            block, layers, num_classes, in_chans, act_layer=act_layer, norm_layer=norm_layer, **dd, **kwargs
+        )
+        self.output = "final" if str(output) == "4" else str(output)
+        if self.output not in ("ensemble", "final", "1", "2", "3"):
+            raise UserError(f"there is no output={output!r}: choose 'ensemble', 'final' or an exit from 1 to 4")
+        self.ensemble = self.output == "ensemble"
+        feature_info: list[dict[str, Any]] = self.feature_info
+
+        if cifar_stem:
+            if not isinstance(self.conv1, nn.Conv2d) or not isinstance(self.maxpool, nn.MaxPool2d):
+                raise UserError("cifar_stem=True is a stem of its own: drop stem_type, replace_stem_pool and aa_layer")
+            conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 3, stride=1, padding=1, bias=False, **dd)
+            nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.add_module("conv1", conv1)
+            self.add_module("maxpool", nn.Identity())
+            for info in feature_info:
+                info["reduction"] = max(1, info["reduction"] // 4)
+
+        chs = [stage["num_chs"] for stage in feature_info[1:]]
+        strides = [after["reduction"] // before["reduction"] for before, after in pairwise(feature_info[1:])]
+        numbers = {"ensemble": (1, 2, 3), "final": (), "1": (1,), "2": (2,), "3": (3,)}[self.output]
+        for number in numbers:
+            exit_head = Exit(
+                chs[number - 1 :],
+                strides[number - 1 :],
+                self._new_classifier(),
+                narrow=block.expansion > 1,
+                norm_layer=get_norm_layer(norm_layer),
+                act_layer=get_act_layer(act_layer),
+                **dd,
+            )
+            self.add_module(f"exit{number}", exit_head)
+        if self.output in ("1", "2", "3"):
+            depth = int(self.output)
+            for number in range(depth + 1, 5):
+                setattr(self, f"layer{number}", nn.Sequential())
+            self.fc = nn.Identity()
+            self.feature_info = feature_info[: depth + 1]
+
+    def _exits(self) -> list[Exit]:
+        return [module for module in self.children() if isinstance(module, Exit)]
+
+    def _new_classifier(self) -> nn.Module:
+        parameter = next(self.parameters())
+        pool, device, dtype = self.global_pool.pool_type, parameter.device, parameter.dtype
+        _, fc = create_classifier(self.num_features, self.num_classes, pool, device=device, dtype=dtype)
+        return fc  # type: ignore[no-any-return]
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The classifier behind `forward_head`: `fc`, or a truncated network's `exit{i}.fc`.
+
+        Args:
+            name_only: give its name instead.
+        """
+        name = f"exit{self.output}.fc" if self.output in ("1", "2", "3") else "fc"
+        return name if name_only else self.get_submodule(name)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifiers of all exits by new ones.
+
+        Args:
+            num_classes: of the new classifiers; 0 for none.
+            global_pool: the new pooling, '' for none; by default it stays.
+        """
+        super().reset_classifier(num_classes, global_pool)
+        if self.output in ("1", "2", "3"):
+            self.fc = nn.Identity()
+        for exit_head in self._exits():
+            exit_head.fc = self._new_classifier().train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """As timm's: the maps of the stem and the stages, and what `forward_features` gives.
+
+        Args:
+            x: images, [B, in_chans, H, W].
+            indices: which maps: the last n for a number, all for None. A truncated network has those up to its exit.
+            norm: no effect, as in timm's ResNet.
+            stop_early: stop after the last map asked for.
+            output_fmt: 'NCHW'.
+            intermediates_only: leave the final map out.
+
+        Returns:
+            The maps as a list, or the final map and that list. With `stop_early` that map is the last computed.
+        """
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        result = super().forward_intermediates(x, taken, norm, stop_early, output_fmt, intermediates_only)
+        if self.ensemble or intermediates_only or (stop_early and last + 1 < len(self.feature_info)):
+            return result
+        final, maps = result
+        for exit_head in self._exits():
+            final = exit_head(final)
+        return final, maps
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As timm's: removes what comes after the last map asked for, and with that, or by `prune_head`, the exits.
+
+        Args:
+            indices: which maps, see `forward_intermediates`.
+            prune_norm: no effect, as in timm's ResNet.
+            prune_head: remove the exits and classifiers even if all stages stay.
+
+        Returns:
+            The indices as numbers from 0.
+        """
+        taken, last = feature_take_indices(len(self.feature_info), indices)
+        if prune_head or last + 1 < len(self.feature_info):
+            for number in (1, 2, 3):
+                if hasattr(self, f"exit{number}"):
+                    delattr(self, f"exit{number}")
+            self.output, self.ensemble = "final", False
+            super().prune_intermediate_layers(taken, prune_norm, prune_head)
+        return taken
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map: [B, in_chans, H, W] to [B, num_features, h, w], after a truncated network's exit."""
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
+        else:
+            x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        if not self.ensemble:
+            if hasattr(self, "exit1"):
+                x = self.exit1(x)
+            if hasattr(self, "exit2"):
+                x = self.exit2(x)
+            if hasattr(self, "exit3"):
+                x = self.exit3(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools the last map and classifies it, by the final classifier or by a truncated network's exit.
+
+        Args:
+            x: [B, num_features, h, w] from `forward_features`.
+            pre_logits: stop before the classifier.
+
+        Returns:
+            [B, num_classes], or [B, num_features] before the classifier.
+        """
+        x = self._dropped(self.global_pool(x))
+        if pre_logits:
+            return x
+        if not self.ensemble:
+            if hasattr(self, "exit1"):
+                x = self.exit1.fc(x)
+            if hasattr(self, "exit2"):
+                x = self.exit2.fc(x)
+            if hasattr(self, "exit3"):
+                x = self.exit3.fc(x)
+        x = self.fc(x)  # an identity in a truncated network
+        return x
+
+    def _dropped(self, features: Tensor) -> Tensor:
+        if self.drop_rate:
+            features = F.dropout(features, p=float(self.drop_rate), training=self.training)
+        return features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What `output` asks for (see the class): images [B, in_chans, H, W] to [B, num_classes]."""
+        if self.ensemble and self.num_classes > 0:
+            return ensemble_logits(self.forward_exits(x).logits)
+        return self.forward_head(self.forward_features(x))
+
+    def forward_exits(self, x: Tensor) -> Exits:
+        """The logits and pooled features of all four exits, from one pass.
+
+        Args:
+            x: images, [B, in_chans, H, W].
+
+        Raises:
+            UserError: if the network was not built with `output='ensemble'`.
+        """
+        if not self.ensemble:
+            raise UserError("forward_exits needs all exits: create the model with output='ensemble'")
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        # Each exit right after its stage, so that without gradients no map outlives its use.
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.layer1, x)
+            f1 = self.global_pool(checkpoint_seq(self.exit1.blocks, x))
+            x = checkpoint_seq(self.layer2, x)
+            f2 = self.global_pool(checkpoint_seq(self.exit2.blocks, x))
+            x = checkpoint_seq(self.layer3, x)
+            f3 = self.global_pool(checkpoint_seq(self.exit3.blocks, x))
+            f4 = self.global_pool(checkpoint_seq(self.layer4, x))
+        else:
+            x = self.layer1(x)
+            f1 = self.global_pool(self.exit1(x))
+            x = self.layer2(x)
+            f2 = self.global_pool(self.exit2(x))
+            x = self.layer3(x)
+            f3 = self.global_pool(self.exit3(x))
+            f4 = self.global_pool(self.layer4(x))
+        logits = [
+            self.exit1.fc(self._dropped(f1)),
+            self.exit2.fc(self._dropped(f2)),
+            self.exit3.fc(self._dropped(f3)),
+            self.fc(self._dropped(f4)),
+        ]
+        return Exits(logits, [f1, f2, f3, f4])
+
+    def forward_early(self, x: Tensor, thresholds: Sequence[float]) -> EarlyExits:
+        """Runs stage by stage, and lets go of the images whose exit is confident enough.
+
+        An image leaves at the first exit whose greatest softmax probability exceeds that exit's threshold, so 0 lets
+        all images leave and 1 none. Only the others go on; what is left at the end gets the final classifier's answer.
+
+        Args:
+            x: images, [B, in_chans, H, W].
+            thresholds: of the exits 1 to 3, in 0..1.
+
+        Raises:
+            UserError: if the network was not built with `output='ensemble'` or is in training mode (BatchNorm would see
+                the hard images only), or for another number of thresholds.
+        """
+        if not self.ensemble or self.training:
+            raise UserError("forward_early needs a network created with output='ensemble', in eval mode")
+        if len(thresholds) != 3:
+            raise UserError(f"forward_early needs three thresholds, for the exits 1 to 3; got {len(thresholds)}")
+        taken = torch.full((len(x),), 4, device=x.device)
+        here = torch.arange(len(x), device=x.device)  # which images are still in the batch
+        parts: list[tuple[Tensor, Tensor]] = []
+        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        stages = ((self.layer1, self.exit1), (self.layer2, self.exit2), (self.layer3, self.exit3))
+        for number, ((stage, exit_head), threshold) in enumerate(zip(stages, thresholds, strict=True), start=1):
+            x = stage(x)
+            logits = exit_head.fc(self.global_pool(exit_head(x)))
+            leaves = logits.softmax(dim=1, dtype=torch.float32).amax(dim=1) > threshold
+            gone, stay = leaves.nonzero()[:, 0], (~leaves).nonzero()[:, 0]
+            parts.append((here[gone], logits[gone]))
+            taken[here[gone]] = number
+            if len(gone):  # a copy of the map only where it gets smaller
+                here, x = here[stay], x[stay]
+            if not len(stay):
+                break
+        else:
+            parts.append((here, self.fc(self.global_pool(self.layer4(x)))))
+        order = torch.cat([images for images, _ in parts]).argsort()
+        return EarlyExits(torch.cat([logits for _, logits in parts])[order], taken)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSSDResNet) -> dict[str, Tensor]:
+    """Keeps of a full network's weights those that `model` has.
+
+    timm loads loosely when the number of classes differs, so that a checkpoint with other names would load nothing
+    without a word: here every name must fit.
+
+    Raises:
+        UserError: for weights that are neither the model's nor of an exit or stage that its `output` leaves out, and
+            for weights of the model that are not there.
+    """
+    own = model.state_dict().keys()
+    classifiers = ("fc.", "exit1.fc.", "exit2.fc.", "exit3.fc.")
+    optional = [f"layer{i}." for i in (2, 3, 4)] + [f"exit{i}." for i in (1, 2, 3)] + list(classifiers)
+    left_out = tuple(prefix for prefix in optional if not any(key.startswith(prefix) for key in own))
+    kept = {key: tensor for key, tensor in state_dict.items() if not key.startswith(left_out)}
+
+    new_classifiers = model.pretrained_cfg.get("num_classes") != model.num_classes  # timm leaves them at random
+    missing = [key for key in own if key not in kept and not (new_classifiers and key.startswith(classifiers))]
+    unexpected = [key for key in kept if key not in own]
+    if missing or unexpected:
+        raise UserError(
+            f"the weights do not fit output={model.output!r} of this model: {len(missing)} of {len(own)} are missing "
+            f"({', '.join(missing[:3])}...), {len(unexpected)} are unknown ({', '.join(unexpected[:3])}...)"
+        )
+    return kept
+
+
+def _create_sssd_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SSSDResNet:
+    # features_only is about the trunk: it needs no exits, and of a truncated network has the stages up to its exit.
+    output = str(kwargs.get("output", "ensemble"))
+    if kwargs.get("features_only") and output == "ensemble":
+        kwargs["output"] = "final"
+    return build_model_with_cfg(
+        SSSDResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": tuple(range(int(output) + 1 if output in ("1", "2", "3") else 5))},
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "min_input_size": (3, 32, 32),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv1",
+        "classifier": ("fc", "exit1.fc", "exit2.fc", "exit3.fc"),
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+def _cifar_cfg() -> dict[str, Any]:
+    return _cfg(
+        num_classes=10,
+        input_size=(3, 32, 32),
+        min_input_size=(3, 8, 8),
+        pool_size=(4, 4),
+        crop_pct=1.0,
+        mean=CIFAR_MEAN,
+        std=CIFAR_STD,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "sssd_resnet18": _cfg(),
+        "sssd_resnet34": _cfg(),
+        "sssd_resnet50": _cfg(),
+        "sssd_resnet101": _cfg(),
+        "sssd_resnet18_cifar": _cifar_cfg(),
+        "sssd_resnet50_cifar": _cifar_cfg(),
+    }
+)
+
+
+@register_model
+def sssd_resnet18(pretrained: bool = False, **kwargs: Any) -> SSSDResNet:
+    """ResNet-18 with four exits."""
+    model_args = {"block": BasicBlock, "layers": (2, 2, 2, 2)}
+    return _create_sssd_resnet("sssd_resnet18", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def sssd_resnet34(pretrained: bool = False, **kwargs: Any) -> SSSDResNet:
+    """ResNet-34 with four exits."""
+    model_args = {"block": BasicBlock, "layers": (3, 4, 6, 3)}
+    return _create_sssd_resnet("sssd_resnet34", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def sssd_resnet50(pretrained: bool = False, **kwargs: Any) -> SSSDResNet:
+    """ResNet-50 with four exits."""
+    model_args = {"block": Bottleneck, "layers": (3, 4, 6, 3)}
+    return _create_sssd_resnet("sssd_resnet50", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def sssd_resnet101(pretrained: bool = False, **kwargs: Any) -> SSSDResNet:
+    """ResNet-101 with four exits."""
+    model_args = {"block": Bottleneck, "layers": (3, 4, 23, 3)}
+    return _create_sssd_resnet("sssd_resnet101", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def sssd_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> SSSDResNet:
+    """ResNet-18 with four exits and the stem for 32 px."""
+    model_args = {"block": BasicBlock, "layers": (2, 2, 2, 2), "cifar_stem": True}
+    return _create_sssd_resnet("sssd_resnet18_cifar", pretrained, **(model_args | kwargs))
+
+
+@register_model
+def sssd_resnet50_cifar(pretrained: bool = False, **kwargs: Any) -> SSSDResNet:
+    """ResNet-50 with four exits and the stem for 32 px."""
+    model_args = {"block": Bottleneck, "layers": (3, 4, 6, 3), "cifar_stem": True}
+    return _create_sssd_resnet("sssd_resnet50_cifar", pretrained, **(model_args | kwargs))
