@@ -1,0 +1,323 @@
+"""Pseudo labels: features -> faiss k-means -> an artefact on disk that knows which data it belongs to.
+
+`normalise`, `kmeans` and `random_labels` make labels (section 3.2 of the paper), `quality` compares them with the truth
+where there is one, and `PseudoLabels` is the folder that the next step, self-distillation, reads.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import atomic_dir, atomic_write_bytes, read_json, write_json
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+_CHUNK = 8192  # rows looked at in one go, so that a check never needs a copy of all features
+_OPENBLAS_KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}
+
+
+def _import_faiss() -> Any:
+    """Imports faiss so that its matrix products use the CPU's vector units.
+
+    The OpenBLAS inside the faiss-cpu wheel is of 2021. On a CPU it does not know (Intel's Ice Lake and AMD's Zen 5 among
+    them) it falls back to SSE3 kernels, and k-means takes four times as long. OPENBLAS_CORETYPE names a kernel; OpenBLAS
+    reads it once, when it is loaded, which is why faiss is not imported at the top of this file. A value of the user's
+    own stands, and ours is taken back so that child processes do not inherit it. Where the program has imported faiss
+    before, its kernel stays as it is.
+    """
+    kernel = _OPENBLAS_KERNELS.get(torch.backends.cpu.get_cpu_capability())
+    if kernel is None or "OPENBLAS_CORETYPE" in os.environ:
+        import faiss
+
+        return faiss
+    os.environ["OPENBLAS_CORETYPE"] = kernel
+    try:
+        import faiss
+    finally:
+        del os.environ["OPENBLAS_CORETYPE"]
+    return faiss
+
+
+def normalise(features: FloatArray) -> FloatArray:
+    """Divides every row by its Euclidean norm, in place, and returns the same array; a row of zeros stays zero.
+
+    Args:
+        features: float32 [N, D].
+    """
+    norms = np.sqrt(np.einsum("nd,nd->n", features, features))[:, None]
+    features /= np.maximum(norms, np.finfo(np.float32).tiny)
+    return features
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """What `kmeans` found.
+
+    Attributes:
+        labels: int64 [N], each row's cluster in 0..K'-1; every cluster has at least one row.
+        centroids: float32 [K', D].
+        distances: float32 [N], the squared Euclidean distance of each row to its centroid.
+        inertia: the sum of `distances`.
+        k_asked: the K that was asked for; K' is less where clusters came out empty.
+    """
+
+    labels: IntArray
+    centroids: FloatArray
+    distances: FloatArray
+    inertia: float
+    k_asked: int
+
+    @property
+    def k(self) -> int:
+        """K', the number of clusters that have rows."""
+        return len(self.centroids)
+
+
+def kmeans(
+    features: FloatArray, k: int, *, seed: int, iterations: int = 20, redos: int = 1, progress: bool = False
+) -> Clustering:
+    """Clusters the rows of `features` by faiss's k-means, trained on all of them.
+
+    The result is that of ``faiss.Kmeans(D, k, seed=seed, niter=iterations, nredo=redos)`` without its subsampling (by
+    default faiss trains on at most 256 rows per cluster), in the same time. Repeated calls give bit-equal results with
+    the same number of threads. Clusters that the final assignment leaves empty are dropped and the others renumbered.
+
+    Args:
+        features: float32 [N, D], finite; L2-normalised by the caller (`normalise`) where cosine is meant. Not copied if
+            C-contiguous.
+        k: the number of clusters, 2..N.
+        seed: chooses the rows that are the first centroids.
+        iterations: passes over the data, >= 1.
+        redos: runs from different first centroids, >= 1; the one of least inertia is kept.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: if k is less than 2 or more than N, or a feature is NaN or infinite.
+    """
+    features = np.ascontiguousarray(features, dtype=np.float32)
+    n, d = features.shape
+    if k < 2:
+        raise UserError(f"k-means with K = {k} gives no pseudo labels to tell apart; ask for K of 2 or more")
+    if k > n:
+        raise UserError(f"k-means with K = {k} needs at least as many images, but there are {n}; ask for a smaller K")
+    if iterations < 1 or redos < 1:
+        raise UserError(f"k-means needs at least 1 iteration and 1 redo, not {iterations} and {redos}")
+    for start in range(0, n, _CHUNK):
+        bad = ~np.isfinite(features[start : start + _CHUNK]).all(axis=1)
+        if bad.any():
+            row = start + int(bad.argmax())
+            raise UserError(f"the features of row {row} hold NaN or infinity; check the network's weights")
+
+    faiss = _import_faiss()
+    best, best_inertia = None, np.inf
+    with tqdm(total=redos * iterations, desc="k-means", unit="pass", disable=not progress) as bar:
+        for redo in range(redos):
+            # One pass per call, so that the bar can move, gives the same bits as faiss's own loop at 1 ms more a pass.
+            # 15486557 is the step between the seeds of faiss's own redos.
+            trainer = faiss.Kmeans(
+                d,
+                k,
+                niter=1,
+                seed=(seed + redo * 15486557) % (2**31 - 1),
+                max_points_per_centroid=-(-n // k),
+                min_points_per_centroid=1,
+                check_input_data_for_NaNs=False,
+            )
+            for _ in range(iterations):
+                inertia = trainer.train(features, init_centroids=trainer.centroids)
+                bar.update()
+            if best is None or inertia < best_inertia:
+                best, best_inertia = trainer, inertia
+
+    assert best is not None
+    distances, labels = best.assign(features)
+    kept, labels = np.unique(labels, return_inverse=True)
+    inertia = float(distances.sum(dtype=np.float64))
+    return Clustering(labels.astype(np.int64, copy=False), best.centroids[kept], distances, inertia, k)
+
+
+def random_labels(n: int, k: int, seed: int) -> IntArray:
+    """The baseline: `n` labels drawn uniformly from `k` classes, int64 [n]; a class that nobody drew is left out.
+
+    Raises:
+        UserError: if k is less than 2 or more than n.
+    """
+    if not 2 <= k <= n:
+        raise UserError(f"random labels need 2 <= K <= the number of images, but K = {k} and there are {n} images")
+    drawn = np.random.default_rng(seed).integers(k, size=n)
+    return np.unique(drawn, return_inverse=True)[1].astype(np.int64, copy=False)
+
+
+def quality(labels: IntArray, truth: IntArray) -> dict[str, float]:
+    """Compares pseudo labels with true ones, both int64 [N].
+
+    Returns:
+        ``nmi``, normalised mutual information (0..1, arithmetic mean of the entropies); ``ari``, adjusted Rand index
+        (at most 1, 0 by chance); ``purity``, the share of rows whose class is the commonest of their cluster (0..1, and
+        1 is no merit when there are as many clusters as rows).
+    """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    counts = contingency_matrix(truth, labels, sparse=True)
+    return {
+        "nmi": float(normalized_mutual_info_score(truth, labels)),
+        "ari": float(adjusted_rand_score(truth, labels)),
+        "purity": float(counts.max(axis=0).sum() / len(labels)),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabels:
+    """Pseudo labels and the data they belong to; on disk a folder.
+
+    The folder holds labels.parquet (columns row, label, distance), centroids.safetensors (tensor ``centroids``) and
+    pseudo_labels.json (`meta`).
+
+    Attributes:
+        rows: int64 [N], each image's row number in the data set, corrupt ones left out.
+        labels: int64 [N] in 0..K'-1, without holes.
+        distances: float32 [N], squared distance to the centroid.
+        centroids: float32 [K', D].
+        meta: what made them: data, split, fingerprint, model, seed, iterations, redos, k_asked, k, inertia, sizes (rows
+            per cluster) and quality (nmi, ari, purity; None without true labels).
+    """
+
+    rows: IntArray
+    labels: IntArray
+    distances: FloatArray
+    centroids: FloatArray
+    meta: dict[str, Any]
+
+    @classmethod
+    def from_clustering(
+        cls,
+        clustering: Clustering,
+        *,
+        rows: IntArray,
+        data: str,
+        split: str,
+        fingerprint: str,
+        model: str,
+        seed: int,
+        iterations: int,
+        redos: int,
+        truth: IntArray | None,
+    ) -> Self:
+        """Joins a clustering with what it was made from.
+
+        Args:
+            clustering: the result of `kmeans` over the images of `rows`, in their order.
+            rows: int64 [N], the images' row numbers in the data set.
+            data: the data set's name.
+            split: its split.
+            fingerprint: its fingerprint, which `check` compares.
+            model: the network in words (its name and weights).
+            seed: as given to `kmeans`.
+            iterations: as given to `kmeans`.
+            redos: as given to `kmeans`.
+            truth: int64 [N] true labels, for `quality`, or None.
+        """
+        meta = {
+            "data": data,
+            "split": split,
+            "fingerprint": fingerprint,
+            "model": model,
+            "seed": seed,
+            "iterations": iterations,
+            "redos": redos,
+            "k_asked": clustering.k_asked,
+            "k": clustering.k,
+            "inertia": clustering.inertia,
+            "quality": None if truth is None else quality(clustering.labels, truth),
+            "sizes": np.bincount(clustering.labels).tolist(),
+        }
+        return cls(
+            rows=rows,
+            labels=clustering.labels,
+            distances=clustering.distances,
+            centroids=clustering.centroids,
+            meta=meta,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the folder, whole or not at all, over an older one.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        table = pa.table({"row": self.rows, "label": self.labels, "distance": self.distances})
+        parquet = pa.BufferOutputStream()
+        pq.write_table(table, parquet)
+        with atomic_dir(folder) as temporary:
+            atomic_write_bytes(temporary / "labels.parquet", parquet.getvalue().to_pybytes())
+            centroids = safetensors.numpy.save({"centroids": np.ascontiguousarray(self.centroids)})
+            atomic_write_bytes(temporary / "centroids.safetensors", centroids)
+            write_json(temporary / "pseudo_labels.json", self.meta)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads a folder that `save` wrote.
+
+        Raises:
+            UserError: if a file is missing or unreadable, or the files do not fit one another.
+        """
+        folder = Path(folder)
+        for name in ("labels.parquet", "centroids.safetensors", "pseudo_labels.json"):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder} is no folder of pseudo labels: {name} is missing; make one by pseudo_label.py"
+                )
+        meta = read_json(folder / "pseudo_labels.json")
+        try:
+            table = pq.read_table(folder / "labels.parquet", columns=["row", "label", "distance"])
+            rows, labels, distances = (column.to_numpy() for column in table.columns)
+            centroids = safetensors.numpy.load_file(folder / "centroids.safetensors")["centroids"]
+            found = np.unique(labels)
+            whole = np.array_equal(found, np.arange(len(centroids))) and "fingerprint" in meta
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, SafetensorError) as error:
+            raise UserError(f"cannot read the pseudo labels in {folder}: {error}; make them again") from error
+        if not whole:
+            raise UserError(f"the files of the pseudo labels in {folder} do not fit one another; make them again")
+        return cls(rows=rows, labels=labels, distances=distances, centroids=centroids, meta=meta)
+
+    def check(self, data_fingerprint: str) -> None:
+        """Refuses other data than those the labels were made from.
+
+        Raises:
+            UserError: if the fingerprints differ.
+        """
+        if self.meta["fingerprint"] != data_fingerprint:
+            raise UserError(
+                f"these pseudo labels belong to other data: they were made from {self.meta.get('data')}, split "
+                f"{self.meta.get('split')}, of another fingerprint; give that data, or make labels for this"
+            )
+
+    def labels_of(self, rows: IntArray) -> IntArray:
+        """The labels of the images with these row numbers, int64 [len(rows)], in their order.
+
+        Raises:
+            UserError: if a row has no label.
+        """
+        order = np.argsort(self.rows)
+        place = np.searchsorted(self.rows, rows, sorter=order)
+        found = order[np.minimum(place, len(order) - 1)]
+        missing = self.rows[found] != rows
+        if missing.any():
+            row = int(rows[missing.argmax()])
+            raise UserError(
+                f"row {row} has no pseudo label ({int(missing.sum())} rows have none); make the labels again"
+            )
+        return self.labels[found]

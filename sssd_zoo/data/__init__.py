@@ -1,0 +1,1 @@
+"""Images in: sources, decoding, batches, augmentation, and the shipped sample."""

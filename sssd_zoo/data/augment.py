@@ -1,0 +1,303 @@
+"""Augmentation of whole batches on the device: one set of random parameters per image, none of it per-image Python.
+
+torchvision's v2 transforms, given a batch, draw ONE set of parameters for all of it, which is wrong for contrastive
+learning; per-image transforms are an order of magnitude slower. The distributions here are those of torchvision's
+RandomResizedCrop, ColorJitter (ops in a random order per image, every result clamped), RandomGrayscale, GaussianBlur,
+RandomHorizontalFlip and RandomCrop with padding. Images stay uint8 until they are augmented.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of PIL and torchvision
+
+
+class BatchRandom:
+    """Random numbers for one training step, the same whatever the number of processes, and without state.
+
+    Every draw is made for the global batch from a generator seeded by (seed, step) and cut to the rank's slice. So a
+    resumed run needs no generator state, and two processes see the numbers that one would.
+
+    Args:
+        seed: the run's seed, >= 0.
+        step: the number of the training step, >= 0.
+        rank: this process's number, 0..world-1.
+        world: the number of processes.
+    """
+
+    def __init__(self, seed: int, step: int, rank: int = 0, world: int = 1) -> None:
+        # Two odd multipliers keep (seed, step) pairs apart; torch seeds its Mersenne twister from the 64 bits.
+        self.generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77 + 1) % 2**63)
+        self.rank, self.world = rank, world
+
+    def _own(self, numbers: Tensor) -> Tensor:
+        return numbers.chunk(self.world)[self.rank]
+
+    def uniform(self, batch: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Float32 [batch, *shape], uniform in [low, high)."""
+        return self._own(torch.rand(batch * self.world, *shape, generator=self.generator)) * (high - low) + low
+
+    def integers(self, batch: int, *shape: int, high: int) -> Tensor:
+        """Int64 [batch, *shape], uniform in 0..high-1."""
+        return self._own(torch.randint(high, (batch * self.world, *shape), generator=self.generator))
+
+    def permutation(self, batch: int) -> Tensor:
+        """Int64 [batch * world]: a permutation of the GLOBAL batch, the same in every process."""
+        return torch.randperm(batch * self.world, generator=self.generator)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Uint8 [B, 3, H, W] to float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255.0)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Float32 [B, 3, H, W] in [0, 1] to zero mean and unit spread per channel, channels-last in memory."""
+    shift = images.new_tensor(mean).view(1, -1, 1, 1)
+    scale = images.new_tensor(std).view(1, -1, 1, 1)
+    return ((images - shift) / scale).contiguous(memory_format=torch.channels_last)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Float [B, 3, S, S] to [B, 3, size, size], bilinear, with antialiasing where it shrinks."""
+    if images.shape[-1] == size and images.shape[-2] == size:
+        return images
+    shrinks = images.shape[-1] > size
+    return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+def crop_boxes(random: BatchRandom, batch: int, size: int, scale: tuple[float, float]) -> Tensor:
+    """Boxes of torchvision's RandomResizedCrop with aspect ratios 3/4 to 4/3.
+
+    Args:
+        random: the step's random numbers.
+        batch: number of boxes.
+        size: side of the square source images in pixels.
+        scale: smallest and largest share of the image's area.
+
+    Returns:
+        Float32 [batch, 4]: left, top, width, height in whole pixels.
+    """
+    attempts = 10  # as torchvision; one that does not fit is drawn again
+    area = random.uniform(batch, attempts, low=scale[0], high=scale[1]) * (size * size)
+    ratio = torch.exp(random.uniform(batch, attempts, low=math.log(3 / 4), high=math.log(4 / 3)))
+    width, height = torch.round(torch.sqrt(area * ratio)), torch.round(torch.sqrt(area / ratio))
+    fits = (width > 0) & (height > 0) & (width <= size) & (height <= size)
+    first = torch.where(fits.any(1), fits.to(torch.uint8).argmax(1), 0).unsqueeze(1)
+    # Where none of the ten fits, torchvision takes the largest centred box: on a square image, all of it.
+    whole = ~fits.any(1)
+    width = torch.where(whole, size, width.gather(1, first).squeeze(1))
+    height = torch.where(whole, size, height.gather(1, first).squeeze(1))
+    place = random.uniform(batch, 2)
+    left = torch.floor(place[:, 0] * (size - width + 1))
+    top = torch.floor(place[:, 1] * (size - height + 1))
+    return torch.stack([left, top, width, height], dim=1)
+
+
+def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Cuts one box out of each image, flips it or not, and resizes it bilinearly.
+
+    Args:
+        images: float [B, 3, S, S].
+        boxes: float [B, 4]: left, top, width, height in pixels.
+        flip: bool [B].
+        size: side of the result in pixels.
+
+    Returns:
+        Float [B, 3, size, size].
+    """
+    side = images.shape[-1]
+    boxes, flip = boxes.to(images.device), flip.to(images.device)
+    scale = boxes[:, 2:] / side
+    centre = (2 * boxes[:, :2] + boxes[:, 2:]) / side - 1
+    theta = images.new_zeros(len(images), 2, 3)
+    theta[:, 0, 0] = torch.where(flip, -scale[:, 0], scale[:, 0])
+    theta[:, 1, 1] = scale[:, 1]
+    theta[:, :, 2] = centre
+    grid = F.affine_grid(theta, [len(images), 3, size, size], align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def grey(images: Tensor) -> Tensor:
+    """Luma of float [B, 3, H, W], as [B, 1, H, W]."""
+    return LUMA[0] * images[:, 0:1] + LUMA[1] * images[:, 1:2] + LUMA[2] * images[:, 2:3]
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Float [B, 3, H, W] in [0, 1] times factor [B, 1, 1, 1], clamped."""
+    return (images * factor).clamp_(0, 1)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blends each image with its mean luma, clamped; factor [B, 1, 1, 1], 1 leaves it."""
+    mean = grey(images).mean(dim=(1, 2, 3), keepdim=True)
+    return torch.lerp(mean, images, factor).clamp_(0, 1)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blends each pixel with its luma, clamped; factor [B, 1, 1, 1], 1 leaves it."""
+    return torch.lerp(grey(images), images, factor).clamp_(0, 1)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by shift [B, 1, 1, 1], in turns (-0.5..0.5), through HSV as torchvision does."""
+    value, minimum = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
+    chroma = value - minimum
+    red, green, blue = images.split(1, dim=1)
+    divisor = torch.where(chroma == 0, 1.0, chroma)
+    # Hue in sixths of a turn, by which channel is the largest.
+    hue = torch.where(
+        value == red,
+        (green - blue) / divisor,
+        torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
+    )
+    hue = hue + 6 * shift
+    # HSV to RGB in closed form: channel n = V - C max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6, n = 5, 3, 1.
+    k = torch.remainder(hue + hue.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1), 6)
+    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def colour_jitter(
+    images: Tensor,
+    random: BatchRandom,
+    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
+    probability: float = 0.8,
+) -> Tensor:
+    """torchvision's RandomApply([ColorJitter(*strength)], probability), the four ops in a random order per image.
+
+    Args:
+        images: float [B, 3, H, W] in [0, 1]; changed in place.
+        random: the step's random numbers.
+        strength: of brightness, contrast, saturation and hue.
+        probability: of jittering an image at all.
+
+    Returns:
+        Float [B, 3, H, W] in [0, 1].
+    """
+    batch = len(images)
+    low = torch.tensor([1 - strength[0], 1 - strength[1], 1 - strength[2], -strength[3]])
+    high = torch.tensor([1 + strength[0], 1 + strength[1], 1 + strength[2], strength[3]])
+    amounts = low + random.uniform(batch, 4) * (high - low)
+    order = random.uniform(batch, 4).argsort(dim=1)  # order[b, turn] = op
+    order[random.uniform(batch) >= probability] = -1
+    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    for turn in range(4):
+        for number, operation in enumerate(operations):
+            chosen = (order[:, turn] == number).nonzero().squeeze(1)
+            if len(chosen):
+                amount = amounts[chosen, number].view(-1, 1, 1, 1).to(images.device)
+                chosen = chosen.to(images.device)
+                images[chosen] = operation(images[chosen], amount)
+    return images
+
+
+def gaussian_blur(images: Tensor, random: BatchRandom, probability: float, sigma: tuple[float, float]) -> Tensor:
+    """Blurs each image with `probability`, by a Gaussian of its own width, uniform in `sigma` (pixels); reflects edges.
+
+    Args:
+        images: float [B, 3, H, W]; changed in place.
+        random: the step's random numbers.
+        probability: of blurring an image.
+        sigma: smallest and largest standard deviation in pixels.
+
+    Returns:
+        Float [B, 3, H, W].
+    """
+    batch, channels, height, width = images.shape
+    widths = random.uniform(batch, 1, low=sigma[0], high=sigma[1])
+    chosen = (random.uniform(batch) < probability).nonzero().squeeze(1)
+    if not len(chosen):
+        return images
+    radius = min(math.ceil(3 * sigma[1]), height - 1, width - 1)
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernels = torch.exp(-0.5 * (offsets / widths[chosen]) ** 2)
+    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0).to(images)
+    chosen = chosen.to(images.device)
+    planes = images[chosen].reshape(1, -1, height, width)
+    planes = F.pad(planes, (radius,) * 4, mode="reflect")
+    planes = F.conv2d(planes, kernels[:, None, None, :], groups=len(kernels))
+    planes = F.conv2d(planes, kernels[:, None, :, None], groups=len(kernels))
+    images[chosen] = planes.view(-1, channels, height, width)
+    return images
+
+
+def contrastive_view(
+    images: Tensor,
+    random: BatchRandom,
+    size: int,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    blur: float = 0.0,
+) -> Tensor:
+    """One MoCo v2 view: resized crop, flip, colour jitter (0.4, 0.4, 0.4, 0.1; p = 0.8), greyscale (p = 0.2), blur.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        random: the step's random numbers; two calls with the same object give two different views.
+        size: side of the view in pixels.
+        scale: share of the area that a crop keeps.
+        blur: probability of a Gaussian blur, sigma 0.1 to 2 pixels at 224 px (MoCo v2: 0.5; at 32 px: 0).
+
+    Returns:
+        Float32 [B, 3, size, size] in [0, 1]. Source: Chen et al., arXiv:2003.04297, and its reference code.
+    """
+    batch = len(images)
+    boxes = crop_boxes(random, batch, images.shape[-1], scale)
+    flip = random.uniform(batch) < 0.5
+    view = crop_resize(to_float(images), boxes, flip, size)
+    view = colour_jitter(view, random)
+    to_grey = (random.uniform(batch) < 0.2).nonzero().squeeze(1).to(view.device)
+    view[to_grey] = grey(view[to_grey]).expand(-1, 3, -1, -1)
+    if blur > 0:
+        view = gaussian_blur(view, random, blur, (0.1, 2.0))
+    return view
+
+
+def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor:
+    """torchvision's RandomCrop(S, padding) with zeros and RandomHorizontalFlip, one draw per image.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        random: the step's random numbers.
+        padding: pixels added on each side before the crop.
+
+    Returns:
+        Uint8 [B, 3, S, S].
+    """
+    batch, channels, side, _ = images.shape
+    start = random.integers(batch, 2, high=2 * padding + 1)
+    flip = (random.uniform(batch) < 0.5).unsqueeze(1)
+    steps = torch.arange(side)
+    rows = start[:, :1] + steps
+    columns = start[:, 1:] + torch.where(flip, steps.flip(0), steps)
+    padded = F.pad(images, (padding,) * 4)
+    wide = side + 2 * padding
+    index = (rows[:, :, None] * wide + columns[:, None, :]).view(batch, 1, -1).to(images.device)
+    return padded.flatten(2).gather(2, index.expand(-1, channels, -1)).view(batch, channels, side, side)
+
+
+def supervised_view(
+    images: Tensor, random: BatchRandom, size: int, *, crop: str, scale: tuple[float, float] = (0.08, 1.0)
+) -> Tensor:
+    """The view that a classifier is trained on: a random crop and a flip.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        random: the step's random numbers.
+        size: side of the view in pixels.
+        crop: 'pad' shifts by up to an eighth of the side (4 at 32 px, the CIFAR protocol), 'resized' cuts
+            boxes of `scale` of the area (the ImageNet protocol).
+        scale: for 'resized'.
+
+    Returns:
+        Float32 [B, 3, size, size] in [0, 1].
+    """
+    if crop == "pad":
+        return resize(to_float(padded_crop(images, random, padding=max(1, images.shape[-1] // 8))), size)
+    boxes = crop_boxes(random, len(images), images.shape[-1], scale)
+    flip = random.uniform(len(images)) < 0.5
+    return crop_resize(to_float(images), boxes, flip, size)

@@ -1,0 +1,182 @@
+"""Finds a data set's split, image column and label column, and reads the labels."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sssd_zoo.data.sources import SPLIT_NAMES, Splits
+from sssd_zoo.distributed import rank
+from sssd_zoo.errors import UserError
+
+logger = logging.getLogger("sssd_zoo")
+
+IMAGE_COLUMNS = ("image", "img", "images", "picture", "photo", "pixels", "pixel_values", "jpg", "png", "jpeg", "webp")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
+
+
+@dataclass
+class Labels:
+    """The labels of a split: `values` int64 [N] in 0..C-1, and the C `names`."""
+
+    values: NDArray[np.int64]
+    names: list[str]
+
+
+def pick_split(splits: Splits, wanted: str | None, name: str) -> str:
+    """The split's name: the one asked for ('val' finds 'validation'), or 'train', or the only one.
+
+    Raises:
+        UserError: if there is none of that name, or none is asked for and it is not clear which to take.
+    """
+    if wanted is None:
+        if "train" in splits or len(splits) == 1:
+            return "train" if "train" in splits else next(iter(splits))
+        raise UserError(f"{name} has no split 'train': choose one with split: {', '.join(splits)}")
+    if wanted in splits:
+        return wanted
+    canonical = SPLIT_NAMES.get(wanted.lower())
+    if canonical is None or canonical not in splits:
+        raise UserError(f"{name} has no split {wanted!r}: it has {', '.join(splits)}")
+    return canonical
+
+
+def image_column(features: Mapping[str, Any], wanted: str | None, name: str) -> str:
+    """The column of the images: the one asked for, or the only one of the type Image, or the one of a usual name.
+
+    Raises:
+        UserError: if there is none, or several are as likely, or the one asked for holds something else.
+    """
+    from datasets import Image
+
+    columns = ", ".join(features)
+    if wanted is not None:
+        if wanted not in features:
+            raise UserError(f"{name} has no column {wanted!r} for image_column: it has {columns}")
+        if not _may_hold_images(features[wanted]):
+            raise UserError(f"column {wanted!r} of {name} holds {_kind(features[wanted])}, not images (of {columns})")
+        return wanted
+    found = [column for column, feature in features.items() if isinstance(feature, Image)]
+    if not found:
+        found = [column for column in IMAGE_COLUMNS if column in features and _may_hold_images(features[column])]
+    usual = [column for column in IMAGE_COLUMNS if column in found]
+    if len(found) > 1 and not usual:
+        raise UserError(f"{name} has several columns of images, {', '.join(found)}: choose one with image_column")
+    if not found:
+        raise UserError(f"{name} has no column of images: it has {columns}; name one with image_column")
+    return usual[0] if usual else found[0]
+
+
+def read_labels(splits: Splits, split: str, wanted: str | None, name: str, *, required: bool) -> Labels | None:
+    """Reads the labels of a split: integers as they are named by the data set, or else numbered in sorted order.
+
+    Names and numbers are those of all splits together, so that they mean the same in each. A negative label, or none,
+    says that the row is not labelled, as the Hub's test splits do.
+
+    Args:
+        splits: all splits.
+        split: the one to read.
+        wanted: the column; None finds it.
+        name: of the data, for messages.
+        required: whether rows or classes without labels are errors; otherwise they are warned of.
+
+    Returns:
+        The labels, or None if there are none for all rows.
+
+    Raises:
+        UserError: if the column asked for is not there or holds no classes; if labels are required and some row has
+            none, or some class has no row.
+    """
+    features = splits[split].features
+    column = _label_column(features, wanted, name)
+    if column is None:
+        if required:
+            raise UserError(
+                f"{name} ({split}) has no labels, which this step needs: name the column with label_column "
+                f"(columns: {', '.join(features)}), or put the images of each class into a sub-folder of its own"
+            )
+        return None
+    values, names = _class_numbers(splits, split, column, name)
+    missing = int((values < 0).sum())
+    if missing:
+        problem = f"{missing} of {len(values)} rows of {name} ({split}) have no label in column {column!r}"
+        if required:
+            raise UserError(f"{problem}: label them, remove them, or choose another split")
+        if missing < len(values) and rank() == 0:
+            logger.warning("%s: its labels are not used", problem)
+        return None
+    empty = [names[label] for label in np.flatnonzero(np.bincount(values, minlength=len(names)) == 0)]
+    if empty:
+        listed = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
+        problem = f"{len(empty)} of {len(names)} classes have no rows in {name} ({split}): {listed}"
+        if required:
+            raise UserError(f"{problem}; add rows of them, or remove the classes from the data set")
+        if rank() == 0:
+            logger.warning("%s", problem)
+    return Labels(values, names)
+
+
+def _may_hold_images(feature: Any) -> bool:
+    from datasets import Image, Value
+
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
+
+
+def _may_hold_classes(feature: Any) -> bool:
+    from datasets import ClassLabel, Value
+
+    if isinstance(feature, Value):
+        return feature.dtype in ("string", "large_string", "bool") or "int" in feature.dtype
+    return isinstance(feature, ClassLabel)
+
+
+def _kind(feature: Any) -> str:
+    return str(getattr(feature, "dtype", None) or type(feature).__name__)
+
+
+def _label_column(features: Mapping[str, Any], wanted: str | None, name: str) -> str | None:
+    from datasets import ClassLabel
+
+    if wanted is not None:
+        if wanted not in features:
+            raise UserError(f"{name} has no column {wanted!r} for label_column: it has {', '.join(features)}")
+        if not _may_hold_classes(features[wanted]):
+            raise UserError(f"column {wanted!r} of {name} holds {_kind(features[wanted])}, not one class per row")
+        return wanted
+    for column in LABEL_COLUMNS:
+        if column in features and _may_hold_classes(features[column]):
+            return column
+    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+    return found[0] if len(found) == 1 else None
+
+
+def _class_numbers(splits: Splits, split: str, column: str, name: str) -> tuple[NDArray[np.int64], list[str]]:
+    """Class numbers of a split, int64 [N], negative where there is none, and the names of the classes."""
+    from datasets import ClassLabel
+
+    feature = splits[split].features[column]
+    values = _column(splits[split], column)
+    if isinstance(feature, ClassLabel):
+        numbers = np.array([-1 if value is None else value for value in values], dtype=np.int64)
+        if numbers.max(initial=-1) >= len(feature.names):
+            raise UserError(f"column {column!r} of {name} ({split}) has label {numbers.max()}, beyond its class names")
+        return numbers, list(feature.names)
+    everywhere = {
+        value
+        for rows in splits.values()
+        if column in rows.features and rows.features[column] == feature
+        for value in _column(rows, column)
+    }
+    kept = sorted(value for value in everywhere if value is not None and (isinstance(value, str) or value >= 0))
+    number = {value: label for label, value in enumerate(kept)}
+    return np.array([number.get(value, -1) for value in values], dtype=np.int64), [str(value) for value in kept]
+
+
+def _column(rows: Any, column: str) -> list[Any]:
+    values: list[Any] = rows.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    return values

@@ -1,0 +1,349 @@
+"""Images in, batches of uint8 tensors out.
+
+Small sets are decoded once into one tensor; sets that do not fit are decoded batch by batch in DataLoader workers. Both
+give the same images in the same order: `GlobalBatches` decides the order, and nothing else does.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sssd_zoo.data import columns, sources
+from sssd_zoo.data.images import (
+    Corrupt,
+    EncodedImages,
+    decode_all,
+    decode_batch,
+    fingerprint,
+    natural_size,
+    quiet_pillow,
+    spaced,
+)
+from sssd_zoo.distributed import rank
+from sssd_zoo.errors import UserError
+
+logger = logging.getLogger("sssd_zoo")
+
+NAMED = 10  # corrupt images that a message names; all of them are in `ImageData.corrupt`
+LOOKED_AT = 256  # evenly spaced images whose size decides the storage size
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which images to read, and how.
+
+    Args:
+        data: 'cifar10-sample' (ships with the package), a Hub id such as uoft-cs/cifar10 (`id:configuration` where it
+            has several), an image folder with or without class sub-folders, a parquet file or a folder of them, or a
+            `save_to_disk` folder.
+        split: of the data set; by default 'train', or the only one.
+        image_column: of the data set; by default found by its type or name.
+        label_column: of the data set; by default found by its type or name, and labels are optional.
+        storage_size: side in pixels of the square that each image is stored as; by default the images' own if all are
+            square, alike and at most 96 px, otherwise a size that fits the model.
+        max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
+        in_memory: decode all images once and keep them; by default if they take at most half of the free memory.
+        streaming: never hold the whole set, not even on disk: for pretraining on sets of the Hub.
+        workers: threads or processes that decode.
+        revision: commit or branch of a data set on the Hub.
+    """
+
+    data: str
+    split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    storage_size: int | None = None
+    max_corrupt: int = 0
+    in_memory: bool | None = None
+    streaming: bool = False
+    workers: int = 2
+    revision: str | None = None
+
+
+class CorruptTally:
+    """Counts and names corrupt images, each once, and stops when there are too many.
+
+    Args:
+        origin: the data, for messages.
+        limit: how many may be skipped.
+    """
+
+    def __init__(self, origin: str, limit: int) -> None:
+        self.origin, self.limit = origin, limit
+        self.corrupt: list[Corrupt] = []
+
+    def add(self, corrupt: list[Corrupt], tried: int, *, shared: bool = False) -> None:
+        """Adds what was found among `tried` images; where all processes find the same (`shared`), one tells of it.
+
+        Raises:
+            UserError: if the limit is passed, or none of them is good.
+        """
+        known = set(self.corrupt)
+        new = [image for image in dict.fromkeys(corrupt) if image not in known]
+        self.corrupt += new
+        if len(self.corrupt) > self.limit:
+            raise UserError(
+                f"{len(self.corrupt)} images of {self.origin} cannot be decoded, more than max_corrupt {self.limit} "
+                f"({_named(self.corrupt)}): mend or remove them, or raise max_corrupt to skip them"
+            )
+        if corrupt and len(corrupt) == tried:
+            raise UserError(f"none of {tried} images of {self.origin} read together can be decoded ({_named(corrupt)})")
+        if new and (not shared or rank() == 0):
+            total = len(self.corrupt)
+            logger.warning("skipped %d corrupt images of %s, %d so far (%s)", len(new), self.origin, total, _named(new))
+
+
+class ImageData:
+    """A split's images, labels where it has them, and the fingerprint that pseudo labels are checked against.
+
+    `load_images` makes it. Positions 0..len-1 count the kept images; `rows` maps them to row numbers of the split.
+
+    Attributes:
+        name: what to call the data: the Hub id, or the name of the file or folder.
+        split: the split's name.
+        fingerprint: SHA-256 of the encoded images in their order, the same for every storage size and backend.
+        rows: int64 [N], the row number of each kept image.
+        labels: int64 [N] in 0..C-1, or None.
+        class_names: the C names, or None.
+        size: side S of the stored images.
+        corrupt: row number or path, and reason, of each image that could not be decoded and is left out.
+        in_memory: whether all images are decoded already.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        split: str,
+        encoded: EncodedImages,
+        fingerprint: str,
+        rows: NDArray[np.int64],
+        labels: columns.Labels | None,
+        size: int,
+        tally: "CorruptTally",
+        pixels: Tensor | None,
+        workers: int,
+    ) -> None:
+        self.name, self.split, self.fingerprint, self.rows, self.size = name, split, fingerprint, rows, size
+        self.labels = None if labels is None else labels.values[rows]
+        self.class_names = None if labels is None else labels.names
+        self.corrupt = tally.corrupt
+        self.in_memory = pixels is not None
+        self._tally, self._workers, self._pixels = tally, workers, pixels
+        self._decoder = _Decoder(encoded, rows, size)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, index: Tensor) -> Tensor:
+        """The images at `index`, int64 [B] positions, as uint8 [B, 3, S, S]; decodes them now if not in memory."""
+        if self._pixels is not None:
+            return self._pixels[index]
+        _, images, corrupt = self._decoder[index.numpy()]
+        self._tally.add(corrupt, len(index))
+        return images
+
+    def batches(self, order: Iterable[Tensor], *, workers: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Reads batches in the order given.
+
+        Args:
+            order: int64 [B] positions for each batch, as `GlobalBatches.epoch` gives them.
+            workers: DataLoader processes when the images are not in memory; by default as configured.
+
+        Yields:
+            The positions, int64 [B], and their images, uint8 [B, 3, S, S]. An image that turns out to be corrupt is
+            replaced, in both, by another of its batch.
+
+        Raises:
+            UserError: when more images have turned out to be corrupt than `max_corrupt`.
+        """
+        if self._pixels is not None:
+            for index in order:
+                yield index, self._pixels[index]
+            return
+        loader: DataLoader[tuple[Tensor, Tensor, list[Corrupt]]] = DataLoader(
+            self._decoder,
+            batch_size=None,
+            sampler=(index.numpy() for index in order),
+            num_workers=self._workers if workers is None else workers,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),  # else it would draw from, and so move, the global generator
+        )
+        for index, images, corrupt in loader:
+            self._tally.add(corrupt, len(index))
+            yield index, images
+
+
+def check_config(config: DataConfig) -> None:
+    """Raises `UserError` for numbers out of range."""
+    if config.storage_size is not None and config.storage_size < 1:
+        raise UserError(f"storage_size {config.storage_size} must be at least 1")
+    if config.max_corrupt < 0 or config.workers < 0:
+        raise UserError("max_corrupt and workers must not be negative")
+
+
+def load_images(
+    config: DataConfig,
+    *,
+    default_size: int = 224,
+    require_labels: bool = False,
+    verify: bool = True,
+    progress: bool = True,
+) -> ImageData:
+    """Opens a split, reads its labels, takes its fingerprint and decodes its images, to keep them if they fit.
+
+    Images that do not fit in memory are decoded once to find the corrupt ones, at the lowest resolution their format
+    has, so that every step works on the same rows.
+
+    Args:
+        config: which images.
+        default_size: storage size of images that are not small, square and alike.
+        require_labels: make missing labels, and classes without rows, errors.
+        verify: look for corrupt images now, in memory or not. Without it `ImageData.batches` finds them late, which is
+            good enough for pretraining.
+        progress: show bars, in the main process.
+
+    Raises:
+        UserError: if the data cannot be found or read, columns or split are not there, labels are required and
+            missing, or more than `max_corrupt` images are corrupt.
+    """
+    check_config(config)
+    if config.streaming:
+        raise UserError("streaming serves pretraining only: every other step needs the rows by number")
+    progress = progress and rank() == 0
+    name = sources.short_name(config.data)
+    splits = sources.open_splits(config.data, revision=config.revision, progress=progress)
+    split = columns.pick_split(splits, config.split, name)
+    if len(splits[split]) == 0:
+        raise UserError(f"{name} ({split}) has no rows")
+    encoded = open_encoded(splits[split], config.image_column, name)
+    labels = columns.read_labels(splits, split, config.label_column, name, required=require_labels)
+    size = config.storage_size or natural_size(encoded.read(spaced(len(encoded), LOOKED_AT))) or default_size
+    digest = fingerprint(encoded, progress=progress)
+    keep = config.in_memory
+    if keep is None:
+        keep = _fits_in_memory(len(encoded) * 3 * size * size)
+    rows = np.arange(len(encoded))
+    pixels: Tensor | None = None
+    tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
+    if keep or verify:
+        pixels, rows, corrupt = decode_all(encoded, size, keep=keep, workers=config.workers, progress=progress)
+        tally.add(corrupt, len(encoded), shared=True)
+    return ImageData(
+        name=name,
+        split=split,
+        encoded=encoded,
+        fingerprint=digest,
+        rows=rows,
+        labels=labels,
+        size=size,
+        tally=tally,
+        pixels=pixels,
+        workers=config.workers,
+    )
+
+
+def split_names(config: DataConfig) -> list[str]:
+    """The splits that the data set has, in its order; raises `UserError` as `load_images` does."""
+    return list(sources.open_splits(config.data, revision=config.revision, progress=rank() == 0))
+
+
+def open_encoded(rows: Any, wanted: str | None, name: str) -> EncodedImages:
+    """The encoded images of a split, whatever its image column is stored as."""
+    from datasets import Image
+
+    column = columns.image_column(rows.features, wanted, name)
+    return EncodedImages(rows.cast_column(column, Image(decode=False)), column)
+
+
+class GlobalBatches:
+    """Which samples each step of each epoch sees: a function of (seed, epoch, step), whatever the number of processes.
+
+    Args:
+        n: number of samples.
+        batch_size: of all processes together.
+        seed: of the order.
+        rank: this process, 0..world-1: it gets the rank-th contiguous part of every global batch.
+        world: number of processes.
+        shuffle: draw a new order for each epoch; otherwise 0..n-1.
+        drop_last: leave out the last batch if it is not full. If kept, its parts may differ in length by one or more,
+            down to none.
+
+    Raises:
+        UserError: if the batch does not divide by the processes, or no batch is full.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+        drop_last: bool = True,
+    ) -> None:
+        if batch_size < 1 or batch_size % world:
+            raise UserError(f"batch_size {batch_size} must be a positive multiple of the {world} processes")
+        if drop_last and n < batch_size:
+            raise UserError(f"batch_size {batch_size} is larger than the data set, {n} images: choose a smaller one")
+        self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
+        self.shuffle = shuffle
+        self.steps_per_epoch = n // batch_size if drop_last else -(-n // batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
+        """Yields this process's positions, int64 [batch_size / world], for the steps from `start` on."""
+        if self.shuffle:
+            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch * 0x85EBCA77) % 2**63)
+            order = torch.randperm(self.n, generator=generator)
+        else:
+            order = torch.arange(self.n)
+        for step in range(start, self.steps_per_epoch):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            part = -(-len(batch) // self.world)
+            yield batch[self.rank * part : (self.rank + 1) * part]
+
+
+class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
+    """Batches as items: positions in; positions, images and corrupt images out. It is what DataLoader workers run."""
+
+    def __init__(self, encoded: EncodedImages, rows: NDArray[np.int64], size: int) -> None:
+        self.encoded, self.rows, self.size = encoded, rows, size
+
+    def __getitem__(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor, list[Corrupt]]:
+        with quiet_pillow():
+            images, places, corrupt = decode_batch(self.encoded.read(self.rows[positions]), self.size)
+        return torch.from_numpy(positions[places]), images, corrupt
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _fits_in_memory(wanted: int) -> bool:
+    """Whether `wanted` bytes are at most half of the free memory, shared by the processes of this machine."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    fits = [bool(wanted * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= free // 2)]
+    if dist.is_available() and dist.is_initialized():
+        # All processes must take the same way: corrupt images shorten the set in memory, but not the other.
+        dist.broadcast_object_list(fits)
+    return fits[0]
+
+
+def _named(corrupt: list[Corrupt]) -> str:
+    named = [f"{f'row {name}' if isinstance(name, int) else name}: {reason}" for name, reason in corrupt[:NAMED]]
+    return "; ".join(named + ([f"and {len(corrupt) - NAMED} more"] if len(corrupt) > NAMED else []))

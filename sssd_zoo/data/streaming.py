@@ -1,0 +1,136 @@
+"""Images of sets too large to hold: read as they come, split by process, shuffled in a buffer.
+
+It serves pretraining, which needs no labels and no row numbers; every other step needs both.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sssd_zoo.data import columns, sources
+from sssd_zoo.data.images import Corrupt, Encoded, decode_batch, encoded, natural_size
+from sssd_zoo.data.loading import CorruptTally, DataConfig, check_config
+from sssd_zoo.errors import UserError
+
+BUFFER = 4096  # encoded images from which the next one is drawn
+LOOKED_AT = 16  # first images, whose size decides the storage size
+SHARDS = 64  # parts that a set on this disk is cut into, to be read in another order each epoch
+
+
+class StreamingImages:
+    """A stream of images without labels; `load_streaming` makes it.
+
+    Attributes:
+        name: what to call the data.
+        split: the split's name.
+        size: side S of the images.
+        count: number of rows where the data set tells it, else None.
+        corrupt: path or hash, and reason, of each image that this process could not decode.
+    """
+
+    def __init__(self, rows: Any, column: str, config: DataConfig, name: str, split: str, default_size: int) -> None:
+        self.name, self.split = name, split
+        self._rows, self._column, self._workers = rows, column, max(1, config.workers)
+        self._tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
+        first = [_encoded(row[column]) for row in rows.take(LOOKED_AT)]
+        if not first:
+            raise UserError(f"{name} ({split}) has no rows")
+        self.size = config.storage_size or natural_size(first) or default_size
+        info = rows.info.splits
+        self.count: int | None = info[split].num_examples if info and split in info else None
+
+    @property
+    def corrupt(self) -> list[Corrupt]:
+        """The corrupt images found so far."""
+        return self._tally.corrupt
+
+    def batches(
+        self, batch_size: int, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields batches without end: after the last row the stream goes on in a new order.
+
+        So processes whose shares differ never wait for one another; an epoch is as many steps as the caller takes.
+
+        Args:
+            batch_size: of all processes together.
+            seed: of the order.
+            epoch: the order is a function of seed, epoch, rank and world.
+            start: steps to leave out: their rows are read, but not decoded.
+            rank: this process.
+            world: number of processes; each gets shards of its own if they divide, else every world-th row.
+
+        Yields:
+            The position of each image in this process's stream, int64 [batch_size / world], and the images, uint8
+            [batch_size / world, 3, S, S]. A corrupt image is replaced, in both, by another of its batch.
+
+        Raises:
+            UserError: if the batch does not divide by the processes, or more than `max_corrupt` images are corrupt.
+        """
+        if batch_size < 1 or batch_size % world:
+            raise UserError(f"batch_size {batch_size} must be a positive multiple of the {world} processes")
+        part = batch_size // world
+        rows = islice(self._endless(seed, epoch, rank, world), start * part, None)
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(self._workers) as pool:
+
+            def read() -> tuple[Tensor, Any, list[Corrupt]]:
+                return decode_batch([_encoded(row) for row in islice(rows, part)], self.size, pool.map)
+
+            ahead = reader.submit(read)
+            for step in count(start):
+                images, places, corrupt = ahead.result()
+                ahead = reader.submit(read)
+                self._tally.add(corrupt, part)
+                yield torch.from_numpy(places) + step * part, images
+
+    def _endless(self, seed: int, epoch: int, rank: int, world: int) -> Iterator[Any]:
+        from datasets.distributed import split_dataset_by_node
+
+        # The n-th pass of an epoch is drawn like the first, with a seed far from those of other epochs.
+        for again in count():
+            rows = self._rows.shuffle(seed=seed + 1_000_003 * again, buffer_size=BUFFER)
+            rows.set_epoch(epoch)
+            row = None
+            for row in split_dataset_by_node(rows, rank, world):
+                yield row[self._column]
+            if row is None:
+                raise UserError(f"{self._tally.origin} has fewer rows than there are processes, {world}")
+
+
+def load_streaming(config: DataConfig, *, default_size: int = 224, progress: bool = True) -> StreamingImages:
+    """Opens a split as a stream.
+
+    Args:
+        config: which images; `in_memory` and `label_column` do not matter.
+        default_size: storage size of images that are not small, square and alike.
+        progress: show the bars of downloads.
+
+    Raises:
+        UserError: if the data cannot be found or read, or split or column are not there.
+    """
+    from datasets import Dataset, Image
+
+    check_config(config)
+    name = sources.short_name(config.data)
+    splits = sources.open_splits(config.data, revision=config.revision, streaming=True, progress=progress)
+    split = columns.pick_split(splits, config.split, name)
+    rows = splits[split]
+    if isinstance(rows, Dataset):
+        rows = rows.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(rows))))
+    if rows.features is None:
+        rows = rows._resolve_features()
+    column = columns.image_column(rows.features, config.image_column, name)
+    rows = rows.select_columns([column]).cast_column(column, Image(decode=False))
+    return StreamingImages(rows, column, config, name, split, default_size)
+
+
+def _encoded(image: dict[str, Any] | None) -> Encoded:
+    """Streams have no row numbers: an image is named by its path, or else by its content, the same in each epoch."""
+    name = (
+        image["path"] or f"image {hashlib.sha256(image['bytes'] or b'').hexdigest()[:12]}" if image else "an empty row"
+    )
+    return encoded(name, image)

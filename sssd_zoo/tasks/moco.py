@@ -1,0 +1,166 @@
+"""MoCo v2: instance discrimination with a momentum encoder and a queue of keys (He et al. 2020; Chen et al. 2020)."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise
+from sssd_zoo.distributed import gather, rank, world_size
+from sssd_zoo.tasks.base import Task
+
+
+class Encoder(nn.Module):
+    """A trunk and MoCo v2's two-layer projector; embeddings [B, dim] of unit length.
+
+    Args:
+        trunk: a timm model built with `num_classes=0`: [B, 3, H, W] to [B, trunk.num_features].
+        dim: length of an embedding.
+    """
+
+    def __init__(self, trunk: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        width = int(trunk.num_features)  # type: ignore[arg-type]
+        self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
+
+    def forward(self, images: Tensor, splits: int = 1) -> Tensor:
+        """Embeds [B, 3, H, W] in `splits` equal parts, each with its own BatchNorm statistics; float32 [B, dim]."""
+        # Whole forward passes over the parts, not a BatchNorm that splits its input: the same numbers, no copies, and
+        # activations that stay in a CPU's cache.
+        embeddings = torch.cat([self.projector(self.trunk(part)) for part in images.chunk(splits)])
+        return F.normalize(embeddings.float(), dim=1)
+
+
+def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """InfoNCE: cross-entropy of each query's own key against the queue (equation 1 of MoCo, arXiv:1911.05722).
+
+    Args:
+        query: float32 [B, dim], unit length.
+        key: float32 [B, dim], unit length, the positives.
+        queue: float32 [K, dim], unit length, the negatives.
+        temperature: > 0.
+
+    Returns:
+        The mean loss, and the share of queries whose own key is the nearest, in 0..1; both scalars.
+    """
+    positive = (query * key).sum(1, keepdim=True)
+    logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
+    target = torch.zeros(len(query), dtype=torch.long, device=query.device)
+    return F.cross_entropy(logits, target), (logits.argmax(1) == 0).float().mean()
+
+
+class MoCo(Task):
+    """MoCo v2 on one or several processes.
+
+    Args:
+        trunk: a timm model with `num_classes=0`.
+        size: side of the views in pixels.
+        mean: of the channels, for normalisation.
+        std: of the channels.
+        dim: length of an embedding.
+        queue_size: keys in the queue (METHOD: 4096 at 32 px, 65536 for ImageNet).
+        momentum: of the key encoder's moving average.
+        temperature: of InfoNCE.
+        symmetric: both views are queries and keys in turn, and the two losses add up, as in MoCo's CIFAR notebook;
+            else the first view is the query and the second the key.
+        splits: into how many parts of equal size BatchNorm's statistics of a GLOBAL batch are split, as if on so many
+            GPUs. The keys are shuffled over the parts, so that a query and its key share no statistics: without that
+            the network can tell the pair by them (section 3.3 of MoCo). A multiple of the number of processes.
+        scale: share of the area that a crop keeps.
+        blur: probability of a Gaussian blur.
+    """
+
+    queue: Tensor
+    pointer: Tensor
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        dim: int = 128,
+        queue_size: int = 4096,
+        momentum: float = 0.99,
+        temperature: float = 0.1,
+        symmetric: bool = True,
+        splits: int = 8,
+        scale: tuple[float, float] = (0.2, 1.0),
+        blur: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
+        self.scale, self.blur = scale, blur
+        self.splits = splits // world_size()
+        self.query_encoder = Encoder(trunk, dim)
+        for layer in self.query_encoder.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                # One update per part: a share of the usual momentum keeps the running statistics' window in steps.
+                layer.momentum = 0.1 / self.splits
+        self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
+
+    def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
+        """Two views, float32 [B, 3, size, size], and the shuffles of the keys, int64 [global batch] each."""
+        views = [
+            normalise(contrastive_view(images, random, self.size, scale=self.scale, blur=self.blur), self.mean, self.std)
+            for _ in range(2)
+        ]
+        return {"views": views, "shuffles": [random.permutation(len(images)) for _ in range(2)]}
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Moves the key encoder: theta_k <- m theta_k + (1 - m) theta_q (equation 2 of MoCo)."""
+        torch._foreach_lerp_(
+            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1 - self.momentum
+        )
+
+    @torch.no_grad()
+    def keys(self, images: Tensor, shuffle: Tensor) -> Tensor:
+        """Embeds the keys of the GLOBAL batch, shuffled over parts and processes, and puts them back in order.
+
+        Args:
+            images: float32 [B, 3, size, size], this process's.
+            shuffle: int64 [B * world], a permutation, the same in every process.
+
+        Returns:
+            Float32 [B * world, dim], in the order of the global batch.
+        """
+        mine = shuffle.chunk(world_size())[rank()].to(images.device)
+        shuffled = gather(images)[mine].contiguous(memory_format=torch.channels_last)
+        embeddings = gather(self.key_encoder(shuffled, self.splits))
+        return embeddings[shuffle.argsort().to(images.device)]
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Writes keys [n, dim] over the oldest in the queue, around its end where n does not divide its length."""
+        keys = keys[-len(self.queue) :]
+        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[places] = keys
+        self.pointer.copy_((self.pointer + len(keys)) % len(self.queue))
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The loss; queues the batch's keys when it trains."""
+        first, second = batch["views"]
+        # The queue changes below, before the backward pass that needs it as it was.
+        queue = self.queue.clone()
+        pairs = [(first, second), (second, first)] if self.symmetric else [(first, second)]
+        losses, hits, new = [], [], []
+        for (query_view, key_view), shuffle in zip(pairs, batch["shuffles"], strict=False):
+            keys = self.keys(key_view, shuffle)
+            query = self.query_encoder(query_view, self.splits)
+            own = keys.chunk(world_size())[rank()]
+            loss, hit = info_nce(query, own, queue, self.temperature)
+            losses.append(loss)
+            hits.append(hit)
+            new.append(keys)
+        if self.training:
+            self.enqueue(torch.cat(new))
+        return {"loss": torch.stack(losses).sum(), "contrast_top1": torch.stack(hits).mean()}

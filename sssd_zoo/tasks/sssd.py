@@ -1,0 +1,110 @@
+"""Self distillation (BYOT) on pseudo, random or true labels: equations 1 to 4 of the SSSD paper."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sssd_zoo.data.augment import BatchRandom, normalise, supervised_view
+from sssd_zoo.tasks.base import Task
+
+
+def self_distillation_loss(
+    logits: Sequence[Tensor],
+    features: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    alpha: float = 0.3,
+    lam: float = 0.003,
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
+    """Equation 4: CE(q_C, y) + (1 - a) sum_i CE(q_i, y) + a sum_i KL(q_C || q_i) + l sum_i ||F_i - F_C||^2.
+
+    The paper leaves open what follows: the KL's target is the teacher q_C, the deepest exit; teacher logits and
+    features are detached there and in the feature term, so that only the students follow; the squared norm is a sum
+    over channels. All terms are means over the batch, so none depends on its size.
+
+    Args:
+        logits: of the exits in order, the deepest last, [B, K] each.
+        features: the pooled vectors that enter the exits' classifiers, [B, D] each.
+        labels: int64 [B] in 0..K-1.
+        alpha: weight a of the KL term.
+        lam: weight l of the feature term.
+        temperature: T of the softmaxes in the KL term, which is then scaled by T^2 (Hinton et al. 2015).
+
+    Returns:
+        Scalars: `loss` and its unweighted parts `ce_teacher`, `ce_students`, `kl`, `feature`.
+    """
+    *student_logits, teacher_logits = [exit_logits.float() for exit_logits in logits]
+    *student_features, teacher_features = [vectors.float() for vectors in features]
+    target = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
+    anchor = teacher_features.detach()
+
+    ce_teacher = F.cross_entropy(teacher_logits, labels)
+    ce_students = torch.stack([F.cross_entropy(student, labels) for student in student_logits]).sum()
+    divergences = [
+        F.kl_div(F.log_softmax(student / temperature, dim=1), target, reduction="batchmean", log_target=True)
+        for student in student_logits
+    ]
+    kl = torch.stack(divergences).sum() * temperature**2
+    feature = torch.stack([(student - anchor).square().sum(1).mean() for student in student_features]).sum()
+    loss = ce_teacher + (1 - alpha) * ce_students + alpha * kl + lam * feature
+    return {
+        "loss": loss,
+        "ce_teacher": ce_teacher.detach(),
+        "ce_students": ce_students.detach(),
+        "kl": kl.detach(),
+        "feature": feature.detach(),
+    }
+
+
+class SelfDistillation(Task):
+    """A multi-exit network that teaches its shallow exits by its deepest.
+
+    Args:
+        model: a network of this package with `output='ensemble'` and one class per label.
+        size: side of the views in pixels.
+        mean: of the channels, for normalisation.
+        std: of the channels.
+        alpha: a of equation 4.
+        lam: lambda of equation 4.
+        temperature: of the KL term.
+        crop: 'pad' or 'resized', see `supervised_view`.
+        scale: share of the area that a 'resized' crop keeps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        alpha: float = 0.3,
+        lam: float = 0.003,
+        temperature: float = 1.0,
+        crop: str = "pad",
+        scale: tuple[float, float] = (0.08, 1.0),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self.alpha, self.lam, self.temperature = alpha, lam, temperature
+        self.crop, self.scale = crop, scale
+
+    def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
+        """One cropped and flipped view, float32 [B, 3, size, size]."""
+        view = supervised_view(images, random, self.size, crop=self.crop, scale=self.scale)
+        return {"images": normalise(view, self.mean, self.std)}
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Equation 4 on a batch, and the share of images whose label each of the deepest exit's answers is."""
+        exits = self.model.forward_exits(batch["images"])  # type: ignore[operator]
+        labels = batch["labels"]
+        parts = self_distillation_loss(
+            exits.logits, exits.features, labels, alpha=self.alpha, lam=self.lam, temperature=self.temperature
+        )
+        parts["label_top1"] = (exits.logits[-1].argmax(1) == labels).float().mean()
+        return parts

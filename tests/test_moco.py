@@ -1,0 +1,187 @@
+"""MoCo against slow manual versions, and its key encoder, queue, shuffle and split statistics for what they are for."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sssd_zoo.data.augment import BatchRandom
+from sssd_zoo.tasks.moco import Encoder, MoCo, info_nce
+
+MEAN, STD = (0.5,) * 3, (0.25,) * 3
+
+
+class Trunk(nn.Module):
+    """A small network with BatchNorm."""
+
+    num_features = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6)
+
+    def forward(self, images):
+        return self.norm(self.conv(images)).relu().mean((2, 3))
+
+
+def make(**kwargs) -> MoCo:
+    torch.manual_seed(0)
+    settings = {"size": 12, "mean": MEAN, "std": STD, "dim": 5, "queue_size": 16, "splits": 2, "symmetric": False}
+    return MoCo(Trunk(), **{**settings, **kwargs})
+
+
+def batch_of(task: MoCo, size: int = 8, step: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randint(0, 256, (size, 3, 12, 12), dtype=torch.uint8, generator=generator)
+    return task.views(images, BatchRandom(0, step))
+
+
+def test_info_nce_equals_loops():
+    torch.manual_seed(1)
+    query, key, queue = (F.normalize(torch.randn(n, 5), dim=1) for n in (4, 4, 7))
+    total, hits = 0.0, 0
+    for q, k in zip(query, key, strict=True):
+        scores = [float(q @ k) / 0.2] + [float(q @ other) / 0.2 for other in queue]
+        exponentials = [torch.tensor(score).exp() for score in scores]
+        total += float(-(exponentials[0] / sum(exponentials)).log())
+        hits += max(scores) == scores[0]
+    loss, top1 = info_nce(query, key, queue, 0.2)
+    assert loss.item() == pytest.approx(total / 4, rel=1e-5)
+    assert top1.item() == hits / 4
+
+
+def test_forward_equals_the_method_step_by_step():
+    task = make()
+    before = copy.deepcopy(task)
+    batch = batch_of(task)
+    out = task(batch)
+    query_view, key_view = batch["views"]
+    queries = torch.cat([before.query_encoder(part) for part in query_view.chunk(2)])
+    shuffle = batch["shuffles"][0]
+    keys = torch.empty(8, 5)
+    for part in shuffle.chunk(2):  # each key with the statistics of its shuffled part
+        keys[part] = before.key_encoder(key_view[part]).detach()
+    expected, _ = info_nce(queries, keys, before.queue, before.temperature)
+    torch.testing.assert_close(out["loss"], expected)
+    torch.testing.assert_close(task.queue[:8], keys)
+    assert torch.equal(task.queue[8:], before.queue[8:])
+
+
+def test_symmetric_loss_is_the_sum_of_both_directions():
+    one, two = make(symmetric=True), make()
+    batch = batch_of(one)
+    mirrored = {"views": batch["views"][::-1], "shuffles": batch["shuffles"][::-1]}
+    expected = copy.deepcopy(two)(batch)["loss"] + copy.deepcopy(two)(mirrored)["loss"]
+    torch.testing.assert_close(one(batch)["loss"], expected)
+    assert one.pointer == 0, "16 keys of 8 images have gone once around the queue"
+
+
+def test_gradients_reach_the_query_encoder_only():
+    task = make(symmetric=True)
+    task(batch_of(task))["loss"].backward()
+    assert all(parameter.grad is not None for parameter in task.query_encoder.parameters())
+    assert all(parameter.grad is None for parameter in task.key_encoder.parameters())
+
+
+def test_key_encoder_is_the_moving_average():
+    task = make(momentum=0.9)
+    with torch.no_grad():
+        for parameter in task.query_encoder.parameters():
+            parameter.add_(1.0)
+    keys = [parameter.clone() for parameter in task.key_encoder.parameters()]
+    task.before_step()
+    for old, new, query in zip(
+        keys, task.key_encoder.parameters(), task.query_encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * query)
+
+
+def test_queue_is_a_ring_also_where_the_batch_does_not_divide_it():
+    task = make(queue_size=10)
+    kept: list[torch.Tensor] = list(task.queue.clone())
+    place = 0
+    for step in range(7):
+        keys = torch.full((4, 5), float(step))
+        task.enqueue(keys)
+        for key in keys:
+            kept[place % 10] = key
+            place += 1
+        torch.testing.assert_close(task.queue, torch.stack(kept))
+        assert task.pointer == place % 10
+
+
+def test_more_keys_than_the_queue_holds():
+    task = make(queue_size=3)
+    task.enqueue(torch.arange(5.0).unsqueeze(1).expand(5, 5))
+    assert sorted(task.queue[:, 0].tolist()) == [2, 3, 4]
+
+
+def test_eval_mode_leaves_the_queue():
+    task = make().eval()
+    before = task.queue.clone()
+    task(batch_of(task))
+    assert torch.equal(task.queue, before)
+
+
+def test_loss_uses_the_queue_from_before_the_batch():
+    task = make()
+    batch = batch_of(task)
+    first = task(batch)["loss"].item()
+    assert task(batch)["loss"].item() > first, "the second time the batch's own keys are among the negatives"
+
+
+def test_each_part_has_statistics_of_its_own():
+    encoder = Encoder(Trunk(), 5).train()
+    images = torch.randn(8, 3, 12, 12)
+    images[4:] += 5
+    split = encoder(images, splits=2)
+    torch.testing.assert_close(split[:4], encoder(images[:4]))
+    assert not torch.allclose(split, encoder(images))
+
+
+def test_shuffle_hides_which_images_share_statistics():
+    """Without a shuffle a key's part is its query's part; with it, the parts mix."""
+    task = make()
+    images = torch.randn(8, 3, 12, 12)
+    images[4:] += 5
+    still = task.keys(images, torch.arange(8))
+    mixed = task.keys(images, torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]))
+    torch.testing.assert_close(still[:4], task.key_encoder(images[:4]))
+    assert not torch.allclose(still, mixed), "the statistics are of other images"
+    whole = make(splits=1)
+    torch.testing.assert_close(whole.keys(images, torch.randperm(8)), whole.keys(images, torch.arange(8)))
+
+
+def test_running_statistics_span_steps_whatever_the_splits():
+    images = torch.randn(64, 3, 12, 12) * 2 + 1
+    one, eight = make(splits=1), make(splits=8)
+    one.query_encoder(images, 1)
+    eight.query_encoder(images, 8)
+    one_mean = one.query_encoder.trunk.norm.running_mean
+    torch.testing.assert_close(eight.query_encoder.trunk.norm.running_mean, one_mean, atol=0.02, rtol=0.1)
+
+
+def test_queue_pointer_and_key_encoder_are_in_the_state():
+    names = make().state_dict().keys()
+    assert {"queue", "pointer", "key_encoder.trunk.conv.weight", "key_encoder.trunk.norm.running_mean"} <= names
+
+
+def test_a_few_steps_learn_to_tell_images_apart():
+    torch.manual_seed(0)
+    task = MoCo(
+        timm.create_model("resnet18", num_classes=0), size=32, mean=MEAN, std=STD, queue_size=64, splits=2, dim=16
+    )
+    optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.05, momentum=0.9)
+    images = torch.randint(0, 256, (64, 3, 1, 1), dtype=torch.uint8).expand(-1, -1, 32, 32).contiguous()
+    losses = []
+    for step in range(12):
+        task.before_step()
+        out = task(task.views(images[step % 2 * 32 :][:32], BatchRandom(0, step)))
+        optimizer.zero_grad()
+        out["loss"].backward()
+        optimizer.step()
+        losses.append(out["loss"].item())
+    assert sum(losses[-3:]) < sum(losses[1:4])
