@@ -28,13 +28,13 @@ _CHUNK = 8192  # rows looked at in one go, so that a check never needs a copy of
 _OPENBLAS_KERNELS = {"AVX512": "SkylakeX", "AVX2": "Haswell"}
 
 
-def _import_faiss() -> Any:
+def import_faiss() -> Any:
     """Imports faiss so that its matrix products use the CPU's vector units.
 
-    The OpenBLAS inside the faiss-cpu wheel is of 2021. On a CPU it does not know (Intel's Ice Lake and AMD's Zen 5 among
-    them) it falls back to SSE3 kernels, and k-means takes four times as long. OPENBLAS_CORETYPE names a kernel; OpenBLAS
-    reads it once, when it is loaded, which is why faiss is not imported at the top of this file. A value of the user's
-    own stands, and ours is taken back so that child processes do not inherit it. Where the program has imported faiss
+    The OpenBLAS inside the faiss-cpu wheel is of 2021. On a CPU it does not know (Intel's Ice Lake and AMD's Zen 5 are
+    two) it falls back to SSE3 kernels, and k-means takes four times as long. OPENBLAS_CORETYPE names a kernel; OpenBLAS
+    reads it once, when it is loaded, which is why faiss is not imported at the top of this file. The user's own value
+    stands, and ours is taken back so that child processes do not inherit it. Where the program has imported faiss
     before, its kernel stays as it is.
     """
     kernel = _OPENBLAS_KERNELS.get(torch.backends.cpu.get_cpu_capability())
@@ -120,7 +120,7 @@ def kmeans(
             row = start + int(bad.argmax())
             raise UserError(f"the features of row {row} hold NaN or infinity; check the network's weights")
 
-    faiss = _import_faiss()
+    faiss = import_faiss()
     best, best_inertia = None, np.inf
     with tqdm(total=redos * iterations, desc="k-means", unit="pass", disable=not progress) as bar:
         for redo in range(redos):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LARGEST_NATURAL = 96  # images up to this side are kept as they are, larger ones are resized to what the caller asks
-CHUNK = 256  # images that a thread decodes at a time
+CHUNK = 64  # images that a thread decodes at a time
 FULL_FINGERPRINT = 200_000  # rows up to which the fingerprint covers all of them
 SAMPLED_FINGERPRINT = 20_000  # rows of larger sets that it covers
 

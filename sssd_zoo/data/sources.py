@@ -159,9 +159,18 @@ def _image_folder(root: Path, files: list[PurePath], folders: list[PurePath]) ->
 
 
 def _parquet(files: Mapping[str, list[str]], origin: Path, streaming: bool) -> Splits:
+    import pyarrow.parquet as pq
     from datasets import load_dataset
 
-    splits: Splits = _load(lambda: load_dataset("parquet", data_files=dict(files), streaming=streaming), origin)
+    def load() -> Any:
+        # Files without rows, which `datasets` cannot read, say nothing.
+        filled = {split: [file for file in paths if pq.read_metadata(file).num_rows] for split, paths in files.items()}
+        filled = {split: paths for split, paths in filled.items() if paths}
+        if not filled:
+            raise UserError(f"{origin} has no rows")
+        return load_dataset("parquet", data_files=filled, streaming=streaming)
+
+    splits: Splits = _load(load, origin)
     return splits
 
 
@@ -230,18 +239,18 @@ def _open_hub(name: str, configuration: str | None, revision: str | None, stream
 
 @contextmanager
 def _quiet(*, bars: bool) -> Iterator[None]:
-    """Silences `datasets` for a while: its log below errors and, unless `bars`, its progress bars."""
+    """Silences `datasets` for a while: its log, which repeats what it raises, and unless `bars` its progress bars."""
     import datasets
 
-    verbosity, enabled = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity_error()
+    verbosity, hidden = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     if not bars:
         datasets.disable_progress_bars()
     try:
         yield
     finally:
         datasets.logging.set_verbosity(verbosity)
-        if not bars and not enabled:
+        if not bars and not hidden:
             datasets.enable_progress_bars()
 
 

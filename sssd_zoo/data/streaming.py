@@ -15,6 +15,7 @@ from torch import Tensor
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import Corrupt, Encoded, decode_batch, encoded, natural_size
 from sssd_zoo.data.loading import CorruptTally, DataConfig, check_config
+from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 
 BUFFER = 4096  # encoded images from which the next one is drawn
@@ -90,10 +91,10 @@ class StreamingImages:
     def _endless(self, seed: int, epoch: int, rank: int, world: int) -> Iterator[Any]:
         from datasets.distributed import split_dataset_by_node
 
-        # The n-th pass of an epoch is drawn like the first, with a seed far from those of other epochs.
         for again in count():
-            rows = self._rows.shuffle(seed=seed + 1_000_003 * again, buffer_size=BUFFER)
-            rows.set_epoch(epoch)
+            # As one number: `set_epoch` gets lost when `datasets` splits by process. Odd factors keep triples apart.
+            mixed = (seed * 0x9E3779B1 + epoch * 0x85EBCA77 + again * 0xC2B2AE3D) % 2**63
+            rows = self._rows.shuffle(seed=mixed, buffer_size=BUFFER)
             row = None
             for row in split_dataset_by_node(rows, rank, world):
                 yield row[self._column]
@@ -116,7 +117,9 @@ def load_streaming(config: DataConfig, *, default_size: int = 224, progress: boo
 
     check_config(config)
     name = sources.short_name(config.data)
-    splits = sources.open_splits(config.data, revision=config.revision, streaming=True, progress=progress)
+    splits = sources.open_splits(
+        config.data, revision=config.revision, streaming=True, progress=progress and rank() == 0
+    )
     split = columns.pick_split(splits, config.split, name)
     rows = splits[split]
     if isinstance(rows, Dataset):

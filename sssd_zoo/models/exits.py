@@ -80,7 +80,7 @@ def bottleneck_layer(
     for i, (chs, next_chs, kernel, step) in enumerate(shapes, start=1):
         conv = nn.Conv2d(chs, next_chs, kernel, stride=step, padding=kernel // 2, bias=False, **dd)
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm does in the trunk
-        layers[f"conv{i}"], layers[f"bn{i}"], layers[f"act{i}"] = conv, norm_layer(next_chs, **dd), act_layer()
+        layers |= {f"conv{i}": conv, f"bn{i}": norm_layer(next_chs, **dd), f"act{i}": act_layer(inplace=True)}
     return nn.Sequential(layers)
 
 

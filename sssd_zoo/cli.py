@@ -1,0 +1,118 @@
+"""The `sssd` command, and the scripts under train/ and eval/, which are its subcommands for `accelerate launch`."""
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from sssd_zoo.errors import UserError
+
+# Subcommand: the dataclass of its arguments in sssd_zoo.config, the function in sssd_zoo.steps, a line for --help.
+COMMANDS = {
+    "fit": ("FitArgs", "fit", "images in, a trained four-exit network and a report out: all steps below in turn"),
+    "pretrain": ("PretrainArgs", "pretrain", "MoCo v2 without labels"),
+    "pseudo-label": ("PseudoLabelArgs", "pseudo_label", "k-means on the pretrained network's features"),
+    "distill": ("DistillArgs", "distill", "a four-exit network that teaches itself on pseudo labels"),
+    "linear": ("LinearArgs", "linear", "linear probes on every exit, and their ensemble"),
+    "knn": ("KNNArgs", "knn", "nearest-neighbour accuracy of every exit"),
+    "models": ("ModelsArgs", "models", "the networks of this package: parameters and multiply-adds of every exit"),
+}
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, with errors of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints `message` on one line and exits with status 2."""
+        fail(f"{message} (see {self.prog} --help)")
+
+
+def fail(message: str) -> NoReturn:
+    """Prints `error: message` on one line of stderr and exits with status 2."""
+    rank = os.environ.get("RANK", "0")
+    print(("" if rank == "0" else f"[process {rank}] ") + "error: " + " ".join(message.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _parser(name: str, prog: str) -> Parser:
+    config = importlib.import_module("sssd_zoo.config")
+    parser = Parser(prog=prog, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it.")
+    parser.add_class_arguments(getattr(config, COMMANDS[name][0]))
+    return parser
+
+
+def start_other_processes() -> list[subprocess.Popen[bytes]]:
+    """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for, and makes this one the first.
+
+    Without MPI, Accelerate's launcher (seen in 1.15) starts a single process for `--cpu`, whatever N, which would then
+    train on alone without a word. It leaves MASTER_PORT in the environment, but no rank; N stands on its command line.
+    Other launchers (torchrun, MPI, Accelerate's own for GPUs) set the ranks themselves and are left alone.
+    """
+    ranked = {"RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys()
+    if ranked or "MASTER_PORT" not in os.environ or "ACCELERATE_USE_CPU" not in os.environ:
+        return []
+    import psutil
+
+    words = [part for word in psutil.Process().parent().cmdline() for part in word.split("=", 1)]
+    names = ("--num_processes", "--num-processes")
+    asked = next((int(value) for name, value in zip(words, words[1:], strict=False) if name in names), 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(asked), "LOCAL_WORLD_SIZE": str(asked), "MASTER_PORT": str(port)}
+    ranks = [{**common, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(asked)]
+    os.environ.update(ranks[0])
+    return [subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **own}) for own in ranks[1:]]
+
+
+def run(name: str, arguments: list[str] | None = None, prog: str | None = None) -> None:
+    """Parses the arguments of one subcommand and runs its step; what a user can mend exits with status 2 and a line.
+
+    Args:
+        name: a key of `COMMANDS`.
+        arguments: without the program's name; by default those of the process.
+        prog: the program's name in its help.
+    """
+    # The package's heavy imports wait until here, so that `sssd --help` answers at once.
+    parser = _parser(name, prog or os.path.basename(sys.argv[0]))
+    values = dict(vars(parser.instantiate(parser.parse_args(arguments))))
+    values.pop("config", None)
+    config = importlib.import_module("sssd_zoo.config")
+    module = importlib.import_module("sssd_zoo.fit" if name == "fit" else "sssd_zoo.steps")
+    step: Any = getattr(module, COMMANDS[name][1])
+    others = start_other_processes()
+    try:
+        step(getattr(config, COMMANDS[name][0])(**values))
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("\nstopped; run the command again to go on from the last checkpoint (scripts: with --resume)", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        for process in others:
+            process.wait()
+
+
+def main() -> None:
+    """Entry point of the `sssd` command."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        run(arguments[0], arguments[1:], prog=f"sssd {arguments[0]}")
+        return
+    if arguments and arguments[0] not in ("-h", "--help"):
+        fail(f"'{arguments[0]}' is no command of sssd; it has {', '.join(COMMANDS)}")
+    width = max(map(len, COMMANDS))
+    print("usage: sssd COMMAND [ARGUMENTS]    (sssd COMMAND --help lists the arguments)\n")
+    print("Self-supervised self distillation: unlabelled images in, a small multi-exit network out.\n")
+    for name, (_, _, line) in COMMANDS.items():
+        print(f"  {name:{width}}  {line}")
+    print("\nQuick start: sssd fit --data FOLDER --out RUN")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,336 @@
+"""`sssd fit`: every step in turn, each skipped when its result is there and its inputs have not changed.
+
+RUN/
+    config.yaml     the arguments as resolved
+    pretrain/       the pretrained trunk, its log, curves and checkpoints
+    labels/         the pseudo labels
+    distill/        the distilled network, with a class per cluster
+    baseline/       the same on random labels, where true ones exist to compare by
+    probe/          accuracy of both, where labels exist
+    model/          what to use: the network (with the probes as heads where labels exist) and its card
+    figures/        PNG
+    report.md       tables and figures; metrics.json holds their numbers
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+
+from sssd_zoo import report
+from sssd_zoo.clustering import PseudoLabels, random_labels
+from sssd_zoo.config import FitArgs, ForwardConfig
+from sssd_zoo.data.loading import DataConfig, ImageData, load_images
+from sssd_zoo.distributed import rank, world_size
+from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, machine, make_accelerator, read_metrics, resolve_precision, tune_cpu
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import read_json, write_json
+from sssd_zoo.hub import save_model_folder
+from sssd_zoo.models import multiply_adds
+from sssd_zoo.steps import (
+    choose_model,
+    choose_size,
+    cluster_features,
+    describe_labels,
+    digest,
+    distill_network,
+    evaluation_data,
+    evaluation_features,
+    knn_features,
+    load_network,
+    network_features,
+    part,
+    pretrain_network,
+    probe_features,
+    put_heads,
+    save_config,
+    storage_default,
+)
+
+
+class Stages:
+    """Runs steps once: a step whose done.json names the same inputs is skipped.
+
+    The inputs of a step are its settings and the inputs of all steps before it, so a change runs it and all after it
+    again, and what does not depend on it stays.
+
+    Args:
+        out: the run folder.
+        inputs: what all steps depend on.
+    """
+
+    def __init__(self, out: Path, inputs: dict[str, Any]) -> None:
+        self.out, self.common = out, inputs
+        self.results: dict[str, dict[str, Any]] = {}
+        self.inputs: dict[str, dict[str, Any]] = {}
+
+    def run(
+        self, name: str, step: Callable[[Path], dict[str, Any]], settings: dict[str, Any], *, after: tuple[str, ...] = (), all_processes: bool = False
+    ) -> dict[str, Any]:
+        """Runs one step, or takes its result as it is.
+
+        Args:
+            name: of the step and its folder.
+            step: does it, into the folder given; its result is kept in done.json.
+            settings: that decide its numbers.
+            after: the steps whose results it reads.
+            all_processes: every process takes part (training); else the main one alone.
+
+        Returns:
+            The step's result and its `seconds`.
+        """
+        folder = self.out / name
+        inputs = {**self.common, **settings}
+        for earlier in after:
+            inputs |= {f"{earlier}.{key}": value for key, value in self.inputs[earlier].items() if key not in self.common}
+        inputs = json.loads(json.dumps(inputs))
+        self.inputs[name] = inputs
+        done = folder / "done.json"
+        started = folder / "inputs.json"
+        before = read_json(started) if started.exists() else None
+        barrier()
+        if before is not None and before != inputs:
+            changed = sorted(key for key in before.keys() | inputs.keys() if before.get(key) != inputs.get(key))
+            if rank() == 0:
+                print(f"[{name}] {', '.join(changed[:5])} changed: done again")
+                shutil.rmtree(folder)
+        elif done.exists():
+            say(f"[{name}] done before")
+            self.results[name] = read_json(done)
+            return self.results[name]
+        say(f"[{name}] -> {folder}")
+        if rank() == 0:
+            write_json(started, inputs)
+        barrier()
+        began = time.perf_counter()
+        result = step(folder) if all_processes or rank() == 0 else {}
+        barrier()
+        if rank() == 0:
+            write_json(done, {"seconds": round(time.perf_counter() - began, 1), **result})
+        barrier()
+        self.results[name] = read_json(done)
+        return self.results[name]
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def say(text: str) -> None:
+    """Prints on the main process."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def fit(args: FitArgs) -> None:
+    """`sssd fit`."""
+    tune_cpu()
+    began = time.perf_counter()
+    runtime = part(args, RuntimeConfig)
+    processes = make_accelerator(runtime).num_processes
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    config = part(args, DataConfig)
+    data = load_images(config, default_size=storage_default(args.image_size), progress=rank() == 0)
+    size = choose_size(data, args.image_size)
+    arch = choose_model(args.model, size)
+    # Everything that would fail an hour in fails now.
+    for optim in (args.pretrain, args.distill):
+        check(optim, processes, len(data))
+    if not 2 <= args.cluster.k <= len(data):
+        raise UserError(f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images")
+    labelled = data.labels is not None
+    evaluation = None
+    if labelled:
+        evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed)
+    if rank() == 0:
+        save_config(out, args)
+    say(
+        f"{len(data)} images of {data.name}, {'labelled for evaluation' if labelled else 'without labels'}; {arch} at {size} px, "
+        f"{resolve_precision(runtime.precision, runtime.device)}, {processes} processes x {torch.get_num_threads()} threads"
+    )
+
+    forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
+    stages = Stages(
+        out,
+        {
+            "data": data.fingerprint,
+            "images": len(data),
+            "storage_size": data.size,
+            "arch": arch,
+            "image_size": size,
+            "seed": runtime.seed,
+            "precision": resolve_precision(runtime.precision, runtime.device),
+            "processes": processes,
+        },
+    )
+    stages.run(
+        "pretrain",
+        lambda folder: pretrain_network(data, args.pretrain, runtime, arch=arch, size=size, out=folder),
+        asdict(args.pretrain),
+        all_processes=True,
+    )
+
+    def label(folder: Path) -> dict[str, Any]:
+        trunk = load_network(str(out / "pretrain"), num_classes=0)
+        features = network_features(trunk, data, forward)[-1].numpy()
+        found = cluster_features(features, data, args.cluster, model=str(out / "pretrain"), seed=runtime.seed, out=folder)
+        print(describe_labels(found, folder))
+        return {"k": found.meta["k"]}
+
+    stages.run("labels", label, asdict(args.cluster), after=("pretrain",))
+    pseudo = PseudoLabels.load(out / "labels")
+    pseudo.check(data.fingerprint)
+
+    def distill_on(labels: np.ndarray[Any, np.dtype[np.int64]], title: str) -> Callable[[Path], dict[str, Any]]:
+        return lambda folder: distill_network(
+            data, labels, args.distill, runtime, arch=arch, size=size, out=folder, labels_digest=digest(labels), title=title
+        )
+
+    labels = pseudo.labels_of(data.rows)
+    stages.run("distill", distill_on(labels, "self distillation"), asdict(args.distill), after=("labels",), all_processes=True)
+    networks = {"SSSD": "distill"}
+    if labelled and args.baseline:
+        random = random_labels(len(data), args.cluster.k, runtime.seed)
+        settings = {**asdict(args.distill), "labels": f"random, K = {args.cluster.k}"}
+        stages.run("baseline", distill_on(random, "random labels"), settings, all_processes=True)
+        networks["random labels"] = "baseline"
+
+    def measure(folder: Path) -> dict[str, Any]:
+        assert evaluation is not None
+        accuracy = []
+        for title, name in networks.items():
+            print(f"linear probes: {title}")
+            network = load_network(str(out / name))
+            probe = probe_features(evaluation_features(network, evaluation, forward), args.probe, runtime.seed)
+            accuracy.append({"name": title, "exits": probe.exits, "ensemble": probe.ensemble})
+            if name == "distill":
+                put_heads(network, probe)
+                save_model_folder(folder / "network", network, arch=arch, label_names=data.class_names, input_size=size)
+        trunk = load_network(str(out / "pretrain"))
+        pretext = evaluation_features(trunk, evaluation, forward)
+        neighbours = min(200, len(pretext.train_y))
+        return {
+            "accuracy": accuracy,
+            "knn": {f"pretext, k = {neighbours}": knn_features(pretext, neighbours, 0.1)[-1]},
+            "pretext_linear": probe_features(pretext, args.probe, runtime.seed).exits[-1],
+            "test": evaluation.words,
+            "test_images": len(evaluation.test_positions),
+        }
+
+    if labelled:
+        settings = {**asdict(args.probe), "networks": list(networks), "test": evaluation.test.fingerprint if evaluation else None}
+        stages.run("probe", measure, settings, after=tuple(networks.values()))
+    if rank() == 0:
+        finish(args, data, pseudo, stages, networks, arch=arch, size=size)
+        report_words = out / "report.md"
+        print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report_words}")
+        print(f"Network: {out / 'model'}; import sssd_zoo, then timm.create_model('local-dir:{out / 'model'}', pretrained=True)")
+    barrier()
+
+
+def finish(
+    args: FitArgs,
+    data: ImageData,
+    pseudo: PseudoLabels,
+    stages: Stages,
+    networks: dict[str, str],
+    *,
+    arch: str,
+    size: int,
+) -> None:
+    """Writes the figures, the report, metrics.json and the model folder."""
+    out = stages.out
+    probe = stages.results.get("probe", {})
+    titles = {"pretrain": "MoCo v2", "distill": "self distillation", "baseline": "random labels"}
+    trained = {title: name for name, title in titles.items() if name in stages.results}
+    network = load_network(str(out / "probe" / "network" if probe else out / "distill"))
+    macs = multiply_adds(network, (3, size, size))  # type: ignore[arg-type]
+
+    figures = {}
+    report.loss_curves({title: read_metrics(out / name / "metrics.jsonl") for title, name in trained.items()}, out / "figures/curves.png")
+    figures["figures/curves.png"] = "Losses and learning rates."
+    report.cluster_sizes(pseudo.meta["sizes"], out / "figures/cluster_sizes.png")
+    figures["figures/cluster_sizes.png"] = "Images per cluster."
+    images, rows = sheet(data, pseudo)
+    report.cluster_sheet(images, rows, out / "figures/clusters.png")
+    figures["figures/clusters.png"] = "The images nearest to the centres of some clusters."
+    if probe:
+        report.accuracy_cost(probe["accuracy"], macs, out / "figures/accuracy.png")
+        figures["figures/accuracy.png"] = "Accuracy against cost, exit by exit."
+
+    where = machine()
+    results: report.Results = {
+        "model": arch,
+        "image_size": size,
+        "data": data.name,
+        "split": data.split,
+        "images": len(data),
+        "corrupt": len(data.corrupt),
+        "fingerprint": data.fingerprint,
+        "seed": args.seed,
+        "machine": f"{where['device']}, {where['processes']} processes x {where['threads']} threads, torch {where['torch']}, {stages.common['precision']}",
+        "k_asked": args.cluster.k,
+        "sizes": pseudo.meta["sizes"],
+        "quality": pseudo.meta["quality"],
+        "macs": macs,
+        "times": [{"step": name, "seconds": result["seconds"]} for name, result in stages.results.items()],
+        "figures": figures,
+    }
+    if probe:
+        results["test"], results["test_images"] = probe["test"], probe["test_images"]
+        results["classes"] = len(data.class_names or [])
+        results["accuracy"], results["knn"] = probe["accuracy"], probe["knn"]
+    report.write_report(out / "report.md", results)
+    write_json(out / "metrics.json", results)
+    measured = {}
+    if probe:
+        ours = probe["accuracy"][0]
+        measured = {str(number): value for number, value in enumerate(ours["exits"], start=1)}
+        measured["ensemble"] = ours["ensemble"]
+    save_model_folder(
+        out / "model",
+        network,
+        arch=arch,
+        input_size=size,
+        label_names=data.class_names if probe else [f"cluster {number}" for number in range(len(pseudo.meta["sizes"]))],
+        metrics=measured,
+        card_context=results,
+    )
+
+
+def sheet(data: ImageData, pseudo: PseudoLabels, clusters: int = 12, columns: int = 12) -> tuple[Any, list[str]]:
+    """The images nearest to the centres of some clusters, from the largest cluster to the smallest.
+
+    Returns:
+        Uint8 [clusters, columns, 3, S, S], filled up with white, and a title for each cluster.
+    """
+    sizes = np.array(pseudo.meta["sizes"])
+    order = np.argsort(-sizes, kind="stable")
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(clusters, len(order))).round().astype(int))]
+    labels = pseudo.labels_of(data.rows)
+    position_of = {row: position for position, row in enumerate(data.rows)}
+    images = np.full((len(chosen), columns, 3, data.size, data.size), 255, dtype=np.uint8)
+    titles = []
+    for place, cluster in enumerate(chosen):
+        members = np.flatnonzero(pseudo.labels == cluster)
+        nearest = pseudo.rows[members[np.argsort(pseudo.distances[members], kind="stable")]]
+        positions = [position_of[row] for row in nearest if row in position_of][:columns]
+        images[place, : len(positions)] = data.gather(torch.tensor(positions)).numpy()
+        title = f"cluster {cluster}: {sizes[cluster]} images"
+        if data.labels is not None and data.class_names is not None:
+            truth = np.bincount(data.labels[labels == cluster], minlength=len(data.class_names))
+            title += f", {100 * truth.max() / max(1, truth.sum()):.0f} % {data.class_names[int(truth.argmax())]}"
+        titles.append(title)
+    return images, titles

@@ -1,0 +1,189 @@
+"""Networks as folders that timm loads: weights, config.json and a model card.
+
+A folder FOLDER is loaded by `import sssd_zoo; timm.create_model("local-dir:FOLDER", pretrained=True)`, truncated by
+`output=2` and the like. Weights are safetensors in float32; nothing is pickled.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors.torch import save
+from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writes the weights too
+from torch import nn
+
+from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.report import Results, describe, table
+
+TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]
+
+
+def save_network(
+    folder: str | Path,
+    model: nn.Module,
+    arch: str,
+    *,
+    input_size: int | None = None,
+    label_names: Sequence[str] | None = None,
+) -> None:
+    """Writes model.safetensors and config.json into a folder that may hold other things; then timm loads it.
+
+    Args:
+        folder: made if it is not there. An older network in it is replaced.
+        model: made by `timm.create_model`, which noted its arguments; not wrapped or compiled.
+        arch: its timm name.
+        input_size: side of the images that it was trained on, in pixels; by default that of its `pretrained_cfg`, whose
+            mean and standard deviation are written too.
+        label_names: of the classes, in their order, where they have names.
+
+    Raises:
+        UserError: if the disk is full or not writable.
+    """
+    folder = Path(folder)
+    config = network_config(model, arch, input_size=input_size, label_names=label_names)
+    # config.json is what makes the folder a network: it goes first and comes last, so that it never describes others.
+    with disk_errors(folder):
+        (folder / "config.json").unlink(missing_ok=True)
+    atomic_write_bytes(folder / "model.safetensors", network_weights(model))
+    write_json(folder / "config.json", config)
+
+
+def save_model_folder(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    arch: str,
+    input_size: int | None = None,
+    label_names: Sequence[str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    card_context: Results | None = None,
+) -> None:
+    """Writes a network with its card: model.safetensors, config.json and README.md, all of them or nothing.
+
+    Args:
+        folder: replaced if it is there.
+        model: see `save_network`.
+        arch: see `save_network`.
+        input_size: see `save_network`.
+        label_names: see `save_network`.
+        metrics: linear-probe accuracies of this network in percent, of the exits '1' to '4' and the 'ensemble'; those
+            missing are left out of the card.
+        card_context: what else was measured; `accuracy` rows after the first are shown beside the network's own.
+
+    Raises:
+        UserError: if the disk is full or not writable.
+    """
+    with atomic_dir(folder) as temporary:
+        save_network(temporary, model, arch, input_size=input_size, label_names=label_names)
+        config = read_json(temporary / "config.json")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        card = model_card(config, parameters=parameters, metrics=metrics or {}, context=card_context or {})
+        atomic_write_text(temporary / "README.md", card)
+
+
+def network_weights(model: nn.Module) -> bytes:
+    """A network's state as safetensors, floating-point tensors in float32."""
+    tensors = {
+        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    return save(tensors, metadata={"format": "pt"})
+
+
+def network_config(
+    model: nn.Module, arch: str, *, input_size: int | None = None, label_names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What config.json says: timm's architecture, arguments and preprocessing; see `save_network`."""
+    extra: dict[str, Any] = {"pretrained_cfg": {"architecture": arch}}
+    if label_names is not None:
+        extra["label_names"] = list(label_names)
+    # The probes see whole images, resized, so timm's transform is to crop nothing off.
+    data_config: dict[str, Any] = {"crop_pct": 1.0}
+    if input_size is not None:
+        data_config["img_size"] = input_size
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "config.json"
+        save_config_for_hf(model, str(path), model_config=extra, data_config=data_config)
+        config: dict[str, Any] = read_json(path)
+    # These tell of the weights that the network's default configuration is about, not of the ones saved.
+    for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"):
+        config["pretrained_cfg"].pop(name, None)
+    return config
+
+
+def model_card(config: Mapping[str, Any], *, parameters: int, metrics: Mapping[str, float], context: Results) -> str:
+    """The text of a model card, made offline.
+
+    Args:
+        config: as `network_config` gives it.
+        parameters: of the network.
+        metrics: see `save_model_folder`.
+        context: see `save_model_folder`.
+    """
+    context = context.copy()
+    if "data" in context and Path(context["data"]).exists():
+        context["data"] = Path(context["data"]).resolve().name  # a folder's path means nothing elsewhere
+    arch, classes = config["architecture"], config["num_classes"]
+    title = f"{arch} on {context['data']}" if "data" in context else arch
+    data = ModelCardData(
+        library_name="timm",
+        pipeline_tag="image-classification" if classes else "image-feature-extraction",
+        tags=TAGS,
+        model_name=title,
+        eval_results=_eval_results(metrics, context),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=files("sssd_zoo").joinpath("model_card.md.jinja").read_text(encoding="utf-8"),
+        title=title,
+        arch=arch,
+        parameters=parameters,
+        input_size=config["pretrained_cfg"]["input_size"],
+        num_classes=classes,
+        label_names=config.get("label_names"),
+        answers=_answers(metrics, context),
+        probed=bool(metrics),
+        facts=describe(context),
+    )
+    return str(card).rstrip() + "\n"
+
+
+def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalResult] | None:
+    """The card's model-index, for which the Hub wants a data set's name."""
+    if not metrics or "data" not in context:
+        return None
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=context["data"],
+            dataset_name=context["data"],
+            metric_type="accuracy",
+            metric_name=f"linear-probe accuracy, {_answer(name)} (%)",
+            metric_value=round(value, 2),
+        )
+        for name, value in metrics.items()
+    ]
+
+
+def _answers(metrics: Mapping[str, float], context: Results) -> str:
+    """A Markdown table of the exits' accuracies and costs, '' if neither was measured."""
+    macs = context.get("macs", {})
+    names = [name for name in ("1", "2", "3", "4", "ensemble") if name in metrics or name in macs]
+    columns: dict[str, list[str]] = {"answer of": [_answer(name) for name in names]}
+    if metrics:
+        columns["accuracy (%)"] = [f"{metrics[name]:.2f}" if name in metrics else "" for name in names]
+        for row in context.get("accuracy", [])[1:]:
+            theirs = dict(zip(("1", "2", "3", "4", "ensemble"), [*row["exits"], row["ensemble"]], strict=True))
+            columns[f"{row['name']} (%)"] = [f"{theirs[name]:.2f}" for name in names]
+    if macs:
+        columns["multiply-adds for one image"] = [
+            f"{macs[name] / 1e6:,.1f} M" if name in macs else "" for name in names
+        ]
+    return "\n".join(table(list(columns), list(zip(*columns.values(), strict=True)))) if names else ""
+
+
+def _answer(name: str) -> str:
+    return name if name == "ensemble" else f"exit {name}"

@@ -1,0 +1,379 @@
+"""The report of a run: tables in Markdown, and figures from plain arrays and dictionaries.
+
+Everything works without true labels: what was not measured is left out, and the report says why there is no accuracy.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
+INK, FAINT = "#1f2937", "#6b7280"
+STYLE: Any = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e7eb",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "text.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+}
+EXITS = ("1", "2", "3", "4")
+
+
+class AccuracyRow(TypedDict):
+    """Accuracies in percent of one network: of its four exits in order, and of their ensemble."""
+
+    name: str
+    exits: Sequence[float]
+    ensemble: float
+
+
+class Timing(TypedDict):
+    """Seconds that one step took; `note` says what they bought or that the step was skipped."""
+
+    step: str
+    seconds: float
+    note: NotRequired[str]
+
+
+class Results(TypedDict, total=False):
+    """What a run found; every key may be missing, and what is missing is not reported.
+
+    Attributes:
+        model: timm name of the network.
+        image_size: side of its images in pixels.
+        data: name of the training data.
+        split: of it.
+        images: number of training images.
+        corrupt: number of images skipped because they could not be read.
+        fingerprint: of the training data.
+        test: what the accuracies were measured on, in words.
+        test_images: number of those.
+        classes: number of true classes.
+        seed: of the run.
+        machine: what it ran on, in words.
+        k_asked: clusters asked for.
+        sizes: images per cluster.
+        quality: of the pseudo labels against the true ones: 'nmi' and 'ari' and 'purity', in 0..1.
+        accuracy: linear-probe accuracies; the first row is the network itself, the second what it is compared with.
+        knn: weighted kNN accuracy in percent, by the features' name.
+        macs: multiply-adds for one image at the exits '1' to '4' and for the 'ensemble'.
+        times: of the steps.
+        figures: file names beside the report and their captions.
+    """
+
+    model: str
+    image_size: int
+    data: str
+    split: str
+    images: int
+    corrupt: int
+    fingerprint: str
+    test: str
+    test_images: int
+    classes: int
+    seed: int
+    machine: str
+    k_asked: int
+    sizes: Sequence[int]
+    quality: Mapping[str, float] | None
+    accuracy: Sequence[AccuracyRow]
+    knn: Mapping[str, float]
+    macs: Mapping[str, int]
+    times: Sequence[Timing]
+    figures: Mapping[str, str]
+
+
+@mpl.rc_context(STYLE)
+def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
+    """Draws the loss, its parts, shares and learning rate of each stage, over the epochs.
+
+    Args:
+        metrics: by the stage's title, the lines of its metrics.jsonl: `epoch`, `loss`, `lr`; any `*_top1` is drawn as a
+            share in percent, and the other names but `step` and `images_per_second` as parts of the loss.
+        path: PNG to write.
+    """
+    stages = {title: lines for title, lines in metrics.items() if lines}
+    columns = max(1, len(stages))
+    figure = Figure(figsize=(max(5.2, 4.0 * columns), 5.2), layout="constrained")
+    panels = figure.subplots(3, columns, sharex="col", squeeze=False, height_ratios=(4, 1.4, 1))
+    for (losses, shares, rates), (title, lines) in zip(panels.T, stages.items(), strict=False):
+        epochs = [line["epoch"] for line in lines]
+        values = {name: np.array([line[name] for line in lines]) for name in lines[0]}
+        parts = [name for name in values if name not in ("step", "epoch", "lr", "images_per_second")]
+        top1 = [name for name in parts if name.endswith("_top1")]
+        parts = [name for name in parts if name not in top1]
+
+        for name, colour in zip(parts, _colours(), strict=False):
+            _curve(losses, epochs, values[name], colour, name, width=2 if name == "loss" else 1.3)
+        medians = [abs(np.median(values[name])) for name in parts]
+        if max(medians) > 10 * min(medians) > 0:
+            losses.set_yscale("log")
+        losses.set_title(title)
+        losses.legend(fontsize=8, ncols=2 if len(parts) > 3 else 1)
+
+        for name, colour in zip(top1, _colours(start=5), strict=False):
+            _curve(shares, epochs, 100 * values[name], colour, name, width=2)
+        if top1:
+            shares.legend(fontsize=8)
+            shares.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+            shares.set_ylim(bottom=0)
+        else:
+            shares.set_visible(False)
+
+        _curve(rates, epochs, values["lr"], FAINT, "lr", width=1.4)
+        rates.set(xlabel="epoch", xlim=(0, None), ylim=(0, None))
+        rates.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    for panel, name in zip(panels[:, 0], ("loss", "share", "lr"), strict=True):
+        panel.set_ylabel(name)
+    _save(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def cluster_sizes(sizes: Sequence[int], path: str | Path) -> None:
+    """Draws how many images each cluster holds, largest first, and the histogram of that.
+
+    Args:
+        sizes: images per cluster, K numbers.
+        path: PNG to write.
+    """
+    ordered = np.sort(np.asarray(sizes))[::-1]
+    figure = Figure(figsize=(8, 2.9), layout="constrained")
+    bars, histogram = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    bars.fill_between(np.arange(len(ordered) + 1), [*ordered, ordered[-1]], step="post", color=COLOURS[0], lw=0)
+    bars.axhline(ordered.mean(), color=INK, lw=1, ls="--")
+    label = f"mean {ordered.mean():.1f}"
+    bars.annotate(label, (1, ordered.mean()), (0, 3), ("axes fraction", "data"), "offset points", ha="right")
+    spread = f"{ordered[-1]:,} to {ordered[0]:,} each, median {np.median(ordered):,.0f}"
+    bars.set(title=f"{ordered.sum():,} images in {len(ordered):,} clusters: {spread}")
+    bars.set(xlabel="clusters, largest first", ylabel="images", xlim=(0, len(ordered)), ylim=(0, None))
+    bins = np.linspace(ordered[-1] - 0.5, ordered[0] + 0.5, min(30, ordered[0] - ordered[-1] + 1) + 1)
+    histogram.hist(ordered, bins=bins, color=COLOURS[0], edgecolor="white", lw=0.5)
+    histogram.set(xlabel="images in a cluster", ylabel="clusters")
+    for axis in (bars.xaxis, bars.yaxis, histogram.xaxis, histogram.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    _save(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def accuracy_cost(rows: Sequence[AccuracyRow], macs: Mapping[str, int], path: str | Path) -> None:
+    """Draws each network's accuracy against its cost: a point per exit, a star for the ensemble.
+
+    Args:
+        rows: at least one network's accuracies in percent.
+        macs: multiply-adds for one image at the exits '1' to '4' and for the 'ensemble', the same for all rows.
+        path: PNG to write.
+    """
+    unit, scale = ("billion", 1e9) if macs["ensemble"] >= 1e9 else ("million", 1e6)
+    costs, full = [macs[exit_name] / scale for exit_name in EXITS], macs["ensemble"] / scale
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    best = max(rows, key=lambda row: row["ensemble"])["name"]
+    for row, colour in zip(rows, [COLOURS[0], FAINT, *COLOURS[1:]], strict=False):
+        label: dict[str, Any] = {"textcoords": "offset points", "color": colour, "fontsize": 8, "va": "center"}
+        offset = 10 if row["name"] == best else -10
+        axes.plot(costs, row["exits"], color=colour, marker="o", label=row["name"])
+        axes.plot(full, row["ensemble"], color=colour, marker="*", ms=11, ls="none")
+        for x, value in zip(costs, row["exits"], strict=True):
+            axes.annotate(f"{value:.1f}", (x, value), (0, offset), ha="center", **label)
+        axes.annotate(f"{row['ensemble']:.1f}", (full, row["ensemble"]), (9, 0), ha="left", **label)
+    for x, name in zip([*costs, full], [*(f"exit {name}" for name in EXITS), "ensemble"], strict=True):
+        # The ensemble stands just right of exit 4.
+        side = {"exit 4": "right", "ensemble": "left"}.get(name, "center")
+        axes.axvline(x, color=FAINT, lw=0.7, ls=":", zorder=0)
+        axes.annotate(name, (x, 1), (0, 2), ("data", "axes fraction"), "offset points", ha=side, fontsize=8)
+    axes.set_xlabel(f"multiply-adds for one image ({unit})")
+    axes.set_ylabel("accuracy (%)")
+    axes.margins(y=0.15)
+    axes.set_xlim(0, 1.13 * full)
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="best")
+    _save(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def cluster_sheet(images: np.ndarray[Any, np.dtype[np.uint8]], titles: Sequence[str], path: str | Path) -> None:
+    """Draws images cluster by cluster, a row each.
+
+    Args:
+        images: uint8 [R, C, 3, S, S], C images of each of R clusters; fill a small cluster up with white.
+        titles: of the R rows.
+        path: PNG to write.
+    """
+    rows, columns, _, side, _ = images.shape
+    gap = max(1, side // 16)
+    sheet = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
+    for row in range(rows):
+        for column in range(columns):
+            top, left = row * (side + gap), column * (side + gap)
+            sheet[top : top + side, left : left + side] = images[row, column].transpose(1, 2, 0)
+    tile = 0.5  # inches
+    figure = Figure(figsize=(tile * columns + 1.7, tile * rows + 0.2), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(sheet, interpolation="nearest" if side < 75 else "antialiased")
+    axes.set_yticks([row * (side + gap) + side / 2 for row in range(rows)], titles, fontsize=8, color=INK)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+def write_report(path: str | Path, results: Results) -> None:
+    """Writes the report of a run as Markdown.
+
+    Args:
+        path: file to write; the figures that `results` names lie beside it.
+        results: what was measured.
+    """
+    head = ["# Self-supervised self distillation: report", "", *(f"- {fact}" for fact in describe(results)), ""]
+    atomic_write_text(path, "\n".join([*head, *_accuracy(results), *_clusters(results), *_times(results)]))
+
+
+def describe(results: Results) -> list[str]:
+    """Facts of a run but its figures, each a line of Markdown."""
+    facts = []
+    if "data" in results:
+        fact = f"**Data**: `{results['data']}`"
+        fact += f", split `{results['split']}`" if "split" in results else ""
+        fact += f", {results['images']:,} images" if "images" in results else ""
+        fact += f" ({results['corrupt']:,} more were corrupt and left out)" if results.get("corrupt") else ""
+        facts.append(fact)
+    if "test" in results:
+        fact = f"**Measured on**: {results['test']}"
+        fact += f", {results['test_images']:,} images" if "test_images" in results else ""
+        fact += f" of {results['classes']:,} classes" if "classes" in results else ""
+        facts.append(fact)
+    if "model" in results:
+        size = f" at {results['image_size']} px" if "image_size" in results else ""
+        facts.append(f"**Network**: `{results['model']}`{size}")
+    if "sizes" in results:
+        asked = f" (K = {results['k_asked']:,} asked for)" if "k_asked" in results else ""
+        facts.append(f"**Pseudo labels**: {len(results['sizes']):,} clusters{asked}")
+        names = {"nmi": "NMI", "ari": "ARI", "purity": "purity"}
+        quality = results.get("quality") or {}
+        measured = [f"{name} {quality[key]:.3f}" for key, name in names.items() if key in quality]
+        facts[-1] += f"; against the true labels: {', '.join(measured)}" if measured else ""
+    if "seed" in results:
+        facts.append(f"**Seed**: {results['seed']}")
+    if "machine" in results:
+        facts.append(f"**Machine**: {results['machine']}")
+    if "fingerprint" in results:
+        facts.append(f"**Data fingerprint**: `{results['fingerprint'][:16]}`")
+    return facts
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, numbers to the right of the first column."""
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+def _accuracy(results: Results) -> list[str]:
+    lines = ["## Accuracy", ""]
+    if rows := results.get("accuracy"):
+        lines += [
+            "Linear-probe accuracy in percent: a linear layer per exit, trained on the true labels with the network "
+            "frozen; the ensemble is the mean of the exits' softmax outputs.",
+            "",
+        ]
+        numbers = [[*row["exits"], row["ensemble"]] for row in rows]
+        cells = [[row["name"], *(f"{value:.2f}" for value in own)] for row, own in zip(rows, numbers, strict=True)]
+        for row, theirs in list(zip(rows, numbers, strict=True))[1:]:
+            leads = [f"{ours - other:+.2f}" for ours, other in zip(numbers[0], theirs, strict=True)]
+            cells.append([f"{rows[0]['name']} over {row['name']}", *leads])
+        lines += [*table(["", "exit 1", "exit 2", "exit 3", "exit 4", "ensemble"], cells), ""]
+    else:
+        lines += ["Not measured: that needs true labels, and the data have none.", ""]
+    if knn := results.get("knn"):
+        lines += [*table(["weighted kNN of", "accuracy (%)"], [[name, f"{x:.2f}"] for name, x in knn.items()]), ""]
+    if macs := results.get("macs"):
+        cells = [
+            [name if name == "ensemble" else f"exit {name}", f"{cost / 1e6:,.1f} M", f"{cost / macs['4']:.0%}"]
+            for name, cost in macs.items()
+        ]
+        lines += [*table(["answer of", "multiply-adds for one image", "of exit 4's"], cells), ""]
+    return [*lines, *_figures(results, "accuracy")]
+
+
+def _clusters(results: Results) -> list[str]:
+    if "sizes" not in results:
+        return []
+    sizes = np.asarray(results["sizes"])
+    cells = [["clusters asked for (K)", f"{results['k_asked']:,}"]] if "k_asked" in results else []
+    cells.append(["clusters with images", f"{len(sizes):,}"])
+    cells.append(["smallest, median, largest", f"{sizes.min():,}, {np.median(sizes):,.0f}, {sizes.max():,}"])
+    names = {"nmi": "normalised mutual information", "ari": "adjusted Rand index", "purity": "purity"}
+    quality = results.get("quality") or {}
+    cells += [[f"{name} with the true labels", f"{quality[key]:.3f}"] for key, name in names.items() if key in quality]
+    return ["## Pseudo labels", "", *table(["", ""], cells), "", *_figures(results, "cluster")]
+
+
+def _times(results: Results) -> list[str]:
+    lines = _figures(results, "")
+    if times := results.get("times"):
+        cells = [[entry["step"], _duration(entry["seconds"]), entry.get("note", "")] for entry in times]
+        cells.append(["all", _duration(sum(entry["seconds"] for entry in times)), ""])
+        lines += [*table(["step", "time", ""], cells), ""]
+    return ["## Training", "", *lines] if lines else []
+
+
+def _figures(results: Results, kind: str) -> list[str]:
+    """The figures whose file name begins with `kind`; '' takes those of no other section."""
+    chosen = {
+        name: caption
+        for name, caption in results.get("figures", {}).items()
+        if (name.startswith(kind) if kind else not name.startswith(("accuracy", "cluster")))
+    }
+    return [line for name, caption in chosen.items() for line in (f"![{caption}]({name})", "", f"*{caption}*", "")]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"
+
+
+def _colours(start: int = 0) -> Iterator[str]:
+    return islice(cycle(COLOURS), start, None)
+
+
+def _curve(
+    axes: Axes, x: Sequence[float], y: np.ndarray[Any, np.dtype[np.float64]], colour: str, name: str, *, width: float
+) -> None:
+    """A line; a long and noisy one as its running mean over a fiftieth, faintly on itself."""
+    window = len(y) // 50
+    smooth = y
+    if window > 1 and name != "lr":
+        axes.plot(x, y, color=colour, alpha=0.2, lw=0.8)
+        padded = np.pad(y, (window // 2, window - 1 - window // 2), mode="edge")
+        smooth = np.convolve(padded, np.full(window, 1 / window), mode="valid")
+    dot = "o" if len(y) == 1 else None
+    axes.plot(x, smooth, color=colour, label=name.replace("_", " "), lw=width, zorder=1 + width, marker=dot)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=STYLE["figure.dpi"], bbox_inches="tight", pad_inches=0.08)
+    atomic_write_bytes(path, file.getvalue())

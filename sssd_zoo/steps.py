@@ -1,0 +1,676 @@
+"""The single steps of the pipeline as functions of their arguments; `sssd_zoo.fit` chains them.
+
+Data flows one way: data -> tasks over models -> engine -> clustering -> tasks -> engine -> probes. Each step reads and
+writes folders only, so each can be run, resumed and replaced on its own.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import timm
+import torch
+import yaml
+from torch import Tensor, nn
+
+import sssd_zoo  # noqa: F401  registers the models with timm
+from sssd_zoo import report
+from sssd_zoo.clustering import PseudoLabels, kmeans, normalise, random_labels
+from sssd_zoo.config import (
+    ClusterConfig,
+    DistillArgs,
+    ForwardConfig,
+    KNNArgs,
+    LinearArgs,
+    MoCoConfig,
+    ModelsArgs,
+    PretrainArgs,
+    ProbeConfig,
+    PseudoLabelArgs,
+    SelfDistillationConfig,
+)
+from sssd_zoo.data.loading import DataConfig, GlobalBatches, ImageData, load_images
+from sssd_zoo.data.sources import open_splits
+from sssd_zoo.data.streaming import StreamingImages, load_streaming
+from sssd_zoo.distributed import rank, world_size
+from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, read_metrics, resolve_precision, train, tune_cpu
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import atomic_write_text, write_json
+from sssd_zoo.hub import save_network
+from sssd_zoo.models import multiply_adds
+from sssd_zoo.probe import Probe, extract_features, linear_probe
+from sssd_zoo.probe import knn as knn_accuracy
+from sssd_zoo.tasks import MoCo, SelfDistillation, Task
+
+Config = TypeVar("Config")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def part(config: Any, kind: type[Config]) -> Config:
+    """The fields of the dataclass `kind` out of a configuration that inherits from it."""
+    return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+class EpochLoader:
+    """Feeds the engine from a data set whose rows have numbers, each process its part of every global batch.
+
+    Args:
+        data: the images.
+        batch_size: images per step, over all processes.
+        seed: of the order.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, seed: int) -> None:
+        self.data = data
+        self.order = GlobalBatches(len(data), batch_size, seed, rank=rank(), world=world_size())
+        self.steps_per_epoch = self.order.steps_per_epoch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from its step `start` on."""
+        return self.data.batches(self.order.epoch(epoch, start))
+
+
+class StreamLoader:
+    """Feeds the engine from a stream.
+
+    Args:
+        data: the stream.
+        batch_size: images per step, over all processes.
+        seed: of the order.
+        steps_per_epoch: where the stream does not know its length.
+
+    Raises:
+        UserError: if neither tells how long an epoch is.
+    """
+
+    def __init__(self, data: StreamingImages, batch_size: int, seed: int, steps_per_epoch: int | None) -> None:
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        if steps_per_epoch is None and data.count is None:
+            raise UserError(f"the stream of {data.name} does not tell its length; give --steps_per_epoch")
+        self.steps_per_epoch = steps_per_epoch or (data.count or 0) // batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from its step `start` on."""
+        stream = self.data.batches(self.batch_size, self.seed, epoch, start, rank(), world_size())
+        with closing(stream):
+            yield from islice(stream, self.steps_per_epoch - start)
+
+
+def choose_size(data: ImageData | StreamingImages, image_size: int | None) -> int:
+    """The side of the views: as asked, else the images' own where they are small, else 224 px."""
+    return image_size or (data.size if data.size <= 40 else 224)
+
+
+def choose_model(name: str | None, size: int) -> str:
+    """The network's name: as asked, else the one of this package whose stem is made for the size.
+
+    Raises:
+        UserError: if timm has no network of that name.
+    """
+    name = name or ("sssd_resnet18_cifar" if size <= 40 else "sssd_resnet18")
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models("sssd_*"))
+        raise UserError(f"timm has no model '{name}'; this package's are {close}")
+    return name
+
+
+def storage_default(image_size: int | None) -> int:
+    """The side that larger images are stored at: an eighth more than the views' 224 px, or than what is asked for."""
+    return round((image_size or 224) * 8 / 7)
+
+
+def load_network(name: str, **kwargs: Any) -> nn.Module:
+    """A network with its weights: a folder that this package or timm wrote, else a timm name with pretrained weights.
+
+    Raises:
+        UserError: if there is neither, or the weights do not fit.
+    """
+    folder = Path(name)
+    source = name
+    if folder.is_dir():
+        missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
+        if missing:
+            raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run end?")
+        source = f"local-dir:{folder}"
+    elif not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
+        raise UserError(f"there is no folder '{name}', and timm has no model of that name")
+    try:
+        return timm.create_model(source, pretrained=True, **kwargs)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
+
+
+def statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """Mean and spread of the channels and the side of the images that a timm network was trained with."""
+    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    return tuple(config["mean"]), tuple(config["std"]), int(config["input_size"][-1])
+
+
+def prepare_out(out: str, *, resume: bool, overwrite: bool) -> Path:
+    """The run folder, or a clear refusal to mix a new run into an old one.
+
+    Raises:
+        UserError: if it holds a run and neither flag says what to do, or it is a file.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; give a folder")
+    held = [name for name in ("checkpoints", "config.json", "pseudo_labels.json", "metrics.json") if (folder / name).exists()]
+    if held and overwrite and rank() == 0:
+        shutil.rmtree(folder)
+    elif held and not resume:
+        raise UserError(f"{folder} already holds a run ({held[0]}); give --resume to go on, or --overwrite to drop it")
+    return folder
+
+
+def save_config(folder: Path, config: Any) -> None:
+    """Writes the resolved arguments as config.yaml."""
+    atomic_write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
+
+
+def run_training(
+    task: Task,
+    loader: EpochLoader | StreamLoader,
+    *,
+    network: nn.Module,
+    arch: str,
+    size: int,
+    optim: OptimConfig,
+    runtime: RuntimeConfig,
+    out: Path,
+    settings: dict[str, Any],
+    labels: Tensor | None,
+    title: str,
+) -> dict[str, float]:
+    """Trains a task and writes the network it is about, its log and its curves into the run folder.
+
+    Args:
+        task: the method.
+        loader: the images.
+        network: the part of the task to keep.
+        arch: its timm name.
+        size: side of the views in pixels.
+        optim: how to train.
+        runtime: where and how.
+        out: the run folder.
+        settings: what else decides the numbers, for the check on resume.
+        labels: int64 [N] by position, or none.
+        title: of the progress bar.
+
+    Returns:
+        What `engine.train` measured.
+    """
+    data = loader.data
+    where = (data.fingerprint, len(data)) if isinstance(data, ImageData) else (data.name, data.count)
+    identity = {"arch": arch, "image_size": size, "data": where[0], "images": where[1], "storage_size": data.size}
+    measured = train(
+        task,
+        loader,
+        optim=optim,
+        runtime=runtime,
+        out=out,
+        identity={**identity, **settings},
+        labels=labels,
+        title=title,
+    )
+    if rank() == 0:
+        report.loss_curves({title: read_metrics(out / "metrics.jsonl")}, out / "curves.png")
+        save_network(out, network, arch, input_size=size)
+    return measured
+
+
+def method_settings(config: Any, kind: type[OptimConfig]) -> dict[str, Any]:
+    """The fields that `kind` adds to `OptimConfig`: a method's own settings."""
+    common = {field.name for field in fields(OptimConfig)}
+    return {field.name: getattr(config, field.name) for field in fields(kind) if field.name not in common}
+
+
+def pretrain_network(
+    data: ImageData | StreamingImages,
+    config: MoCoConfig,
+    runtime: RuntimeConfig,
+    *,
+    arch: str,
+    size: int,
+    out: Path,
+    steps_per_epoch: int | None = None,
+) -> dict[str, float]:
+    """MoCo v2 on images; writes the trunk into `out`.
+
+    Raises:
+        UserError: for settings that MoCo cannot work with.
+    """
+    processes = make_accelerator(runtime).num_processes
+    images = len(data) if isinstance(data, ImageData) else data.count
+    if images is not None and images < 2:
+        raise UserError(f"{data.name} has {images} image; contrastive learning needs others to tell it from")
+    if images is not None and config.queue_size > images:
+        raise UserError(
+            f"queue_size {config.queue_size} is larger than the data set of {images} images, so that an image's own old "
+            f"keys would be among its negatives; give a queue_size of at most {max(1, images // 2)}"
+        )
+    optim = part(config, OptimConfig)
+    check(optim, processes, images)
+    if config.splits % processes or (config.batch_size // config.accumulate) % max(1, config.splits):
+        raise UserError(
+            f"splits {config.splits} must be a multiple of the {processes} processes and divide the batch of "
+            f"{config.batch_size // config.accumulate}; choose splits or batch_size so"
+        )
+    torch.manual_seed(runtime.seed)
+    own = {"output": "final"} if arch.startswith("sssd_") else {}
+    trunk = timm.create_model(arch, num_classes=0, **own)
+    mean, std, _ = statistics(trunk)
+    task = MoCo(
+        trunk,
+        size=size,
+        mean=mean,
+        std=std,
+        dim=config.dim,
+        queue_size=config.queue_size,
+        momentum=config.key_momentum,
+        temperature=config.temperature,
+        symmetric=config.symmetric,
+        splits=config.splits,
+        scale=config.crop_scale,
+        blur=config.blur,
+    )
+    if isinstance(data, ImageData):
+        loader: EpochLoader | StreamLoader = EpochLoader(data, config.batch_size, runtime.seed)
+    else:
+        loader = StreamLoader(data, config.batch_size, runtime.seed, steps_per_epoch)
+    return run_training(
+        task,
+        loader,
+        network=trunk,
+        arch=arch,
+        size=size,
+        optim=optim,
+        runtime=runtime,
+        out=out,
+        settings=method_settings(config, MoCoConfig),
+        labels=None,
+        title="MoCo v2",
+    )
+
+
+def pretrain(args: PretrainArgs) -> None:
+    """`sssd pretrain`."""
+    tune_cpu()
+    runtime = part(args, RuntimeConfig)
+    make_accelerator(runtime)
+    out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
+    config = part(args, DataConfig)
+    load = load_streaming if config.streaming else load_images
+    data = load(config, default_size=storage_default(args.image_size), progress=rank() == 0)
+    size = choose_size(data, args.image_size)
+    arch = choose_model(args.model, size)
+    save_config(out, args)
+    measured = pretrain_network(
+        data, part(args, MoCoConfig), runtime, arch=arch, size=size, out=out, steps_per_epoch=args.steps_per_epoch
+    )
+    announce(out, f"{arch} pretrained on {data.name}", measured)
+
+
+def announce(out: Path, what: str, measured: dict[str, float]) -> None:
+    """Tells what was trained and where it lies."""
+    if rank() == 0:
+        print(f"{what}: final loss {measured['loss']:.4f}, {measured['images_per_second']:.0f} img/s; in {out}")
+
+
+def network_features(model: nn.Module, data: ImageData, config: ForwardConfig) -> Tensor:
+    """Pooled features of every exit for all images in order, float32 [exits, N, D], without moving the network."""
+    mean, std, size = statistics(model)
+    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
+    return extract_features(
+        model.to(device, memory_format=torch.channels_last),
+        data.batches(torch.arange(len(data)).split(config.batch_size)),
+        count=len(data),
+        mean=mean,
+        std=std,
+        device=device,
+        size=size,
+        autocast=DTYPES[resolve_precision(config.precision, config.device)],
+        progress=rank() == 0,
+    )
+
+
+def cluster_features(
+    features: np.ndarray[Any, np.dtype[np.float32]], data: ImageData, config: ClusterConfig, *, model: str, seed: int, out: Path
+) -> PseudoLabels:
+    """k-means on L2-normalised features [N, D]; writes the pseudo labels to `out`."""
+    clustering = kmeans(
+        normalise(features), config.k, seed=seed, iterations=config.iterations, redos=config.redos, progress=True
+    )
+    labels = PseudoLabels.from_clustering(
+        clustering,
+        rows=data.rows,
+        data=data.name,
+        split=data.split,
+        fingerprint=data.fingerprint,
+        model=model,
+        seed=seed,
+        iterations=config.iterations,
+        redos=config.redos,
+        truth=data.labels,
+    )
+    labels.save(out)
+    return labels
+
+
+def pseudo_label(args: PseudoLabelArgs) -> None:
+    """`sssd pseudo-label`."""
+    tune_cpu()
+    out = prepare_out(args.out, resume=False, overwrite=args.overwrite)
+    model = load_network(args.model, num_classes=0)
+    data = load_images(part(args, DataConfig), default_size=storage_default(statistics(model)[2]))
+    if args.k > len(data) or args.k < 2:
+        raise UserError(f"K = {args.k} clusters of {len(data)} images; give a --k from 2 to the number of images")
+    features = network_features(model, data, part(args, ForwardConfig))[-1].numpy()
+    labels = cluster_features(features, data, part(args, ClusterConfig), model=args.model, seed=args.seed, out=out)
+    print(describe_labels(labels, out))
+
+
+def describe_labels(labels: PseudoLabels, out: Path) -> str:
+    """One line about pseudo labels for a person."""
+    sizes, quality = labels.meta["sizes"], labels.meta["quality"]
+    line = f"{len(sizes)} clusters of {min(sizes)} to {max(sizes)} images (K = {labels.meta['k_asked']} asked)"
+    if quality:
+        line += f", NMI {quality['nmi']:.3f}, purity {quality['purity']:.3f} against the true labels"
+    return f"{line}; in {out}"
+
+
+def distill_network(
+    data: ImageData,
+    labels: np.ndarray[Any, np.dtype[np.int64]],
+    config: SelfDistillationConfig,
+    runtime: RuntimeConfig,
+    *,
+    arch: str,
+    size: int,
+    out: Path,
+    labels_digest: str,
+    init: str | None = None,
+    title: str = "distil",
+) -> dict[str, float]:
+    """Self distillation on loaded images and labels, int64 [N]; writes the network into `out`."""
+    torch.manual_seed(runtime.seed)
+    model = timm.create_model(arch, num_classes=int(labels.max()) + 1)
+    if not hasattr(model, "forward_exits"):
+        raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
+    if init is not None:
+        load_trunk(model, load_network(init, num_classes=0))
+    mean, std, _ = statistics(model)
+    task = SelfDistillation(
+        model,
+        size=size,
+        mean=mean,
+        std=std,
+        alpha=config.alpha,
+        lam=config.lam,
+        temperature=config.temperature,
+        crop=config.crop,
+        scale=config.crop_scale,
+    )
+    optim = part(config, OptimConfig)
+    check(optim, make_accelerator(runtime).num_processes, len(data))
+    return run_training(
+        task,
+        EpochLoader(data, config.batch_size, runtime.seed),
+        network=model,
+        arch=arch,
+        size=size,
+        optim=optim,
+        runtime=runtime,
+        out=out,
+        settings={**method_settings(config, SelfDistillationConfig), "labels": labels_digest, "init": init},
+        labels=torch.from_numpy(labels),
+        title=title,
+    )
+
+
+def load_trunk(model: nn.Module, source: nn.Module) -> None:
+    """Copies a trunk's weights into a network with exits.
+
+    Raises:
+        UserError: unless every weight of the source finds its place: one that silently stays behind is a wrong result.
+    """
+    weights = source.state_dict()
+    ours = model.state_dict()
+    wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
+    if wrong or not weights:
+        raise UserError(f"the trunk's weights do not fit the network, {wrong[0] if wrong else 'there are none'}; give its own kind")
+    model.load_state_dict(weights, strict=False)
+
+
+def distill(args: DistillArgs) -> None:
+    """`sssd distill`."""
+    tune_cpu()
+    runtime = part(args, RuntimeConfig)
+    make_accelerator(runtime)
+    out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
+    artefact = None if args.labels in ("random", "true") else PseudoLabels.load(args.labels)
+    data = load_images(
+        part(args, DataConfig), default_size=storage_default(args.image_size), require_labels=args.labels == "true"
+    )
+    if artefact is not None:
+        artefact.check(data.fingerprint)
+        labels = artefact.labels_of(data.rows)
+    elif args.labels == "random":
+        labels = random_labels(len(data), args.k, runtime.seed)
+    else:
+        assert data.labels is not None  # load_images required them
+        labels = data.labels
+    size = choose_size(data, args.image_size)
+    arch = choose_model(args.model, size)
+    save_config(out, args)
+    measured = distill_network(
+        data,
+        labels,
+        part(args, SelfDistillationConfig),
+        runtime,
+        arch=arch,
+        size=size,
+        out=out,
+        labels_digest=digest(labels),
+        init=args.init,
+    )
+    announce(out, f"{arch} distilled on {len(data)} images of {data.name} with {labels.max() + 1} labels", measured)
+
+
+def digest(labels: np.ndarray[Any, np.dtype[np.int64]]) -> str:
+    """A short fingerprint of labels."""
+    return hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What probes are trained and measured on.
+
+    Attributes:
+        train: the labelled images of the probes.
+        train_positions: int64, which of them.
+        test: the images that are measured.
+        test_positions: int64, which of them.
+        words: where the test images come from, for people.
+    """
+
+    train: ImageData
+    train_positions: Tensor
+    test: ImageData
+    test_positions: Tensor
+    words: str
+
+
+def evaluation_data(
+    data: ImageData, config: DataConfig, *, test_split: str | None, holdout: float, seed: int
+) -> Evaluation:
+    """The split to measure on: the one asked for, else 'test' or 'validation', else images held out by class.
+
+    Raises:
+        UserError: without labels, or if the splits have different classes.
+    """
+    assert data.labels is not None  # callers load with require_labels
+    names = open_splits(config.data, revision=config.revision, progress=False)
+    wanted = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
+    for name in wanted:
+        if name == data.split:
+            continue
+        test = load_images(
+            replace(config, split=name, storage_size=data.size), require_labels=test_split is not None, progress=rank() == 0
+        )
+        if test.labels is None:
+            continue
+        if test.class_names != data.class_names:
+            raise UserError(f"the splits {data.split} and {name} of {data.name} have different classes; give one --test_split that fits")
+        return Evaluation(
+            data, torch.arange(len(data)), test, torch.arange(len(test)), f"the {len(test)} images of split {name}"
+        )
+    from sklearn.model_selection import train_test_split
+
+    if not 0 < holdout < 1:
+        raise UserError(f"holdout {holdout} must be between 0 and 1")
+    try:
+        kept, held = train_test_split(np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed)
+    except ValueError as error:
+        raise UserError(f"cannot hold images of every class out of {data.name} to measure on: {error}") from error
+    words = f"{len(held)} images held out of split {data.split} from the probes (the network saw them without labels)"
+    return Evaluation(data, torch.from_numpy(np.sort(kept)), data, torch.from_numpy(np.sort(held)), words)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of an evaluation's images, and their labels.
+
+    Attributes:
+        train_x: float32 [exits, N, D].
+        train_y: int64 [N].
+        test_x: float32 [exits, M, D].
+        test_y: int64 [M].
+        classes: number of classes.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+
+
+def evaluation_features(model: nn.Module, evaluation: Evaluation, config: ForwardConfig) -> Features:
+    """Runs a network over an evaluation's images."""
+    train, test = evaluation.train, evaluation.test
+    assert train.labels is not None
+    assert test.labels is not None
+    assert train.class_names is not None
+    train_x = network_features(model, train, config)
+    test_x = train_x if test is train else network_features(model, test, config)
+    return Features(
+        train_x[:, evaluation.train_positions],
+        torch.from_numpy(train.labels)[evaluation.train_positions],
+        test_x[:, evaluation.test_positions],
+        torch.from_numpy(test.labels)[evaluation.test_positions],
+        len(train.class_names),
+    )
+
+
+def probe_features(features: Features, config: ProbeConfig, seed: int) -> Probe:
+    """Linear probes on every exit's features."""
+    return linear_probe(
+        features.train_x,
+        features.train_y,
+        features.test_x,
+        features.test_y,
+        features.classes,
+        epochs=config.probe_epochs,
+        lr=config.probe_lr,
+        weight_decay=config.probe_weight_decay,
+        seed=seed,
+        progress=rank() == 0,
+    )
+
+
+def put_heads(model: nn.Module, probe: Probe) -> None:
+    """Makes the probes the network's classifiers."""
+    classes = probe.weights.shape[1]
+    model.reset_classifier(classes)  # type: ignore[operator]
+    heads = [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc] if len(probe.weights) > 1 else [model.get_classifier()]  # type: ignore[union-attr, operator]
+    with torch.no_grad():
+        for head, weight, bias in zip(heads, probe.weights, probe.biases, strict=True):
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+
+
+def accuracy_table(exits: list[float], ensemble: float | None) -> str:
+    """Accuracies in percent, as lines for a terminal."""
+    names = [f"exit {number}" for number in range(1, len(exits) + 1)] if len(exits) > 1 else ["accuracy"]
+    lines = [f"  {name:9} {value:6.2f}" for name, value in zip(names, exits, strict=True)]
+    if ensemble is not None and len(exits) > 1:
+        lines.append(f"  {'ensemble':9} {ensemble:6.2f}")
+    return "\n".join(lines)
+
+
+def linear(args: LinearArgs) -> None:
+    """`sssd linear`."""
+    tune_cpu()
+    out = None if args.out is None else prepare_out(args.out, resume=False, overwrite=args.overwrite)
+    model = load_network(args.model)
+    config = part(args, DataConfig)
+    data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
+    evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
+    features = evaluation_features(model, evaluation, part(args, ForwardConfig))
+    probe = probe_features(features, part(args, ProbeConfig), args.seed)
+    print(f"linear probes on {args.model}, accuracy in percent on {evaluation.words}:")
+    print(accuracy_table(probe.exits, probe.ensemble))
+    if out is not None:
+        put_heads(model, probe)
+        metrics = {"data": data.name, "test": evaluation.words, "seed": args.seed, "exits": probe.exits, "ensemble": probe.ensemble}
+        save_network(out, model, str(model.pretrained_cfg["architecture"]), label_names=data.class_names)
+        write_json(out / "metrics.json", metrics)
+        print(f"the network with the probes as its heads is in {out}")
+
+
+def knn(args: KNNArgs) -> None:
+    """`sssd knn`."""
+    tune_cpu()
+    model = load_network(args.model)
+    config = part(args, DataConfig)
+    data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
+    evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
+    features = evaluation_features(model, evaluation, part(args, ForwardConfig))
+    accuracies = knn_features(features, args.neighbours, args.temperature)
+    print(f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {evaluation.words}:")
+    print(accuracy_table(accuracies, None))
+
+
+def knn_features(features: Features, neighbours: int, temperature: float) -> list[float]:
+    """Weighted kNN accuracy of every exit's features, percent."""
+    return [
+        knn_accuracy(
+            train, features.train_y, test, features.test_y, num_classes=features.classes, k=neighbours, temperature=temperature
+        )
+        for train, test in zip(features.train_x, features.test_x, strict=True)
+    ]
+
+
+def models(args: ModelsArgs) -> None:
+    """`sssd models`."""
+    names = [name for name in timm.list_models(args.pattern) if name.startswith("sssd_")]
+    if not names:
+        raise UserError(f"no network of this package matches '{args.pattern}'; it has {', '.join(timm.list_models('sssd_*'))}")
+    print(f"{'model':20} {'px':>4} {'parameters':>11}  multiply-adds (millions): exit 1, 2, 3, 4 (trunk), all; exit heads")
+    for name in names:
+        model = timm.create_model(name)
+        _, _, size = statistics(model)
+        costs = multiply_adds(model, (3, size, size))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        heads = 100 * (costs["ensemble"] - costs["4"]) / costs["4"]
+        millions = " ".join(f"{costs[key] / 1e6:8.1f}" for key in ("1", "2", "3", "4", "ensemble"))
+        print(f"{name:20} {size:4} {parameters / 1e6:9.1f} M  {millions}  +{heads:.1f} %")

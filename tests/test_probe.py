@@ -1,0 +1,253 @@
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import sssd_zoo  # noqa: F401  (registers the models)
+from sssd_zoo.errors import UserError
+from sssd_zoo.probe import extract_features, knn, linear_probe
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def images(n=10, size=16, seed=0):
+    return torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def batches(stored, order=None, batch=4):
+    order = torch.arange(len(stored)) if order is None else order
+    return [(index, stored[index]) for index in order.split(batch)]
+
+
+def extract(model, stored, **options):
+    options = {"count": len(stored), "mean": MEAN, "std": STD, "device": "cpu"} | options
+    return extract_features(model, options.pop("batches", batches(stored)), **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    network = timm.create_model("sssd_resnet18", num_classes=5)
+    with torch.no_grad():  # statistics that the images do not have, so that a network in train mode would show
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.running_mean.normal_(0, 0.1)
+                layer.running_var.uniform_(0.5, 1.5)
+    return network
+
+
+def scaled(stored):
+    """What the network should be given: each image by itself, by the definition."""
+    return (stored.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def test_features_of_all_exits_are_those_of_the_network(model):
+    stored = images()
+    found = extract(model, stored, batches=batches(stored, torch.randperm(10)))
+    assert found.shape == (4, 10, 512)
+    assert found.dtype == torch.float32
+    exact = copy.deepcopy(model).double().eval()
+    with torch.no_grad():
+        expected = torch.stack([torch.stack(exact.forward_exits(x[None]).features)[:, 0] for x in scaled(stored)], 1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    assert not found.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet18", {}), ("resnet18", {"num_classes": 0}), ("sssd_resnet18", {"output": 2})]
+)
+def test_a_network_of_one_output_gives_one_row_of_features(name, options):
+    network = timm.create_model(name, **options)
+    stored = images(5)
+    found = extract(network, stored)
+    assert found.shape == (1, 5, network.num_features)
+    network.eval()
+    with torch.no_grad():
+        expected = network.forward_head(network.forward_features(scaled(stored).float()), pre_logits=True)
+    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_extraction_leaves_the_network_as_it_was(model):
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    model.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    extract(model, images())
+    assert [module.training for module in model.modules()] == modes
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_network_that_moves_its_statistics_is_caught(model):
+    class Stubborn(nn.BatchNorm2d):
+        def train(self, mode=True):
+            return super().train(True)
+
+    moving = copy.deepcopy(model)
+    moving.bn1.__class__ = Stubborn
+    moving.bn1.train()
+    with pytest.raises(RuntimeError, match="changed its buffers"):
+        extract(moving, images())
+
+
+def test_modes_come_back_after_an_error(model):
+    model.train()
+    with pytest.raises(ZeroDivisionError):
+        extract(model, images(), batches=(1 / 0 for _ in range(1)))
+    assert model.training
+    assert model.bn1.training
+
+
+def test_missing_images_are_an_error(model):
+    with pytest.raises(ValueError, match="8 of 10"):
+        extract(model, images(), batches=batches(images())[:2])
+    with pytest.raises(ValueError, match="0 of 10"):
+        extract(model, images(), batches=[])
+
+
+def test_size_and_autocast(model):
+    small, large = images(4, 16), images(4, 16).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(extract(model, large, size=16), extract(model, small), rtol=0.3, atol=0.3)
+    halved = extract(model, small, autocast=torch.bfloat16)
+    assert halved.dtype == torch.float32
+    full = extract(model, small)
+    assert (halved - full).norm() / full.norm() < 0.05
+    assert not torch.equal(halved, full)
+
+
+def groups(exits=3, n=300, m=100, d=12, classes=4, seed=0):
+    """Features of classes that overlap, less in later exits; a constant dimension and very different scales."""
+    random = torch.Generator().manual_seed(seed)
+    centres = torch.randn(exits, classes, d, generator=random)
+    labels = torch.randint(classes, (n + m,), generator=random)
+    noise = torch.randn(exits, n + m, d, generator=random) * torch.linspace(2, 0.7, exits).view(-1, 1, 1)
+    features = (centres[:, labels] + noise) * torch.logspace(-3, 3, d) + 5
+    features[..., 3] = 7
+    return features[:, :n].contiguous(), labels[:n], features[:, n:].contiguous(), labels[n:]
+
+
+def slow_probe(train_x, train_y, test_x, test_y, classes, epochs, lr, weight_decay, seed):
+    """One exit alone, in double precision: nn.Linear on standardised features, AdamW written out."""
+    mean, std = train_x.double().mean(0), train_x.double().std(0, correction=0)
+    std[std < 1e-6] = math.inf
+    x, test = (train_x.double() - mean) / std, (test_x.double() - mean) / std
+    layer = nn.Linear(x.shape[1], classes).double()
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    parameters = [(layer.weight, weight_decay), (layer.bias, 0.0)]
+    moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p, _ in parameters]
+    order, step, total = torch.Generator().manual_seed(seed), 0, epochs * math.ceil(len(x) / 512)
+    for _ in range(epochs):
+        for index in torch.randperm(len(x), generator=order).split(512):
+            layer.zero_grad()
+            log_softmax = layer(x[index]).log_softmax(1)
+            (-sum(row[label] for row, label in zip(log_softmax, train_y[index], strict=True)) / len(index)).backward()
+            rate = lr * (1 + math.cos(math.pi * step / total)) / 2
+            step += 1
+            with torch.no_grad():
+                for (p, decay), (first, second) in zip(parameters, moments, strict=True):
+                    p.mul_(1 - rate * decay)
+                    first.mul_(0.9).add_(0.1 * p.grad)
+                    second.mul_(0.999).add_(0.001 * p.grad**2)
+                    p.sub_(rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8))
+    with torch.no_grad():
+        logits = layer(test)
+    return logits, 100 * sum(int(row.argmax() == label) for row, label in zip(logits, test_y, strict=True)) / len(test)
+
+
+def test_linear_probe_equals_exits_trained_alone():
+    data = groups(n=600)
+    options = {"epochs": 10, "lr": 0.05, "weight_decay": 0.1, "seed": 3}
+    probe = linear_probe(*data, 4, **options)
+    slow = [slow_probe(data[0][e], data[1], data[2][e], data[3], 4, **options) for e in range(3)]
+    torch.testing.assert_close(
+        probe.logits(data[2]).double(), torch.stack([logits for logits, _ in slow]), rtol=5e-3, atol=5e-3
+    )
+    assert probe.exits == pytest.approx([accuracy for _, accuracy in slow])
+    mean = sum(logits.softmax(1) for logits, _ in slow) / 3
+    assert probe.ensemble == pytest.approx(100 * float((mean.argmax(1) == data[3]).double().mean()))
+    assert probe.weights.shape == (3, 4, 12)
+    assert probe.biases.shape == (3, 4)
+    assert probe.exits[2] > probe.exits[0] > 30
+
+
+def test_probe_depends_on_its_seed_only():
+    data = groups(n=1100)
+    first, again, other = (linear_probe(*data, 4, epochs=3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.weights, again.weights)
+    assert not torch.equal(first.weights, other.weights)
+
+
+def test_probe_does_not_look_at_the_test_split():
+    train_x, train_y, test_x, test_y = groups()
+    one = linear_probe(train_x, train_y, test_x, test_y, 4, epochs=3)
+    other = linear_probe(train_x, train_y, test_x.flip(1)[:, :50], test_y[:50], 4, epochs=3)
+    assert torch.equal(one.weights, other.weights)
+    assert torch.equal(one.biases, other.biases)
+
+
+def test_probe_leaves_its_features_alone():
+    data = groups()
+    kept = data[0].clone()
+    linear_probe(*data, 4, epochs=1)
+    assert torch.equal(data[0], kept)
+
+
+def test_probe_of_extracted_features(model):
+    features = extract(model, images(12))
+    labels = torch.arange(12) % 3
+    probe = linear_probe(features, labels, features, labels, 3, epochs=40, lr=0.05)
+    assert probe.exits == [100.0] * 4
+    assert probe.ensemble == 100
+
+
+def slow_knn(train_x, train_y, test_x, test_y, classes, k, temperature):
+    hits = 0
+    for x, label in zip(test_x.double(), test_y, strict=True):
+        cosines = ((train_x.double() * x).sum(1) / train_x.double().norm(dim=1) / x.norm()).tolist()
+        nearest = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:k]
+        votes = [0.0] * classes
+        for i in nearest:
+            votes[int(train_y[i])] += math.exp(cosines[i] / temperature)
+        hits += votes.index(max(votes)) == label
+    return 100 * hits / len(test_x)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.1), (20, 10.0), (80, 0.1), (7, 0.01)])
+def test_knn_against_the_definition(k, temperature):
+    random = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, 12, generator=random)
+    labels = torch.randint(4, (600,), generator=random)
+    features = centres[labels] + 1.5 * torch.randn(600, 12, generator=random)
+    data = features[:80], labels[:80], features[80:], labels[80:]  # 520 queries: more than one chunk
+    found = knn(*data, num_classes=4, k=k, temperature=temperature)
+    assert found == pytest.approx(slow_knn(*data, 4, k, temperature))
+    assert 30 < found < 100
+
+
+def test_knn_at_a_temperature_that_overflows_exp():
+    # exp(1 / 0.001) is infinite in float32: both classes would have infinitely many votes.
+    train = torch.tensor([[1.0, 0.1], [1.0, 0.0], [1.0, 0.02]])
+    query = torch.tensor([[1.0, 0.0]])
+    accuracy = knn(train, torch.tensor([0, 1, 0]), query, torch.tensor([1]), num_classes=2, k=3, temperature=1e-4)
+    assert accuracy == 100
+
+
+@pytest.mark.parametrize("k", [0, 301])
+def test_knn_refuses_k(k):
+    train_x, train_y, test_x, test_y = groups()
+    with pytest.raises(UserError, match="300 training images"):
+        knn(train_x[0], train_y, test_x[0], test_y, num_classes=4, k=k)
+
+
+def test_labels_are_checked():
+    train_x, train_y, test_x, test_y = groups()
+    with pytest.raises(UserError, match="class 4 has no training images"):
+        linear_probe(train_x, train_y, test_x, test_y, 5)
+    with pytest.raises(UserError, match="from 0 to 3, but there are 3"):
+        knn(train_x[0], train_y, test_x[0], test_y, num_classes=3, k=5)
+    with pytest.raises(UserError, match="test split has no images"):
+        linear_probe(train_x, train_y, test_x[:, :0], test_y[:0], 4)
