@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := runs/demo
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow lint typecheck clean
@@ -11,17 +10,17 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # Stamps: nothing is installed again until pyproject.toml changes.
-$(BIN)/python:
+$(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is missing or older than Python 3.11; name another: make PYTHON=python3.11 ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml | $(BIN)/pip
 	@echo "Installing sssd-zoo and its dependencies into $(VENV) (torch is large: some minutes)"
 	$(BIN)/python -m pip install --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
 	@echo "Installing sssd-zoo, its dependencies and its development tools into $(VENV) (torch is large: some minutes)"
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
@@ -29,9 +28,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 venv: $(VENV)/.installed-dev ## make .venv with the package and its development tools
 
 demo: $(VENV)/.installed ## run the whole pipeline on the shipped sample (10,000 images)
-	$(BIN)/sssd fit --config train/recipes/demo.yaml --out $(DEMO)
-	@echo "Report and figures: $(DEMO)/report.md"
-	@echo "Model folder:       $(DEMO)/model  (import sssd_zoo; timm.create_model('local-dir:$(DEMO)/model', pretrained=True))"
+	$(BIN)/sssd fit --config train/recipes/demo.yaml --out runs/demo
 
 test: $(VENV)/.installed-dev ## run the fast tests
 	$(BIN)/python -m pytest

@@ -41,7 +41,9 @@ def fail(message: str) -> NoReturn:
 def _parser(name: str, prog: str) -> Parser:
     config = importlib.import_module("sssd_zoo.config")
     parser = Parser(prog=prog, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it.")
+    parser.add_argument(
+        "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
+    )
     parser.add_class_arguments(getattr(config, COMMANDS[name][0]))
     return parser
 
@@ -91,7 +93,10 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        print("\nstopped; run the command again to go on from the last checkpoint (scripts: with --resume)", file=sys.stderr)
+        print(
+            "\nstopped; run the command again to go on from the last checkpoint (scripts: with --resume)",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
     finally:
         for process in others:

@@ -215,10 +215,16 @@ class Checkpoints:
             return None
         path, record = saved[-1]
         theirs = record["identity"]
-        different = sorted(key for key in theirs.keys() | self.identity.keys() if theirs.get(key) != self.identity.get(key))
+        different = sorted(
+            key for key in theirs.keys() | self.identity.keys() if theirs.get(key) != self.identity.get(key)
+        )
         if different:
-            changes = "; ".join(f"{key}: {theirs.get(key)!r} there, {self.identity.get(key)!r} now" for key in different[:4])
-            raise UserError(f"cannot resume from {path}: it is of another run ({changes}); use a new --out, or --overwrite")
+            changes = "; ".join(
+                f"{key}: {theirs.get(key)!r} there, {self.identity.get(key)!r} now" for key in different[:4]
+            )
+            raise UserError(
+                f"cannot resume from {path}: it is of another run ({changes}); use a new --out, or --overwrite"
+            )
         return path, record
 
 
@@ -258,7 +264,9 @@ class Log:
             for name, value in values.items():
                 writer.add_scalar(name, value, int(values["step"]))
         if self.trackio is not None:
-            self.trackio.log({name: value for name, value in values.items() if name != "step"}, step=int(values["step"]))
+            self.trackio.log(
+                {name: value for name, value in values.items() if name != "step"}, step=int(values["step"])
+            )
 
     def close(self) -> None:
         """Flushes the trackers."""
@@ -277,11 +285,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
-    """timm's scheduler, counted in optimiser steps; it has no state but the step."""
+    """Timm's scheduler, counted in optimiser steps; it has no state but the step."""
     warmup = round(config.warmup_epochs * steps_per_epoch)
     common = {"warmup_t": warmup, "warmup_lr_init": 0.0, "warmup_prefix": True, "t_in_epochs": False}
     if config.schedule == "step":
-        milestones = [epoch * steps_per_epoch - warmup for epoch in config.milestones]
+        # timm's step scheduler decays one step early (it asks for the rate after the step): one more makes it exact.
+        milestones = [epoch * steps_per_epoch - warmup + 1 for epoch in config.milestones]
         return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=config.gamma, **common)
     total = config.epochs * steps_per_epoch - warmup
     return CosineLRScheduler(optimizer, t_initial=max(1, total), **common)

@@ -7,6 +7,7 @@ RUN/
     distill/        the distilled network, with a class per cluster
     baseline/       the same on random labels, where true ones exist to compare by
     probe/          accuracy of both, where labels exist
+    steps/          each step's inputs and result, by which the next call knows what is done
     model/          what to use: the network (with the probes as heads where labels exist) and its card
     figures/        PNG
     report.md       tables and figures; metrics.json holds their numbers
@@ -21,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 
@@ -30,7 +30,15 @@ from sssd_zoo.clustering import PseudoLabels, random_labels
 from sssd_zoo.config import FitArgs, ForwardConfig
 from sssd_zoo.data.loading import DataConfig, ImageData, load_images
 from sssd_zoo.distributed import rank, world_size
-from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, machine, make_accelerator, read_metrics, resolve_precision, tune_cpu
+from sssd_zoo.engine import (
+    RuntimeConfig,
+    check,
+    machine,
+    make_accelerator,
+    read_metrics,
+    resolve_precision,
+    tune_cpu,
+)
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json, write_json
 from sssd_zoo.hub import save_model_folder
@@ -57,7 +65,7 @@ from sssd_zoo.steps import (
 
 
 class Stages:
-    """Runs steps once: a step whose done.json names the same inputs is skipped.
+    """Runs steps once: a step that has a result of the same inputs is skipped.
 
     The inputs of a step are its settings and the inputs of all steps before it, so a change runs it and all after it
     again, and what does not depend on it stays.
@@ -73,13 +81,19 @@ class Stages:
         self.inputs: dict[str, dict[str, Any]] = {}
 
     def run(
-        self, name: str, step: Callable[[Path], dict[str, Any]], settings: dict[str, Any], *, after: tuple[str, ...] = (), all_processes: bool = False
+        self,
+        name: str,
+        step: Callable[[Path], dict[str, Any]],
+        settings: dict[str, Any],
+        *,
+        after: tuple[str, ...] = (),
+        all_processes: bool = False,
     ) -> dict[str, Any]:
         """Runs one step, or takes its result as it is.
 
         Args:
             name: of the step and its folder.
-            step: does it, into the folder given; its result is kept in done.json.
+            step: does it, into the folder given; its result is kept in steps/.
             settings: that decide its numbers.
             after: the steps whose results it reads.
             all_processes: every process takes part (training); else the main one alone.
@@ -87,36 +101,36 @@ class Stages:
         Returns:
             The step's result and its `seconds`.
         """
-        folder = self.out / name
+        folder, record = self.out / name, self.out / "steps" / f"{name}.json"
         inputs = {**self.common, **settings}
         for earlier in after:
-            inputs |= {f"{earlier}.{key}": value for key, value in self.inputs[earlier].items() if key not in self.common}
-        inputs = json.loads(json.dumps(inputs))
-        self.inputs[name] = inputs
-        done = folder / "done.json"
-        started = folder / "inputs.json"
-        before = read_json(started) if started.exists() else None
+            added = {key: value for key, value in self.inputs[earlier].items() if key not in self.common}
+            inputs |= {f"{earlier}.{key}": value for key, value in added.items()}
+        self.inputs[name] = inputs = json.loads(json.dumps(inputs))
+        before = read_json(record) if record.exists() and folder.exists() else None
         barrier()
-        if before is not None and before != inputs:
-            changed = sorted(key for key in before.keys() | inputs.keys() if before.get(key) != inputs.get(key))
-            if rank() == 0:
-                print(f"[{name}] {', '.join(changed[:5])} changed: done again")
-                shutil.rmtree(folder)
-        elif done.exists():
+        if before is not None and before["inputs"] == inputs and before["result"] is not None:
             say(f"[{name}] done before")
-            self.results[name] = read_json(done)
+            self.results[name] = before["result"]
             return self.results[name]
+        if before is not None and before["inputs"] != inputs:
+            theirs = before["inputs"]
+            changed = sorted(key for key in theirs.keys() | inputs.keys() if theirs.get(key) != inputs.get(key))
+            say(f"[{name}] done again, for other {', '.join(changed[:5])}")
         say(f"[{name}] -> {folder}")
         if rank() == 0:
-            write_json(started, inputs)
+            if before is None or before["inputs"] != inputs:
+                shutil.rmtree(folder, ignore_errors=True)
+            write_json(record, {"inputs": inputs, "result": None})
         barrier()
         began = time.perf_counter()
         result = step(folder) if all_processes or rank() == 0 else {}
         barrier()
         if rank() == 0:
-            write_json(done, {"seconds": round(time.perf_counter() - began, 1), **result})
+            seconds = round(time.perf_counter() - began, 1)
+            write_json(record, {"inputs": inputs, "result": {"seconds": seconds, **result}})
         barrier()
-        self.results[name] = read_json(done)
+        self.results[name] = read_json(record)["result"]
         return self.results[name]
 
 
@@ -149,11 +163,15 @@ def fit(args: FitArgs) -> None:
     for optim in (args.pretrain, args.distill):
         check(optim, processes, len(data))
     if not 2 <= args.cluster.k <= len(data):
-        raise UserError(f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images")
+        raise UserError(
+            f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
+        )
     labelled = data.labels is not None
     evaluation = None
     if labelled:
-        evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed)
+        evaluation = evaluation_data(
+            data, config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed
+        )
     if rank() == 0:
         save_config(out, args)
     say(
@@ -185,7 +203,9 @@ def fit(args: FitArgs) -> None:
     def label(folder: Path) -> dict[str, Any]:
         trunk = load_network(str(out / "pretrain"), num_classes=0)
         features = network_features(trunk, data, forward)[-1].numpy()
-        found = cluster_features(features, data, args.cluster, model=str(out / "pretrain"), seed=runtime.seed, out=folder)
+        found = cluster_features(
+            features, data, args.cluster, model=str(out / "pretrain"), seed=runtime.seed, out=folder
+        )
         print(describe_labels(found, folder))
         return {"k": found.meta["k"]}
 
@@ -195,11 +215,21 @@ def fit(args: FitArgs) -> None:
 
     def distill_on(labels: np.ndarray[Any, np.dtype[np.int64]], title: str) -> Callable[[Path], dict[str, Any]]:
         return lambda folder: distill_network(
-            data, labels, args.distill, runtime, arch=arch, size=size, out=folder, labels_digest=digest(labels), title=title
+            data,
+            labels,
+            args.distill,
+            runtime,
+            arch=arch,
+            size=size,
+            out=folder,
+            labels_digest=digest(labels),
+            title=title,
         )
 
     labels = pseudo.labels_of(data.rows)
-    stages.run("distill", distill_on(labels, "self distillation"), asdict(args.distill), after=("labels",), all_processes=True)
+    stages.run(
+        "distill", distill_on(labels, "self distillation"), asdict(args.distill), after=("labels",), all_processes=True
+    )
     networks = {"SSSD": "distill"}
     if labelled and args.baseline:
         random = random_labels(len(data), args.cluster.k, runtime.seed)
@@ -230,13 +260,19 @@ def fit(args: FitArgs) -> None:
         }
 
     if labelled:
-        settings = {**asdict(args.probe), "networks": list(networks), "test": evaluation.test.fingerprint if evaluation else None}
+        settings = {
+            **asdict(args.probe),
+            "networks": list(networks),
+            "test": evaluation.test.fingerprint if evaluation else None,
+        }
         stages.run("probe", measure, settings, after=tuple(networks.values()))
     if rank() == 0:
         finish(args, data, pseudo, stages, networks, arch=arch, size=size)
         report_words = out / "report.md"
         print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report_words}")
-        print(f"Network: {out / 'model'}; import sssd_zoo, then timm.create_model('local-dir:{out / 'model'}', pretrained=True)")
+        print(
+            f"Network: {out / 'model'}; import sssd_zoo, then timm.create_model('local-dir:{out / 'model'}', pretrained=True)"
+        )
     barrier()
 
 
@@ -259,7 +295,10 @@ def finish(
     macs = multiply_adds(network, (3, size, size))  # type: ignore[arg-type]
 
     figures = {}
-    report.loss_curves({title: read_metrics(out / name / "metrics.jsonl") for title, name in trained.items()}, out / "figures/curves.png")
+    report.loss_curves(
+        {title: read_metrics(out / name / "metrics.jsonl") for title, name in trained.items()},
+        out / "figures/curves.png",
+    )
     figures["figures/curves.png"] = "Losses and learning rates."
     report.cluster_sizes(pseudo.meta["sizes"], out / "figures/cluster_sizes.png")
     figures["figures/cluster_sizes.png"] = "Images per cluster."

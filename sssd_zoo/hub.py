@@ -108,6 +108,8 @@ def network_config(
         path = Path(scratch) / "config.json"
         save_config_for_hf(model, str(path), model_config=extra, data_config=data_config)
         config: dict[str, Any] = read_json(path)
+    # timm reads it from the top; transformers, which does too, stumbles over a second one.
+    config["model_args"].pop("num_classes", None)
     # These tell of the weights that the network's default configuration is about, not of the ones saved.
     for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"):
         config["pretrained_cfg"].pop(name, None)

@@ -340,13 +340,13 @@ def _times(results: Results) -> list[str]:
 
 
 def _figures(results: Results, kind: str) -> list[str]:
-    """The figures whose file name begins with `kind`; '' takes those of no other section."""
-    chosen = {
-        name: caption
-        for name, caption in results.get("figures", {}).items()
-        if (name.startswith(kind) if kind else not name.startswith(("accuracy", "cluster")))
-    }
-    return [line for name, caption in chosen.items() for line in (f"![{caption}]({name})", "", f"*{caption}*", "")]
+    """The figures whose file's name begins with `kind`; '' takes those of no other section."""
+    lines = []
+    for path, caption in results.get("figures", {}).items():
+        name = Path(path).name
+        if name.startswith(kind) if kind else not name.startswith(("accuracy", "cluster")):
+            lines += [f"![{caption}]({path})", "", f"*{caption}*", ""]
+    return lines
 
 
 def _duration(seconds: float) -> str:

@@ -36,11 +36,19 @@ from sssd_zoo.config import (
     PseudoLabelArgs,
     SelfDistillationConfig,
 )
-from sssd_zoo.data.loading import DataConfig, GlobalBatches, ImageData, load_images
-from sssd_zoo.data.sources import open_splits
+from sssd_zoo.data.loading import DataConfig, GlobalBatches, ImageData, load_images, split_names
 from sssd_zoo.data.streaming import StreamingImages, load_streaming
 from sssd_zoo.distributed import rank, world_size
-from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, read_metrics, resolve_precision, train, tune_cpu
+from sssd_zoo.engine import (
+    OptimConfig,
+    RuntimeConfig,
+    check,
+    make_accelerator,
+    read_metrics,
+    resolve_precision,
+    train,
+    tune_cpu,
+)
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, write_json
 from sssd_zoo.hub import save_network
@@ -163,7 +171,11 @@ def prepare_out(out: str, *, resume: bool, overwrite: bool) -> Path:
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; give a folder")
-    held = [name for name in ("checkpoints", "config.json", "pseudo_labels.json", "metrics.json") if (folder / name).exists()]
+    held = [
+        name
+        for name in ("checkpoints", "config.json", "pseudo_labels.json", "metrics.json")
+        if (folder / name).exists()
+    ]
     if held and overwrite and rank() == 0:
         shutil.rmtree(folder)
     elif held and not resume:
@@ -308,8 +320,13 @@ def pretrain(args: PretrainArgs) -> None:
     make_accelerator(runtime)
     out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
     config = part(args, DataConfig)
-    load = load_streaming if config.streaming else load_images
-    data = load(config, default_size=storage_default(args.image_size), progress=rank() == 0)
+    default_size = storage_default(args.image_size)
+    data: ImageData | StreamingImages
+    if config.streaming:
+        data = load_streaming(config, default_size=default_size, progress=rank() == 0)
+    else:
+        # No later step reads these rows by number, so images too many for memory need no pass that verifies them first.
+        data = load_images(config, default_size=default_size, progress=rank() == 0, verify=False)
     size = choose_size(data, args.image_size)
     arch = choose_model(args.model, size)
     save_config(out, args)
@@ -343,7 +360,13 @@ def network_features(model: nn.Module, data: ImageData, config: ForwardConfig) -
 
 
 def cluster_features(
-    features: np.ndarray[Any, np.dtype[np.float32]], data: ImageData, config: ClusterConfig, *, model: str, seed: int, out: Path
+    features: np.ndarray[Any, np.dtype[np.float32]],
+    data: ImageData,
+    config: ClusterConfig,
+    *,
+    model: str,
+    seed: int,
+    out: Path,
 ) -> PseudoLabels:
     """k-means on L2-normalised features [N, D]; writes the pseudo labels to `out`."""
     clustering = kmeans(
@@ -446,7 +469,9 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     ours = model.state_dict()
     wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
     if wrong or not weights:
-        raise UserError(f"the trunk's weights do not fit the network, {wrong[0] if wrong else 'there are none'}; give its own kind")
+        raise UserError(
+            f"the trunk's weights do not fit the network, {wrong[0] if wrong else 'there are none'}; give its own kind"
+        )
     model.load_state_dict(weights, strict=False)
 
 
@@ -518,21 +543,23 @@ def evaluation_data(
         UserError: without labels, or if the splits have different classes.
     """
     assert data.labels is not None  # callers load with require_labels
-    names = open_splits(config.data, revision=config.revision, progress=False)
+    names = split_names(config)
     wanted = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
     for name in wanted:
         if name == data.split:
             continue
         test = load_images(
-            replace(config, split=name, storage_size=data.size), require_labels=test_split is not None, progress=rank() == 0
+            replace(config, split=name, storage_size=data.size),
+            require_labels=test_split is not None,
+            progress=rank() == 0,
         )
         if test.labels is None:
             continue
         if test.class_names != data.class_names:
-            raise UserError(f"the splits {data.split} and {name} of {data.name} have different classes; give one --test_split that fits")
-        return Evaluation(
-            data, torch.arange(len(data)), test, torch.arange(len(test)), f"the {len(test)} images of split {name}"
-        )
+            raise UserError(
+                f"the splits {data.split} and {name} of {data.name} have different classes; give one --test_split that fits"
+            )
+        return Evaluation(data, torch.arange(len(data)), test, torch.arange(len(test)), f"split {name}")
     from sklearn.model_selection import train_test_split
 
     if not 0 < holdout < 1:
@@ -541,7 +568,7 @@ def evaluation_data(
         kept, held = train_test_split(np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed)
     except ValueError as error:
         raise UserError(f"cannot hold images of every class out of {data.name} to measure on: {error}") from error
-    words = f"{len(held)} images held out of split {data.split} from the probes (the network saw them without labels)"
+    words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"
     return Evaluation(data, torch.from_numpy(np.sort(kept)), data, torch.from_numpy(np.sort(held)), words)
 
 
@@ -601,7 +628,11 @@ def put_heads(model: nn.Module, probe: Probe) -> None:
     """Makes the probes the network's classifiers."""
     classes = probe.weights.shape[1]
     model.reset_classifier(classes)  # type: ignore[operator]
-    heads = [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc] if len(probe.weights) > 1 else [model.get_classifier()]  # type: ignore[union-attr, operator]
+    heads = (
+        [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
+        if len(probe.weights) > 1
+        else [model.get_classifier()]
+    )  # type: ignore[union-attr, operator]
     with torch.no_grad():
         for head, weight, bias in zip(heads, probe.weights, probe.biases, strict=True):
             head.weight.copy_(weight)
@@ -627,11 +658,19 @@ def linear(args: LinearArgs) -> None:
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
     features = evaluation_features(model, evaluation, part(args, ForwardConfig))
     probe = probe_features(features, part(args, ProbeConfig), args.seed)
-    print(f"linear probes on {args.model}, accuracy in percent on {evaluation.words}:")
+    print(
+        f"linear probes on {args.model}, accuracy in percent on {len(evaluation.test_positions)} images, {evaluation.words}:"
+    )
     print(accuracy_table(probe.exits, probe.ensemble))
     if out is not None:
         put_heads(model, probe)
-        metrics = {"data": data.name, "test": evaluation.words, "seed": args.seed, "exits": probe.exits, "ensemble": probe.ensemble}
+        metrics = {
+            "data": data.name,
+            "test": evaluation.words,
+            "seed": args.seed,
+            "exits": probe.exits,
+            "ensemble": probe.ensemble,
+        }
         save_network(out, model, str(model.pretrained_cfg["architecture"]), label_names=data.class_names)
         write_json(out / "metrics.json", metrics)
         print(f"the network with the probes as its heads is in {out}")
@@ -646,7 +685,9 @@ def knn(args: KNNArgs) -> None:
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
     features = evaluation_features(model, evaluation, part(args, ForwardConfig))
     accuracies = knn_features(features, args.neighbours, args.temperature)
-    print(f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {evaluation.words}:")
+    print(
+        f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {len(evaluation.test_positions)} images, {evaluation.words}:"
+    )
     print(accuracy_table(accuracies, None))
 
 
@@ -654,7 +695,13 @@ def knn_features(features: Features, neighbours: int, temperature: float) -> lis
     """Weighted kNN accuracy of every exit's features, percent."""
     return [
         knn_accuracy(
-            train, features.train_y, test, features.test_y, num_classes=features.classes, k=neighbours, temperature=temperature
+            train,
+            features.train_y,
+            test,
+            features.test_y,
+            num_classes=features.classes,
+            k=neighbours,
+            temperature=temperature,
         )
         for train, test in zip(features.train_x, features.test_x, strict=True)
     ]
@@ -664,8 +711,12 @@ def models(args: ModelsArgs) -> None:
     """`sssd models`."""
     names = [name for name in timm.list_models(args.pattern) if name.startswith("sssd_")]
     if not names:
-        raise UserError(f"no network of this package matches '{args.pattern}'; it has {', '.join(timm.list_models('sssd_*'))}")
-    print(f"{'model':20} {'px':>4} {'parameters':>11}  multiply-adds (millions): exit 1, 2, 3, 4 (trunk), all; exit heads")
+        raise UserError(
+            f"no network of this package matches '{args.pattern}'; it has {', '.join(timm.list_models('sssd_*'))}"
+        )
+    print(
+        f"{'model':20} {'px':>4} {'parameters':>11}  multiply-adds (millions): exit 1, 2, 3, 4 (trunk), all; exit heads"
+    )
     for name in names:
         model = timm.create_model(name)
         _, _, size = statistics(model)

@@ -75,9 +75,7 @@ def test_crop_boxes_follow_torchvisions_distribution():
     assert (top >= 0).all()
     assert (left + width <= 32).all()
     assert (top + height <= 32).all()
-    theirs = torch.tensor(
-        [augment_params for augment_params in (_torchvision_box(seed) for seed in range(3000))], dtype=torch.float32
-    )
+    theirs = torch.tensor([_torchvision_box(seed) for seed in range(3000)])
     ours = torch.stack([width * height / 1024, width / height, left, top], 1)
     torch.testing.assert_close(ours.mean(0), theirs.mean(0), atol=0.25, rtol=0.05)
     torch.testing.assert_close(ours.std(0), theirs.std(0), atol=0.25, rtol=0.08)
@@ -87,7 +85,9 @@ def _torchvision_box(seed: int) -> tuple[float, float, float, float]:
     import torchvision.transforms as transforms
 
     torch.manual_seed(seed)
-    top, left, height, width = transforms.RandomResizedCrop.get_params(torch.zeros(3, 32, 32), [0.2, 1.0], [3 / 4, 4 / 3])
+    top, left, height, width = transforms.RandomResizedCrop.get_params(
+        torch.zeros(3, 32, 32), [0.2, 1.0], [3 / 4, 4 / 3]
+    )
     return width * height / 1024, width / height, left, top
 
 

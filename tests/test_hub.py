@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -87,6 +88,19 @@ def test_another_process_loads_it_after_the_import(tmp_path: Path, model: nn.Mod
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) == pytest.approx(model(images).double().sum().item(), abs=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_transformers_loads_it(tmp_path: Path, model: nn.Module) -> None:
+    transformers = pytest.importorskip("transformers")
+    save_model_folder(tmp_path / "model", model, arch=ARCH, label_names=NAMES)
+    classify = transformers.pipeline("image-classification", model=str(tmp_path / "model"))
+    image = Image.effect_noise((32, 32), 60).convert("RGB")
+    answers = {answer["label"]: answer["score"] for answer in classify(image, top_k=3)}
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(load(tmp_path / "model")))
+    expected = model(transform(image).unsqueeze(0)).softmax(1)[0]
+    assert answers == pytest.approx(dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-3)
 
 
 @torch.no_grad()

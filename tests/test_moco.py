@@ -93,9 +93,7 @@ def test_key_encoder_is_the_moving_average():
             parameter.add_(1.0)
     keys = [parameter.clone() for parameter in task.key_encoder.parameters()]
     task.before_step()
-    for old, new, query in zip(
-        keys, task.key_encoder.parameters(), task.query_encoder.parameters(), strict=True
-    ):
+    for old, new, query in zip(keys, task.key_encoder.parameters(), task.query_encoder.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * query)
 
 

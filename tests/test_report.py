@@ -35,7 +35,7 @@ RESULTS: Results = {
     "knn": {"MoCo v2": 47.15},
     "macs": MACS,
     "times": [{"step": "MoCo v2", "seconds": 403.2}, {"step": "k-means", "seconds": 3.21, "note": "K = 200"}],
-    "figures": {"accuracy.png": "Accuracy", "clusters.png": "Clusters", "curves.png": "Curves"},
+    "figures": {"figures/accuracy.png": "Accuracy", "clusters.png": "Clusters", "figures/curves.png": "Curves"},
 }
 
 
@@ -87,7 +87,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
         assert part in text
     sections = text.split("\n## ")
     assert [section.split("\n")[0] for section in sections[1:]] == ["Accuracy", "Pseudo labels", "Training"]
-    for section, figure in zip(sections[1:], ("accuracy", "clusters", "curves"), strict=True):
+    for section, figure in zip(sections[1:], ("figures/accuracy", "clusters", "figures/curves"), strict=True):
         assert f"({figure}.png)" in section
     widths = [line.count(" | ") for line in text.split("\n") if line.startswith("| SSSD")]
     assert widths == [5, 5]

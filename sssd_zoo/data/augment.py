@@ -167,7 +167,7 @@ def colour_jitter(
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
     probability: float = 0.8,
 ) -> Tensor:
-    """torchvision's RandomApply([ColorJitter(*strength)], probability), the four ops in a random order per image.
+    """RandomApply([ColorJitter(*strength)], probability) of torchvision, the four ops in a random order per image.
 
     Args:
         images: float [B, 3, H, W] in [0, 1]; changed in place.
@@ -258,7 +258,7 @@ def contrastive_view(
 
 
 def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor:
-    """torchvision's RandomCrop(S, padding) with zeros and RandomHorizontalFlip, one draw per image.
+    """RandomCrop(S, padding) with zeros and RandomHorizontalFlip of torchvision, one draw per image.
 
     Args:
         images: uint8 [B, 3, S, S].

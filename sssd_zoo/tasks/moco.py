@@ -110,7 +110,9 @@ class MoCo(Task):
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """Two views, float32 [B, 3, size, size], and the shuffles of the keys, int64 [global batch] each."""
         views = [
-            normalise(contrastive_view(images, random, self.size, scale=self.scale, blur=self.blur), self.mean, self.std)
+            normalise(
+                contrastive_view(images, random, self.size, scale=self.scale, blur=self.blur), self.mean, self.std
+            )
             for _ in range(2)
         ]
         return {"views": views, "shuffles": [random.permutation(len(images)) for _ in range(2)]}
