@@ -1,4 +1,4 @@
-"""Measures what the README states about speed: `python eval/benchmark.py kmeans`."""
+"""Measures what the README states about speed: `python eval/benchmark.py kmeans` or `moco`."""
 
 import argparse
 import json
@@ -9,38 +9,49 @@ import time
 from typing import Any
 
 import numpy as np
+import timm
+import torch
 
 from sssd_zoo.clustering import FloatArray, import_faiss, kmeans, normalise
+from sssd_zoo.data.augment import BatchRandom
+from sssd_zoo.engine import resolve_precision, tune_cpu
+from sssd_zoo.models import multiply_adds
+from sssd_zoo.tasks import MoCo
+
+OURS, BY_HAND, SAME_KERNELS = "sssd_zoo", "faiss by hand", "faiss by hand, same kernels"
 
 
 def _features(n: int, d: int, k: int) -> FloatArray:
-    """Unit vectors around 2 k centres: k-means has something to find and does not find it at once."""
+    """Unit vectors around 2 k centres, so loosely that k-means does not converge within 20 passes."""
     random = np.random.default_rng(0)
     centres = random.standard_normal((2 * k, d), dtype=np.float32)
-    features = centres[random.integers(2 * k, size=n)] + random.standard_normal((n, d), dtype=np.float32)
+    features = 0.3 * centres[random.integers(2 * k, size=n)] + random.standard_normal((n, d), dtype=np.float32)
     return normalise(features)
 
 
-def _kmeans_once(way: str, n: int, d: int, k: int, iterations: int) -> dict[str, Any]:
-    """One k-means in this process, the import of faiss not counted; a BLAS chooses its kernels once per process."""
-    if way == "faiss by hand":
+def _time_kmeans(ways: tuple[str, ...], n: int, d: int, k: int, iterations: int) -> dict[str, dict[str, float]]:
+    """One k-means each of the `ways` in this process, as a BLAS chooses its kernels once per process."""
+    if ways == (BY_HAND,):
         import faiss
     else:
         faiss = import_faiss()
     features = _features(n, d, k)
     faiss.Kmeans(d, 2, niter=1, min_points_per_centroid=1).train(features[:1000])  # starts the threads
-    start, start_cpu = time.perf_counter(), time.process_time()
-    if way == "sssd_zoo":
-        inertia = kmeans(features, k, seed=0, iterations=iterations).inertia
-    else:
-        by_hand = faiss.Kmeans(d, k, niter=iterations, seed=0, max_points_per_centroid=n)
-        by_hand.train(features)
-        inertia = float(by_hand.assign(features)[0].sum(dtype=np.float64))
-    return {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": time.process_time() - start_cpu,
-        "inertia": inertia,
-    }
+    results = {}
+    for way in ways:
+        start, start_cpu = time.perf_counter(), time.process_time()
+        if way == OURS:
+            inertia = kmeans(features, k, seed=0, iterations=iterations).inertia
+        else:
+            by_hand = faiss.Kmeans(d, k, niter=iterations, seed=0, max_points_per_centroid=n)
+            by_hand.train(features)
+            inertia = float(by_hand.assign(features)[0].sum(dtype=np.float64))
+        results[way] = {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - start_cpu,
+            "inertia": inertia,
+        }
+    return results
 
 
 def benchmark_kmeans(
@@ -48,8 +59,8 @@ def benchmark_kmeans(
 ) -> dict[str, Any]:
     """Times `sssd_zoo.clustering.kmeans` against faiss called by hand, training and assignment of all rows, in turn.
 
-    Every run has a process of its own. By hand is measured twice: as faiss comes, and with the BLAS kernels that
-    `sssd_zoo` chooses, which tells what the rest of `kmeans` costs.
+    By hand is measured as faiss comes, in a process of its own, and with the BLAS kernels that `sssd_zoo` chooses, in
+    the same process as `sssd_zoo`, which tells what the rest of `kmeans` costs. Imports are not counted.
 
     Args:
         n: rows.
@@ -62,22 +73,22 @@ def benchmark_kmeans(
         Medians of seconds and CPU seconds and the inertia by way; ``ratio`` and ``ratio_same_kernels`` (and the same of
         CPU seconds, which a busy machine disturbs less), sssd_zoo's time to that of faiss by hand, median over rounds.
     """
-    ways = ("sssd_zoo", "faiss by hand", "faiss by hand, same kernels")
-    results: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    rounds: list[dict[str, dict[str, float]]] = []
     # Each process starts afresh: neither faiss nor its threads are inherited.
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for run in range(runs):
-            for way in ways[run % 3 :] + ways[: run % 3]:
-                results[way].append(pool.apply(_kmeans_once, (way, n, d, k, iterations)))
+            pair = (OURS, SAME_KERNELS) if run % 2 == 0 else (SAME_KERNELS, OURS)
+            measured: dict[str, dict[str, float]] = {}
+            for ways in (pair, (BY_HAND,)):
+                measured |= pool.apply(_time_kmeans, (ways, n, d, k, iterations))
+            rounds.append(measured)
 
-    def ratio(way: str, key: str = "seconds") -> float:
-        pairs = zip(results["sssd_zoo"], results[way], strict=True)
-        return float(statistics.median(ours[key] / theirs[key] for ours, theirs in pairs))
+    def median(way: str, key: str) -> float:
+        return statistics.median(measured[way][key] for measured in rounds)
 
-    median = {
-        way: {key: statistics.median(one[key] for one in several) for key in several[0]}
-        for way, several in results.items()
-    }
+    def ratio(way: str, key: str) -> float:
+        return statistics.median(measured[OURS][key] / measured[way][key] for measured in rounds)
+
     return {
         "n": n,
         "d": d,
@@ -85,12 +96,79 @@ def benchmark_kmeans(
         "iterations": iterations,
         "runs": runs,
         "cores": os.cpu_count(),
-        **median,
-        "ratio": ratio(ways[1]),
-        "ratio_same_kernels": ratio(ways[2]),
-        "ratio_cpu": ratio(ways[1], "cpu_seconds"),
-        "ratio_same_kernels_cpu": ratio(ways[2], "cpu_seconds"),
+        **{way: {key: median(way, key) for key in rounds[0][way]} for way in (OURS, BY_HAND, SAME_KERNELS)},
+        "ratio": ratio(BY_HAND, "seconds"),
+        "ratio_cpu": ratio(BY_HAND, "cpu_seconds"),
+        "ratio_same_kernels": ratio(SAME_KERNELS, "seconds"),
+        "ratio_same_kernels_cpu": ratio(SAME_KERNELS, "cpu_seconds"),
     }
+
+
+def matmul_rate(dtype: torch.dtype, runs: int = 5) -> float:
+    """Multiply-adds per second of a 2048-cubed `torch.matmul`, the fastest of some runs."""
+    left, right = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - start)
+    return 2048**3 / min(times[1:])
+
+
+def benchmark_moco(batch_size: int = 256, splits: int = 4, steps: int = 5, rounds: int = 3) -> dict[str, Any]:
+    """MoCo training at 32 px (`sssd_resnet18_cifar`) against the machine's own rate of matrix products.
+
+    A step is all of it: the batch gathered from memory, both views, both encoders, backward pass, optimiser, moving
+    average and queue. Its multiply-adds are counted as four forward passes an image: query, its backward pass (twice
+    the forward), and key. Rates of the two are taken in turn, and each round's ratio is of its own two.
+
+    Args:
+        batch_size: images per step.
+        splits: parts with BatchNorm statistics of their own.
+        steps: timed per round; the median counts.
+        rounds: of matrix products and steps.
+
+    Returns:
+        Multiply-adds per second of bf16 and fp32 products and of training, images per second, the precision that the
+        engine takes on this machine, and the ratios of training to both products, medians over the rounds.
+    """
+    tune_cpu()
+    precision = resolve_precision("auto", "cpu")
+    trunk: Any = timm.create_model("sssd_resnet18_cifar", num_classes=0, output="final")
+    statistics_ = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    task = MoCo(trunk, size=32, symmetric=False, splits=splits, **statistics_).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    per_image = 4 * multiply_adds(trunk, (3, 32, 32))["4"]
+    images = torch.randint(0, 256, (10 * batch_size, 3, 32, 32), dtype=torch.uint8)
+
+    def step(number: int) -> float:
+        start = time.perf_counter()
+        order = torch.randint(len(images), (batch_size,))
+        batch = task.views(images[order], BatchRandom(0, number))
+        task.before_step()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = task(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    step(0)
+    measured = []
+    for _ in range(rounds):
+        products = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
+        images_per_second = batch_size / statistics.median(step(number) for number in range(steps))
+        training = images_per_second * per_image
+        measured.append(
+            {
+                "images_per_second": images_per_second,
+                "training_multiply_adds_per_second": training,
+                **{f"{name}_product_multiply_adds_per_second": rate for name, rate in products.items()},
+                **{f"ratio_to_{name}_product": training / rate for name, rate in products.items()},
+            }
+        )
+    medians = {name: statistics.median(values[name] for values in measured) for name in measured[0]}
+    return {"precision": precision, "threads": torch.get_num_threads(), "batch_size": batch_size, **medians}
 
 
 def main() -> None:
@@ -101,6 +179,10 @@ def main() -> None:
     for name, default in {"n": 50_000, "d": 512, "k": 1000, "iterations": 20, "runs": 3}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_kmeans)
+    section = sections.add_parser("moco", help="MoCo training at 32 px against the rate of matrix products")
+    for name, default in {"batch_size": 256, "splits": 4, "steps": 5, "rounds": 3}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_moco)
 
     arguments = vars(parser.parse_args())
     del arguments["section"]

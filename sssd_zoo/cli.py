@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -49,7 +51,7 @@ def _parser(name: str, prog: str) -> Parser:
 
 
 def start_other_processes() -> list[subprocess.Popen[bytes]]:
-    """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for, and makes this one the first.
+    """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for; this one is the first.
 
     Without MPI, Accelerate's launcher (seen in 1.15) starts a single process for `--cpu`, whatever N, which would then
     train on alone without a word. It leaves MASTER_PORT in the environment, but no rank; N stands on its command line.
@@ -62,7 +64,7 @@ def start_other_processes() -> list[subprocess.Popen[bytes]]:
 
     words = [part for word in psutil.Process().parent().cmdline() for part in word.split("=", 1)]
     names = ("--num_processes", "--num-processes")
-    asked = next((int(value) for name, value in zip(words, words[1:], strict=False) if name in names), 1)
+    asked = next((int(value) for name, value in pairwise(words) if name in names), 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -80,8 +82,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         arguments: without the program's name; by default those of the process.
         prog: the program's name in its help.
     """
-    # The package's heavy imports wait until here, so that `sssd --help` answers at once.
-    parser = _parser(name, prog or os.path.basename(sys.argv[0]))
+    parser = _parser(name, prog or Path(sys.argv[0]).name)
     values = dict(vars(parser.instantiate(parser.parse_args(arguments))))
     values.pop("config", None)
     config = importlib.import_module("sssd_zoo.config")

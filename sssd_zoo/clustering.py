@@ -99,7 +99,7 @@ def kmeans(
             C-contiguous.
         k: the number of clusters, 2..N.
         seed: chooses the rows that are the first centroids.
-        iterations: passes over the data, >= 1.
+        iterations: passes over the data, >= 1; fewer are made where the inertia stops changing.
         redos: runs from different first centroids, >= 1; the one of least inertia is kept.
         progress: show a progress bar.
 
@@ -135,9 +135,14 @@ def kmeans(
                 min_points_per_centroid=1,
                 check_input_data_for_NaNs=False,
             )
-            for _ in range(iterations):
-                inertia = trainer.train(features, init_centroids=trainer.centroids)
+            inertia = np.inf
+            for done in range(iterations):
+                previous, inertia = inertia, trainer.train(features, init_centroids=trainer.centroids)
                 bar.update()
+                # Converged; faiss's own loop ends so too.
+                if inertia == previous:
+                    bar.update(iterations - 1 - done)
+                    break
             if best is None or inertia < best_inertia:
                 best, best_inertia = trainer, inertia
 

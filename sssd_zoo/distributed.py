@@ -63,7 +63,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(variance * count / (count - 1), momentum)
         scale = torch.rsqrt(variance + self.eps) * self.weight
-        output = values * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
+        output: Tensor = values * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
         return output.to(input.dtype)
 
 
@@ -72,7 +72,8 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return module
     if device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return converted
     for layer in module.modules():
         # timm's BatchNormAct2d subclasses compute more than a norm; the networks here have none.
         if type(layer) is nn.BatchNorm2d:

@@ -245,7 +245,7 @@ class Log:
         if "tensorboard" in config.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.trackers.append(SummaryWriter(out / "tensorboard", purge_step=step + 1))  # type: ignore[no-untyped-call]
+            self.trackers.append(SummaryWriter(out / "tensorboard", purge_step=step + 1))
         self.trackio = None
         if "trackio" in config.trackers:
             os.environ.setdefault("TRACKIO_DIR", str(out / "trackio"))
@@ -287,7 +287,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
     """Timm's scheduler, counted in optimiser steps; it has no state but the step."""
     warmup = round(config.warmup_epochs * steps_per_epoch)
-    common = {"warmup_t": warmup, "warmup_lr_init": 0.0, "warmup_prefix": True, "t_in_epochs": False}
+    common: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": 0.0, "warmup_prefix": True, "t_in_epochs": False}
     if config.schedule == "step":
         # timm's step scheduler decays one step early (it asks for the rate after the step): one more makes it exact.
         milestones = [epoch * steps_per_epoch - warmup + 1 for epoch in config.milestones]
@@ -312,14 +312,14 @@ def check(config: OptimConfig, processes: int, images: int | None) -> None:
             raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.batch_size % (processes * config.accumulate):
         raise UserError(
-            f"batch_size {config.batch_size} does not divide by {processes} processes x accumulate {config.accumulate}; "
-            "choose a multiple"
+            f"batch_size {config.batch_size} does not divide by {processes} processes x accumulate "
+            f"{config.accumulate}; choose a multiple"
         )
     if config.batch_size // (processes * config.accumulate) < 2:
         raise UserError(f"batch_size {config.batch_size} leaves single images; BatchNorm needs at least 2 in each part")
     if images is not None and config.batch_size > images:
         raise UserError(
-            f"batch_size {config.batch_size} is larger than the data set of {images} images; give a smaller --batch_size"
+            f"batch_size {config.batch_size} is larger than the data set of {images} images; give a smaller one"
         )
     if config.warmup_epochs >= config.epochs:
         raise UserError(f"warmup_epochs {config.warmup_epochs} must be fewer than epochs {config.epochs}")
@@ -358,8 +358,9 @@ def train(
     """
     accelerator = make_accelerator(runtime)
     device = accelerator.device
-    task = task.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    synchronise_batchnorm(task, device)
+    task = task.to(device).to(memory_format=torch.channels_last)
+    if task.global_batchnorm:
+        synchronise_batchnorm(task, device)
     optimizer = create_optimizer_v2(
         [parameter for parameter in task.parameters() if parameter.requires_grad],
         opt=optim.optimizer,
@@ -416,7 +417,7 @@ def train(
             at = step - len(pending) + int(bad[0])
             raise UserError(
                 f"the loss became {losses[int(bad[0])].item()} at step {at} of {total} (lr {lr:.3g}); the last good "
-                f"checkpoint is kept in {out / 'checkpoints'}: try a lower lr, warmup_epochs, clip_grad or precision fp32"
+                f"checkpoint is kept in {out / 'checkpoints'}: try a lower lr, warmup, clip_grad or precision fp32"
             )
         now = time.perf_counter()
         rate = len(pending) * optim.batch_size / (now - waited)

@@ -35,7 +35,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
         if number is None:
-            # safetensors and torch.save report a failed write by exceptions of their own, with the system's in the text.
+            # safetensors and torch.save raise exceptions of their own, with the system's error in the text.
             number = next((code for code in reasons if f"os error {code})" in str(error)), None)
         if number is None and "PytorchStreamWriter failed" in str(error):
             number = errno.ENOSPC

@@ -140,6 +140,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def machine_words(precision: str) -> str:
+    """What computes, in words."""
+    found = machine()
+    processes = f"{found['processes']} x " if found["processes"] > 1 else ""
+    return f"{found['device']}, {processes}{found['threads']} threads, torch {found['torch']}, {precision}"
+
+
 def say(text: str) -> None:
     """Prints on the main process."""
     if rank() == 0:
@@ -174,11 +181,6 @@ def fit(args: FitArgs) -> None:
         )
     if rank() == 0:
         save_config(out, args)
-    say(
-        f"{len(data)} images of {data.name}, {'labelled for evaluation' if labelled else 'without labels'}; {arch} at {size} px, "
-        f"{resolve_precision(runtime.precision, runtime.device)}, {processes} processes x {torch.get_num_threads()} threads"
-    )
-
     forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
     stages = Stages(
         out,
@@ -192,6 +194,10 @@ def fit(args: FitArgs) -> None:
             "precision": resolve_precision(runtime.precision, runtime.device),
             "processes": processes,
         },
+    )
+    say(
+        f"{len(data)} images of {data.name}, {'labelled for evaluation' if labelled else 'without labels'}; "
+        f"{arch} at {size} px, {machine_words(stages.common['precision'])}"
     )
     stages.run(
         "pretrain",
@@ -270,9 +276,7 @@ def fit(args: FitArgs) -> None:
         finish(args, data, pseudo, stages, networks, arch=arch, size=size)
         report_words = out / "report.md"
         print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report_words}")
-        print(
-            f"Network: {out / 'model'}; import sssd_zoo, then timm.create_model('local-dir:{out / 'model'}', pretrained=True)"
-        )
+        print(f"Network: {out / 'model'}, for timm.create_model('local-dir:{out / 'model'}', pretrained=True)")
     barrier()
 
 
@@ -292,7 +296,7 @@ def finish(
     titles = {"pretrain": "MoCo v2", "distill": "self distillation", "baseline": "random labels"}
     trained = {title: name for name, title in titles.items() if name in stages.results}
     network = load_network(str(out / "probe" / "network" if probe else out / "distill"))
-    macs = multiply_adds(network, (3, size, size))  # type: ignore[arg-type]
+    macs = multiply_adds(network, (3, size, size))
 
     figures = {}
     report.loss_curves(
@@ -309,7 +313,6 @@ def finish(
         report.accuracy_cost(probe["accuracy"], macs, out / "figures/accuracy.png")
         figures["figures/accuracy.png"] = "Accuracy against cost, exit by exit."
 
-    where = machine()
     results: report.Results = {
         "model": arch,
         "image_size": size,
@@ -319,7 +322,7 @@ def finish(
         "corrupt": len(data.corrupt),
         "fingerprint": data.fingerprint,
         "seed": args.seed,
-        "machine": f"{where['device']}, {where['processes']} processes x {where['threads']} threads, torch {where['torch']}, {stages.common['precision']}",
+        "machine": machine_words(stages.common["precision"]),
         "k_asked": args.cluster.k,
         "sizes": pseudo.meta["sizes"],
         "quality": pseudo.meta["quality"],

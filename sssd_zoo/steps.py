@@ -8,7 +8,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -108,8 +107,7 @@ class StreamLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from its step `start` on."""
         stream = self.data.batches(self.batch_size, self.seed, epoch, start, rank(), world_size())
-        with closing(stream):
-            yield from islice(stream, self.steps_per_epoch - start)
+        return islice(stream, self.steps_per_epoch - start)
 
 
 def choose_size(data: ImageData | StreamingImages, image_size: int | None) -> int:
@@ -135,7 +133,7 @@ def storage_default(image_size: int | None) -> int:
     return round((image_size or 224) * 8 / 7)
 
 
-def load_network(name: str, **kwargs: Any) -> nn.Module:
+def load_network(name: str, **kwargs: Any) -> Any:
     """A network with its weights: a folder that this package or timm wrote, else a timm name with pretrained weights.
 
     Raises:
@@ -156,9 +154,9 @@ def load_network(name: str, **kwargs: Any) -> nn.Module:
         raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
 
 
-def statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+def statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...], int]:
     """Mean and spread of the channels and the side of the images that a timm network was trained with."""
-    config: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    config = model.pretrained_cfg
     return tuple(config["mean"]), tuple(config["std"]), int(config["input_size"][-1])
 
 
@@ -266,7 +264,7 @@ def pretrain_network(
         raise UserError(f"{data.name} has {images} image; contrastive learning needs others to tell it from")
     if images is not None and config.queue_size > images:
         raise UserError(
-            f"queue_size {config.queue_size} is larger than the data set of {images} images, so that an image's own old "
+            f"queue_size {config.queue_size} is larger than the data set of {images} images, so that an image's old "
             f"keys would be among its negatives; give a queue_size of at most {max(1, images // 2)}"
         )
     optim = part(config, OptimConfig)
@@ -277,7 +275,7 @@ def pretrain_network(
             f"{config.batch_size // config.accumulate}; choose splits or batch_size so"
         )
     torch.manual_seed(runtime.seed)
-    own = {"output": "final"} if arch.startswith("sssd_") else {}
+    own: dict[str, Any] = {"output": "final"} if arch.startswith("sssd_") else {}
     trunk = timm.create_model(arch, num_classes=0, **own)
     mean, std, _ = statistics(trunk)
     task = MoCo(
@@ -342,7 +340,7 @@ def announce(out: Path, what: str, measured: dict[str, float]) -> None:
         print(f"{what}: final loss {measured['loss']:.4f}, {measured['images_per_second']:.0f} img/s; in {out}")
 
 
-def network_features(model: nn.Module, data: ImageData, config: ForwardConfig) -> Tensor:
+def network_features(model: Any, data: ImageData, config: ForwardConfig) -> Tensor:
     """Pooled features of every exit for all images in order, float32 [exits, N, D], without moving the network."""
     mean, std, size = statistics(model)
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
@@ -533,6 +531,10 @@ class Evaluation:
     test_positions: Tensor
     words: str
 
+    def describe(self) -> str:
+        """How many test images, and where they come from."""
+        return f"{len(self.test_positions)} images, {self.words}"
+
 
 def evaluation_data(
     data: ImageData, config: DataConfig, *, test_split: str | None, holdout: float, seed: int
@@ -557,7 +559,7 @@ def evaluation_data(
             continue
         if test.class_names != data.class_names:
             raise UserError(
-                f"the splits {data.split} and {name} of {data.name} have different classes; give one --test_split that fits"
+                f"the splits {data.split} and {name} of {data.name} have different classes; give another --test_split"
             )
         return Evaluation(data, torch.arange(len(data)), test, torch.arange(len(test)), f"split {name}")
     from sklearn.model_selection import train_test_split
@@ -591,7 +593,7 @@ class Features:
     classes: int
 
 
-def evaluation_features(model: nn.Module, evaluation: Evaluation, config: ForwardConfig) -> Features:
+def evaluation_features(model: Any, evaluation: Evaluation, config: ForwardConfig) -> Features:
     """Runs a network over an evaluation's images."""
     train, test = evaluation.train, evaluation.test
     assert train.labels is not None
@@ -624,15 +626,15 @@ def probe_features(features: Features, config: ProbeConfig, seed: int) -> Probe:
     )
 
 
-def put_heads(model: nn.Module, probe: Probe) -> None:
+def put_heads(model: Any, probe: Probe) -> None:
     """Makes the probes the network's classifiers."""
     classes = probe.weights.shape[1]
-    model.reset_classifier(classes)  # type: ignore[operator]
+    model.reset_classifier(classes)
     heads = (
         [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
         if len(probe.weights) > 1
         else [model.get_classifier()]
-    )  # type: ignore[union-attr, operator]
+    )
     with torch.no_grad():
         for head, weight, bias in zip(heads, probe.weights, probe.biases, strict=True):
             head.weight.copy_(weight)
@@ -658,9 +660,7 @@ def linear(args: LinearArgs) -> None:
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
     features = evaluation_features(model, evaluation, part(args, ForwardConfig))
     probe = probe_features(features, part(args, ProbeConfig), args.seed)
-    print(
-        f"linear probes on {args.model}, accuracy in percent on {len(evaluation.test_positions)} images, {evaluation.words}:"
-    )
+    print(f"linear probes on {args.model}, accuracy in percent on {evaluation.describe()}:")
     print(accuracy_table(probe.exits, probe.ensemble))
     if out is not None:
         put_heads(model, probe)
@@ -686,7 +686,7 @@ def knn(args: KNNArgs) -> None:
     features = evaluation_features(model, evaluation, part(args, ForwardConfig))
     accuracies = knn_features(features, args.neighbours, args.temperature)
     print(
-        f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {len(evaluation.test_positions)} images, {evaluation.words}:"
+        f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {evaluation.describe()}:"
     )
     print(accuracy_table(accuracies, None))
 
@@ -718,7 +718,7 @@ def models(args: ModelsArgs) -> None:
         f"{'model':20} {'px':>4} {'parameters':>11}  multiply-adds (millions): exit 1, 2, 3, 4 (trunk), all; exit heads"
     )
     for name in names:
-        model = timm.create_model(name)
+        model: Any = timm.create_model(name)
         _, _, size = statistics(model)
         costs = multiply_adds(model, (3, size, size))
         parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -29,7 +29,7 @@ def folder_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(
     *words: str, timeout: float = 240, environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs Python on a script of the repository, in a process of its own; one thread, so results are the same anywhere."""
+    """Runs Python with these words in a process of its own; on one thread, so that results are the same anywhere."""
     return subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,

@@ -60,21 +60,33 @@ def test_kmeans_takes_the_steps_of_lloyds_algorithm():
     assert found.distances.dtype == found.centroids.dtype == np.float32
 
 
-@pytest.mark.parametrize("redos", [1, 3])
-def test_kmeans_is_faiss_called_by_hand_on_all_points(redos):
+@pytest.mark.parametrize(("redos", "iterations"), [(1, 6), (3, 6), (1, 60), (2, 60)])
+def test_kmeans_is_faiss_called_by_hand_on_all_points(redos, iterations):
     import faiss
 
     # Many rows are equal, so first centroids are too: clusters get empty while it trains, and faiss splits others.
     features = np.random.default_rng(1).integers(-3, 4, size=(3000, 3)).astype(np.float32)
-    by_hand = faiss.Kmeans(3, 150, niter=6, nredo=redos, seed=9, max_points_per_centroid=10**6)
+    by_hand = faiss.Kmeans(3, 150, niter=iterations, nredo=redos, seed=9, max_points_per_centroid=10**6)
     by_hand.train(features)
     distances, labels = by_hand.assign(features)
     assert redos > 1 or any(step["nsplit"] for step in by_hand.iteration_stats)
-    found = kmeans(features, 150, seed=9, iterations=6, redos=redos)
+    found = kmeans(features, 150, seed=9, iterations=iterations, redos=redos)
     _, renumbered = np.unique(labels, return_inverse=True)
     np.testing.assert_array_equal(found.labels, renumbered)
     np.testing.assert_array_equal(found.distances, distances)
     np.testing.assert_array_equal(found.centroids, by_hand.centroids[np.unique(labels)])
+
+
+def test_kmeans_stops_where_it_has_converged(monkeypatch):
+    import faiss
+
+    features, _ = blobs()
+    passes, train = [], faiss.Kmeans.train
+    monkeypatch.setattr(faiss.Kmeans, "train", lambda *args, **options: passes.append(1) or train(*args, **options))
+    converged = kmeans(features, 6, seed=5, iterations=200)
+    assert len(passes) < 50
+    longer = lloyd(features, converged.centroids, 1)
+    np.testing.assert_allclose(converged.centroids, longer[1], rtol=1e-4, atol=1e-4)
 
 
 def test_kmeans_does_not_subsample():

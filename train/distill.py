@@ -1,4 +1,4 @@
-"""Trains a four-exit network that teaches itself on pseudo, random or true labels: `accelerate launch train/distill.py --help`."""
+"""Trains a four-exit network that teaches itself on pseudo labels: `accelerate launch train/distill.py --help`."""
 
 from sssd_zoo.cli import run
 

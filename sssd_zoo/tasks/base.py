@@ -12,7 +12,12 @@ class Task(nn.Module):
 
     Everything that a resumed run needs (a queue, a second encoder) is a parameter or a buffer of the module, so that
     the engine's checkpoint holds it.
+
+    Attributes:
+        global_batchnorm: whether BatchNorm's statistics are to be those of the global batch, of all processes.
     """
+
+    global_batchnorm = True
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """Augments a batch on its device.

@@ -74,6 +74,7 @@ class MoCo(Task):
         blur: probability of a Gaussian blur.
     """
 
+    global_batchnorm = False  # parts of the batch keep statistics of their own, on purpose
     queue: Tensor
     pointer: Tensor
 
