@@ -135,8 +135,10 @@ def benchmark_moco(batch_size: int = 256, splits: int = 4, steps: int = 5, round
     tune_cpu()
     precision = resolve_precision("auto", "cpu")
     trunk: Any = timm.create_model("sssd_resnet18_cifar", num_classes=0, output="final")
-    statistics_ = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
-    task = MoCo(trunk, size=32, symmetric=False, splits=splits, **statistics_).to(memory_format=torch.channels_last)
+    half, quarter = (0.5,) * 3, (0.25,) * 3
+    task = MoCo(trunk, size=32, symmetric=False, splits=splits, mean=half, std=quarter).to(
+        memory_format=torch.channels_last
+    )
     optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     per_image = 4 * multiply_adds(trunk, (3, 32, 32))["4"]
     images = torch.randint(0, 256, (10 * batch_size, 3, 32, 32), dtype=torch.uint8)
