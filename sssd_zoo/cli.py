@@ -5,9 +5,10 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -74,6 +75,27 @@ def start_other_processes() -> list[subprocess.Popen[bytes]]:
     return [subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **own}) for own in ranks[1:]]
 
 
+def switches(config: Any, prefix: str = "--") -> set[str]:
+    """The options of a dataclass, and of the dataclasses in it, that are true or false."""
+    found: set[str] = set()
+    for name, kind in get_type_hints(config).items():
+        if is_dataclass(kind):
+            found |= switches(kind, f"{prefix}{name}.")
+        elif bool in (kind, *get_args(kind)):
+            found.add(prefix + name)
+    return found
+
+
+def spell_out(arguments: list[str], config: Any) -> list[str]:
+    """Writes `--resume` as `--resume true`, which is what jsonargparse understands."""
+    names, words = switches(config), []
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
+        words.append(word)
+        if word in names and following.startswith("--"):
+            words.append("true")
+    return words
+
+
 def run(name: str, arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Parses the arguments of one subcommand and runs its step; what a user can mend exits with status 2 and a line.
 
@@ -83,14 +105,15 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         prog: the program's name in its help.
     """
     parser = _parser(name, prog or Path(sys.argv[0]).name)
-    values = dict(vars(parser.instantiate(parser.parse_args(arguments))))
+    config = getattr(importlib.import_module("sssd_zoo.config"), COMMANDS[name][0])
+    words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
+    values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
-    config = importlib.import_module("sssd_zoo.config")
     module = importlib.import_module("sssd_zoo.fit" if name == "fit" else "sssd_zoo.steps")
     step: Any = getattr(module, COMMANDS[name][1])
     others = start_other_processes()
     try:
-        step(getattr(config, COMMANDS[name][0])(**values))
+        step(config(**values))
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:

@@ -461,15 +461,15 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     """Copies a trunk's weights into a network with exits.
 
     Raises:
-        UserError: unless every weight of the source finds its place: one that silently stays behind is a wrong result.
+        UserError: unless every weight of the source finds its place and the whole trunk is filled: one that silently
+            stays behind is a wrong result.
     """
-    weights = source.state_dict()
-    ours = model.state_dict()
+    weights, ours = source.state_dict(), model.state_dict()
+    trunk = {name for name in ours if not name.startswith(("exit", "fc."))}
     wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
-    if wrong or not weights:
-        raise UserError(
-            f"the trunk's weights do not fit the network, {wrong[0] if wrong else 'there are none'}; give its own kind"
-        )
+    wrong += sorted(trunk - weights.keys())
+    if wrong:
+        raise UserError(f"the weights of --init do not fit the network's trunk ({wrong[0]}); give a run of its own kind")
     model.load_state_dict(weights, strict=False)
 
 

@@ -297,7 +297,7 @@ def test_without_labels_there_is_a_report_without_accuracy(folder_of_images, tmp
     for number, file in enumerate(sorted(folder_of_images.rglob("*.png"))):
         (data / f"{number}.png").write_bytes(file.read_bytes())
     assert sssd("fit", "--data", data, "--out", tmp_path / "run", *TINY) == 0
-    assert "no labels" in (tmp_path / "run" / "report.md").read_text()
+    assert "Not measured: that needs true labels" in (tmp_path / "run" / "report.md").read_text()
     assert not (tmp_path / "run" / "baseline").exists()
     model = timm.create_model(f"local-dir:{tmp_path / 'run' / 'model'}", pretrained=True)
     assert model.num_classes == len(json.loads((tmp_path / "run" / "metrics.json").read_text())["sizes"])
@@ -317,7 +317,7 @@ def test_grey_rgba_and_cmyk_images_train(tmp_path):
 
 def test_streaming_pretrains(folder_of_images, tmp_path):
     words = ["--model", "sssd_resnet18", "--image_size", "32", "--epochs", "1", "--batch_size", "8", "--splits", "2"]
-    words += ["--queue_size", "16", "--streaming", "true", "--steps_per_epoch", "3", "--data", folder_of_images]
+    words += ["--queue_size", "16", "--streaming", "--steps_per_epoch", "3", "--data", folder_of_images]
     assert sssd("pretrain", "--out", tmp_path / "run", *words) == 0
     assert (tmp_path / "run" / "model.safetensors").exists()
 
