@@ -469,7 +469,7 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
     wrong += sorted(trunk - weights.keys())
     if wrong:
-        raise UserError(f"the weights of --init do not fit the network's trunk ({wrong[0]}); give a run of its own kind")
+        raise UserError(f"the weights of --init do not fit the trunk ({wrong[0]}); give a run of its own kind")
     model.load_state_dict(weights, strict=False)
 
 
