@@ -165,6 +165,27 @@ def random_labels(n: int, k: int, seed: int) -> IntArray:
     return np.unique(drawn, return_inverse=True)[1].astype(np.int64, copy=False)
 
 
+def match_labels(labels: IntArray, reference: IntArray, k: int) -> IntArray:
+    """Renumbers clusters so that as many rows as possible have the number that they have in `reference`.
+
+    The optimal one-to-one assignment of the k x k counts of rows by both numbers (Hungarian method).
+
+    Args:
+        labels: int64 [N] in 0..k-1.
+        reference: int64 [N] in 0..k-1.
+        k: number of clusters; those without rows take the numbers that are left.
+
+    Returns:
+        Int64 [N] in 0..k-1.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    counts = np.bincount(labels * k + reference, minlength=k * k).reshape(k, k)
+    _, number = linear_sum_assignment(counts, maximize=True)
+    matched: IntArray = number[labels]
+    return matched
+
+
 def quality(labels: IntArray, truth: IntArray) -> dict[str, float]:
     """Compares pseudo labels with true ones, both int64 [N].
 

@@ -74,6 +74,30 @@ class SelfDistillationConfig(OptimConfig):
 
 
 @dataclass(kw_only=True)
+class SEEDConfig(OptimConfig):
+    """SEED, a method that SSSD is compared with; the defaults are for 32-px images.
+
+    Args:
+        batch_size: images per optimiser step, over all processes.
+        lr: learning rate at its height; the paper's 0.03 is per 256 images.
+        queue_size: of the teacher's embeddings (paper: 65536); not more than there are images.
+        temperature: of the student's softmax.
+        teacher_temperature: of the teacher's softmax (0.01 in the paper's text, 1e-4 by default in its code).
+        crop_scale: smallest and largest share of the area that a view keeps.
+        blur: probability of a Gaussian blur (0 at 32 px, 0.5 at 224).
+    """
+
+    batch_size: int = 256
+    lr: float = 0.03
+    weight_decay: float = 1e-4
+    queue_size: int = 4096
+    temperature: float = 0.2
+    teacher_temperature: float = 0.01
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    blur: float = 0.0
+
+
+@dataclass(kw_only=True)
 class ProbeConfig:
     """Linear probes: one linear layer per exit on frozen features.
 
@@ -145,12 +169,14 @@ class PseudoLabelArgs(DataConfig, ForwardConfig, ClusterConfig):
 
 @dataclass(kw_only=True)
 class DistillArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
-    """Trains a four-exit network that teaches itself, on pseudo, random or true labels.
+    """Trains a network on pseudo, random or true labels: by default a four-exit one that teaches itself.
 
     Args:
-        labels: folder of pseudo labels, 'random' (the baseline) or 'true' (the upper reference).
+        labels: folder of pseudo labels, 'random' (the baseline), 'true' (the upper reference), or 'own': clusters of
+            the network's own features, anew before each epoch (DACSD).
+        method: 'sssd', or 'clusterfit' for the network without exits on the same labels.
         out: run folder to write; timm loads it by `local-dir:OUT`.
-        k: number of classes of 'random' labels.
+        k: number of classes of 'random' and 'own' labels.
         model: timm name of a network of this package; by default that for the size of the images.
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
         init: run folder whose weights the trunk starts from; by default it starts from scratch, as in the paper.
@@ -160,10 +186,34 @@ class DistillArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
 
     labels: str
     out: str
+    method: Literal["sssd", "clusterfit"] = "sssd"
     k: int = 1000
     model: str | None = None
     image_size: int | None = None
     init: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class SEEDArgs(DataConfig, RuntimeConfig, SEEDConfig):
+    """Distils a frozen network, such as one pretrained without labels, into a smaller one by SEED.
+
+    Args:
+        teacher: run folder, or any timm model's name.
+        out: run folder to write; timm loads it by `local-dir:OUT`.
+        model: timm name of the student; by default one of this package for the size of the images.
+        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
+        teacher_size: side that the views are resized to for the teacher; by default what it was trained with.
+        resume: go on from the newest checkpoint in `out`.
+        overwrite: drop what `out` holds and start anew.
+    """
+
+    teacher: str
+    out: str
+    model: str | None = None
+    image_size: int | None = None
+    teacher_size: int | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -220,6 +270,8 @@ class FitArgs(DataConfig, RuntimeConfig):
         pretrain: MoCo v2.
         cluster: k-means.
         distill: self distillation.
+        warm_start: let the trunk of the distilled network start from the pretrained weights, not from scratch as in
+            the paper.
         probe: linear probes, where there are labels.
         baseline: also distil on random labels, where there are true ones to compare by.
     """
@@ -231,8 +283,43 @@ class FitArgs(DataConfig, RuntimeConfig):
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
+    warm_start: bool = False
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     baseline: bool = True
+
+
+@dataclass(kw_only=True)
+class CompareArgs(DataConfig, RuntimeConfig):
+    """Trains and measures several methods on the same images, and reports them beside the paper's figures.
+
+    Args:
+        out: folder to write; what is there already of the same settings is reused.
+        methods: any of 'sssd', 'random' (BYOT on random labels), 'true' (BYOT on true labels), 'clusterfit', 'seed',
+            'dacsd'.
+        seeds: of the runs; each does every method once. They take the place of --seed.
+        model: timm name of a network of this package; by default that for the size of the images.
+        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
+        test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
+        pretrain: MoCo v2.
+        cluster: k-means; its K is also that of random and of DACSD's labels.
+        distill: of all methods that learn labels.
+        seed_method: SEED.
+        probe: linear probes.
+    """
+
+    out: str
+    methods: list[Literal["sssd", "random", "true", "clusterfit", "seed", "dacsd"]] = field(
+        default_factory=lambda: ["sssd", "random", "clusterfit", "seed", "dacsd", "true"]
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    model: str | None = None
+    image_size: int | None = None
+    test_split: str | None = None
+    pretrain: MoCoConfig = field(default_factory=MoCoConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
+    seed_method: SEEDConfig = field(default_factory=SEEDConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 @dataclass(kw_only=True)
@@ -244,3 +331,24 @@ class ModelsArgs:
     """
 
     pattern: str = "sssd_*"
+
+
+@dataclass(kw_only=True)
+class CardArgs:
+    """Assembles what is to be known of a trained network in one folder: card, config, metrics, logs, recipe, figures.
+
+    Args:
+        run: run folder of `sssd fit`.
+        out: folder to write.
+        name: timm name and tag of the weights, where they ship with the package: 'sssd_resnet18_cifar.cifar10'.
+        weights: file for the weights in half precision; by default model.safetensors in `out`.
+        paper: row of the paper's table 1 to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
+        overwrite: replace what `out` holds.
+    """
+
+    run: str
+    out: str
+    name: str | None = None
+    weights: str | None = None
+    paper: str | None = None
+    overwrite: bool = False

@@ -16,6 +16,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def barrier() -> None:
+    """Waits for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 @torch.no_grad()
 def gather(tensor: Tensor) -> Tensor:
     """Concatenates [b, ...] of all processes to [b * world, ...], without gradients; one process gets its own back."""

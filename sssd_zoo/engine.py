@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,6 +52,8 @@ class OptimConfig:
         milestones: epochs, for 'step'.
         gamma: factor, for 'step'.
         clip_grad: largest norm of the gradient; none by default.
+        sizes: sides of the views in pixels over equal parts of the training, such as [16, 24, 32]: small views first
+            cost less; by default all are of the run's image size.
     """
 
     epochs: int = 200
@@ -66,6 +68,7 @@ class OptimConfig:
     milestones: list[int] = field(default_factory=lambda: [120, 160])
     gamma: float = 0.1
     clip_grad: float | None = None
+    sizes: list[int] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -334,6 +337,7 @@ def train(
     out: Path,
     identity: dict[str, Any],
     labels: Tensor | None = None,
+    relabel: Callable[[int, int], Tensor] | None = None,
     title: str = "train",
 ) -> dict[str, float]:
     """Trains `task` and leaves its trained weights in it.
@@ -347,6 +351,8 @@ def train(
         identity: what else decides the numbers (data, architecture, the method's settings), for the check on resume.
             A newest checkpoint of the same identity in `out` is gone on from.
         labels: int64 [N] by position, for tasks that need them.
+        relabel: gives such labels anew before each epoch, and where a run is resumed in one, from the epoch's number
+            and the step in it.
         title: for the progress bar.
 
     Returns:
@@ -445,9 +451,13 @@ def train(
             epoch, start = divmod(step, loader.steps_per_epoch)
             if start == 0:
                 epoch_loss, epoch_count = 0.0, 0
+            if relabel is not None:
+                labels = relabel(epoch, start)
             for positions, images in loader.epoch(epoch, start):
                 parts = list(zip(positions.chunk(optim.accumulate), images.chunk(optim.accumulate), strict=True))
                 scheduler.step_update(step)
+                if optim.sizes:
+                    task.size = optim.sizes[step * len(optim.sizes) // total]
                 task.before_step()
                 sums: dict[str, Tensor] = {}
                 for number, (some, some_images) in enumerate(parts):

@@ -122,7 +122,7 @@ def linear_probe(
     num_classes: int,
     *,
     epochs: int = 30,
-    lr: float = 5e-3,
+    lr: float = 2e-3,
     weight_decay: float = 0.05,
     seed: int = 0,
     progress: bool = False,

@@ -33,11 +33,13 @@ from sssd_zoo.config import (
     PretrainArgs,
     ProbeConfig,
     PseudoLabelArgs,
+    SEEDArgs,
+    SEEDConfig,
     SelfDistillationConfig,
 )
 from sssd_zoo.data.loading import DataConfig, GlobalBatches, ImageData, load_images, split_names
 from sssd_zoo.data.streaming import StreamingImages, load_streaming
-from sssd_zoo.distributed import rank, world_size
+from sssd_zoo.distributed import barrier, rank, world_size
 from sssd_zoo.engine import (
     OptimConfig,
     RuntimeConfig,
@@ -52,9 +54,10 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, write_json
 from sssd_zoo.hub import save_network
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.own_labels import OwnLabels
 from sssd_zoo.probe import Probe, extract_features, linear_probe
 from sssd_zoo.probe import knn as knn_accuracy
-from sssd_zoo.tasks import MoCo, SelfDistillation, Task
+from sssd_zoo.tasks import SEED, ClusterFit, MoCo, SelfDistillation, Task
 
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -174,16 +177,41 @@ def prepare_out(out: str, *, resume: bool, overwrite: bool) -> Path:
         for name in ("checkpoints", "config.json", "pseudo_labels.json", "metrics.json")
         if (folder / name).exists()
     ]
-    if held and overwrite and rank() == 0:
-        shutil.rmtree(folder)
-    elif held and not resume:
+    if held and not resume and not overwrite:
         raise UserError(f"{folder} already holds a run ({held[0]}); give --resume to go on, or --overwrite to drop it")
     return folder
+
+
+def begin(folder: Path, config: Any) -> None:
+    """Drops what `--overwrite` is to drop, once nothing can be wrong with the arguments, and writes them resolved."""
+    if rank() == 0:
+        if config.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        save_config(folder, config)
+    barrier()
 
 
 def save_config(folder: Path, config: Any) -> None:
     """Writes the resolved arguments as config.yaml."""
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
+
+
+def check_sizes(arch: str, sizes: list[int]) -> None:
+    """Refuses views that are too small for a network of this package.
+
+    Below its smallest input a stage would stride over a map of one pixel, where oneDNN's bf16 convolutions (seen in
+    torch 2.15) give weight gradients of uninitialised memory.
+
+    Raises:
+        UserError: naming the size.
+    """
+    config = timm.get_pretrained_cfg(arch)
+    smallest = config.min_input_size[-1] if config and config.min_input_size else 1
+    if min(sizes) < smallest:
+        raise UserError(
+            f"views of {min(sizes)} px are too small for {arch}, which wants at least {smallest}: give other sizes, or "
+            "a network with the stem for small images (sssd_resnet18_cifar)"
+        )
 
 
 def run_training(
@@ -199,6 +227,8 @@ def run_training(
     settings: dict[str, Any],
     labels: Tensor | None,
     title: str,
+    relabel: OwnLabels | None = None,
+    arguments: Any = None,
 ) -> dict[str, float]:
     """Trains a task and writes the network it is about, its log and its curves into the run folder.
 
@@ -213,11 +243,16 @@ def run_training(
         out: the run folder.
         settings: what else decides the numbers, for the check on resume.
         labels: int64 [N] by position, or none.
+        relabel: gives them anew before each epoch.
         title: of the progress bar.
+        arguments: of the command, where the run is one of its own, see `begin`.
 
     Returns:
         What `engine.train` measured.
     """
+    check_sizes(arch, [size, *optim.sizes])
+    if arguments is not None:
+        begin(out, arguments)
     data = loader.data
     where = (data.fingerprint, len(data)) if isinstance(data, ImageData) else (data.name, data.count)
     identity = {"arch": arch, "image_size": size, "data": where[0], "images": where[1], "storage_size": data.size}
@@ -229,6 +264,7 @@ def run_training(
         out=out,
         identity={**identity, **settings},
         labels=labels,
+        relabel=relabel,
         title=title,
     )
     if rank() == 0:
@@ -243,6 +279,21 @@ def method_settings(config: Any, kind: type[OptimConfig]) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(kind) if field.name not in common}
 
 
+def check_queue(queue_size: int, images: int | None) -> None:
+    """Refuses a queue that would hold an image's own older embeddings; `images` is their number, where it is known."""
+    if images is not None and queue_size > images:
+        raise UserError(
+            f"queue_size {queue_size} is larger than the data set of {images} images, so that an image's own old "
+            f"embeddings would be among its negatives; give a queue_size of at most {max(1, images // 2)}"
+        )
+
+
+def new_trunk(arch: str, num_classes: int = 0) -> Any:
+    """A network without exits, with new weights."""
+    own: dict[str, Any] = {"output": "final"} if arch.startswith("sssd_") else {}
+    return timm.create_model(arch, num_classes=num_classes, **own)
+
+
 def pretrain_network(
     data: ImageData | StreamingImages,
     config: MoCoConfig,
@@ -252,8 +303,9 @@ def pretrain_network(
     size: int,
     out: Path,
     steps_per_epoch: int | None = None,
+    arguments: Any = None,
 ) -> dict[str, float]:
-    """MoCo v2 on images; writes the trunk into `out`.
+    """MoCo v2 on images; writes the trunk into `out`, see `run_training`.
 
     Raises:
         UserError: for settings that MoCo cannot work with.
@@ -262,11 +314,7 @@ def pretrain_network(
     images = len(data) if isinstance(data, ImageData) else data.count
     if images is not None and images < 2:
         raise UserError(f"{data.name} has {images} image; contrastive learning needs others to tell it from")
-    if images is not None and config.queue_size > images:
-        raise UserError(
-            f"queue_size {config.queue_size} is larger than the data set of {images} images, so that an image's old "
-            f"keys would be among its negatives; give a queue_size of at most {max(1, images // 2)}"
-        )
+    check_queue(config.queue_size, images)
     optim = part(config, OptimConfig)
     check(optim, processes, images)
     if config.splits % processes or (config.batch_size // config.accumulate) % max(1, config.splits):
@@ -275,8 +323,7 @@ def pretrain_network(
             f"{config.batch_size // config.accumulate}; choose splits or batch_size so"
         )
     torch.manual_seed(runtime.seed)
-    own: dict[str, Any] = {"output": "final"} if arch.startswith("sssd_") else {}
-    trunk = timm.create_model(arch, num_classes=0, **own)
+    trunk = new_trunk(arch)
     mean, std, _ = statistics(trunk)
     task = MoCo(
         trunk,
@@ -308,6 +355,7 @@ def pretrain_network(
         settings=method_settings(config, MoCoConfig),
         labels=None,
         title="MoCo v2",
+        arguments=arguments,
     )
 
 
@@ -327,9 +375,15 @@ def pretrain(args: PretrainArgs) -> None:
         data = load_images(config, default_size=default_size, progress=rank() == 0, verify=False)
     size = choose_size(data, args.image_size)
     arch = choose_model(args.model, size)
-    save_config(out, args)
     measured = pretrain_network(
-        data, part(args, MoCoConfig), runtime, arch=arch, size=size, out=out, steps_per_epoch=args.steps_per_epoch
+        data,
+        part(args, MoCoConfig),
+        runtime,
+        arch=arch,
+        size=size,
+        out=out,
+        steps_per_epoch=args.steps_per_epoch,
+        arguments=args,
     )
     announce(out, f"{arch} pretrained on {data.name}", measured)
 
@@ -410,7 +464,7 @@ def describe_labels(labels: PseudoLabels, out: Path) -> str:
 
 def distill_network(
     data: ImageData,
-    labels: np.ndarray[Any, np.dtype[np.int64]],
+    labels: np.ndarray[Any, np.dtype[np.int64]] | int,
     config: SelfDistillationConfig,
     runtime: RuntimeConfig,
     *,
@@ -420,28 +474,48 @@ def distill_network(
     labels_digest: str,
     init: str | None = None,
     title: str = "distil",
+    method: Literal["sssd", "clusterfit"] = "sssd",
+    arguments: Any = None,
 ) -> dict[str, float]:
-    """Self distillation on loaded images and labels, int64 [N]; writes the network into `out`."""
+    """Trains a network on loaded images by `method`, and writes it into `out`, see `run_training`.
+
+    Args:
+        data: the images.
+        labels: int64 [N], or the number of clusters of the network's own features to train on, made before each epoch.
+        config: how to train.
+        runtime: where and how.
+        arch: timm name of the network.
+        size: side of the views in pixels.
+        out: the run folder.
+        labels_digest: of the labels, for the check on resume.
+        init: a network whose trunk's weights to start from.
+        title: of the progress bar.
+        method: 'sssd' or 'clusterfit'.
+        arguments: see `run_training`.
+    """
     torch.manual_seed(runtime.seed)
-    model = timm.create_model(arch, num_classes=int(labels.max()) + 1)
-    if not hasattr(model, "forward_exits"):
+    exits, classes = method == "sssd", labels if isinstance(labels, int) else int(labels.max()) + 1
+    model = timm.create_model(arch, num_classes=classes) if exits else new_trunk(arch, classes)
+    if exits and not hasattr(model, "forward_exits"):
         raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
     if init is not None:
         load_trunk(model, load_network(init, num_classes=0))
     mean, std, _ = statistics(model)
-    task = SelfDistillation(
-        model,
-        size=size,
-        mean=mean,
-        std=std,
-        alpha=config.alpha,
-        lam=config.lam,
-        temperature=config.temperature,
-        crop=config.crop,
-        scale=config.crop_scale,
-    )
+    views: dict[str, Any] = {"size": size, "mean": mean, "std": std, "crop": config.crop, "scale": config.crop_scale}
+    if exits:
+        task: Task = SelfDistillation(
+            model, alpha=config.alpha, lam=config.lam, temperature=config.temperature, **views
+        )
+    else:
+        task = ClusterFit(model, **views)
+    settings = {"labels": labels_digest, "init": init}
+    settings |= method_settings(config, SelfDistillationConfig) if exits else {"method": method, **views}
     optim = part(config, OptimConfig)
     check(optim, make_accelerator(runtime).num_processes, len(data))
+    own = None
+    if isinstance(labels, int):
+        precision = resolve_precision(runtime.precision, runtime.device)
+        own = OwnLabels(model, data, labels, out, size, mean, std, seed=runtime.seed, autocast=DTYPES[precision])
     return run_training(
         task,
         EpochLoader(data, config.batch_size, runtime.seed),
@@ -451,9 +525,11 @@ def distill_network(
         optim=optim,
         runtime=runtime,
         out=out,
-        settings={**method_settings(config, SelfDistillationConfig), "labels": labels_digest, "init": init},
-        labels=torch.from_numpy(labels),
+        settings=settings,
+        labels=None if isinstance(labels, int) else torch.from_numpy(labels),
+        relabel=own,
         title=title,
+        arguments=arguments,
     )
 
 
@@ -479,21 +555,25 @@ def distill(args: DistillArgs) -> None:
     runtime = part(args, RuntimeConfig)
     make_accelerator(runtime)
     out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
-    artefact = None if args.labels in ("random", "true") else PseudoLabels.load(args.labels)
+    artefact = None if args.labels in ("random", "true", "own") else PseudoLabels.load(args.labels)
     data = load_images(
         part(args, DataConfig), default_size=storage_default(args.image_size), require_labels=args.labels == "true"
     )
+    labels: np.ndarray[Any, np.dtype[np.int64]] | int
     if artefact is not None:
         artefact.check(data.fingerprint)
         labels = artefact.labels_of(data.rows)
     elif args.labels == "random":
         labels = random_labels(len(data), args.k, runtime.seed)
+    elif args.labels == "own":
+        if not 2 <= args.k <= len(data):
+            raise UserError(f"K = {args.k} clusters of {len(data)} images; give a --k from 2 to the number of images")
+        labels = args.k
     else:
         assert data.labels is not None  # load_images required them
         labels = data.labels
     size = choose_size(data, args.image_size)
     arch = choose_model(args.model, size)
-    save_config(out, args)
     measured = distill_network(
         data,
         labels,
@@ -502,10 +582,101 @@ def distill(args: DistillArgs) -> None:
         arch=arch,
         size=size,
         out=out,
-        labels_digest=digest(labels),
+        labels_digest=f"own, K = {labels}" if isinstance(labels, int) else digest(labels),
         init=args.init,
+        method=args.method,
+        arguments=args,
     )
-    announce(out, f"{arch} distilled on {len(data)} images of {data.name} with {labels.max() + 1} labels", measured)
+    words = f"{arch} trained by {args.method} on {len(data)} images of {data.name}, labels: {args.labels}"
+    announce(out, words, measured)
+
+
+def seed_network(
+    data: ImageData,
+    teacher: str,
+    config: SEEDConfig,
+    runtime: RuntimeConfig,
+    *,
+    arch: str,
+    size: int,
+    out: Path,
+    teacher_size: int | None = None,
+    arguments: Any = None,
+) -> dict[str, float]:
+    """SEED on loaded images; writes the student's trunk into `out`, see `run_training`.
+
+    Args:
+        data: the images.
+        teacher: run folder or timm name.
+        config: how to train.
+        runtime: where and how.
+        arch: timm name of the student.
+        size: side of the student's views in pixels.
+        out: the run folder.
+        teacher_size: of the teacher's views; by default what it was trained with.
+        arguments: see `run_training`.
+    """
+    optim = part(config, OptimConfig)
+    check(optim, make_accelerator(runtime).num_processes, len(data))
+    check_queue(config.queue_size, len(data))
+    frozen_teacher = load_network(teacher, num_classes=0)
+    torch.manual_seed(runtime.seed)
+    trunk = new_trunk(arch)
+    mean, std, _ = statistics(trunk)
+    teacher_mean, teacher_std, own_size = statistics(frozen_teacher)
+    teacher_size = teacher_size or own_size
+    task = SEED(
+        trunk,
+        frozen_teacher,
+        size=size,
+        mean=mean,
+        std=std,
+        teacher_size=teacher_size,
+        teacher_mean=teacher_mean,
+        teacher_std=teacher_std,
+        queue_size=config.queue_size,
+        temperature=config.temperature,
+        teacher_temperature=config.teacher_temperature,
+        scale=config.crop_scale,
+        blur=config.blur,
+    )
+    return run_training(
+        task,
+        EpochLoader(data, config.batch_size, runtime.seed),
+        network=trunk,
+        arch=arch,
+        size=size,
+        optim=optim,
+        runtime=runtime,
+        out=out,
+        settings={**method_settings(config, SEEDConfig), "teacher": teacher, "teacher_size": teacher_size},
+        labels=None,
+        title="SEED",
+        arguments=arguments,
+    )
+
+
+def seed(args: SEEDArgs) -> None:
+    """`sssd seed`."""
+    tune_cpu()
+    runtime = part(args, RuntimeConfig)
+    make_accelerator(runtime)
+    out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
+    data = load_images(part(args, DataConfig), default_size=storage_default(args.image_size))
+    size = choose_size(data, args.image_size)
+    arch = choose_model(args.model, size)
+    measured = seed_network(
+        data,
+        args.teacher,
+        part(args, SEEDConfig),
+        runtime,
+        arch=arch,
+        size=size,
+        out=out,
+        teacher_size=args.teacher_size,
+        arguments=args,
+    )
+    announce(out, f"{arch} taught by {args.teacher} on {len(data)} images of {data.name}", measured)
 
 
 def digest(labels: np.ndarray[Any, np.dtype[np.int64]]) -> str:
@@ -650,28 +821,34 @@ def accuracy_table(exits: list[float], ensemble: float | None) -> str:
     return "\n".join(lines)
 
 
-def linear(args: LinearArgs) -> None:
-    """`sssd linear`."""
-    tune_cpu()
-    out = None if args.out is None else prepare_out(args.out, resume=False, overwrite=args.overwrite)
+def frozen(args: LinearArgs | KNNArgs) -> tuple[Any, Evaluation, Features]:
+    """The network to measure, what it is measured on, and its features of that."""
     model = load_network(args.model)
     config = part(args, DataConfig)
     data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
-    features = evaluation_features(model, evaluation, part(args, ForwardConfig))
+    return model, evaluation, evaluation_features(model, evaluation, part(args, ForwardConfig))
+
+
+def linear(args: LinearArgs) -> None:
+    """`sssd linear`."""
+    tune_cpu()
+    out = None if args.out is None else prepare_out(args.out, resume=False, overwrite=args.overwrite)
+    model, evaluation, features = frozen(args)
     probe = probe_features(features, part(args, ProbeConfig), args.seed)
     print(f"linear probes on {args.model}, accuracy in percent on {evaluation.describe()}:")
     print(accuracy_table(probe.exits, probe.ensemble))
     if out is not None:
+        begin(out, args)
         put_heads(model, probe)
         metrics = {
-            "data": data.name,
+            "data": evaluation.train.name,
             "test": evaluation.words,
             "seed": args.seed,
             "exits": probe.exits,
             "ensemble": probe.ensemble,
         }
-        save_network(out, model, str(model.pretrained_cfg["architecture"]), label_names=data.class_names)
+        save_network(out, model, str(model.pretrained_cfg["architecture"]), label_names=evaluation.train.class_names)
         write_json(out / "metrics.json", metrics)
         print(f"the network with the probes as its heads is in {out}")
 
@@ -679,11 +856,7 @@ def linear(args: LinearArgs) -> None:
 def knn(args: KNNArgs) -> None:
     """`sssd knn`."""
     tune_cpu()
-    model = load_network(args.model)
-    config = part(args, DataConfig)
-    data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
-    evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
-    features = evaluation_features(model, evaluation, part(args, ForwardConfig))
+    _, evaluation, features = frozen(args)
     accuracies = knn_features(features, args.neighbours, args.temperature)
     print(
         f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {evaluation.describe()}:"

@@ -9,6 +9,8 @@ from torch import nn
 
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.tasks.moco import Encoder, MoCo, info_nce
+from sssd_zoo.tasks.queue import enqueue
+from sssd_zoo.tasks.split_batchnorm import split_batchnorm
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 
@@ -54,8 +56,9 @@ def test_info_nce_equals_loops():
 
 def test_forward_equals_the_method_step_by_step():
     task = make()
-    before = copy.deepcopy(task)
+    before = make(splits=1)  # the same weights, by the same seed
     batch = batch_of(task)
+    queue = task.queue.clone()
     out = task(batch)
     query_view, key_view = batch["views"]
     queries = torch.cat([before.query_encoder(part) for part in query_view.chunk(2)])
@@ -63,10 +66,10 @@ def test_forward_equals_the_method_step_by_step():
     keys = torch.empty(8, 5)
     for part in shuffle.chunk(2):  # each key with the statistics of its shuffled part
         keys[part] = before.key_encoder(key_view[part]).detach()
-    expected, _ = info_nce(queries, keys, before.queue, before.temperature)
+    expected, _ = info_nce(queries, keys, queue, task.temperature)
     torch.testing.assert_close(out["loss"], expected)
     torch.testing.assert_close(task.queue[:8], keys)
-    assert torch.equal(task.queue[8:], before.queue[8:])
+    assert torch.equal(task.queue[8:], queue[8:])
 
 
 def test_symmetric_loss_is_the_sum_of_both_directions():
@@ -102,7 +105,7 @@ def test_queue_is_a_ring_also_where_the_batch_does_not_divide_it():
     place = 0
     for step in range(7):
         keys = torch.full((4, 5), float(step))
-        task.enqueue(keys)
+        enqueue(task.queue, task.pointer, keys)
         for key in keys:
             kept[place % 10] = key
             place += 1
@@ -112,7 +115,7 @@ def test_queue_is_a_ring_also_where_the_batch_does_not_divide_it():
 
 def test_more_keys_than_the_queue_holds():
     task = make(queue_size=3)
-    task.enqueue(torch.arange(5.0).unsqueeze(1).expand(5, 5))
+    enqueue(task.queue, task.pointer, torch.arange(5.0).unsqueeze(1).expand(5, 5))
     assert sorted(task.queue[:, 0].tolist()) == [2, 3, 4]
 
 
@@ -134,9 +137,51 @@ def test_each_part_has_statistics_of_its_own():
     encoder = Encoder(Trunk(), 5).train()
     images = torch.randn(8, 3, 12, 12)
     images[4:] += 5
-    split = encoder(images, splits=2)
-    torch.testing.assert_close(split[:4], encoder(images[:4]))
-    assert not torch.allclose(split, encoder(images))
+    whole, half = encoder(images), encoder(images[:4])
+    split_batchnorm(encoder, 2)
+    torch.testing.assert_close(encoder(images)[:4], half)
+    assert not torch.allclose(encoder(images), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_split_batchnorm_equals_batchnorm_on_each_part(dtype):
+    torch.manual_seed(2)
+    images = torch.randn(12, 5, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    split, plain = nn.BatchNorm2d(5), nn.BatchNorm2d(5, momentum=0.1 / 3)
+    with torch.no_grad():
+        split.weight.uniform_(0.5, 2)
+        split.bias.uniform_()
+    plain.load_state_dict(split.state_dict())
+    split_batchnorm(split, 3)
+    ours, theirs = images.clone().requires_grad_(), images.clone().requires_grad_()
+    out, expected = split(ours), torch.cat([plain(part) for part in theirs.chunk(3)])
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn(12, 5, 4, 4).to(dtype)
+    out.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+    for name, parameter in split.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain.get_parameter(name).grad)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(split.get_buffer(name), plain.get_buffer(name))
+    split.eval()
+    torch.testing.assert_close(split(images), plain.eval()(images))
+
+
+def test_compiled_split_batchnorm_gives_the_same():
+    torch.manual_seed(3)
+    norm = nn.BatchNorm2d(5)
+    split_batchnorm(norm, 2)
+    other = copy.deepcopy(norm)
+    images = torch.randn(8, 5, 4, 4, requires_grad=True)
+    # fullgraph: a break would leave the norm out of the compiled network. This backend needs no compiler.
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), norm(images))
+    torch.testing.assert_close(other.running_var, norm.running_var)
+    compiled(images).square().sum().backward()
+    norm(images).square().sum().backward()
+    torch.testing.assert_close(other.weight.grad, norm.weight.grad)
 
 
 def test_shuffle_hides_which_images_share_statistics():
@@ -146,17 +191,17 @@ def test_shuffle_hides_which_images_share_statistics():
     images[4:] += 5
     still = task.keys(images, torch.arange(8))
     mixed = task.keys(images, torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]))
-    torch.testing.assert_close(still[:4], task.key_encoder(images[:4]))
-    assert not torch.allclose(still, mixed), "the statistics are of other images"
     whole = make(splits=1)
+    torch.testing.assert_close(still[:4], whole.key_encoder(images[:4]))
+    assert not torch.allclose(still, mixed), "the statistics are of other images"
     torch.testing.assert_close(whole.keys(images, torch.randperm(8)), whole.keys(images, torch.arange(8)))
 
 
 def test_running_statistics_span_steps_whatever_the_splits():
     images = torch.randn(64, 3, 12, 12) * 2 + 1
     one, eight = make(splits=1), make(splits=8)
-    one.query_encoder(images, 1)
-    eight.query_encoder(images, 8)
+    one.query_encoder(images)
+    eight.query_encoder(images)
     one_mean = one.query_encoder.trunk.norm.running_mean
     torch.testing.assert_close(eight.query_encoder.trunk.norm.running_mean, one_mean, atol=0.02, rtol=0.1)
 

@@ -1,10 +1,11 @@
 """What the engine asks of a method."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from sssd_zoo.data.augment import BatchRandom
+from sssd_zoo.data.augment import BatchRandom, normalise, supervised_view
 
 
 class Task(nn.Module):
@@ -13,11 +14,20 @@ class Task(nn.Module):
     Everything that a resumed run needs (a queue, a second encoder) is a parameter or a buffer of the module, so that
     the engine's checkpoint holds it.
 
+    Args:
+        size: side of the views in pixels.
+        mean: of the channels, for normalisation.
+        std: of the channels.
+
     Attributes:
         global_batchnorm: whether BatchNorm's statistics are to be those of the global batch, of all processes.
     """
 
     global_batchnorm = True
+
+    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """Augments a batch on its device.
@@ -45,3 +55,34 @@ class Task(nn.Module):
             part of the batch.
         """
         raise NotImplementedError
+
+
+class LabelTask(Task):
+    """A method that trains a classifier on labels of any origin: one cropped and flipped view of each image.
+
+    Args:
+        model: a timm network with one class per label.
+        size: side of the views in pixels.
+        mean: of the channels, for normalisation.
+        std: of the channels.
+        crop: 'pad' or 'resized', see `supervised_view`.
+        scale: share of the area that a 'resized' crop keeps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop: str = "pad",
+        scale: tuple[float, float] = (0.08, 1.0),
+    ) -> None:
+        super().__init__(size, mean, std)
+        self.model, self.crop, self.scale = model, crop, scale
+
+    def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
+        """One view, float32 [B, 3, size, size]."""
+        view = supervised_view(images, random, self.size, crop=self.crop, scale=self.scale)
+        return {"images": normalise(view, self.mean, self.std)}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise
 from sssd_zoo.distributed import gather, rank, world_size
 from sssd_zoo.tasks.base import Task
+from sssd_zoo.tasks.queue import enqueue
+from sssd_zoo.tasks.split_batchnorm import split_batchnorm
 
 
 class Encoder(nn.Module):
@@ -27,12 +29,9 @@ class Encoder(nn.Module):
         width = int(trunk.num_features)  # type: ignore[arg-type]
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
 
-    def forward(self, images: Tensor, splits: int = 1) -> Tensor:
-        """Embeds [B, 3, H, W] in `splits` equal parts, each with its own BatchNorm statistics; float32 [B, dim]."""
-        # Whole forward passes over the parts, not a BatchNorm that splits its input: the same numbers, no copies, and
-        # activations that stay in a CPU's cache.
-        embeddings = torch.cat([self.projector(self.trunk(part)) for part in images.chunk(splits)])
-        return F.normalize(embeddings.float(), dim=1)
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeds [B, 3, H, W]; float32 [B, dim]."""
+        return F.normalize(self.projector(self.trunk(images)).float(), dim=1)
 
 
 def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -94,16 +93,11 @@ class MoCo(Task):
         scale: tuple[float, float] = (0.2, 1.0),
         blur: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        super().__init__(size, mean, std)
         self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
         self.scale, self.blur = scale, blur
-        self.splits = splits // world_size()
         self.query_encoder = Encoder(trunk, dim)
-        for layer in self.query_encoder.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                # One update per part: a share of the usual momentum keeps the running statistics' window in steps.
-                layer.momentum = 0.1 / self.splits
+        split_batchnorm(self.query_encoder, splits // world_size())
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
@@ -138,16 +132,8 @@ class MoCo(Task):
         """
         mine = shuffle.chunk(world_size())[rank()].to(images.device)
         shuffled = gather(images)[mine].contiguous(memory_format=torch.channels_last)
-        embeddings = gather(self.key_encoder(shuffled, self.splits))
+        embeddings = gather(self.key_encoder(shuffled))
         return embeddings[shuffle.argsort().to(images.device)]
-
-    @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
-        """Writes keys [n, dim] over the oldest in the queue, around its end where n does not divide its length."""
-        keys = keys[-len(self.queue) :]
-        places = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[places] = keys
-        self.pointer.copy_((self.pointer + len(keys)) % len(self.queue))
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss; queues the batch's keys when it trains."""
@@ -158,12 +144,12 @@ class MoCo(Task):
         losses, hits, new = [], [], []
         for (query_view, key_view), shuffle in zip(pairs, batch["shuffles"], strict=False):
             keys = self.keys(key_view, shuffle)
-            query = self.query_encoder(query_view, self.splits)
+            query = self.query_encoder(query_view)
             own = keys.chunk(world_size())[rank()]
             loss, hit = info_nce(query, own, queue, self.temperature)
             losses.append(loss)
             hits.append(hit)
             new.append(keys)
         if self.training:
-            self.enqueue(torch.cat(new))
+            enqueue(self.queue, self.pointer, torch.cat(new))
         return {"loss": torch.stack(losses).sum(), "contrast_top1": torch.stack(hits).mean()}

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sssd_zoo.data.augment import BatchRandom, normalise, supervised_view
-from sssd_zoo.tasks.base import Task
+from sssd_zoo.tasks.base import LabelTask
 
 
 def self_distillation_loss(
@@ -60,44 +59,22 @@ def self_distillation_loss(
     }
 
 
-class SelfDistillation(Task):
+class SelfDistillation(LabelTask):
     """A multi-exit network that teaches its shallow exits by its deepest.
 
     Args:
         model: a network of this package with `output='ensemble'` and one class per label.
-        size: side of the views in pixels.
-        mean: of the channels, for normalisation.
-        std: of the channels.
         alpha: a of equation 4.
         lam: lambda of equation 4.
         temperature: of the KL term.
-        crop: 'pad' or 'resized', see `supervised_view`.
-        scale: share of the area that a 'resized' crop keeps.
+        views: the other arguments of `LabelTask`.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        alpha: float = 0.3,
-        lam: float = 0.003,
-        temperature: float = 1.0,
-        crop: str = "pad",
-        scale: tuple[float, float] = (0.08, 1.0),
+        self, model: nn.Module, *, alpha: float = 0.3, lam: float = 0.003, temperature: float = 1.0, **views: Any
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        super().__init__(model, **views)
         self.alpha, self.lam, self.temperature = alpha, lam, temperature
-        self.crop, self.scale = crop, scale
-
-    def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
-        """One cropped and flipped view, float32 [B, 3, size, size]."""
-        view = supervised_view(images, random, self.size, crop=self.crop, scale=self.scale)
-        return {"images": normalise(view, self.mean, self.std)}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Equation 4 on a batch, and the share of images whose label each of the deepest exit's answers is."""

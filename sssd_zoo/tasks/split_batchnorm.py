@@ -1,0 +1,93 @@
+"""BatchNorm with statistics of parts of the batch, as if each were on a GPU of its own: MoCo's shuffle is for those.
+
+The convolutions between see the whole batch, which is faster than a pass for each part.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _SplitBatchNorm(torch.autograd.Function):
+    """`torch.batch_norm` of each part, written straight into its place in the whole."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        splits: int,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        out = torch.empty_like(images)
+        moments = weight.new_empty(2, splits, len(weight))
+        for part, part_out, mean, invstd in zip(images.chunk(splits), out.chunk(splits), *moments, strict=True):
+            torch.native_batch_norm(
+                part,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                True,
+                momentum,
+                eps,
+                out=(part_out, mean, invstd),
+            )
+        ctx.save_for_backward(images, weight, moments)
+        ctx.splits, ctx.eps = splits, eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        images, weight, moments = ctx.saved_tensors
+        out = torch.empty_like(images)
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(weight)
+        parts = (tensor.chunk(ctx.splits) for tensor in (grads[0], images, out))
+        for grad, part, part_out, mean, invstd in zip(*parts, *moments, strict=True):
+            grad_part, more_weight, more_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, part, weight, None, None, mean, invstd, True, ctx.eps, [True, True, True]
+            )
+            part_out.copy_(grad_part)
+            grad_weight += more_weight
+            grad_bias += more_bias
+        return out, grad_weight, grad_bias, None, None, None, None, None
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that normalises each of `splits` equal parts of the batch by its own statistics while it trains."""
+
+    splits: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] to the same; B is a multiple of `splits` in training mode."""
+        if not self.training:
+            return super().forward(input)
+        # The running statistics move once for each part: a share of the momentum keeps their window in steps.
+        momentum = (0.1 if self.momentum is None else self.momentum) / self.splits
+        if torch.compiler.is_compiling():  # it makes kernels of its own, and cannot see through the function above
+            parts = [
+                F.batch_norm(
+                    part, self.running_mean, self.running_var, self.weight, self.bias, True, momentum, self.eps
+                )
+                for part in input.chunk(self.splits)
+            ]
+            return torch.cat(parts)
+        normalised: Tensor = _SplitBatchNorm.apply(
+            input, self.weight, self.bias, self.running_mean, self.running_var, self.splits, momentum, self.eps
+        )
+        return normalised
+
+
+def split_batchnorm(module: nn.Module, splits: int) -> None:
+    """Makes every BatchNorm2d in `module` normalise `splits` parts of the batch apart; parameters and buffers stay."""
+    for layer in module.modules():
+        # timm's BatchNormAct2d subclasses compute more than a norm; ResNets have none.
+        if type(layer) is nn.BatchNorm2d and splits > 1:
+            layer.__class__ = SplitBatchNorm2d
+            layer.__dict__["splits"] = splits
