@@ -1,4 +1,4 @@
-"""Measures what the README states about speed: `python eval/benchmark.py kmeans` or `moco`."""
+"""Measures what the README states about speed: `python eval/benchmark.py kmeans`, `moco` or `byot`."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from sssd_zoo.clustering import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.engine import resolve_precision, tune_cpu
 from sssd_zoo.models import multiply_adds
-from sssd_zoo.tasks import MoCo
+from sssd_zoo.tasks import ClusterFit, MoCo, SelfDistillation, Task
 
 OURS, BY_HAND, SAME_KERNELS = "sssd_zoo", "faiss by hand", "faiss by hand, same kernels"
 
@@ -104,18 +104,18 @@ def benchmark_kmeans(
     }
 
 
-def matmul_rate(dtype: torch.dtype, runs: int = 5) -> float:
-    """Multiply-adds per second of a 2048-cubed `torch.matmul`, the fastest of some runs."""
+def matmul_rate(dtype: torch.dtype, runs: int = 20) -> float:
+    """Multiply-adds per second of a 2048-cubed `torch.matmul`, the median of some runs, as is the step's time."""
     left, right = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
     times = []
     for _ in range(runs + 1):
         start = time.perf_counter()
         left @ right
         times.append(time.perf_counter() - start)
-    return 2048**3 / min(times[1:])
+    return 2048**3 / statistics.median(times[1:])
 
 
-def benchmark_moco(batch_size: int = 256, splits: int = 4, steps: int = 5, rounds: int = 3) -> dict[str, Any]:
+def benchmark_moco(batch_size: int = 256, splits: int = 4, steps: int = 5, rounds: int = 5) -> dict[str, Any]:
     """MoCo training at 32 px (`sssd_resnet18_cifar`) against the machine's own rate of matrix products.
 
     A step is all of it: the batch gathered from memory, both views, both encoders, backward pass, optimiser, moving
@@ -173,6 +173,54 @@ def benchmark_moco(batch_size: int = 256, splits: int = 4, steps: int = 5, round
     return {"precision": precision, "threads": torch.get_num_threads(), "batch_size": batch_size, **medians}
 
 
+def benchmark_byot(batch_size: int = 128, steps: int = 5, rounds: int = 5) -> dict[str, Any]:
+    """A training step of `sssd_resnet18_cifar` with three exits and all losses against one of the plain trunk, in turn.
+
+    A step is all of it: views, forward and backward pass, optimiser; 1,000 classes, images of 32 px.
+
+    Args:
+        batch_size: images per step.
+        steps: timed per round; the median counts.
+        rounds: of both.
+
+    Returns:
+        Images per second of both, and the ratio of the times of their steps, medians over the rounds.
+    """
+    tune_cpu()
+    precision = resolve_precision("auto", "cpu")
+    views: dict[str, Any] = {"size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    tasks: dict[str, Task] = {
+        "plain": ClusterFit(timm.create_model("sssd_resnet18_cifar", num_classes=1000, output="final"), **views),
+        "byot": SelfDistillation(timm.create_model("sssd_resnet18_cifar", num_classes=1000), **views),
+    }
+    optimizers = {}
+    for name, task in tasks.items():
+        task.to(memory_format=torch.channels_last)
+        optimizers[name] = torch.optim.SGD(task.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8)
+    labels = torch.randint(1000, (batch_size,))
+
+    def step(name: str, number: int) -> float:
+        start = time.perf_counter()
+        batch = {**tasks[name].views(images, BatchRandom(0, number)), "labels": labels}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = tasks[name](batch)["loss"]
+        loss.backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+        return time.perf_counter() - start
+
+    for name in tasks:
+        step(name, 0)
+    measured = []
+    for _ in range(rounds):
+        seconds = {name: statistics.median(step(name, number) for number in range(steps)) for name in tasks}
+        rates = {f"{name}_images_per_second": batch_size / own for name, own in seconds.items()}
+        measured.append({**rates, "ratio": seconds["byot"] / seconds["plain"]})
+    medians = {name: statistics.median(values[name] for values in measured) for name in measured[0]}
+    return {"precision": precision, "threads": torch.get_num_threads(), "batch_size": batch_size, **medians}
+
+
 def main() -> None:
     """Runs one benchmark and prints what it gives as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -182,9 +230,14 @@ def main() -> None:
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_kmeans)
     section = sections.add_parser("moco", help="MoCo training at 32 px against the rate of matrix products")
-    for name, default in {"batch_size": 256, "splits": 4, "steps": 5, "rounds": 3}.items():
+    for name, default in {"batch_size": 256, "splits": 4, "steps": 5, "rounds": 5}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_moco)
+
+    section = sections.add_parser("byot", help="a step with three exits and all losses against a plain one")
+    for name, default in {"batch_size": 128, "steps": 5, "rounds": 5}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_byot)
 
     arguments = vars(parser.parse_args())
     del arguments["section"]

@@ -14,14 +14,21 @@ from jsonargparse import ArgumentParser
 
 from sssd_zoo.errors import UserError
 
-# Subcommand: the dataclass of its arguments in sssd_zoo.config, the function in sssd_zoo.steps, a line for --help.
+# Subcommand: the dataclass of its arguments in sssd_zoo.config, its function, a line for --help.
 COMMANDS = {
     "fit": ("FitArgs", "fit", "images in, a trained four-exit network and a report out: all steps below in turn"),
     "pretrain": ("PretrainArgs", "pretrain", "MoCo v2 without labels"),
     "pseudo-label": ("PseudoLabelArgs", "pseudo_label", "k-means on the pretrained network's features"),
     "distill": ("DistillArgs", "distill", "a four-exit network that teaches itself on pseudo labels"),
+    "seed": ("SEEDArgs", "seed", "SEED, to compare with: a small network learns a frozen teacher's similarities"),
     "linear": ("LinearArgs", "linear", "linear probes on every exit, and their ensemble"),
     "knn": ("KNNArgs", "knn", "nearest-neighbour accuracy of every exit"),
+    "compare": (
+        "CompareArgs",
+        "compare",
+        "several methods on the same images, reported beside the paper's tables",
+    ),
+    "card": ("CardArgs", "card", "a trained network's card, metrics, logs and half-precision weights in one folder"),
     "models": ("ModelsArgs", "models", "the networks of this package: parameters and multiply-adds of every exit"),
 }
 
@@ -109,7 +116,8 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
     values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
-    module = importlib.import_module("sssd_zoo.fit" if name == "fit" else "sssd_zoo.steps")
+    modules = {"fit": "sssd_zoo.fit", "card": "sssd_zoo.cards", "compare": "sssd_zoo.compare"}
+    module = importlib.import_module(modules.get(name, "sssd_zoo.steps"))
     step: Any = getattr(module, COMMANDS[name][1])
     others = start_other_processes()
     try:

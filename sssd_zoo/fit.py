@@ -13,8 +13,6 @@ RUN/
     report.md       tables and figures; metrics.json holds their numbers
 """
 
-import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,27 +21,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from sssd_zoo import report
 from sssd_zoo.clustering import PseudoLabels, random_labels
 from sssd_zoo.config import FitArgs, ForwardConfig
 from sssd_zoo.data.loading import DataConfig, ImageData, load_images
-from sssd_zoo.distributed import rank, world_size
+from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import (
     RuntimeConfig,
     check,
-    machine,
     make_accelerator,
     read_metrics,
     resolve_precision,
     tune_cpu,
 )
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import read_json, write_json
+from sssd_zoo.files import write_json
 from sssd_zoo.hub import save_model_folder
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import (
+    check_sizes,
     choose_model,
     choose_size,
     cluster_features,
@@ -64,95 +62,6 @@ from sssd_zoo.steps import (
 )
 
 
-class Stages:
-    """Runs steps once: a step that has a result of the same inputs is skipped.
-
-    The inputs of a step are its settings and the inputs of all steps before it, so a change runs it and all after it
-    again, and what does not depend on it stays.
-
-    Args:
-        out: the run folder.
-        inputs: what all steps depend on.
-    """
-
-    def __init__(self, out: Path, inputs: dict[str, Any]) -> None:
-        self.out, self.common = out, inputs
-        self.results: dict[str, dict[str, Any]] = {}
-        self.inputs: dict[str, dict[str, Any]] = {}
-
-    def run(
-        self,
-        name: str,
-        step: Callable[[Path], dict[str, Any]],
-        settings: dict[str, Any],
-        *,
-        after: tuple[str, ...] = (),
-        all_processes: bool = False,
-    ) -> dict[str, Any]:
-        """Runs one step, or takes its result as it is.
-
-        Args:
-            name: of the step and its folder.
-            step: does it, into the folder given; its result is kept in steps/.
-            settings: that decide its numbers.
-            after: the steps whose results it reads.
-            all_processes: every process takes part (training); else the main one alone.
-
-        Returns:
-            The step's result and its `seconds`.
-        """
-        folder, record = self.out / name, self.out / "steps" / f"{name}.json"
-        inputs = {**self.common, **settings}
-        for earlier in after:
-            added = {key: value for key, value in self.inputs[earlier].items() if key not in self.common}
-            inputs |= {f"{earlier}.{key}": value for key, value in added.items()}
-        self.inputs[name] = inputs = json.loads(json.dumps(inputs))
-        before = read_json(record) if record.exists() and folder.exists() else None
-        barrier()
-        if before is not None and before["inputs"] == inputs and before["result"] is not None:
-            say(f"[{name}] done before")
-            self.results[name] = before["result"]
-            return self.results[name]
-        if before is not None and before["inputs"] != inputs:
-            theirs = before["inputs"]
-            changed = sorted(key for key in theirs.keys() | inputs.keys() if theirs.get(key) != inputs.get(key))
-            say(f"[{name}] done again, for other {', '.join(changed[:5])}")
-        say(f"[{name}] -> {folder}")
-        if rank() == 0:
-            if before is None or before["inputs"] != inputs:
-                shutil.rmtree(folder, ignore_errors=True)
-            write_json(record, {"inputs": inputs, "result": None})
-        barrier()
-        began = time.perf_counter()
-        result = step(folder) if all_processes or rank() == 0 else {}
-        barrier()
-        if rank() == 0:
-            seconds = round(time.perf_counter() - began, 1)
-            write_json(record, {"inputs": inputs, "result": {"seconds": seconds, **result}})
-        barrier()
-        self.results[name] = read_json(record)["result"]
-        return self.results[name]
-
-
-def barrier() -> None:
-    """Waits for all processes."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def machine_words(precision: str) -> str:
-    """What computes, in words."""
-    found = machine()
-    processes = f"{found['processes']} x " if found["processes"] > 1 else ""
-    return f"{found['device']}, {processes}{found['threads']} threads, torch {found['torch']}, {precision}"
-
-
-def say(text: str) -> None:
-    """Prints on the main process."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
 def fit(args: FitArgs) -> None:
     """`sssd fit`."""
     tune_cpu()
@@ -169,6 +78,7 @@ def fit(args: FitArgs) -> None:
     # Everything that would fail an hour in fails now.
     for optim in (args.pretrain, args.distill):
         check(optim, processes, len(data))
+        check_sizes(arch, [size, *optim.sizes])
     if not 2 <= args.cluster.k <= len(data):
         raise UserError(
             f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
@@ -219,7 +129,11 @@ def fit(args: FitArgs) -> None:
     pseudo = PseudoLabels.load(out / "labels")
     pseudo.check(data.fingerprint)
 
-    def distill_on(labels: np.ndarray[Any, np.dtype[np.int64]], title: str) -> Callable[[Path], dict[str, Any]]:
+    init = str(out / "pretrain") if args.warm_start else None
+
+    def distill_on(
+        labels: np.ndarray[Any, np.dtype[np.int64]], title: str, init: str | None
+    ) -> Callable[[Path], dict[str, Any]]:
         return lambda folder: distill_network(
             data,
             labels,
@@ -229,18 +143,23 @@ def fit(args: FitArgs) -> None:
             size=size,
             out=folder,
             labels_digest=digest(labels),
+            init=init,
             title=title,
         )
 
     labels = pseudo.labels_of(data.rows)
     stages.run(
-        "distill", distill_on(labels, "self distillation"), asdict(args.distill), after=("labels",), all_processes=True
+        "distill",
+        distill_on(labels, "self distillation", init),
+        {**asdict(args.distill), "warm_start": args.warm_start},
+        after=("labels",),
+        all_processes=True,
     )
     networks = {"SSSD": "distill"}
     if labelled and args.baseline:
         random = random_labels(len(data), args.cluster.k, runtime.seed)
         settings = {**asdict(args.distill), "labels": f"random, K = {args.cluster.k}"}
-        stages.run("baseline", distill_on(random, "random labels"), settings, all_processes=True)
+        stages.run("baseline", distill_on(random, "random labels", None), settings, all_processes=True)
         networks["random labels"] = "baseline"
 
     def measure(folder: Path) -> dict[str, Any]:

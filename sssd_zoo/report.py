@@ -81,6 +81,7 @@ class Results(TypedDict, total=False):
         macs: multiply-adds for one image at the exits '1' to '4' and for the 'ensemble'.
         times: of the steps.
         figures: file names beside the report and their captions.
+        notes: more facts, each a line of Markdown.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Results(TypedDict, total=False):
     macs: Mapping[str, int]
     times: Sequence[Timing]
     figures: Mapping[str, str]
+    notes: Sequence[str]
 
 
 @mpl.rc_context(STYLE)
@@ -177,13 +179,16 @@ def cluster_sizes(sizes: Sequence[int], path: str | Path) -> None:
 
 
 @mpl.rc_context(STYLE)
-def accuracy_cost(rows: Sequence[AccuracyRow], macs: Mapping[str, int], path: str | Path) -> None:
+def accuracy_cost(
+    rows: Sequence[AccuracyRow], macs: Mapping[str, int], path: str | Path, *, plain: Mapping[str, float] | None = None
+) -> None:
     """Draws each network's accuracy against its cost: a point per exit, a star for the ensemble.
 
     Args:
         rows: at least one network's accuracies in percent.
         macs: multiply-adds for one image at the exits '1' to '4' and for the 'ensemble', the same for all rows.
         path: PNG to write.
+        plain: accuracies of networks without exits, by their names, drawn at the cost of exit 4.
     """
     unit, scale = ("billion", 1e9) if macs["ensemble"] >= 1e9 else ("million", 1e6)
     costs, full = [macs[exit_name] / scale for exit_name in EXITS], macs["ensemble"] / scale
@@ -198,6 +203,8 @@ def accuracy_cost(rows: Sequence[AccuracyRow], macs: Mapping[str, int], path: st
         for x, value in zip(costs, row["exits"], strict=True):
             axes.annotate(f"{value:.1f}", (x, value), (0, offset), ha="center", **label)
         axes.annotate(f"{row['ensemble']:.1f}", (full, row["ensemble"]), (9, 0), ha="left", **label)
+    for (name, value), marker in zip((plain or {}).items(), cycle("sD^v"), strict=False):
+        axes.plot(costs[-1], value, color=INK, marker=marker, ls="none", mfc="none", label=name)
     for x, name in zip([*costs, full], [*(f"exit {name}" for name in EXITS), "ensemble"], strict=True):
         # The ensemble stands just right of exit 4.
         side = {"exit 4": "right", "ensemble": "left"}.get(name, "center")
@@ -281,7 +288,7 @@ def describe(results: Results) -> list[str]:
         facts.append(f"**Machine**: {results['machine']}")
     if "fingerprint" in results:
         facts.append(f"**Data fingerprint**: `{results['fingerprint'][:16]}`")
-    return facts
+    return [*facts, *results.get("notes", [])]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -333,8 +340,8 @@ def _clusters(results: Results) -> list[str]:
 def _times(results: Results) -> list[str]:
     lines = _figures(results, "")
     if times := results.get("times"):
-        cells = [[entry["step"], _duration(entry["seconds"]), entry.get("note", "")] for entry in times]
-        cells.append(["all", _duration(sum(entry["seconds"] for entry in times)), ""])
+        cells = [[entry["step"], duration(entry["seconds"]), entry.get("note", "")] for entry in times]
+        cells.append(["all", duration(sum(entry["seconds"] for entry in times)), ""])
         lines += [*table(["step", "time", ""], cells), ""]
     return ["## Training", "", *lines] if lines else []
 
@@ -349,7 +356,8 @@ def _figures(results: Results, kind: str) -> list[str]:
     return lines
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in words: hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{seconds:.1f} s"

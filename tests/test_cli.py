@@ -1,8 +1,10 @@
 """The `sssd` command and the scripts as a user meets them: help, recipes, mistakes, and the whole pipeline."""
 
+import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import yaml
 from conftest import ROOT, command
 from PIL import Image
+from safetensors.torch import load_file
 
 import sssd_zoo  # noqa: F401
 from sssd_zoo.cli import COMMANDS, main, run
@@ -21,7 +24,14 @@ from sssd_zoo.data.augment import normalise, resize, to_float
 from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.steps import evaluation_data
 
-SCRIPTS = ["train/pretrain.py", "train/pseudo_label.py", "train/distill.py", "eval/linear.py", "eval/knn.py"]
+SCRIPTS = [
+    "train/pretrain.py",
+    "train/pseudo_label.py",
+    "train/distill.py",
+    "train/seed.py",
+    "eval/linear.py",
+    "eval/knn.py",
+]
 TINY = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "16"),
     *("--pretrain.splits", "2", "--pretrain.queue_size", "32", "--cluster.k", "4", "--distill.epochs", "1"),
@@ -102,10 +112,11 @@ def test_recipe_mistakes(capsys, tmp_path):
 def test_shipped_recipes_parse(monkeypatch):
     seen = []
     monkeypatch.setattr("sssd_zoo.fit.fit", seen.append)
+    monkeypatch.setattr("sssd_zoo.compare.compare", seen.append)
     recipes = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
     assert {recipe.stem for recipe in recipes} >= {"demo", "cifar10-r18-200ep"}
     for recipe in recipes:
-        run("fit", ["--config", str(recipe), "--out", "somewhere"])
+        run("compare" if recipe.stem.startswith("compare") else "fit", ["--config", str(recipe), "--out", "somewhere"])
         given = yaml.safe_load(recipe.read_text())
         assert seen[-1].data == given["data"]
         assert seen[-1].pretrain.epochs == given["pretrain"]["epochs"]
@@ -125,6 +136,8 @@ def test_shipped_recipes_parse(monkeypatch):
         (["--pretrain.splits", "3"], "splits 3"),
         (["--distill.batch_size", "49"], "batch_size 49"),
         (["--pretrain.epochs", "0"], "epochs is 0"),
+        (["--distill.sizes", "[16, 32]"], "views of 16 px"),
+        (["--image_size", "24"], "views of 24 px"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_trained(change, words, folder_of_images, capsys, tmp_path):
@@ -244,6 +257,42 @@ def test_a_second_call_does_nothing_and_a_change_runs_what_depends_on_it(finishe
     assert sssd(*words) == 0  # back, for the tests that come after
 
 
+def test_card_of_a_run(finished, tmp_path, capsys):
+    out, weights = tmp_path / "card", tmp_path / "weights.safetensors"
+    words = ["card", "--run", finished, "--out", out, "--weights", weights, "--name", "sssd_resnet18.toy"]
+    assert sssd(*words, "--paper", "CIFAR-10: ResNet-18, 200 epochs") == 0
+    text = (out / "README.md").read_text()
+    assert 'timm.create_model("sssd_resnet18.toy", pretrained=True)' in text
+    assert "paper, CIFAR-10: ResNet-18, 200 epochs (%)" in text
+    assert "78.54" in text
+    for name in ("config.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl", "figures/accuracy.png"):
+        assert (out / name).is_file()
+    assert str(finished.parent) not in "".join(file.read_text() for file in out.glob("*.*"))
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["weights"]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert metrics["weights"]["check"].keys() == {"knn"}, "its classes are not those of the shipped sample"
+    half, full = load_file(weights), load_file(finished / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16, torch.int64}
+    torch.testing.assert_close(half["conv1.weight"].float(), full["conv1.weight"], rtol=1e-3, atol=1e-6)
+    assert sssd(*words) == 2
+    assert "--overwrite" in one_line(capsys)
+    assert sssd(*words, "--overwrite", "--paper", "MNIST") == 2
+    assert "no row 'MNIST'" in one_line(capsys)
+    assert (out / "README.md").read_text() == text
+    assert sssd("card", "--run", tmp_path, "--out", tmp_path / "other") == 2
+    assert "no finished run" in one_line(capsys)
+
+
+def test_warm_start_begins_with_the_pretrained_trunk(folder_of_images, tmp_path):
+    words = ["--warm_start", "--distill.lr", "0", "--distill.sizes", "[32, 48]", "--baseline", "false"]
+    assert sssd("fit", "--data", folder_of_images, "--out", tmp_path, *TINY, *words) == 0
+    pretrained, distilled = (load_file(tmp_path / name / "model.safetensors") for name in ("pretrain", "distill"))
+    for name, tensor in pretrained.items():
+        if name.endswith("weight"):
+            assert torch.equal(tensor, distilled[name]), name
+    assert not (tmp_path / "baseline").exists()
+
+
 def test_the_steps_one_by_one(finished, folder_of_images, tmp_path, capsys):
     data = ["--data", str(folder_of_images)]
     labels = tmp_path / "labels"
@@ -263,6 +312,60 @@ def test_the_steps_one_by_one(finished, folder_of_images, tmp_path, capsys):
     assert "exit 4" in capsys.readouterr().out
     assert sssd("models") == 0
     assert "sssd_resnet101" in capsys.readouterr().out
+
+
+def test_clusterfit_trains_a_plain_network_on_the_same_labels(finished, folder_of_images, tmp_path, capsys):
+    data = ["--data", str(folder_of_images)]
+    words = [
+        "--labels",
+        finished / "labels",
+        "--method",
+        "clusterfit",
+        "--model",
+        "sssd_resnet18",
+        "--image_size",
+        "32",
+    ]
+    assert sssd("distill", *data, *words, "--epochs", "1", "--batch_size", "16", "--out", tmp_path / "run") == 0
+    names = load_file(tmp_path / "run" / "model.safetensors").keys()
+    assert names == timm.create_model("resnet18", num_classes=4).state_dict().keys(), "timm's own ResNet-18"
+    capsys.readouterr()
+    assert sssd("linear", *data, "--model", tmp_path / "run", "--probe_epochs", "5") == 0
+    out = capsys.readouterr().out
+    assert "accuracy" in out
+    assert "exit" not in out
+
+
+def test_seed_teaches_a_student(finished, folder_of_images, tmp_path, capsys):
+    words = ["--data", folder_of_images, "--model", "sssd_resnet18", "--image_size", "32", "--epochs", "1"]
+    words += ["--batch_size", "16", "--out", tmp_path / "run"]
+    teachers = (finished / "pretrain", finished / "distill", tmp_path / "none")
+    assert [sssd("seed", *words, "--queue_size", "32", "--teacher", t, "--overwrite") for t in teachers] == [0, 0, 2]
+    assert "no folder" in one_line(capsys)  # and the second run is still there
+    names = load_file(tmp_path / "run" / "model.safetensors").keys()
+    assert names == timm.create_model("resnet18", num_classes=0).state_dict().keys()
+    assert sssd("seed", *words, "--teacher", finished / "pretrain", "--overwrite") == 2
+    assert "queue_size 4096" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "mistake"),
+    [
+        ("pretrain", ["--queue_size", "999"]),
+        ("pretrain", ["--sizes", "[8]"]),
+        ("distill", ["--labels", "none"]),
+        ("distill", ["--init", "none"]),
+        ("distill", ["--batch_size", "17", "--accumulate", "2"]),
+    ],
+)
+def test_a_mistake_beside_overwrite_costs_nothing(command, mistake, finished, folder_of_images, tmp_path, capsys):
+    old = shutil.copytree(finished / command, tmp_path / "old")
+    before = {path: path.stat().st_mtime_ns for path in old.rglob("*")}
+    words = ["--data", folder_of_images, "--model", "sssd_resnet18", "--image_size", "32", "--out", old, "--overwrite"]
+    words += ["--labels", "random", "--k", "4"] if command == "distill" and "--labels" not in mistake else []
+    assert sssd(command, *words, *mistake) == 2
+    one_line(capsys)
+    assert {path: path.stat().st_mtime_ns for path in old.rglob("*")} == before
 
 
 def test_labels_of_other_data_are_refused(finished, folder_of_images, tmp_path, capsys):
