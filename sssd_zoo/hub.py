@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save
 from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writes the weights too
@@ -84,10 +85,10 @@ def save_model_folder(
         atomic_write_text(temporary / "README.md", card)
 
 
-def network_weights(model: nn.Module) -> bytes:
-    """A network's state as safetensors, floating-point tensors in float32."""
+def network_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> bytes:
+    """A network's state as safetensors, floating-point tensors in `dtype`."""
     tensors = {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
     }
     return save(tensors, metadata={"format": "pt"})
@@ -113,10 +114,20 @@ def network_config(
     # These tell of the weights that the network's default configuration is about, not of the ones saved.
     for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"):
         config["pretrained_cfg"].pop(name, None)
+    if label_names is None:
+        config.pop("label_names", None)
+        config["pretrained_cfg"].pop("label_names", None)
     return config
 
 
-def model_card(config: Mapping[str, Any], *, parameters: int, metrics: Mapping[str, float], context: Results) -> str:
+def model_card(
+    config: Mapping[str, Any],
+    *,
+    parameters: int,
+    metrics: Mapping[str, float],
+    context: Results,
+    name: str | None = None,
+) -> str:
     """The text of a model card, made offline.
 
     Args:
@@ -124,12 +135,13 @@ def model_card(config: Mapping[str, Any], *, parameters: int, metrics: Mapping[s
         parameters: of the network.
         metrics: see `save_model_folder`.
         context: see `save_model_folder`.
+        name: timm name and tag of the weights where they ship with the package; by default they lie beside the card.
     """
     context = context.copy()
     if "data" in context and Path(context["data"]).exists():
         context["data"] = Path(context["data"]).resolve().name  # a folder's path means nothing elsewhere
     arch, classes = config["architecture"], config["num_classes"]
-    title = f"{arch} on {context['data']}" if "data" in context else arch
+    title = name or (f"{arch} on {context['data']}" if "data" in context else arch)
     data = ModelCardData(
         library_name="timm",
         pipeline_tag="image-classification" if classes else "image-feature-extraction",
@@ -141,6 +153,7 @@ def model_card(config: Mapping[str, Any], *, parameters: int, metrics: Mapping[s
         data,
         template_str=files("sssd_zoo").joinpath("model_card.md.jinja").read_text(encoding="utf-8"),
         title=title,
+        source=name or "local-dir:FOLDER",
         arch=arch,
         parameters=parameters,
         input_size=config["pretrained_cfg"]["input_size"],

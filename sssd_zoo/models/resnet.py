@@ -6,6 +6,7 @@ of which the deepest teaches the others.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from sssd_zoo.models.exits import EarlyExits, Exit, Exits, ensemble_logits
 
 __all__ = ["SSSDResNet"]  # register_model adds the entry points
 
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -364,19 +366,30 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSSDResNet) -> di
     return kept
 
 
+def _weights(name: str) -> str:
+    """Where the weights of a name and tag lie, in half precision, that ship with the package."""
+    return str(Path(__file__).parent.parent / "weights" / f"{name}.safetensors")
+
+
 def _create_sssd_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> SSSDResNet:
     # features_only is about the trunk: it needs no exits, and of a truncated network has the stages up to its exit.
     output = str(kwargs.get("output", "ensemble"))
     if kwargs.get("features_only") and output == "ensemble":
         kwargs["output"] = "final"
-    return build_model_with_cfg(
-        SSSDResNet,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": tuple(range(int(output) + 1 if output in ("1", "2", "3") else 5))},
-        **kwargs,
-    )
+    try:
+        return build_model_with_cfg(
+            SSSDResNet,
+            variant,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg={"out_indices": tuple(range(int(output) + 1 if output in ("1", "2", "3") else 5))},
+            **kwargs,
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"the pretrained weights of {variant} are not where they should be: reinstall sssd-zoo with its weights, "
+            "or load a folder of your own by local-dir:FOLDER"
+        ) from error
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -397,7 +410,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _cifar_cfg() -> dict[str, Any]:
+def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(
         num_classes=10,
         input_size=(3, 32, 32),
@@ -406,6 +419,7 @@ def _cifar_cfg() -> dict[str, Any]:
         crop_pct=1.0,
         mean=CIFAR_MEAN,
         std=CIFAR_STD,
+        **kwargs,
     )
 
 
@@ -415,7 +429,11 @@ default_cfgs = generate_default_cfgs(
         "sssd_resnet34": _cfg(),
         "sssd_resnet50": _cfg(),
         "sssd_resnet101": _cfg(),
-        "sssd_resnet18_cifar": _cifar_cfg(),
+        "sssd_resnet18_cifar.cifar10": _cifar_cfg(
+            file=_weights("sssd_resnet18_cifar.cifar10"),
+            description="SSSD on CIFAR-10 without labels, a linear probe per exit; see hub_cards/ in the repository",
+            label_names=CIFAR10_CLASSES,
+        ),
         "sssd_resnet50_cifar": _cifar_cfg(),
     }
 )

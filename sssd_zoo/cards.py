@@ -1,0 +1,140 @@
+"""The folder about a trained network that is kept in hub_cards/ and goes to the Hub: `sssd card`.
+
+FOLDER/
+    README.md       the card
+    config.json     what timm and transformers read
+    metrics.json    all that the run measured, the weights' sha256, and a check of the weights on shipped images
+    recipe.yaml     the run's arguments as resolved
+    pretrain.jsonl, distill.jsonl   the training logs
+    figures/        PNG
+    model.safetensors               half precision, unless it is written elsewhere
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+
+from sssd_zoo.config import CardArgs
+from sssd_zoo.data.loading import DataConfig, load_images
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.hub import model_card, network_weights
+from sssd_zoo.paper import TABLE_1
+from sssd_zoo.probe import extract_features, knn
+from sssd_zoo.report import AccuracyRow, Results, duration
+
+CHECK_IMAGES = 1000  # of the shipped sample's test split, which no network was trained on
+
+
+def card(args: CardArgs) -> None:
+    """`sssd card`."""
+    run, out = Path(args.run), Path(args.out)
+    missing = [
+        name
+        for name in ("model/config.json", "model/model.safetensors", "metrics.json", "config.yaml")
+        if not (run / name).is_file()
+    ]
+    if missing:
+        raise UserError(f"{run} is no finished run of `sssd fit`: {', '.join(missing)} missing")
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out} is there already; give --overwrite to replace it")
+    results: Results = read_json(run / "metrics.json")
+    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
+    weights = network_weights(network, torch.float16)
+    config = read_json(run / "model/config.json")
+    # The weights that ship are rounded: what follows is measured on those.
+    network = network.half().float()
+    results["data"] = Path(results["data"]).name if Path(results["data"]).exists() else results["data"]
+    shipped = {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights), "check": check(network)}
+    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    recipe["data"] = results["data"]
+    recipe.pop("out")
+    shown: Results = {
+        **results,
+        "accuracy": [*results.get("accuracy", []), *paper_rows(args.paper)],
+        "notes": training_notes(recipe, results),
+    }
+    measured = {}
+    if "accuracy" in results:
+        ours = results["accuracy"][0]
+        measured = dict(zip(("1", "2", "3", "4", "ensemble"), [*ours["exits"], ours["ensemble"]], strict=True))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    with atomic_dir(out) as folder:
+        text = model_card(config, parameters=parameters, metrics=measured, context=shown, name=args.name)
+        atomic_write_text(folder / "README.md", text)
+        write_json(folder / "config.json", config)
+        write_json(folder / "metrics.json", {**results, "weights": shipped})
+        atomic_write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+        with disk_errors(out):
+            for step in ("pretrain", "distill"):
+                shutil.copyfile(run / step / "metrics.jsonl", folder / f"{step}.jsonl")
+            shutil.copytree(run / "figures", folder / "figures")
+        if args.weights is None:
+            atomic_write_bytes(folder / "model.safetensors", weights)
+    if args.weights is not None:
+        atomic_write_bytes(args.weights, weights)
+    print(f"{out}: card of {args.name or results['model']}; weights {len(weights) / 1e6:.1f} MB in half precision")
+
+
+def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
+    """What was trained for how long, as facts of the card."""
+    start = "the pretext's weights" if recipe["warm_start"] else "scratch"
+    times = results["times"]
+    parts = ", ".join(f"{entry['step']} {duration(entry['seconds'])}" for entry in times)
+    return [
+        f"**Training**: MoCo v2 for {recipe['pretrain']['epochs']} epochs, then self distillation for "
+        f"{recipe['distill']['epochs']}, from {start}; `recipe.yaml` has all settings",
+        f"**Time**: {duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
+    ]
+
+
+def paper_rows(name: str | None) -> list[AccuracyRow]:
+    """The row 'DATA: ROW' of the paper's table 1 as a row of our tables; none for None.
+
+    Raises:
+        UserError: if there is none.
+    """
+    rows = {f"{data}: {row}": values for data, table in TABLE_1.items() for row, values in table.items()}
+    if name is None:
+        return []
+    if name not in rows:
+        raise UserError(f"the paper's table 1 has no row '{name}'; here are {'; '.join(rows)}")
+    *exits, ensemble = rows[name]
+    return [{"name": f"paper, {name}", "exits": exits, "ensemble": ensemble}]
+
+
+@torch.inference_mode()
+def check(network: Any) -> dict[str, float]:
+    """Measures a network on the first 1,000 test images of the shipped sample, in fp32: a test repeats it.
+
+    Returns:
+        In percent: accuracies of the exits "1" to "4" and of the "ensemble" where the classes are the sample's;
+        else "knn", the weighted 20-nearest-neighbour accuracy of its last features, the neighbours being
+        the first 2,000 training images.
+    """
+    size, mean, std = (network.pretrained_cfg[name] for name in ("input_size", "mean", "std"))
+    network = network.eval()
+    splits = {
+        name: load_images(DataConfig(data="cifar10-sample", split=name), progress=False) for name in ("test", "train")
+    }
+    labels = {name: torch.from_numpy(data.labels) for name, data in splits.items()}
+
+    def features(split: str, count: int) -> torch.Tensor:
+        batches = splits[split].batches(torch.arange(count).split(250))
+        return extract_features(network, batches, count=count, mean=mean, std=std, device="cpu", size=int(size[-1]))
+
+    test, truth = features("test", CHECK_IMAGES), labels["test"][:CHECK_IMAGES]
+    if list(network.pretrained_cfg.get("label_names") or []) != splits["test"].class_names:
+        found = knn(
+            features("train", 2000)[-1], labels["train"][:2000], test[-1], truth, num_classes=10, k=20, temperature=0.1
+        )
+        return {"knn": found}
+    heads = [network.exit1.fc, network.exit2.fc, network.exit3.fc, network.fc]
+    answers = torch.stack([head(own).softmax(1) for head, own in zip(heads, test, strict=True)])
+    right = [float((own.argmax(1) == truth).float().mean() * 100) for own in (*answers, answers.mean(0))]
+    return dict(zip(("1", "2", "3", "4", "ensemble"), right, strict=True))
