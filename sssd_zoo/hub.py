@@ -4,6 +4,7 @@ A folder FOLDER is loaded by `import sssd_zoo; timm.create_model("local-dir:FOLD
 `output=2` and the like. Weights are safetensors in float32; nothing is pickled.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors.torch import save
+from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writes the weights too
 from torch import nn
 
@@ -101,6 +103,7 @@ def network_config(
     extra: dict[str, Any] = {"pretrained_cfg": {"architecture": arch}}
     if label_names is not None:
         extra["label_names"] = list(label_names)
+        extra["label_descriptions"] = class_descriptions(label_names)
     # The probes see whole images, resized, so timm's transform is to crop nothing off.
     data_config: dict[str, Any] = {"crop_pct": 1.0}
     if input_size is not None:
@@ -118,6 +121,17 @@ def network_config(
         config.pop("label_names", None)
         config["pretrained_cfg"].pop("label_names", None)
     return config
+
+
+def class_descriptions(label_names: Sequence[str]) -> dict[str, str]:
+    """Words for classes that are named by WordNet ids, as ImageNet's are; {} for any others."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in label_names):
+        return {}
+    known = ImageNetInfo("imagenet-22k")
+    try:
+        return {name: known.label_name_to_description(name) for name in label_names}
+    except KeyError:  # ids of no synset
+        return {}
 
 
 def model_card(

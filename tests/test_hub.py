@@ -1,6 +1,7 @@
 """The folders that timm loads: same numbers, no pickle, whole or absent, and a card of what was measured only."""
 
 import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import sssd_zoo  # noqa: F401  registers the models
 from sssd_zoo import hub
 from sssd_zoo.errors import UserError
-from sssd_zoo.hub import save_model_folder, save_network
+from sssd_zoo.hub import class_descriptions, save_model_folder, save_network
 from sssd_zoo.report import Results
 
 ARCH = "sssd_resnet18_cifar"
@@ -194,3 +195,13 @@ def test_card_names_a_local_folder_without_its_path(tmp_path: Path, model: nn.Mo
     assert str(tmp_path) not in text
     assert "`pictures`" in text
     assert context == {"data": str(tmp_path / "pictures")}
+
+
+def test_wordnet_ids_get_words(tmp_path):
+    model = timm.create_model(ARCH, num_classes=2)
+    save_model_folder(tmp_path / "model", model, arch=ARCH, label_names=["n01443537", "n01641577"])
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["label_descriptions"]["n01443537"] == "goldfish, Carassius auratus"
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
+    assert loaded.pretrained_cfg["label_descriptions"] == config["label_descriptions"]
+    assert class_descriptions(["n01443537", "n99999999"]) == class_descriptions(["fish", "frog"]) == {}

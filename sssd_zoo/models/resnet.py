@@ -19,11 +19,11 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from sssd_zoo.errors import UserError
+from sssd_zoo.models.class_names import CIFAR10
 from sssd_zoo.models.exits import EarlyExits, Exit, Exits, ensemble_logits
 
 __all__ = ["SSSDResNet"]  # register_model adds the entry points
 
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
@@ -432,7 +432,7 @@ default_cfgs = generate_default_cfgs(
         "sssd_resnet18_cifar.cifar10": _cifar_cfg(
             file=_weights("sssd_resnet18_cifar.cifar10"),
             description="SSSD on CIFAR-10 without labels, a linear probe per exit; see hub_cards/ in the repository",
-            label_names=CIFAR10_CLASSES,
+            label_names=CIFAR10,
         ),
         "sssd_resnet50_cifar": _cifar_cfg(),
     }
