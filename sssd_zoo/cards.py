@@ -2,6 +2,7 @@
 
 FOLDER/
     README.md       the card
+    .eval_results/  its accuracies as the Hub collects them, where the data set is one of the Hub
     config.json     what timm and transformers read
     metrics.json    all that the run measured, the weights' sha256, and a check of the weights on shipped images
     recipe.yaml     the run's arguments as resolved
@@ -23,17 +24,45 @@ from sssd_zoo.config import CardArgs
 from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
-from sssd_zoo.hub import model_card, network_weights
+from sssd_zoo.hub import ANSWERS, eval_result_files, model_card, network_weights
 from sssd_zoo.paper import TABLE_1
 from sssd_zoo.probe import extract_features, knn
 from sssd_zoo.report import AccuracyRow, Results, duration
 
 CHECK_IMAGES = 1000  # of the shipped sample's test split, which no network was trained on
+SHOWN = {  # the figures in the card's text, and what they are called where the run does not say
+    "accuracy.png": "Accuracy against cost, exit by exit.",
+    "early_exit.png": "Accuracy against the cost of an early exit.",
+}
 
 
 def card(args: CardArgs) -> None:
     """`sssd card`."""
     run, out = Path(args.run), Path(args.out)
+    check_run(run)
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out} is there already; give --overwrite to replace it")
+    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
+    # The weights that ship are rounded: what follows is measured on those.
+    checked = check(network.half().float())
+    with atomic_dir(out) as folder:
+        weights = write_card(
+            run, folder, name=args.name, paper=args.paper, license_name=args.license, checked=checked, out=out
+        )
+        if args.weights is None:
+            atomic_write_bytes(folder / "model.safetensors", weights)
+    if args.weights is not None:
+        atomic_write_bytes(args.weights, weights)
+    model = read_json(out / "config.json")["architecture"]
+    print(f"{out}: card of {args.name or model}; weights {len(weights) / 1e6:.1f} MB in half precision")
+
+
+def check_run(run: Path) -> None:
+    """Refuses a folder that is no finished run of `sssd fit`.
+
+    Raises:
+        UserError: that names what is missing.
+    """
     missing = [
         name
         for name in ("model/config.json", "model/model.safetensors", "metrics.json", "config.yaml")
@@ -41,44 +70,80 @@ def card(args: CardArgs) -> None:
     ]
     if missing:
         raise UserError(f"{run} is no finished run of `sssd fit`: {', '.join(missing)} missing")
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out} is there already; give --overwrite to replace it")
+
+
+def write_card(
+    run: Path,
+    folder: Path,
+    *,
+    out: str | Path,
+    license_name: str,
+    name: str | None = None,
+    repo: str | None = None,
+    paper: str | None = None,
+    checked: dict[str, float] | None = None,
+) -> bytes:
+    """Writes all that is to be known of a run's network but its weights.
+
+    Args:
+        run: a finished run of `sssd fit`.
+        folder: to write into.
+        out: what to call it in errors.
+        license_name: of the weights, as the Hub names it.
+        name: see `model_card`.
+        repo: see `model_card`.
+        paper: see `paper_rows`.
+        checked: see `check`; None leaves it out.
+
+    Returns:
+        The weights in half precision, whose sha256 metrics.json tells.
+    """
     results: Results = read_json(run / "metrics.json")
-    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
+    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
     weights = network_weights(network, torch.float16)
-    config = read_json(run / "model/config.json")
-    # The weights that ship are rounded: what follows is measured on those.
-    network = network.half().float()
+    # transformers would compute in the precision of the file.
+    config = {**read_json(run / "model/config.json"), "dtype": "float32"}
     results["data"] = Path(results["data"]).name if Path(results["data"]).exists() else results["data"]
-    shipped = {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights), "check": check(network)}
+    shipped: dict[str, Any] = {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)}
+    if checked is not None:
+        shipped["check"] = checked
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     recipe["data"] = results["data"]
     recipe.pop("out")
     shown: Results = {
         **results,
-        "accuracy": [*results.get("accuracy", []), *paper_rows(args.paper)],
+        "accuracy": [*results.get("accuracy", []), *paper_rows(paper)],
         "notes": training_notes(recipe, results),
     }
     measured = {}
     if "accuracy" in results:
         ours = results["accuracy"][0]
-        measured = dict(zip(("1", "2", "3", "4", "ensemble"), [*ours["exits"], ours["ensemble"]], strict=True))
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    with atomic_dir(out) as folder:
-        text = model_card(config, parameters=parameters, metrics=measured, context=shown, name=args.name)
-        atomic_write_text(folder / "README.md", text)
-        write_json(folder / "config.json", config)
-        write_json(folder / "metrics.json", {**results, "weights": shipped})
-        atomic_write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-        with disk_errors(out):
-            for step in ("pretrain", "distill"):
-                shutil.copyfile(run / step / "metrics.jsonl", folder / f"{step}.jsonl")
-            shutil.copytree(run / "figures", folder / "figures")
-        if args.weights is None:
-            atomic_write_bytes(folder / "model.safetensors", weights)
-    if args.weights is not None:
-        atomic_write_bytes(args.weights, weights)
-    print(f"{out}: card of {args.name or results['model']}; weights {len(weights) / 1e6:.1f} MB in half precision")
+        measured = dict(zip(ANSWERS, [*ours["exits"], ours["ensemble"]], strict=True))
+    figures = {path.name: path for path in sorted((run / "figures").glob("*.png"))}
+    captions = {Path(path).name: caption for path, caption in results.get("figures", {}).items()}
+    text = model_card(
+        config,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        metrics=measured,
+        context=shown,
+        name=name,
+        repo=repo,
+        license_name=license_name,
+        figures={f"figures/{file}": captions.get(file, SHOWN[file]) for file in SHOWN if file in figures},
+    )
+    atomic_write_text(folder / "README.md", text)
+    write_json(folder / "config.json", config)
+    write_json(folder / "metrics.json", {**results, "weights": shipped})
+    atomic_write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    for path, text in eval_result_files(measured, results).items():
+        atomic_write_text(folder / path, text)
+    with disk_errors(Path(out)):
+        for step in ("pretrain", "distill"):
+            shutil.copyfile(run / step / "metrics.jsonl", folder / f"{step}.jsonl")
+        (folder / "figures").mkdir()
+        for file, path in figures.items():
+            shutil.copyfile(path, folder / "figures" / file)
+    return weights
 
 
 def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
@@ -137,4 +202,4 @@ def check(network: Any) -> dict[str, float]:
     heads = [network.exit1.fc, network.exit2.fc, network.exit3.fc, network.fc]
     answers = torch.stack([head(own).softmax(1) for head, own in zip(heads, test, strict=True)])
     right = [float((own.argmax(1) == truth).float().mean() * 100) for own in (*answers, answers.mean(0))]
-    return dict(zip(("1", "2", "3", "4", "ensemble"), right, strict=True))
+    return dict(zip(ANSWERS, right, strict=True))

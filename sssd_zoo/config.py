@@ -343,6 +343,7 @@ class CardArgs:
         name: timm name and tag of the weights, where they ship with the package: 'sssd_resnet18_cifar.cifar10'.
         weights: file for the weights in half precision; by default model.safetensors in `out`.
         paper: row of the paper's table 1 to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
+        license: of the weights, as the Hub names it.
         overwrite: replace what `out` holds.
     """
 
@@ -351,4 +352,79 @@ class CardArgs:
     name: str | None = None
     weights: str | None = None
     paper: str | None = None
+    license: str = "apache-2.0"
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class RepoConfig:
+    """Where on the Hub something goes, and how.
+
+    Args:
+        repo: the Hub repository, ORG/NAME; made if it is not there.
+        private: make it private; a public one of that name is refused.
+        revision: branch to commit to, made if it is not there; by default 'main'.
+        tag: for the commit; a tag that is there is never moved.
+        pull_request: open a pull request instead of committing to the branch.
+        commit_message: first line of the commit's message.
+        dry_run: list the files and their sizes, and stop.
+    """
+
+    repo: str
+    private: bool = False
+    revision: str | None = None
+    tag: str | None = None
+    pull_request: bool = False
+    commit_message: str | None = None
+    dry_run: bool = False
+
+
+@dataclass(kw_only=True)
+class PublishArgs(RepoConfig):
+    """Publishes a trained network with its card on the Hub, and loads it back to compare: `sssd publish RUN --repo R`.
+
+    Log in by `hf auth login`, or set HF_TOKEN.
+
+    Args:
+        run: run folder of `sssd fit`, or a folder of `sssd card`.
+        include: shell patterns of other files of `run` to go with it, such as 'report.md' or '[report.md, "*.svg"]'.
+        license: of the weights, as the Hub names it.
+    """
+
+    run: str
+    include: list[str] | str = field(default_factory=list)
+    license: str = "apache-2.0"
+
+
+@dataclass(kw_only=True)
+class PublishLabelsArgs(RepoConfig):
+    """Publishes pseudo labels as a data set on the Hub: `sssd publish-labels FOLDER --repo R`.
+
+    Log in by `hf auth login`, or set HF_TOKEN.
+
+    Args:
+        labels: folder of pseudo labels.
+        license: of the labels, as the Hub names it.
+    """
+
+    labels: str
+    license: str = "apache-2.0"
+
+
+@dataclass(kw_only=True)
+class PullArgs:
+    """Fetches a published network or labels, and checks the sha256 of what came: `sssd pull NAME --out FOLDER`.
+
+    Args:
+        name: weights that ship, such as 'sssd_resnet18_cifar.cifar10', or a Hub repository, ORG/NAME.
+        out: folder to write.
+        labels: the repository holds pseudo labels.
+        revision: branch, tag or commit of the repository.
+        overwrite: replace what `out` holds.
+    """
+
+    name: str
+    out: str
+    labels: bool = False
+    revision: str | None = None
     overwrite: bool = False

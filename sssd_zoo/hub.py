@@ -6,13 +6,13 @@ A folder FOLDER is loaded by `import sssd_zoo; timm.create_model("local-dir:FOLD
 
 import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from safetensors.torch import save
 from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writes the weights too
@@ -22,6 +22,13 @@ from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, di
 from sssd_zoo.report import Results, describe, table
 
 TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]
+ANSWERS = ("1", "2", "3", "4", "ensemble")
+
+
+def hub_cards() -> Path:
+    """The folder of the card's template and the cards of weights that ship: in the wheel, else in the checkout."""
+    installed = Path(__file__).parent / "hub_cards"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "hub_cards"
 
 
 def save_network(
@@ -141,6 +148,9 @@ def model_card(
     metrics: Mapping[str, float],
     context: Results,
     name: str | None = None,
+    repo: str | None = None,
+    license_name: str | None = None,
+    figures: Mapping[str, str] | None = None,
 ) -> str:
     """The text of a model card, made offline.
 
@@ -150,45 +160,107 @@ def model_card(
         metrics: see `save_model_folder`.
         context: see `save_model_folder`.
         name: timm name and tag of the weights where they ship with the package; by default they lie beside the card.
+        repo: the Hub repository that the card is for.
+        license_name: of the weights, as the Hub names it.
+        figures: captions, by the paths of PNG files beside the card.
     """
     context = context.copy()
     if "data" in context and Path(context["data"]).exists():
         context["data"] = Path(context["data"]).resolve().name  # a folder's path means nothing elsewhere
     arch, classes = config["architecture"], config["num_classes"]
-    title = name or (f"{arch} on {context['data']}" if "data" in context else arch)
+    title = name or repo or (f"{arch} on {context['data']}" if "data" in context else arch)
     data = ModelCardData(
+        license=license_name,
         library_name="timm",
         pipeline_tag="image-classification" if classes else "image-feature-extraction",
+        datasets=[context["data"]] if on_the_hub(context) else None,
         tags=TAGS,
         model_name=title,
         eval_results=_eval_results(metrics, context),
     )
     card = ModelCard.from_template(
         data,
-        template_str=files("sssd_zoo").joinpath("model_card.md.jinja").read_text(encoding="utf-8"),
+        template_str=(hub_cards() / "model_card.md.jinja").read_text(encoding="utf-8"),
         title=title,
-        source=name or "local-dir:FOLDER",
+        source=f"hf-hub:{repo}" if repo else name or "local-dir:FOLDER",
+        transformers_source=repo or (None if name else "FOLDER"),
         arch=arch,
         parameters=parameters,
         input_size=config["pretrained_cfg"]["input_size"],
         num_classes=classes,
         label_names=config.get("label_names"),
+        thresholds=config["model_args"].get("thresholds"),
         answers=_answers(metrics, context),
         probed=bool(metrics),
+        figures=figures or {},
         facts=describe(context),
+        limits=_limits(metrics, context),
     )
     return str(card).rstrip() + "\n"
+
+
+def on_the_hub(context: Results) -> bool:
+    """Whether the data set is one of the Hub: its name is then `owner/name`, while a folder's is its last part."""
+    return "/" in context.get("data", "")
+
+
+def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[str, str]:
+    """The accuracies as `.eval_results/*.yaml`, a file each: how the Hub collects them on a data set's page.
+
+    See https://huggingface.co/docs/hub/eval-results. It wants a data set of the Hub; for others there is no file.
+
+    Args:
+        metrics: see `save_model_folder`.
+        context: see `save_model_folder`.
+
+    Returns:
+        The files' texts by their paths.
+    """
+    if not on_the_hub(context):
+        return {}
+    entries = {
+        name: EvalResultEntry(
+            dataset_id=context["data"],
+            task_id="default",
+            value=round(value, 2),
+            notes=f"top-1 accuracy in percent of a linear probe, {_answer(name)}"
+            + (f", {context['test']}" if "test" in context else ""),
+        )
+        for name, value in metrics.items()
+    }
+    return {
+        f".eval_results/{_answer(name).replace(' ', '_')}.yaml": yaml.safe_dump(
+            eval_result_entries_to_yaml([own]), sort_keys=False
+        )
+        for name, own in entries.items()
+    }
+
+
+def _limits(metrics: Mapping[str, float], context: Results) -> list[str]:
+    """What the network is not good for, as far as the run tells."""
+    limits = [
+        "It learnt clusters of its own features, not classes: what the images share (background, colour, framing) can "
+        "weigh as much as what they show, and imbalances of the training images are kept",
+        "Exits can be wrong with confidence; the thresholds of an early exit are to be chosen on images like yours",
+    ]
+    if not metrics:
+        limits.append("No accuracy was measured: the training data have no true labels")
+    if context.get("data") == "cifar10-sample":
+        limits.append("Its images are a JPEG copy of CIFAR-10: on the original, accuracies differ a little")
+    return limits
 
 
 def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalResult] | None:
     """The card's model-index, for which the Hub wants a data set's name."""
     if not metrics or "data" not in context:
         return None
+    test = context.get("test", "")
     return [
         EvalResult(
             task_type="image-classification",
             dataset_type=context["data"],
             dataset_name=context["data"],
+            dataset_split=test.removeprefix("split ") if test.startswith("split ") else None,
             metric_type="accuracy",
             metric_name=f"linear-probe accuracy, {_answer(name)} (%)",
             metric_value=round(value, 2),
@@ -200,12 +272,12 @@ def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalRe
 def _answers(metrics: Mapping[str, float], context: Results) -> str:
     """A Markdown table of the exits' accuracies and costs, '' if neither was measured."""
     macs = context.get("macs", {})
-    names = [name for name in ("1", "2", "3", "4", "ensemble") if name in metrics or name in macs]
+    names = [name for name in ANSWERS if name in metrics or name in macs]
     columns: dict[str, list[str]] = {"answer of": [_answer(name) for name in names]}
     if metrics:
         columns["accuracy (%)"] = [f"{metrics[name]:.2f}" if name in metrics else "" for name in names]
         for row in context.get("accuracy", [])[1:]:
-            theirs = dict(zip(("1", "2", "3", "4", "ensemble"), [*row["exits"], row["ensemble"]], strict=True))
+            theirs = dict(zip(ANSWERS, [*row["exits"], row["ensemble"]], strict=True))
             columns[f"{row['name']} (%)"] = [f"{theirs[name]:.2f}" for name in names]
     if macs:
         columns["multiply-adds for one image"] = [
