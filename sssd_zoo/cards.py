@@ -135,8 +135,8 @@ def write_card(
     write_json(folder / "config.json", config)
     write_json(folder / "metrics.json", {**results, "weights": shipped})
     atomic_write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    for path, text in eval_result_files(measured, results).items():
-        atomic_write_text(folder / path, text)
+    for file, text in eval_result_files(measured, results).items():
+        atomic_write_text(folder / file, text)
     with disk_errors(Path(out)):
         for step in ("pretrain", "distill"):
             shutil.copyfile(run / step / "metrics.jsonl", folder / f"{step}.jsonl")

@@ -324,7 +324,7 @@ class CompareArgs(DataConfig, RuntimeConfig):
 
 @dataclass(kw_only=True)
 class ModelsArgs:
-    """Lists the networks of this package with what each exit costs.
+    """Lists the networks of this package with what each exit costs, and the weights that ship with their accuracies.
 
     Args:
         pattern: which networks, as a shell pattern.

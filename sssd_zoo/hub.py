@@ -194,7 +194,7 @@ def model_card(
         probed=bool(metrics),
         figures=figures or {},
         facts=describe(context),
-        limits=_limits(metrics, context),
+        limits=_limits(context),
     )
     return str(card).rstrip() + "\n"
 
@@ -236,15 +236,13 @@ def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[st
     }
 
 
-def _limits(metrics: Mapping[str, float], context: Results) -> list[str]:
+def _limits(context: Results) -> list[str]:
     """What the network is not good for, as far as the run tells."""
     limits = [
         "It learnt clusters of its own features, not classes: what the images share (background, colour, framing) can "
         "weigh as much as what they show, and imbalances of the training images are kept",
         "Exits can be wrong with confidence; the thresholds of an early exit are to be chosen on images like yours",
     ]
-    if not metrics:
-        limits.append("No accuracy was measured: the training data have no true labels")
     if context.get("data") == "cifar10-sample":
         limits.append("Its images are a JPEG copy of CIFAR-10: on the original, accuracies differ a little")
     return limits

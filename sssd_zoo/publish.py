@@ -30,7 +30,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # httpx's or httpx2's, by the version; of connections too
+    HTTPError,  # httpx's or httpx2's, by the version; of connections too
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     XetDownloadError,
@@ -180,11 +180,13 @@ def prepare(api: HfApi, config: RepoConfig, repo_type: str) -> tuple[str | None,
         UserError: if the repository is public and should be private, or the tag is of another commit.
     """
     try:
-        info = api.repo_info(config.repo, repo_type=repo_type, timeout=TIMEOUT)
-        if config.private and not info.private:
-            raise UserError(f"{config.repo} is public already: make it private on the Hub, or drop --private")
+        private = api.repo_info(config.repo, repo_type=repo_type, timeout=TIMEOUT).private
     except RepositoryNotFoundError:
+        private = None
+    if private is None:
         api.create_repo(config.repo, repo_type=repo_type, private=config.private or None)
+    elif config.private and not private:
+        raise UserError(f"{config.repo} is public already: make it private on the Hub, or drop --private")
     refs = api.list_repo_refs(config.repo, repo_type=repo_type)
     branches = {ref.name: ref.target_commit for ref in refs.branches}
     branch = config.revision or constants.DEFAULT_REVISION
@@ -234,7 +236,7 @@ def copy_card(card: Path, folder: Path) -> None:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, folder / name)
         if not (folder / "model.safetensors").exists() and card.name in timm.list_pretrained("sssd_*"):
-            weights = Path(timm.get_pretrained_cfg(card.name).file)
+            weights = Path(getattr(timm.get_pretrained_cfg(card.name), "file", None) or "")
             if not weights.is_file():
                 raise UserError(f"the weights of {card.name} are not where they should be: reinstall sssd-zoo")
             shutil.copyfile(weights, folder / "model.safetensors")
@@ -405,21 +407,23 @@ def reason(error: BaseException) -> str:
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    status = next((own.response.status_code for own in chain if isinstance(own, HfHubHTTPError)), None)
-    endpoint = constants.ENDPOINT
-    if any(isinstance(own, OfflineModeIsEnabled) for own in chain):
-        return "HF_HUB_OFFLINE keeps the Hub away: unset it, or use a folder that was pulled before"
-    if status is not None:
-        todo = {
-            401: "the Hub knows no such token, or no such repository: run `hf auth login`, or set HF_TOKEN",
-            403: "your token may not do that: take one that may write to it",
-            404: "there is no such repository, revision or file, or your token may not see it",
-            409: "it is there already",
-            412: "another commit came between: run the command again",
-            429: "the Hub wants fewer requests: run the command again later",
-        }
-        return f"{todo.get(status, 'the Hub failed: run the command again later')} (status {status})"
-    if any(isinstance(own, HTTPError) for own in chain):
-        kind = type(chain[-1]).__name__
-        return f"the Hub cannot be reached at {endpoint} ({kind}): check the network, run the command again"
+    for own in chain:
+        if isinstance(own, OfflineModeIsEnabled):
+            return "HF_HUB_OFFLINE keeps the Hub away: unset it, or use a folder that was pulled before"
+        if isinstance(own, HfHubHTTPError):
+            todo = {
+                401: "the Hub knows no such token, or no such repository: run `hf auth login`, or set HF_TOKEN",
+                403: "your token may not do that: take one that may write to it",
+                404: "there is no such repository, revision or file, or your token may not see it",
+                409: "it is there already",
+                412: "another commit came between: run the command again",
+                429: "the Hub wants fewer requests: run the command again later",
+            }
+            status = own.response.status_code
+            return f"{todo.get(status, 'the Hub failed: run the command again later')} (status {status})"
+        if isinstance(own, HTTPError):
+            kind = type(own).__name__
+            return (
+                f"the Hub cannot be reached at {constants.ENDPOINT} ({kind}): check the network, run the command again"
+            )
     return f"the Hub's client failed ({' '.join(str(error).split())[:200]}): run the command again"

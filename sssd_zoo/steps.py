@@ -51,8 +51,8 @@ from sssd_zoo.engine import (
     tune_cpu,
 )
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_write_text, write_json
-from sssd_zoo.hub import save_network
+from sssd_zoo.files import atomic_write_text, read_json, write_json
+from sssd_zoo.hub import hub_cards, save_network
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.own_labels import OwnLabels
 from sssd_zoo.probe import Probe, extract_features, linear_probe
@@ -899,3 +899,13 @@ def models(args: ModelsArgs) -> None:
         heads = 100 * (costs["ensemble"] - costs["4"]) / costs["4"]
         millions = " ".join(f"{costs[key] / 1e6:8.1f}" for key in ("1", "2", "3", "4", "ensemble"))
         print(f"{name:20} {size:4} {parameters / 1e6:9.1f} M  {millions}  +{heads:.1f} %")
+    tags = [tag for name in names for tag in timm.list_pretrained(f"{name}.*")]
+    if tags:
+        print(
+            f"\n{'pretrained=True':30} linear-probe accuracy (%): exit 1, 2, 3, 4, ensemble; trained without labels on"
+        )
+    for tag in tags:
+        results = read_json(hub_cards() / tag / "metrics.json")
+        numbers = [value for row in results.get("accuracy", [])[:1] for value in (*row["exits"], row["ensemble"])]
+        measured = " ".join(f"{value:6.2f}" for value in numbers) or "not measured"
+        print(f"{tag:30} {measured}  {results['data']}, {results['images']:,} images, seed {results['seed']}")

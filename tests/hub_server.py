@@ -46,11 +46,12 @@ class Fault:
 
 @dataclass
 class Repo:
-    """A repository: its commits by their ids, and the branches, tags and pull requests that name them."""
+    """A repository: its commits by their ids, and what names them: branches and 'refs/pr/N', and tags."""
 
     private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
     def commit(self, ref: str, files: Files, message: str) -> str:
@@ -63,7 +64,7 @@ class Repo:
 
     def resolve(self, revision: str) -> str | None:
         """The commit that a branch, tag or id names."""
-        return self.refs.get(revision) or (revision if revision in self.commits else None)
+        return self.refs.get(revision) or self.tags.get(revision) or (revision if revision in self.commits else None)
 
 
 class Hub(ThreadingHTTPServer):
@@ -217,17 +218,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "POST" and action in ("preupload", "commit", "tag", "branch") and not known:
             return 401, {"error": "Invalid credentials"}
         if action == "refs":
-            groups = {"branches": "refs/heads/", "tags": "refs/tags/", "pullRequests": "refs/pr/"}
-            refs = {
-                group: [
-                    {"name": ref, "ref": start + ref, "targetCommit": oid}
-                    for ref, oid in repo.refs.items()
-                    if self.group(ref) == group
-                ]
-                for group, start in groups.items()
-            }
-            return 200, {**refs, "converts": []}
-        revision = (rest or "main") if action != "tree" else (rest or "main").split("?")[0]
+            branches, tags = (
+                [{"name": ref, "ref": f"refs/{kind}/{ref}", "targetCommit": oid} for ref, oid in named.items()]
+                for kind, named in (("heads", repo.refs), ("tags", repo.tags))
+            )
+            branches = [ref for ref in branches if not ref["name"].startswith("refs/pr/")]
+            return 200, {"branches": branches, "tags": tags, "converts": []}
+        revision = rest or "main"
         if action == "branch":
             if revision in repo.refs:
                 return 409, {"error": "Reference already exists"}
@@ -251,17 +248,12 @@ class Handler(BaseHTTPRequestHandler):
         if action == "commit":
             return self.commit(repo, name, revision, oid, body)
         if action == "tag":
-            tag = f"refs/tags/{json.loads(body)['tag']}"
-            if tag in repo.refs:
+            tag = json.loads(body)["tag"]
+            if tag in repo.tags:
                 return 409, {"error": "Tag reference exists already"}
-            repo.refs[tag] = oid
-            repo.refs[tag.removeprefix("refs/tags/")] = oid
+            repo.tags[tag] = oid
             return 200, {}
         return 404, {"error": f"{self.command} {path} is not known here"}
-
-    @staticmethod
-    def group(ref: str) -> str:
-        return "tags" if ref.startswith("refs/tags/") else "pullRequests" if ref.startswith("refs/pr/") else "branches"
 
     def create(self, asked: dict[str, Any]) -> tuple[Any, ...]:
         name, kind = f"{asked['organization']}/{asked['name']}", f"{asked.get('type', 'model')}s"

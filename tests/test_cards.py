@@ -12,6 +12,7 @@ from conftest import ROOT, command
 
 import sssd_zoo
 from sssd_zoo.cards import check
+from sssd_zoo.cli import run
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json
 
@@ -49,6 +50,14 @@ def test_the_one_liner_of_the_readme_works_offline():
     )
     done = command("-c", code, environment={"HF_ENDPOINT": "http://127.0.0.1:9"})
     assert done.stdout.split() == ["10"], done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sssd_models_lists_them_with_their_accuracies(name, capsys):
+    run("models", ["--pattern", name.split(".")[0]])
+    card = read_json(CARDS / name / "metrics.json")
+    words = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name)).split()
+    assert [float(word) for word in words[1:6]] == [*card["accuracy"][0]["exits"], card["accuracy"][0]["ensemble"]]
 
 
 def test_missing_weights_are_named(monkeypatch):
