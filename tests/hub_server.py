@@ -1,7 +1,9 @@
 """A Hub on loopback for tests: repositories in memory, and faults where a test asks for them.
 
 huggingface_hub, timm and transformers talk to it by HF_ENDPOINT, which they read when they are imported, so they run in
-a process of their own. It answers what those clients ask for (huggingface_hub 2.4, without Xet), and no more.
+a process of their own. It answers what those clients ask for (huggingface_hub 2.4), and no more. Uploads by Xet go to a
+folder, `Hub.cas`; such a file can be committed if its bytes are known from an upload without Xet, for the client tells
+only their sha256.
 """
 
 import base64
@@ -10,6 +12,7 @@ import json
 import re
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,6 +79,7 @@ class Hub(ThreadingHTTPServer):
         faults: to inject; `faulty` sets them for a while.
         log: 'METHOD path' of all requests.
         token: without which nothing may be written, nor a private repository be read.
+        cas: folder of Xet's uploads.
     """
 
     daemon_threads = True
@@ -86,7 +90,7 @@ class Hub(ThreadingHTTPServer):
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
         self.log: list[str] = []
-        self.token, self.lock = token, Lock()
+        self.token, self.lock, self.cas = token, Lock(), ""
         Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -225,6 +229,10 @@ class Handler(BaseHTTPRequestHandler):
             branches = [ref for ref in branches if not ref["name"].startswith("refs/pr/")]
             return 200, {"branches": branches, "tags": tags, "converts": []}
         revision = rest or "main"
+        if action == "xet-write-token":
+            about = {"casUrl": f"local://{self.server.cas}", "exp": int(time.time()) + 3600, "accessToken": "xet"}
+            names = {"X-Xet-Cas-Url": "casUrl", "X-Xet-Token-Expiration": "exp", "X-Xet-Access-Token": "accessToken"}
+            return 200, about, {header: str(about[name]) for header, name in names.items()}
         if action == "branch":
             if revision in repo.refs:
                 return 409, {"error": "Reference already exists"}

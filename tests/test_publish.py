@@ -378,6 +378,22 @@ def test_a_passing_fault_is_outlasted(fault, empty, sssd, run):
     assert empty.repos["models", REPO].messages == ["initial commit", "Publish by sssd-zoo"]
 
 
+@pytest.mark.slow
+def test_publish_by_xet(empty, sssd, run, tmp_path):
+    pytest.importorskip("hf_xet")
+    assert sssd("publish", run, "--repo", "someone/else").status == 0  # the server then knows the bytes
+    empty.log.clear()
+    empty.cas = str(tmp_path / "cas")
+    client = Client(empty.url, tmp_path / "home", HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="0")
+    done = client("publish", run, "--repo", REPO)
+    assert done.status == 0, done
+    client.close()
+    assert set(empty.files(REPO)) == FILES
+    assert not [line for line in empty.log if line.startswith("PUT") or "/objects/batch" in line]
+    stored = sum(path.stat().st_size for path in Path(empty.cas).rglob("*") if path.is_file())
+    assert stored > 200_000
+
+
 def test_publish_says_when_what_came_back_is_damaged(empty, sssd, run):
     with empty.faulty(Fault("GET", "/resolve/.*safetensors", "corrupt")):
         line = sssd("publish", run, "--repo", REPO).error
