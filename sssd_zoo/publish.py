@@ -60,7 +60,7 @@ def publish(args: PublishArgs) -> None:
     run = Path(args.run)
     if not run.is_dir():
         raise UserError(f"there is no folder {run}; give a run folder of `sssd fit` or a folder of `sssd card`")
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)
         if (run / "README.md").is_file() and (run / "config.json").is_file():
             copy_card(run, folder)
@@ -87,7 +87,7 @@ def publish_labels(args: PublishLabelsArgs) -> None:
     check_repo(args)
     source = Path(args.labels)
     labels = PseudoLabels.load(source)
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)
         for name in ("labels.parquet", "centroids.safetensors"):
             shutil.copyfile(source / name, folder / name)
@@ -229,17 +229,16 @@ def fetch(repo: str, repo_type: str, commit_id: str, patterns: tuple[str, ...] |
 
 def copy_card(card: Path, folder: Path) -> None:
     """Copies a folder of `sssd card`, and where its weights ship with the package, those."""
-    with disk_errors(folder):
-        for path in sorted(card.rglob("*")):
-            name = path.relative_to(card).as_posix()
-            if path.is_file() and any(fnmatch(name, pattern) for pattern in NETWORK_FILES):
-                (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, folder / name)
-        if not (folder / "model.safetensors").exists() and card.name in timm.list_pretrained("sssd_*"):
-            weights = Path(getattr(timm.get_pretrained_cfg(card.name), "file", None) or "")
-            if not weights.is_file():
-                raise UserError(f"the weights of {card.name} are not where they should be: reinstall sssd-zoo")
-            shutil.copyfile(weights, folder / "model.safetensors")
+    for path in sorted(card.rglob("*")):
+        name = path.relative_to(card).as_posix()
+        if path.is_file() and any(fnmatch(name, pattern) for pattern in NETWORK_FILES):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+    if not (folder / "model.safetensors").exists() and card.name in timm.list_pretrained("sssd_*"):
+        weights = Path(getattr(timm.get_pretrained_cfg(card.name), "file", None) or "")
+        if not weights.is_file():
+            raise UserError(f"the weights of {card.name} are not where they should be: reinstall sssd-zoo")
+        shutil.copyfile(weights, folder / "model.safetensors")
 
 
 def shipped_name(name: str) -> str:
@@ -288,7 +287,7 @@ def verify_network(folder: Path, where: str) -> None:
     """
     missing = [name for name in ("config.json", "metrics.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{where} is no network of `sssd publish`: {', '.join(missing)} missing")
+        raise UserError(f"{where} holds no network with its card: {', '.join(missing)} missing")
     said = read_json(folder / "metrics.json").get("weights", {}).get("sha256")
     if said is None:
         raise UserError(f"the metrics.json of {where} tells no sha256 of the weights: they cannot be trusted")
