@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
+from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
 from jsonargparse import ArgumentParser
 
 from sssd_zoo.errors import UserError
@@ -28,9 +29,13 @@ COMMANDS = {
         "compare",
         "several methods on the same images, reported beside the paper's tables",
     ),
+    "early-exit": ("EarlyExitArgs", "early_exit", "calibrate a network's early exit to a budget, and measure it"),
     "card": ("CardArgs", "card", "a trained network's card, metrics, logs and half-precision weights in one folder"),
     "models": ("ModelsArgs", "models", "the networks of this package: parameters and multiply-adds of every exit"),
 }
+
+# Arguments that are given by their place after the subcommand, and how many words they take.
+POSITIONAL: dict[str, dict[str, str | None]] = {"early-exit": {"model": None}}
 
 
 class Parser(ArgumentParser):
@@ -54,7 +59,11 @@ def _parser(name: str, prog: str) -> Parser:
     parser.add_argument(
         "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
     )
-    parser.add_class_arguments(getattr(config, COMMANDS[name][0]))
+    arguments, places = getattr(config, COMMANDS[name][0]), POSITIONAL.get(name, {})
+    described = {part.arg_name: part.description for part in parse_docstring(arguments.__doc__).params}
+    for place, words in places.items():
+        parser.add_argument(place, nargs=words, metavar=place.upper(), help=described[place])
+    parser.add_class_arguments(arguments, skip=set(places))
     return parser
 
 
@@ -116,7 +125,12 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
     values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
-    modules = {"fit": "sssd_zoo.fit", "card": "sssd_zoo.cards", "compare": "sssd_zoo.compare"}
+    modules = {
+        "fit": "sssd_zoo.fit",
+        "card": "sssd_zoo.cards",
+        "compare": "sssd_zoo.compare",
+        "early-exit": "sssd_zoo.early_exit",
+    }
     module = importlib.import_module(modules.get(name, "sssd_zoo.steps"))
     step: Any = getattr(module, COMMANDS[name][1])
     others = start_other_processes()

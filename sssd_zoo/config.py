@@ -323,6 +323,44 @@ class CompareArgs(DataConfig, RuntimeConfig):
 
 
 @dataclass(kw_only=True)
+class EarlyExitArgs(DataConfig):
+    """Calibrates a network's early exit on held-out images: a temperature per exit, and thresholds for a budget.
+
+    The budget is one of --points_lost, --multiply_adds and --latency; without any it is --points_lost 0.5.
+
+    Args:
+        model: folder of a network or a run, its timm name, or hf-hub:NAME; its four exits must be trained classifiers.
+        out: folder to write: the calibrated network with its thresholds, and early_exit/ with the report and figure.
+        split: labelled split that the classifiers were not trained on; by default 'test' or 'validation'. A part of it
+            calibrates, and all is measured on the rest.
+        calibration_split: calibrate on this split instead, and measure on all of `split`.
+        holdout: share of `split` to calibrate on, drawn by class.
+        points_lost: run as little as possible, and lose at most so many points of the full network's accuracy on the
+            calibrating images; that of the final classifier or of the ensemble, whichever is greater.
+        multiply_adds: be as accurate as possible with at most so many million multiply-adds an image on average.
+        latency: be as accurate as possible in at most so many milliseconds an image on average, one by one, here.
+        batch_size: images per forward pass where nothing is timed.
+        device: 'auto' takes the GPU if there is one.
+        runs: timed runs of every network, in turn.
+        seed: of the calibrating part and of the timed images.
+        overwrite: replace what `out` holds.
+    """
+
+    model: str
+    out: str
+    calibration_split: str | None = None
+    holdout: float = 0.5
+    points_lost: float | None = None
+    multiply_adds: float | None = None
+    latency: float | None = None
+    batch_size: int = 256
+    device: Literal["auto", "cpu"] = "auto"
+    runs: int = 10
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
 class ModelsArgs:
     """Lists the networks of this package with what each exit costs.
 
