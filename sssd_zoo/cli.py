@@ -30,12 +30,22 @@ COMMANDS = {
         "several methods on the same images, reported beside the paper's tables",
     ),
     "early-exit": ("EarlyExitArgs", "early_exit", "calibrate a network's early exit to a budget, and measure it"),
+    "export": (
+        "ExportArgs",
+        "export",
+        "one exit, all exits or early exit's stages as ONNX, torch.export or safetensors",
+    ),
+    "predict": ("PredictArgs", "predict", "classify image files or folders, and say which exit answered"),
     "card": ("CardArgs", "card", "a trained network's card, metrics, logs and half-precision weights in one folder"),
     "models": ("ModelsArgs", "models", "the networks of this package: parameters and multiply-adds of every exit"),
 }
 
 # Arguments that are given by their place after the subcommand, and how many words they take.
-POSITIONAL: dict[str, dict[str, str | None]] = {"early-exit": {"model": None}}
+POSITIONAL: dict[str, dict[str, str | None]] = {
+    "early-exit": {"model": None},
+    "export": {"model": None},
+    "predict": {"model": None, "images": "+"},
+}
 
 
 class Parser(ArgumentParser):
@@ -130,6 +140,8 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         "card": "sssd_zoo.cards",
         "compare": "sssd_zoo.compare",
         "early-exit": "sssd_zoo.early_exit",
+        "export": "sssd_zoo.export",
+        "predict": "sssd_zoo.predict",
     }
     module = importlib.import_module(modules.get(name, "sssd_zoo.steps"))
     step: Any = getattr(module, COMMANDS[name][1])

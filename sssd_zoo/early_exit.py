@@ -40,6 +40,8 @@ from sssd_zoo.steps import load_network, network_features, part, prepare_out, st
 BINS = 15  # of the expected calibration error, as in Guo et al.
 LEVELS = 48  # thresholds tried per exit: quantiles of its confidences, so 49 x 49 x 49 rules with "never" as another
 ONE_BY_ONE = 32  # images that a timed run at batch 1 goes through
+POINTS_LOST = 0.5  # the budget where none is given
+MARGIN = 1.645  # standard errors added to the points lost on the calibrating images: a one-sided bound of 95 percent
 BATCH = 128  # the other batch size that is timed
 
 
@@ -119,21 +121,27 @@ class Rules:
 
     Attributes:
         candidates: float32 [3, L + 1], the thresholds of the exits 1 to 3: quantiles of the confidences, then 1.
-        accuracy: float64 [L + 1, L + 1, L + 1], percent, by the places of the three thresholds.
+        lost: float64 [L + 1, L + 1, L + 1], by the places of the three thresholds: points of accuracy lost against the
+            full network, that is against the final classifier or the ensemble, whichever is more accurate.
+        error: float64 of the same shape, the standard error of that difference, which is one of paired answers.
         cost: float64 of the same shape, the mean cost of an image.
     """
 
     candidates: Tensor
-    accuracy: Tensor
+    lost: Tensor
+    error: Tensor
     cost: Tensor
 
-    def cheapest(self, accuracy: float) -> list[float] | None:
-        """The thresholds of the least cost whose accuracy is at least this, if any."""
-        return self._best(-self.cost, self.accuracy >= accuracy - 1e-9)
+    def cheapest(self, lost: float) -> list[float] | None:
+        """The thresholds of the least cost that lose at most so many points with 95 percent confidence, if any.
+
+        Without that the cheapest of so many rules is one that the images happen to favour, and loses more on others.
+        """
+        return self._best(-self.cost, self.lost + MARGIN * self.error <= lost + 1e-9)
 
     def most_accurate(self, cost: float) -> list[float] | None:
         """The most accurate thresholds of at most this cost, if any."""
-        return self._best(self.accuracy, self.cost <= cost * (1 + 1e-9))
+        return self._best(-self.lost, self.cost <= cost * (1 + 1e-9))
 
     def _best(self, value: Tensor, allowed: Tensor) -> list[float] | None:
         if not allowed.any():
@@ -141,6 +149,12 @@ class Rules:
         place = int(torch.where(allowed, value, -torch.inf).argmax())
         places = np.unravel_index(place, value.shape)
         return [float(own[where]) for own, where in zip(self.candidates, places, strict=True)]
+
+
+def full_answers(logits: Tensor, labels: Tensor) -> Tensor:
+    """What the full network answers, int64 [N]: the final classifier or the ensemble, whichever is more accurate."""
+    final, ensemble = logits[3].argmax(1), ensemble_logits(list(logits)).argmax(1)
+    return max((final, ensemble), key=lambda answers: accuracy(answers, labels))
 
 
 def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = LEVELS) -> Rules:
@@ -152,65 +166,70 @@ def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = L
         costs: of the network's parts.
         levels: L, quantiles tried per exit.
     """
-    confidences = logits.softmax(2).amax(2)
-    right = logits.argmax(2) == labels
-    quantiles = torch.quantile(confidences[:3], torch.arange(levels) / levels, dim=1).T
-    candidates = torch.cat([quantiles.sort(1).values, torch.ones(3, 1)], dim=1)
+    confidences = logits.softmax(2).amax(2)[:3].contiguous()
+    quantiles = torch.quantile(confidences, torch.arange(levels) / levels, dim=1).T
+    candidates = torch.cat([quantiles, torch.ones(3, 1)], dim=1)
     candidates[:, 0] = 0  # at which all leave
-    # An image leaves at the candidates below its confidence, which are the first `bucket` ones.
-    buckets = torch.searchsorted(candidates, confidences[:3].contiguous())
-    size = levels + 1
+    # An image leaves at the candidates below its confidence: those at the places 0 to bucket - 1.
+    buckets = torch.searchsorted(candidates, confidences)
+    size, count = levels + 1, len(labels)
     cell = (buckets[0] * size + buckets[1]) * size + buckets[2]
 
-    def below(weights: Tensor) -> Tensor:
-        """[i, j, k]: the weight of the images that stay at exit 1 with threshold i, at 2 with j and at 3 with k."""
+    def staying(weights: Tensor) -> list[Tensor]:
+        """The weight of the images still there before exit 1, and after the exits 1, 2 and 3, by the thresholds."""
         histogram = torch.bincount(cell, weights.double(), minlength=size**3).view(size, size, size)
-        return histogram.cumsum(0).cumsum(1).cumsum(2)
-
-    def after(sums: Tensor) -> list[Tensor]:
-        """The weight before exit 1, and after the exits 1, 2 and 3, whatever the later thresholds."""
+        sums = histogram.cumsum(0).cumsum(1).cumsum(2)
         return [sums[-1:, -1:, -1:], sums[:, -1:, -1:], sums[:, :, -1:], sums]
 
-    count = len(labels)
-    reached = [own / count for own in after(below(torch.ones(count)))]
-    hits = [after(below(own)) for own in right]
-    correct = hits[3][3] + sum(hits[exit_][exit_] - hits[exit_][exit_ + 1] for exit_ in range(3))
-    cost = torch.zeros_like(correct)
-    for exit_ in range(4):
-        runs = torch.ones(size, dtype=torch.float64)
-        runs[-1] = 0  # a threshold of 1: the head is not run
-        shape = [size if axis == exit_ else 1 for axis in range(3)]
-        head = costs.heads[exit_] * (runs.view(shape) if exit_ < 3 else 1)
-        cost = cost + reached[exit_] * (costs.stages[exit_] + head)
-    return Rules(candidates, 100 * correct / count, cost)
+    def answered(weights: Tensor) -> Tensor:
+        """The sum over images of the weights [4, N] of the exit that each leaves at, as a share of all images."""
+        parts = [staying(own) for own in weights]
+        leaving = [parts[i][i] - (parts[i][i + 1] if i < 3 else 0) for i in range(4)]
+        return (leaving[0] + leaving[1] + leaving[2] + leaving[3]) / count
+
+    right, full = logits.argmax(2) == labels, full_answers(logits, labels) == labels
+    lost = full.double().mean() - answered(right)
+    gains = answered(right & ~full)
+    # The difference of an image is 1, 0 or -1; its mean square is the share of images that one of the two has right.
+    error = ((2 * gains + lost - lost.square()).clamp(min=0) / count).sqrt()
+
+    reached, cost = staying(torch.ones(count)), torch.zeros(size, size, size, dtype=torch.float64)
+    for i, (stage, head) in enumerate(zip(costs.stages, costs.heads, strict=True)):
+        heads = torch.full((size,), float(head), dtype=torch.float64)
+        if i < 3:
+            heads[-1] = 0  # at a threshold of 1 the head is not run
+        own = heads.view([size if axis == i else 1 for axis in range(3)]) if i < 3 else heads[-1]
+        cost = cost + reached[i] / count * (stage + own)
+    return Rules(candidates, 100 * lost, 100 * error, cost)
 
 
-def choose(rules: Rules, args: EarlyExitArgs, full: float) -> list[float]:
+def choose(rules: Rules, args: EarlyExitArgs) -> list[float]:
     """The thresholds for the budget asked for.
 
     Args:
         rules: with costs in what the budget is in: seconds for a latency, else multiply-adds.
         args: of the command.
-        full: accuracy of the full network on the same images, percent.
 
     Raises:
         UserError: for a budget that no thresholds keep.
     """
     if args.multiply_adds is not None or args.latency is not None:
-        budget = args.multiply_adds * 1e6 if args.multiply_adds is not None else (args.latency or 0) / 1e3
-        found = rules.most_accurate(budget)
-        if found is None:
-            least = float(rules.cost.min())
-            words = (
-                f"{least / 1e6:.1f} million multiply-adds" if args.multiply_adds is not None else f"{1e3 * least} ms"
+        scale, unit = (1e-6, "million multiply-adds") if args.latency is None else (1e3, "milliseconds")
+        budget = args.multiply_adds if args.latency is None else args.latency
+        assert budget is not None  # one of the two
+        if (found := rules.most_accurate(budget / scale)) is None:
+            least = scale * float(rules.cost.min())
+            raise UserError(
+                f"no thresholds keep to {budget} {unit} an image: exit 1 alone takes {least:.3g}; give more"
             )
-            raise UserError(f"no thresholds keep the budget: exit 1 alone costs {words} an image; give more")
         return found
-    lost = 0.5 if args.points_lost is None else args.points_lost
-    found = rules.cheapest(full - lost)
-    if found is None:
-        least = full - float(rules.accuracy.max())
-        raise UserError(f"no thresholds lose at most {lost} points: the least is {least:.2f}; give more --points_lost")
+    lost = POINTS_LOST if args.points_lost is None else args.points_lost
+    if (found := rules.cheapest(lost)) is None:
+        least = float((rules.lost + MARGIN * rules.error).min())
+        raise UserError(
+            f"no thresholds lose at most {lost} points with 95 percent confidence: the least is {least:.2f}; give more "
+            "images to calibrate on (--holdout, --calibration_split), or more --points_lost"
+        )
     return found
 
 
@@ -287,7 +306,7 @@ def load_calibrated(args: EarlyExitArgs) -> Any:
     model = load_network(args.model)
     if not isinstance(model, SSSDResNet) or not model.ensemble or model.num_classes < 2:
         raise UserError(
-            f"'{args.model}' has no four exits that classify: give a network of this package with trained heads, as "
+            f"'{args.model}' has no four exits that classify: give one of this package with trained heads, as "
             "RUN/model of `sssd fit` on labelled images, or what `sssd linear --out` wrote"
         )
     return model.eval()
@@ -429,11 +448,7 @@ def early_exit(args: EarlyExitArgs) -> None:
     macs = stage_costs(model, (3, size, size))
     sample = prepared(held_out.data.gather(held_out.positions[: 2 * ONE_BY_ONE]), model).to(device)
     costs = macs if args.latency is None else measure_stages(model, sample, args.runs)
-    full = max(
-        accuracy(calibrated[3].argmax(1), held_out.labels),
-        accuracy(ensemble_logits(list(calibrated)).argmax(1), held_out.labels),
-    )
-    thresholds = choose(all_rules(calibrated, held_out.labels, costs), args, full)
+    thresholds = choose(all_rules(calibrated, held_out.labels, costs), args)
     model.thresholds = thresholds
     answers, taken = run_early(model, measured, thresholds, device)
 
@@ -458,7 +473,7 @@ def early_exit(args: EarlyExitArgs) -> None:
         "measured_on": measured.words,
         "seed": args.seed,
         "machine": machine_words("fp32"),
-        "budget": {name: value for name, value in budgets.items() if value is not None} or {"points_lost": 0.5},
+        "budget": {name: value for name, value in budgets.items() if value is not None} or {"points_lost": POINTS_LOST},
         "temperatures": temperatures,
         "calibration_error": {
             name: {"before": calibration_error(before[name], labels), "after": calibration_error(own, labels)}
@@ -568,7 +583,7 @@ def words(results: dict[str, Any]) -> str:
     table, errors, speedup = results["answers"], results["calibration_error"], results["speedup"]
     ((budget, value),) = results["budget"].items()
     asked = {
-        "points_lost": f"at most {value} points lost",
+        "points_lost": f"at most {value} points lost, with 95 percent confidence",
         "multiply_adds": f"at most {value} million multiply-adds an image",
         "latency": f"at most {value} ms an image, one by one",
     }[budget]
