@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from sssd_zoo.config import PredictArgs
-from sssd_zoo.data.images import Corrupt, CorruptImageError, decode, encoded, quiet_pillow
+from sssd_zoo.data.images import Corrupt, CorruptImageError, decode, encoded, natural_size, quiet_pillow
 from sssd_zoo.data.loading import CorruptTally
 from sssd_zoo.data.sources import EXTENSIONS
 from sssd_zoo.early_exit import prepared
 from sssd_zoo.engine import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.models import SSSDResNet
-from sssd_zoo.steps import DTYPES, load_network, statistics
+from sssd_zoo.steps import DTYPES, load_network, statistics, storage_default
 
 
 def find_images(names: list[str]) -> list[Path]:
@@ -84,14 +84,17 @@ def predict(args: PredictArgs) -> None:
         good, pixels = [], []
         with quiet_pillow():
             for file in files[start : start + args.batch_size]:
+                image = encoded(0, {"bytes": None, "path": str(file)})
                 try:
-                    pixels.append(torch.from_numpy(decode(encoded(0, {"bytes": None, "path": str(file)}), size).copy()))
+                    # Stored and resized as for evaluation, so that the answers are those that were measured.
+                    stored = decode(image, natural_size([image]) or storage_default(size))
+                    pixels.append(prepared(torch.from_numpy(stored.copy()).unsqueeze(0), model))
                     good.append(file)
                 except CorruptImageError as error:
                     corrupt.append((str(file), str(error)))
         if not good:
             continue
-        images = prepared(torch.stack(pixels), model).to(device)
+        images = torch.cat(pixels).to(device)
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits, exits = answer(model, images, output, args.thresholds)
         confidences, classes = logits.float().softmax(1).max(1)

@@ -62,11 +62,11 @@ def test_early_exit_and_fixed_exits(run, folder_of_images, capsys):
     for output, logits, name in (
         ("2", exits.logits[1], 2),
         ("final", exits.logits[3], 4),
-        ("ensemble", ensemble, None),
+        ("ensemble", ensemble, "ensemble"),
     ):
         assert predict(run, folder_of_images, "--format", "jsonl", "--output", output) == 0
         found = lines(capsys)
-        assert {line["exit"] for line in found} == {name or "ensemble"}
+        assert {line["exit"] for line in found} == {name}
         assert [line["confidence"] for line in found] == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-5)
 
     assert predict(run, folder_of_images, "--format", "jsonl", "--thresholds", "[1, 0, 0]") == 0
