@@ -1,4 +1,4 @@
-"""Measures what the README states about speed: `python eval/benchmark.py kmeans`, `moco` or `byot`."""
+"""Measures what the README states about speed: `python eval/benchmark.py kmeans`, `moco`, `byot` or `deploy`."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ import torch
 from sssd_zoo.clustering import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.engine import resolve_precision, tune_cpu
+from sssd_zoo.export import onnx_bytes, run_onnx, session
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.tasks import ClusterFit, MoCo, SelfDistillation, Task
 
@@ -221,6 +222,56 @@ def benchmark_byot(batch_size: int = 128, steps: int = 5, rounds: int = 5) -> di
     return {"precision": precision, "threads": torch.get_num_threads(), "batch_size": batch_size, **medians}
 
 
+EAGER, ONNX = "torch eager, full network", "onnxruntime, exit 2"
+
+
+def _time_answers(way: str, graph: bytes, images: int) -> float:
+    """Median seconds of one answer to one 32-px image, in this process."""
+    image = torch.randn(1, 3, 32, 32)
+    if way == ONNX:
+        deployed, array = session(graph), image.numpy()
+    else:
+        model = timm.create_model("sssd_resnet18_cifar", pretrained=True).eval()
+    times = []
+    with torch.inference_mode():
+        for number in range(images + 5):
+            start = time.perf_counter()
+            if way == ONNX:
+                run_onnx(deployed, array)
+            else:
+                model(image)
+            if number >= 5:
+                times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def benchmark_deploy(images: int = 50, rounds: int = 5) -> dict[str, Any]:
+    """Exit 2 of `sssd_resnet18_cifar` in onnxruntime, fp32, against the full network in torch eager, both at batch 1.
+
+    Each runs in a process of its own, in turn, with the same number of threads.
+
+    Args:
+        images: answered in each process; the median counts.
+        rounds: of both.
+
+    Returns:
+        Seconds of both, medians over the rounds, and `ratio`, eager's time to onnxruntime's, median over rounds.
+    """
+    model = timm.create_model("sssd_resnet18_cifar", pretrained=True, output=2).eval()
+    graph = onnx_bytes(model, torch.randn(2, 3, 32, 32), ["images", "logits"], {})
+    measured = []
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for _ in range(rounds):
+            measured.append({way: pool.apply(_time_answers, (way, graph, images)) for way in (EAGER, ONNX)})
+    return {
+        "threads": torch.get_num_threads(),
+        "images": images,
+        "rounds": rounds,
+        **{way: statistics.median(own[way] for own in measured) for way in (EAGER, ONNX)},
+        "ratio": statistics.median(own[EAGER] / own[ONNX] for own in measured),
+    }
+
+
 def main() -> None:
     """Runs one benchmark and prints what it gives as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -238,6 +289,11 @@ def main() -> None:
     for name, default in {"batch_size": 128, "steps": 5, "rounds": 5}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_byot)
+
+    section = sections.add_parser("deploy", help="exit 2 in onnxruntime against the full network in torch eager")
+    for name, default in {"images": 50, "rounds": 5}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_deploy)
 
     arguments = vars(parser.parse_args())
     del arguments["section"]

@@ -10,32 +10,63 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
+from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
 from jsonargparse import ArgumentParser
 
 from sssd_zoo.errors import UserError
 
-# Subcommand: the dataclass of its arguments in sssd_zoo.config, its function, a line for --help.
+# Subcommand: the dataclass of its arguments in sssd_zoo.config, its module and function, a line for --help.
 COMMANDS = {
-    "fit": ("FitArgs", "fit", "images in, a trained four-exit network and a report out: all steps below in turn"),
-    "pretrain": ("PretrainArgs", "pretrain", "MoCo v2 without labels"),
-    "pseudo-label": ("PseudoLabelArgs", "pseudo_label", "k-means on the pretrained network's features"),
-    "distill": ("DistillArgs", "distill", "a four-exit network that teaches itself on pseudo labels"),
-    "seed": ("SEEDArgs", "seed", "SEED, to compare with: a small network learns a frozen teacher's similarities"),
-    "linear": ("LinearArgs", "linear", "linear probes on every exit, and their ensemble"),
-    "knn": ("KNNArgs", "knn", "nearest-neighbour accuracy of every exit"),
+    "fit": ("FitArgs", "fit.fit", "images in, a trained four-exit network and a report out: all steps below in turn"),
+    "pretrain": ("PretrainArgs", "steps.pretrain", "MoCo v2 without labels"),
+    "pseudo-label": ("PseudoLabelArgs", "steps.pseudo_label", "k-means on the pretrained network's features"),
+    "distill": ("DistillArgs", "steps.distill", "a four-exit network that teaches itself on pseudo labels"),
+    "seed": ("SEEDArgs", "steps.seed", "SEED, to compare with: a small network learns a frozen teacher's similarities"),
+    "linear": ("LinearArgs", "steps.linear", "linear probes on every exit, and their ensemble"),
+    "knn": ("KNNArgs", "steps.knn", "nearest-neighbour accuracy of every exit"),
     "compare": (
         "CompareArgs",
-        "compare",
+        "compare.compare",
         "several methods on the same images, reported beside the paper's tables",
     ),
-    "card": ("CardArgs", "card", "a trained network's card, metrics, logs and half-precision weights in one folder"),
-    "publish": ("PublishArgs", "publish", "a trained network, its card and figures on the Hub, loaded back to compare"),
-    "publish-labels": ("PublishLabelsArgs", "publish_labels", "pseudo labels as a data set on the Hub"),
-    "pull": ("PullArgs", "pull", "a published network or labels in a folder, their sha256 checked"),
-    "models": ("ModelsArgs", "models", "the networks of this package: parameters and multiply-adds of every exit"),
+    "early-exit": (
+        "EarlyExitArgs",
+        "early_exit.early_exit",
+        "calibrate a network's early exit to a budget, and measure it",
+    ),
+    "export": (
+        "ExportArgs",
+        "export.export",
+        "one exit, all exits or early exit's stages as ONNX, torch.export or safetensors",
+    ),
+    "predict": ("PredictArgs", "predict.predict", "classify image files or folders, and say which exit answered"),
+    "card": (
+        "CardArgs",
+        "cards.card",
+        "a trained network's card, metrics, logs and half-precision weights in one folder",
+    ),
+    "publish": (
+        "PublishArgs",
+        "publish.publish",
+        "a trained network, its card and figures on the Hub, loaded back to compare",
+    ),
+    "publish-labels": ("PublishLabelsArgs", "publish.publish_labels", "pseudo labels as a data set on the Hub"),
+    "pull": ("PullArgs", "publish.pull", "a published network or labels in a folder, their sha256 checked"),
+    "models": (
+        "ModelsArgs",
+        "steps.models",
+        "the networks of this package: parameters and multiply-adds of every exit",
+    ),
 }
-# Arguments that may stand first, without their names.
-FIRST = {"publish": "run", "publish-labels": "labels", "pull": "name"}
+# Arguments that are given by their place after the subcommand, and how many words they take.
+POSITIONAL: dict[str, dict[str, str | None]] = {
+    "early-exit": {"model": None},
+    "export": {"model": None},
+    "predict": {"model": None, "images": "+"},
+    "publish": {"run": None},
+    "publish-labels": {"labels": None},
+    "pull": {"name": None},
+}
 
 
 class Parser(ArgumentParser):
@@ -59,7 +90,11 @@ def _parser(name: str, prog: str) -> Parser:
     parser.add_argument(
         "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
     )
-    parser.add_class_arguments(getattr(config, COMMANDS[name][0]))
+    arguments, places = getattr(config, COMMANDS[name][0]), POSITIONAL.get(name, {})
+    described = {part.arg_name: part.description for part in parse_docstring(arguments.__doc__).params}
+    for place, words in places.items():
+        parser.add_argument(place, nargs=words, metavar=place.upper(), help=described[place])
+    parser.add_class_arguments(arguments, skip=set(places))
     return parser
 
 
@@ -98,17 +133,9 @@ def switches(config: Any, prefix: str = "--") -> set[str]:
     return found
 
 
-def spell_out(arguments: list[str], config: Any, first: str | None = None) -> list[str]:
-    """Writes `--resume` as `--resume true`, which is what jsonargparse understands, and `--dry-run` as `--dry_run`.
-
-    Args:
-        arguments: of the command line.
-        config: dataclass of the options.
-        first: option that a first word without a name is the value of.
-    """
+def spell_out(arguments: list[str], config: Any) -> list[str]:
+    """Writes `--resume` as `--resume true`, which is what jsonargparse understands, and `--dry-run` as `--dry_run`."""
     names, words = switches(config), []
-    if first is not None and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{first}", *arguments]
     options = [word.partition("=") for word in arguments]
     arguments = [
         name.replace("-", "_").replace("__", "--", 1) + sign + value if name.startswith("--") else name + sign + value
@@ -131,13 +158,11 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     """
     parser = _parser(name, prog or Path(sys.argv[0]).name)
     config = getattr(importlib.import_module("sssd_zoo.config"), COMMANDS[name][0])
-    words = spell_out(sys.argv[1:] if arguments is None else arguments, config, FIRST.get(name))
+    words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
     values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
-    modules = {"fit": "sssd_zoo.fit", "card": "sssd_zoo.cards", "compare": "sssd_zoo.compare"}
-    modules |= dict.fromkeys(("publish", "publish-labels", "pull"), "sssd_zoo.publish")
-    module = importlib.import_module(modules.get(name, "sssd_zoo.steps"))
-    step: Any = getattr(module, COMMANDS[name][1])
+    module, function = COMMANDS[name][1].split(".")
+    step: Any = getattr(importlib.import_module(f"sssd_zoo.{module}"), function)
     others = start_other_processes()
     try:
         step(config(**values))

@@ -323,6 +323,102 @@ class CompareArgs(DataConfig, RuntimeConfig):
 
 
 @dataclass(kw_only=True)
+class EarlyExitArgs(DataConfig):
+    """Calibrates a network's early exit on held-out images: a temperature per exit, and thresholds for a budget.
+
+    The budget is one of --points_lost, --multiply_adds and --latency; without any it is --points_lost 0.5.
+
+    Args:
+        model: folder of a network or a run, its timm name, or hf-hub:NAME; its four exits must be trained classifiers.
+        out: folder to write: the calibrated network with its thresholds, and early_exit/ with the report and figure.
+        split: labelled split that the classifiers were not trained on; by default 'test' or 'validation'. A part of it
+            calibrates, and all is measured on the rest.
+        calibration_split: calibrate on this split instead, and measure on all of `split`.
+        holdout: share of `split` to calibrate on, drawn by class.
+        points_lost: run as little as possible, and lose at most so many points of accuracy against the full network,
+            that is the final classifier or the ensemble, whichever is better, with 95 percent confidence.
+        multiply_adds: be as accurate as possible with at most so many million multiply-adds an image on average.
+        latency: be as accurate as possible in at most so many milliseconds an image on average, one by one, here.
+        batch_size: images per forward pass where nothing is timed.
+        device: 'auto' takes the GPU if there is one.
+        runs: timed runs of every network, in turn.
+        seed: of the calibrating part and of the timed images.
+        overwrite: replace what `out` holds.
+    """
+
+    model: str
+    out: str
+    calibration_split: str | None = None
+    holdout: float = 0.5
+    points_lost: float | None = None
+    multiply_adds: float | None = None
+    latency: float | None = None
+    batch_size: int = 256
+    device: Literal["auto", "cpu"] = "auto"
+    runs: int = 10
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class ExportArgs:
+    """Writes a network for deployment: ONNX, torch.export or safetensors; see docs/deploy.md.
+
+    Args:
+        model: folder of a network or a run, its timm name, or hf-hub:NAME.
+        out: file to write, or folder for safetensors and for the stages of early exit.
+        output: an exit's number ('4' and 'final' are the same), 'ensemble', 'all' for one graph with four outputs, or
+            'early-exit' for a graph per stage; safetensors of the last three are the whole network.
+        format: 'onnx' (its batch size is dynamic, as torch-export's), 'torch-export' or 'safetensors'.
+        thresholds: of early exit; by default those stored with the network.
+        int8: also write the ONNX graph in int8, and measure both.
+        data: labelled images for --int8, as for the other commands.
+        split: of them, to calibrate activations' ranges on; by default 'train', or the only one.
+        test_split: split to measure on; by default 'test' or 'validation', else half of `split`.
+        calibration_images: that many images of `split` calibrate.
+        batch_size: images per forward pass of those.
+        seed: of the choice of calibrating images.
+        overwrite: replace `out`.
+    """
+
+    model: str
+    out: str
+    output: Literal["1", "2", "3", "4", "final", "ensemble", "all", "early-exit"] = "ensemble"
+    format: Literal["onnx", "torch-export", "safetensors"] = "onnx"
+    thresholds: list[float] | None = None
+    int8: bool = False
+    data: str | None = None
+    split: str | None = None
+    test_split: str | None = None
+    calibration_images: int = 256
+    batch_size: int = 64
+    seed: int = 0
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class PredictArgs(ForwardConfig):
+    """Classifies images, and says which exit answered.
+
+    Args:
+        model: folder of a network or a run, its timm name, or hf-hub:NAME.
+        images: image files, or folders of them.
+        output: an exit's number, 'final', 'ensemble' or 'early-exit'; 'auto' is early exit where the network has
+            thresholds or they are given, else what the network answers by itself: all of it the ensemble.
+        thresholds: of early exit; by default those stored with the network.
+        format: 'table', or 'jsonl' for a line of JSON per image.
+        max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
+    """
+
+    model: str
+    images: list[str]
+    output: Literal["auto", "1", "2", "3", "4", "final", "ensemble", "early-exit"] = "auto"
+    thresholds: list[float] | None = None
+    format: Literal["table", "jsonl"] = "table"
+    max_corrupt: int = 0
+
+
+@dataclass(kw_only=True)
 class ModelsArgs:
     """Lists the networks of this package with what each exit costs, and the weights that ship with their accuracies.
 

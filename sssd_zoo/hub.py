@@ -121,6 +121,10 @@ def network_config(
         config: dict[str, Any] = read_json(path)
     # timm reads it from the top; transformers, which does too, stumbles over a second one.
     config["model_args"].pop("num_classes", None)
+    # The network's own, not those it was created with: calibrated since, or dropped with its classifiers.
+    config["model_args"].pop("thresholds", None)
+    if getattr(model, "thresholds", None) is not None:
+        config["model_args"]["thresholds"] = model.thresholds
     # These tell of the weights that the network's default configuration is about, not of the ones saved.
     for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"):
         config["pretrained_cfg"].pop(name, None)

@@ -220,6 +220,45 @@ def accuracy_cost(
 
 
 @mpl.rc_context(STYLE)
+def early_exit_costs(
+    answers: Mapping[str, Mapping[str, Any]], curve: Sequence[Mapping[str, Any]], path: str | Path
+) -> None:
+    """Draws accuracy against multiply-adds and against measured time, of every exit, the ensemble and early exit.
+
+    Args:
+        answers: by '1' to '4', 'ensemble' and 'early exit': `accuracy` in percent, `multiply_adds`, and `milliseconds`
+            for an image by batch size.
+        curve: of early exit at other thresholds: `accuracy` and `multiply_adds`.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    costs: list[dict[str, float]] = [{name: row["multiply_adds"] / 1e6 for name, row in answers.items()}]
+    titles, batches = ["million multiply-adds for one image"], list(answers["ensemble"]["milliseconds"])
+    for batch in batches:
+        costs.append({name: row["milliseconds"][batch] for name, row in answers.items()})
+        titles.append(f"milliseconds for one image at batch {batch}")
+    line = [point["multiply_adds"] / 1e6 for point in curve]
+    panels[0].plot(line, [p["accuracy"] for p in curve], color=COLOURS[1], label="early exit, other budgets")
+    for panel, own, title in zip(panels, costs, titles, strict=True):
+        height = {name: row["accuracy"] for name, row in answers.items()}
+        panel.plot(
+            [own[name] for name in EXITS],
+            [height[name] for name in EXITS],
+            color=COLOURS[0],
+            marker="o",
+            label="exits 1-4",
+        )
+        for name, colour, marker in (("ensemble", COLOURS[0], "*"), ("early exit", COLOURS[1], "D")):
+            size = 11 if marker == "*" else 7
+            panel.plot(own[name], height[name], color=colour, marker=marker, ms=size, ls="none", label=name)
+        panel.set(xlabel=title, xlim=(0, 1.08 * max(own.values())))
+    panels[0].set_ylabel("accuracy (%)")
+    panels[0].legend(loc="best", fontsize=8)
+    _save(figure, path)
+
+
+@mpl.rc_context(STYLE)
 def cluster_sheet(images: np.ndarray[Any, np.dtype[np.uint8]], titles: Sequence[str], path: str | Path) -> None:
     """Draws images cluster by cluster, a row each.
 

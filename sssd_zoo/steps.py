@@ -139,12 +139,16 @@ def storage_default(image_size: int | None) -> int:
 def load_network(name: str, **kwargs: Any) -> Any:
     """A network with its weights: a folder that this package or timm wrote, else a timm name with pretrained weights.
 
+    Of a run folder of `sssd fit` it is the network in its `model`.
+
     Raises:
         UserError: if there is neither, or the weights do not fit.
     """
     folder = Path(name)
     source = name
     if folder.is_dir():
+        if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+            folder = folder / "model"
         missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
         if missing:
             raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run end?")

@@ -17,7 +17,8 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.models import Exits, SSSDResNet, ensemble_logits, multiply_adds
+from sssd_zoo.hub import network_config, save_network
+from sssd_zoo.models import Exits, SSSDResNet, ensemble_logits, multiply_adds, stage_costs
 
 NAMES = timm.list_models("sssd_*")
 CIFAR_NAMES = [name for name in NAMES if name.endswith("_cifar")]
@@ -371,8 +372,13 @@ def test_bad_arguments(images, network):
             timm.create_model("sssd_resnet18", output=output, device="meta")
     with pytest.raises(UserError, match="stem_type"):
         timm.create_model("sssd_resnet18_cifar", stem_type="deep", device="meta")
-    with pytest.raises(UserError, match="got 2"):
-        network.forward_early(images, (0.5, 0.5))
+    for wrong in ((0.5, 0.5), (0.5, 0.5, 1.5), (0.5, math.nan, 0.5)):
+        with pytest.raises(UserError, match="three thresholds"):
+            network.forward_early(images, wrong)
+    with pytest.raises(UserError, match="three thresholds"):
+        timm.create_model("sssd_resnet18", thresholds=[0.5], device="meta")
+    with pytest.raises(UserError, match="no thresholds of its own"):
+        network.forward_early(images)
     with pytest.raises(UserError, match="eval mode"):
         copy.deepcopy(network).train().forward_early(images, (0.5, 0.5, 0.5))
 
@@ -427,6 +433,54 @@ def test_forward_early_drops_images(network):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", CIFAR_NAMES)
+def test_forward_early_at_random_thresholds(name, memory_format):
+    model = create(name).to(memory_format=memory_format)
+    images = torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(3)).contiguous(memory_format=memory_format)
+    confidences = torch.stack([logits.softmax(1).amax(1) for logits in model.forward_exits(images).logits[:3]])
+    middles = (confidences.sort(1).values[:, 1:] + confidences.sort(1).values[:, :-1]) / 2
+    random = torch.Generator().manual_seed(4)
+    for _ in range(4):
+        places = torch.randint(middles.shape[1], (3, 1), generator=random)
+        thresholds = middles.gather(1, places)[:, 0].tolist()
+        wanted, wanted_exit = early_by_hand(model, images, thresholds)
+        got = model.forward_early(images, thresholds)
+        assert torch.equal(got.exit, wanted_exit)
+        torch.testing.assert_close(got.logits, wanted, atol=1e-4, rtol=1e-4)  # other batches, other rounding
+        for image, answer, number in zip(images, wanted, wanted_exit, strict=True):
+            one = model.forward_early(image[None], thresholds)
+            assert one.exit.tolist() == [number]
+            torch.testing.assert_close(one.logits[0], answer, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_exits_at_threshold_1_are_not_run(network, images):
+    model = copy.deepcopy(network)
+    model.exit1, model.exit3 = None, None
+    got = model.forward_early(images, (1.0, 0.0, 1.0))
+    assert got.exit.tolist() == [2, 2]
+    torch.testing.assert_close(got.logits, network.forward_exits(images).logits[1])
+
+
+def test_stored_thresholds(network, images, tmp_path):
+    model = copy.deepcopy(network)
+    model.thresholds = [0.0, 1.0, 1.0]
+    save_network(tmp_path, model, "sssd_resnet18")
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert loaded.thresholds == [0.0, 1.0, 1.0]
+    with torch.no_grad():
+        assert loaded.forward_early(images).exit.tolist() == [1, 1]
+        assert loaded.forward_early(images, (1, 1, 1)).exit.tolist() == [4, 4]
+    # Other classifiers, or none: not their thresholds.
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=3).thresholds is None
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, output=2).thresholds is None
+    loaded.reset_classifier(7)
+    assert loaded.thresholds is None
+    assert "thresholds" not in network_config(loaded, "sssd_resnet18")["model_args"]
 
 
 # Weights
@@ -630,6 +684,10 @@ def test_multiply_adds():
     exit1 = sum(side * side * (chs * 9 * chs // 2 + chs // 2 * 2 * chs) for chs, side in sides)
     assert cost["4"] == stem + stage + 3 * later + 512_000 == 1_814_073_344
     assert cost["1"] == stem + stage + exit1 + 512_000
+    stages, heads = stage_costs(model, (3, 224, 224))
+    assert stages == (stem + stage, later, later, later)
+    assert heads[0] == exit1 + 512_000
+    assert sum(stages) + sum(heads) == cost["ensemble"]
     for output in (1, 2, 3, "final"):
         number = "4" if output == "final" else str(output)
         truncated = timm.create_model("sssd_resnet18", output=output, device="meta")

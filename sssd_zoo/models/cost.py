@@ -3,12 +3,33 @@
 import copy
 from collections import Counter
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sssd_zoo.models.resnet import SSSDResNet
+
+
+class StageCosts(NamedTuple):
+    """What the parts of a network cost, in multiply-adds or in seconds.
+
+    Attributes:
+        stages: of the four stages in order, the stem counted with the first.
+        heads: of the exits 1 to 3, and of the final classifier.
+    """
+
+    stages: tuple[float, ...]
+    heads: tuple[float, ...]
+
+
+def stage_costs(model: SSSDResNet, input_size: tuple[int, int, int]) -> StageCosts:
+    """Multiply-adds, whole numbers, of the stages and heads of a network with all exits, for one image."""
+    costs = _module_costs(model, input_size)
+    heads = tuple(costs[name] for name in ("exit1", "exit2", "exit3", "fc"))
+    stages = [costs[f"layer{i}"] for i in range(1, 5)]
+    stages[0] = costs.total() - sum(stages[1:]) - sum(heads)
+    return StageCosts(tuple(stages), heads)
 
 
 def multiply_adds(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[str, int]:
@@ -23,6 +44,15 @@ def multiply_adds(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[s
         (what `output=1` to `output=3` run); '4', the cost of the trunk; 'ensemble', of everything. The exit heads'
         cost is therefore `cost['ensemble'] - cost['4']`. Of any other network: its one exit's number and its cost.
     """
+    if model.output != "ensemble":
+        return {"4" if model.output == "final" else model.output: _module_costs(model, input_size).total()}
+    stages, heads = stage_costs(model, input_size)
+    answers = {str(i): int(sum(stages[:i]) + heads[i - 1]) for i in range(1, 5)}
+    return answers | {"ensemble": int(sum(stages) + sum(heads))}
+
+
+def _module_costs(model: SSSDResNet, input_size: tuple[int, int, int]) -> Counter[str]:
+    """Multiply-adds by the network's top-level modules; all exits are counted where it has all."""
     copied = copy.deepcopy(model).to("meta").eval()
     costs: Counter[str] = Counter()
 
@@ -37,13 +67,8 @@ def multiply_adds(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[s
             module.register_forward_hook(partial(count, name.partition(".")[0]))
     image = torch.zeros(1, *input_size, device="meta", dtype=next(copied.parameters()).dtype)
     with torch.no_grad():
-        if model.output != "ensemble":
+        if model.output == "ensemble":
+            copied.forward_exits(image)
+        else:
             copied(image)
-            return {"4" if model.output == "final" else model.output: costs.total()}
-        copied.forward_exits(image)
-
-    stage_costs = [costs[f"layer{i}"] for i in range(1, 5)]
-    exit_costs = [costs[name] for name in ("exit1", "exit2", "exit3", "fc")]
-    stem = costs.total() - sum(stage_costs) - sum(exit_costs)
-    answers = {str(i): stem + sum(stage_costs[:i]) + exit_costs[i - 1] for i in range(1, 5)}
-    return answers | {"ensemble": costs.total()}
+    return costs

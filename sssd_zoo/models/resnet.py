@@ -50,6 +50,8 @@ class SSSDResNet(ResNet):
         in_chans: channels of the images.
         output: 'ensemble', 'final', or the number of an exit, 1 to 4 (as a number or as text).
         cifar_stem: a 3x3 stride-1 first convolution and no max-pool, for images of about 32 px.
+        thresholds: of the exits 1 to 3, which `forward_early` takes by default: `sssd early-exit` calibrates them and
+            stores them in config.json, so that timm gives them here. New classifiers drop them.
         act_layer: as timm's.
         norm_layer: as timm's.
         device: of the parameters.
@@ -57,7 +59,7 @@ class SSSDResNet(ResNet):
         kwargs: the other arguments of timm's ResNet.
 
     Raises:
-        UserError: for an `output` that does not exist, or a stem that contradicts `cifar_stem`.
+        UserError: for an `output` that does not exist, a stem that contradicts `cifar_stem`, or wrong `thresholds`.
     """
 
     __constants__ = ("ensemble",)  # so that TorchScript compiles only the branches whose exits there are
@@ -80,6 +82,7 @@ class SSSDResNet(ResNet):
         *,
         output: str | int = "ensemble",
         cifar_stem: bool = False,
+        thresholds: Sequence[float] | None = None,
         act_layer: Any = nn.ReLU,
         norm_layer: Any = nn.BatchNorm2d,
         device: Any = None,
@@ -94,6 +97,7 @@ class SSSDResNet(ResNet):
         if self.output not in ("ensemble", "final", "1", "2", "3"):
             raise UserError(f"there is no output={output!r}: choose 'ensemble', 'final' or an exit from 1 to 4")
         self.ensemble = self.output == "ensemble"
+        self.thresholds = check_thresholds(thresholds) if self.ensemble and thresholds is not None else None
         feature_info: list[dict[str, Any]] = self.feature_info
 
         if cifar_stem:
@@ -154,6 +158,7 @@ class SSSDResNet(ResNet):
             global_pool: the new pooling, '' for none; by default it stays.
         """
         super().reset_classifier(num_classes, global_pool)
+        self.thresholds = None  # they were those of the old classifiers
         if self.output in ("1", "2", "3"):
             self.fc = nn.Identity()
         for exit_head in self._exits():
@@ -299,24 +304,30 @@ class SSSDResNet(ResNet):
         ]
         return Exits(logits, [f1, f2, f3, f4])
 
-    def forward_early(self, x: Tensor, thresholds: Sequence[float]) -> EarlyExits:
+    def forward_early(self, x: Tensor, thresholds: Sequence[float] | None = None) -> EarlyExits:
         """Runs stage by stage, and lets go of the images whose exit is confident enough.
 
         An image leaves at the first exit whose greatest softmax probability exceeds that exit's threshold, so 0 lets
-        all images leave and 1 none. Only the others go on; what is left at the end gets the final classifier's answer.
+        all images leave and 1 none; the head of an exit at 1 is not run. Only the others go on; what is left at the end
+        gets the final classifier's answer.
 
         Args:
             x: images, [B, in_chans, H, W].
-            thresholds: of the exits 1 to 3, in 0..1.
+            thresholds: of the exits 1 to 3, in 0..1; by default those stored with the network.
 
         Raises:
             UserError: if the network was not built with `output='ensemble'` or is in training mode (BatchNorm would see
-                the hard images only), or for another number of thresholds.
+                the hard images only), for thresholds that are not three numbers in 0..1, or if none are given and the
+                network has none.
         """
         if not self.ensemble or self.training:
             raise UserError("forward_early needs a network created with output='ensemble', in eval mode")
-        if len(thresholds) != 3:
-            raise UserError(f"forward_early needs three thresholds, for the exits 1 to 3; got {len(thresholds)}")
+        if thresholds is None and self.thresholds is None:
+            raise UserError(
+                "the network has no thresholds of its own: give three, or calibrate it by `sssd early-exit`"
+            )
+        thresholds = self.thresholds if thresholds is None else check_thresholds(thresholds)
+        assert thresholds is not None
         taken = torch.full((len(x),), 4, device=x.device)
         here = torch.arange(len(x), device=x.device)  # which images are still in the batch
         parts: list[tuple[Tensor, Tensor]] = []
@@ -324,19 +335,39 @@ class SSSDResNet(ResNet):
         stages = ((self.layer1, self.exit1), (self.layer2, self.exit2), (self.layer3, self.exit3))
         for number, ((stage, exit_head), threshold) in enumerate(zip(stages, thresholds, strict=True), start=1):
             x = stage(x)
+            if threshold == 1:
+                continue
             logits = exit_head.fc(self.global_pool(exit_head(x)))
             leaves = logits.softmax(dim=1, dtype=torch.float32).amax(dim=1) > threshold
-            gone, stay = leaves.nonzero()[:, 0], (~leaves).nonzero()[:, 0]
+            count = int(leaves.sum())  # the only wait for the device in a stage
+            if not count:
+                continue  # no copy of the map where it does not get smaller
+            if count == len(here):
+                parts.append((here, logits))
+                taken[here] = number
+                break
+            gone, stay = leaves.sort(descending=True, stable=True).indices.tensor_split([count])
             parts.append((here[gone], logits[gone]))
             taken[here[gone]] = number
-            if len(gone):  # a copy of the map only where it gets smaller
-                here, x = here[stay], x[stay]
-            if not len(stay):
-                break
+            here, x = here[stay], x.index_select(0, stay)
         else:
             parts.append((here, self.fc(self.global_pool(self.layer4(x)))))
+        if len(parts) == 1:  # all left together: always so for a single image
+            return EarlyExits(parts[0][1], taken)
         order = torch.cat([images for images, _ in parts]).argsort()
         return EarlyExits(torch.cat([logits for _, logits in parts])[order], taken)
+
+
+def check_thresholds(thresholds: Sequence[float]) -> list[float]:
+    """Three thresholds as numbers.
+
+    Raises:
+        UserError: for another number of them, or one outside of 0..1.
+    """
+    values = [float(threshold) for threshold in thresholds]
+    if len(values) != 3 or not all(0 <= value <= 1 for value in values):
+        raise UserError(f"early exit needs three thresholds in 0..1, for the exits 1 to 3; got {values}")
+    return values
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSSDResNet) -> dict[str, Tensor]:
@@ -356,6 +387,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSSDResNet) -> di
     kept = {key: tensor for key, tensor in state_dict.items() if not key.startswith(left_out)}
 
     new_classifiers = model.pretrained_cfg.get("num_classes") != model.num_classes  # timm leaves them at random
+    if new_classifiers:
+        model.thresholds = None  # they were those of the old classifiers
     missing = [key for key in own if key not in kept and not (new_classifiers and key.startswith(classifiers))]
     unexpected = [key for key in kept if key not in own]
     if missing or unexpected:

@@ -1,0 +1,120 @@
+"""Classes of image files: `sssd predict`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sssd_zoo.config import PredictArgs
+from sssd_zoo.data.images import Corrupt, CorruptImageError, decode, encoded, natural_size, quiet_pillow
+from sssd_zoo.data.loading import CorruptTally
+from sssd_zoo.data.sources import EXTENSIONS
+from sssd_zoo.early_exit import prepared
+from sssd_zoo.engine import resolve_precision, tune_cpu
+from sssd_zoo.errors import UserError
+from sssd_zoo.models import SSSDResNet
+from sssd_zoo.steps import DTYPES, load_network, statistics, storage_default
+
+
+def find_images(names: list[str]) -> list[Path]:
+    """The files named, and the images below the folders named, in their order.
+
+    Raises:
+        UserError: for a name that is not there, or a folder without images.
+    """
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            below = [file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file()]
+            below = sorted(file for file in below if not file.name.startswith("."))
+            if not below:
+                raise UserError(f"{path} holds no images: no file in it ends in {' '.join(EXTENSIONS)}")
+            found += below
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UserError(f"there is no file or folder '{name}'")
+    return found
+
+
+def load_answering(args: PredictArgs) -> tuple[Any, str]:
+    """The network, and what answers: an exit's number, 'ensemble' or 'early-exit'.
+
+    Raises:
+        UserError: if it is no network of this package, has no classes, or no thresholds for early exit.
+    """
+    whole = args.output in ("auto", "ensemble", "early-exit")
+    kwargs = {} if args.output == "auto" else {"output": "ensemble" if whole else args.output}
+    model = load_network(args.model, **kwargs)
+    if not isinstance(model, SSSDResNet) or model.num_classes < 1:
+        raise UserError(
+            f"'{args.model}' is no network of this package with classes: train its heads first (sssd linear)"
+        )
+    thresholds = args.thresholds if args.thresholds is not None else model.thresholds
+    output = args.output
+    if output == "auto":
+        output = "early-exit" if thresholds is not None else model.output
+    if output == "early-exit" and thresholds is None:
+        raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
+    if args.thresholds is not None and output != "early-exit":
+        raise UserError(f"--thresholds are of early exit, and --output {output} has none")
+    return model.eval(), "4" if output == "final" else output
+
+
+def predict(args: PredictArgs) -> None:
+    """`sssd predict`."""
+    tune_cpu()
+    if args.batch_size < 1:
+        raise UserError(f"batch_size {args.batch_size} must be at least 1")
+    files = find_images(args.images)
+    model, output = load_answering(args)
+    names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
+    model.to(device, memory_format=torch.channels_last)
+    autocast = DTYPES[resolve_precision(args.precision, args.device)]
+    size = statistics(model)[2]
+    width = max(len("class"), *map(len, names))
+    if args.format == "table":
+        print(f"{'class':{width}}  confidence  exit      image")
+    corrupt: list[Corrupt] = []
+    for start in range(0, len(files), args.batch_size):
+        good, pixels = [], []
+        with quiet_pillow():
+            for file in files[start : start + args.batch_size]:
+                image = encoded(0, {"bytes": None, "path": str(file)})
+                try:
+                    # Stored and resized as for evaluation, so that the answers are those that were measured.
+                    stored = decode(image, natural_size([image]) or storage_default(size))
+                    pixels.append(prepared(torch.from_numpy(stored.copy()).unsqueeze(0), model))
+                    good.append(file)
+                except CorruptImageError as error:
+                    corrupt.append((str(file), str(error)))
+        if not good:
+            continue
+        images = torch.cat(pixels).to(device)
+        with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            logits, exits = answer(model, images, output, args.thresholds)
+        confidences, classes = logits.float().softmax(1).max(1)
+        for row in zip(good, classes.tolist(), confidences.tolist(), exits, strict=True):
+            file, number, confidence, exit_taken = row
+            if args.format == "jsonl":
+                entry = {"image": str(file), "class": names[number], "confidence": round(confidence, 6)}
+                print(json.dumps({**entry, "exit": exit_taken}))
+            else:
+                print(f"{names[number]:{width}}  {confidence:10.4f}  {exit_taken!s:8}  {file}", flush=True)
+    if corrupt:
+        CorruptTally("those given", args.max_corrupt).add(corrupt, len(files))
+
+
+def answer(
+    model: Any, images: Tensor, output: str, thresholds: list[float] | None
+) -> tuple[Tensor, list[int] | list[str]]:
+    """Logits [B, num_classes], and which exit gave each: its number, or 'ensemble'."""
+    if output == "early-exit":
+        early = model.forward_early(images, thresholds)
+        return early.logits, early.exit.tolist()
+    exits: Any = [output if output == "ensemble" else int(output)] * len(images)
+    return model(images), exits
