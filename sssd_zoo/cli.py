@@ -28,6 +28,8 @@ COMMANDS = {
         "compare",
         "several methods on the same images, reported beside the paper's tables",
     ),
+    "detect": ("DetectArgs", "detect", "Faster R-CNN on a trained trunk: boxes of VOC, COCO or `datasets`"),
+    "detect-eval": ("DetectEvalArgs", "detect_eval", "average precision of a trained detector"),
     "card": ("CardArgs", "card", "a trained network's card, metrics, logs and half-precision weights in one folder"),
     "models": ("ModelsArgs", "models", "the networks of this package: parameters and multiply-adds of every exit"),
 }
@@ -116,7 +118,13 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
     values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
-    modules = {"fit": "sssd_zoo.fit", "card": "sssd_zoo.cards", "compare": "sssd_zoo.compare"}
+    modules = {
+        "fit": "sssd_zoo.fit",
+        "card": "sssd_zoo.cards",
+        "compare": "sssd_zoo.compare",
+        "detect": "sssd_zoo.detection",
+        "detect-eval": "sssd_zoo.detection",
+    }
     module = importlib.import_module(modules.get(name, "sssd_zoo.steps"))
     step: Any = getattr(module, COMMANDS[name][1])
     others = start_other_processes()

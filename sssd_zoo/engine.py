@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,13 +98,28 @@ class RuntimeConfig:
     trackers: list[Literal["tensorboard", "trackio"]] = field(default_factory=list)
 
 
+class Batch(Protocol):
+    """What the loop does with images before `Task.views`: a tensor can, and so can lists of images of any sizes."""
+
+    def chunk(self, chunks: int, /) -> Sequence[Any]:
+        """The batch in parts, cut as `Tensor.chunk` cuts the positions."""
+        ...
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> Any:
+        """The batch on a device."""
+        ...
+
+
 class Loader(Protocol):
     """What feeds the loop: equal steps per epoch, the same samples for the same (seed, epoch), resumable at a step."""
 
     steps_per_epoch: int
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (positions int64 [b], images uint8 [b, 3, S, S]), this process's part of each global batch."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Batch]]:
+        """Yields positions, int64 [b], and their images, this process's part of each global batch.
+
+        The images are uint8 [b, 3, S, S], or of a kind of their own that the task's `views` takes.
+        """
         ...
 
 
@@ -368,7 +383,7 @@ def train(
     if task.global_batchnorm:
         synchronise_batchnorm(task, device)
     optimizer = create_optimizer_v2(
-        [parameter for parameter in task.parameters() if parameter.requires_grad],
+        task.parameter_groups(),
         opt=optim.optimizer,
         lr=optim.lr,
         weight_decay=optim.weight_decay,

@@ -13,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text
@@ -244,6 +245,42 @@ def cluster_sheet(images: np.ndarray[Any, np.dtype[np.uint8]], titles: Sequence[
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def detections(
+    images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]],
+    truths: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    path: str | Path,
+) -> None:
+    """Draws images twice, side by side: with their true boxes, difficult ones dashed, and with those detected.
+
+    Args:
+        images: uint8 [3, H, W] each.
+        truths: for each image `boxes` [n, 4] xyxy in pixels, `labels` [n] in 1..C, `difficult` [n].
+        answers: for each image `boxes` [m, 4], `labels` [m], `scores` [m] in 0..1.
+        class_names: the C names.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(8, 3.2 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), 2, squeeze=False)
+    for row, image, truth, answer in zip(grid, images, truths, answers, strict=True):
+        for axes, boxes, title in zip(row, (truth, answer), ("truth", "detected"), strict=True):
+            axes.imshow(image.transpose(1, 2, 0))
+            axes.set_axis_off()
+            axes.set_title(f"{title}: {len(boxes['boxes'])}")
+            for number, (left, top, right, bottom) in enumerate(boxes["boxes"].tolist()):
+                label = int(boxes["labels"][number])
+                colour = COLOURS[(label - 1) % len(COLOURS)]
+                dashed = "difficult" in boxes and bool(boxes["difficult"][number])
+                style: Any = {"fill": False, "edgecolor": colour, "lw": 1.2, "ls": "--" if dashed else "-"}
+                axes.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
+                score = f" {float(boxes['scores'][number]):.2f}" if "scores" in boxes else ""
+                text = f"{class_names[label - 1]}{score}"
+                axes.text(left, top, text, color="white", fontsize=5, va="top", bbox={"color": colour, "pad": 0.6})
     _save(figure, path)
 
 

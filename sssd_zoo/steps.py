@@ -139,6 +139,10 @@ def storage_default(image_size: int | None) -> int:
 def load_network(name: str, **kwargs: Any) -> Any:
     """A network with its weights: a folder that this package or timm wrote, else a timm name with pretrained weights.
 
+    Args:
+        name: the folder or the name.
+        kwargs: of `timm.create_model`; `pretrained=False` gives the network with new weights.
+
     Raises:
         UserError: if there is neither, or the weights do not fit.
     """
@@ -152,7 +156,7 @@ def load_network(name: str, **kwargs: Any) -> Any:
     elif not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
         raise UserError(f"there is no folder '{name}', and timm has no model of that name")
     try:
-        return timm.create_model(source, pretrained=True, **kwargs)
+        return timm.create_model(source, **{"pretrained": True, **kwargs})
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
 

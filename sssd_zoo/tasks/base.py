@@ -29,11 +29,18 @@ class Task(nn.Module):
         super().__init__()
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
 
-    def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What to train, as torch's optimisers take it: `params`, and `lr_scale` where a group's rate is not the run's.
+
+        The first group's rate is the one in the log.
+        """
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def views(self, images: Any, random: BatchRandom) -> dict[str, Any]:
         """Augments a batch on its device.
 
         Args:
-            images: uint8 [B, 3, S, S], this process's part of the global batch.
+            images: uint8 [B, 3, S, S], or a batch of the loader's own kind: this process's part of the global batch.
             random: the step's random numbers.
 
         Returns:
