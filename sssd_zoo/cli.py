@@ -28,6 +28,11 @@ COMMANDS = {
         "compare",
         "several methods on the same images, reported beside the paper's tables",
     ),
+    "finetune": (
+        "FinetuneArgs",
+        "finetune",
+        "fine-tuning on a few labels: networks and fractions over several seeds, with the paper's curve",
+    ),
     "detect": ("DetectArgs", "detect", "Faster R-CNN on a trained trunk: boxes of VOC, COCO or `datasets`"),
     "detect-eval": ("DetectEvalArgs", "detect_eval", "average precision of a trained detector"),
     "card": ("CardArgs", "card", "a trained network's card, metrics, logs and half-precision weights in one folder"),
@@ -122,6 +127,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         "fit": "sssd_zoo.fit",
         "card": "sssd_zoo.cards",
         "compare": "sssd_zoo.compare",
+        "finetune": "sssd_zoo.finetune",
         "detect": "sssd_zoo.detection",
         "detect-eval": "sssd_zoo.detection",
     }

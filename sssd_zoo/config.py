@@ -324,6 +324,46 @@ class CompareArgs(DataConfig, RuntimeConfig):
 
 
 @dataclass(kw_only=True)
+class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
+    """Fine-tunes networks on a few labels, class-balanced, over several seeds; run it again to go on where it stopped.
+
+    Args:
+        out: folder to write; what is there already of the same settings is reused.
+        models: to start from: run folders, timm names (with their pretrained weights), and 'scratch', new weights for
+            the first of the others, to compare with.
+        method: 'final' trains the trunk and a new FC by cross-entropy, as the paper does; 'exits' all exits of a
+            network of this package by self distillation.
+        fractions: shares of each class's labels, 0..1 (paper: 0.01, 0.1 to 0.5), at least one label of each class.
+            Smaller subsets of a seed are parts of its larger ones.
+        per_class: numbers of labels of each class, in the place of fractions.
+        seeds: of the subsets, the new classifiers and the training. They take the place of --seed.
+        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
+        test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
+        holdout: share of the images kept from training to measure on, where the data have no split for that.
+        epochs: passes over the labelled images.
+        min_steps: optimiser steps at least, so that a few labels are seen more often.
+        batch_size: images per optimiser step, over all processes; less where there are fewer labelled images.
+        lr: learning rate of the classifiers at its height, and of all of a network from scratch.
+        trunk_lr: learning rate at its height of the rest of a network that has weights already.
+        weight_decay: of all parameters; the paper fine-tunes without regularisation.
+    """
+
+    out: str
+    models: list[str]
+    method: Literal["final", "exits"] = "final"
+    fractions: list[float] = field(default_factory=lambda: [0.01, 0.1, 0.2, 0.3, 0.4, 0.5])
+    per_class: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    image_size: int | None = None
+    test_split: str | None = None
+    holdout: float = 0.2
+    epochs: int = 60
+    min_steps: int = 0
+    trunk_lr: float = 0.01
+    weight_decay: float = 0.0
+
+
+@dataclass(kw_only=True)
 class DetectorConfig:
     """Faster R-CNN on a trunk.
 

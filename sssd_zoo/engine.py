@@ -80,7 +80,8 @@ class RuntimeConfig:
         precision: 'auto' takes bf16 where the hardware has it, else fp32.
         compile: torch.compile the network: pays on GPUs, not on CPUs.
         device: 'auto' takes the GPU if there is one; 'cpu' does not.
-        checkpoint_every: steps between checkpoints; 0: one an epoch.
+        checkpoint_every: steps between checkpoints, beside those at the ends of epochs; 0: none.
+        checkpoint_epochs: epochs between checkpoints, for epochs of few steps.
         keep_last: checkpoints kept, the newest.
         keep_best: checkpoints kept, those of the lowest training loss.
         log_every: steps between lines of metrics.jsonl.
@@ -92,6 +93,7 @@ class RuntimeConfig:
     compile: bool = False
     device: Literal["auto", "cpu"] = "auto"
     checkpoint_every: int = 0
+    checkpoint_epochs: int = 1
     keep_last: int = 2
     keep_best: int = 1
     log_every: int = 10
@@ -498,7 +500,8 @@ def train(
                 if runtime.checkpoint_every and step % runtime.checkpoint_every == 0 and step % loader.steps_per_epoch:
                     save()
             flush()
-            save()
+            if (epoch + 1) % max(1, runtime.checkpoint_epochs) == 0 or step == total:
+                save()
     finally:
         bar.close()
         log.close()

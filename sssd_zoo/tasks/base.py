@@ -74,6 +74,7 @@ class LabelTask(Task):
         std: of the channels.
         crop: 'pad' or 'resized', see `supervised_view`.
         scale: share of the area that a 'resized' crop keeps.
+        trunk_scale: learning rate of all but the classifiers, as a share of the run's.
     """
 
     def __init__(
@@ -85,9 +86,25 @@ class LabelTask(Task):
         std: Sequence[float],
         crop: str = "pad",
         scale: tuple[float, float] = (0.08, 1.0),
+        trunk_scale: float = 1.0,
     ) -> None:
         super().__init__(size, mean, std)
-        self.model, self.crop, self.scale = model, crop, scale
+        self.model, self.crop, self.scale, self.trunk_scale = model, crop, scale, trunk_scale
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The classifiers, and the rest at its own rate."""
+        if self.trunk_scale == 1:
+            return super().parameter_groups()
+        names = self.model.pretrained_cfg["classifier"]  # type: ignore[index]  # a name, or several
+        heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+        named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        return [
+            {"params": [value for name, value in named if name.startswith(heads)]},
+            {
+                "params": [value for name, value in named if not name.startswith(heads)],
+                "lr_scale": self.trunk_scale,
+            },
+        ]
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """One view, float32 [B, 3, size, size]."""
