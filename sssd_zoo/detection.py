@@ -67,7 +67,9 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images, float32 [B, 3, H, W], to maps [B, channels, h, w], '0' the finest, 'pool' the coarsest."""
-        maps: dict[str, Tensor] = self.fpn({str(i): each for i, each in enumerate(self.body(images)[-4:])})
+        # The memory format of the weights: otherwise every convolution on a CPU converts its input.
+        stages = self.body(images.contiguous(memory_format=torch.channels_last))[-4:]
+        maps: dict[str, Tensor] = self.fpn({str(i): each for i, each in enumerate(stages)})
         return maps
 
 

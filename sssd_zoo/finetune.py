@@ -22,6 +22,7 @@ from sssd_zoo import report
 from sssd_zoo.compare import spread
 from sssd_zoo.config import FinetuneArgs, ForwardConfig
 from sssd_zoo.data.loading import DataConfig, load_images
+from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
@@ -271,9 +272,11 @@ def finetune(args: FinetuneArgs) -> None:
 
 def write(args: FinetuneArgs, rows: list[dict[str, Any]], out: Path, *, data_name: str, test: str, size: int) -> None:
     """Writes report.md, results.csv and accuracy.png."""
+    short = {name: short_name(name) for name in args.models}
+    titles = short if len(set(short.values())) == len(short) else {name: name for name in short}
     curves: dict[str, dict[float, list[float]]] = {}
     for row in rows:
-        curves.setdefault(row["model"], {}).setdefault(row["amount"], []).append(row["accuracy"])
+        curves.setdefault(titles[row["model"]], {}).setdefault(row["amount"], []).append(row["accuracy"])
     amounts = sorted({row["amount"] for row in rows})
     unit = "labels of each class" if args.per_class else "labels (%)"
     report.label_curves(curves, TABLE_4, out / "accuracy.png", axis=unit)
