@@ -40,6 +40,13 @@ COMMANDS = {
         "one exit, all exits or early exit's stages as ONNX, torch.export or safetensors",
     ),
     "predict": ("PredictArgs", "predict.predict", "classify image files or folders, and say which exit answered"),
+    "finetune": (
+        "FinetuneArgs",
+        "finetune.finetune",
+        "fine-tuning on a few labels: networks and fractions over several seeds, with the paper's curve",
+    ),
+    "detect": ("DetectArgs", "detection.detect", "Faster R-CNN on a trained trunk: boxes of VOC, COCO or `datasets`"),
+    "detect-eval": ("DetectEvalArgs", "detection.detect_eval", "average precision of a trained detector"),
     "card": (
         "CardArgs",
         "cards.card",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sssd_zoo.data.detection import DetectionDataConfig
 from sssd_zoo.data.loading import DataConfig
 from sssd_zoo.engine import OptimConfig, RuntimeConfig
 
@@ -416,6 +417,139 @@ class PredictArgs(ForwardConfig):
     thresholds: list[float] | None = None
     format: Literal["table", "jsonl"] = "table"
     max_corrupt: int = 0
+
+
+@dataclass(kw_only=True)
+class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
+    """Fine-tunes networks on a few labels, class-balanced, over several seeds; run it again to go on where it stopped.
+
+    Args:
+        out: folder to write; what is there already of the same settings is reused.
+        models: to start from: run folders, timm names (with their pretrained weights), and 'scratch', new weights for
+            the first of the others, to compare with.
+        method: 'final' trains the trunk and a new FC by cross-entropy, as the paper does; 'exits' all exits of a
+            network of this package by self distillation.
+        fractions: shares of each class's labels, 0..1 (paper: 0.01, 0.1 to 0.5), at least one label of each class.
+            Smaller subsets of a seed are parts of its larger ones.
+        per_class: numbers of labels of each class, in the place of fractions.
+        seeds: of the subsets, the new classifiers and the training. They take the place of --seed.
+        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
+        test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
+        holdout: share of the images kept from training to measure on, where the data have no split for that.
+        epochs: passes over the labelled images.
+        min_steps: optimiser steps at least, so that a few labels are seen more often.
+        batch_size: images per optimiser step, over all processes; less where there are fewer labelled images.
+        lr: learning rate of the classifiers at its height, and of all of a network from scratch.
+        trunk_lr: learning rate at its height of the rest of a network that has weights already.
+        weight_decay: of all parameters; the paper fine-tunes without regularisation.
+    """
+
+    out: str
+    models: list[str]
+    method: Literal["final", "exits"] = "final"
+    fractions: list[float] = field(default_factory=lambda: [0.01, 0.1, 0.2, 0.3, 0.4, 0.5])
+    per_class: list[int] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    image_size: int | None = None
+    test_split: str | None = None
+    holdout: float = 0.2
+    epochs: int = 60
+    min_steps: int = 0
+    trunk_lr: float = 0.01
+    weight_decay: float = 0.0
+
+
+@dataclass(kw_only=True)
+class DetectorConfig:
+    """Faster R-CNN on a trunk.
+
+    Args:
+        model: run folder, or any timm model's name, for the trunk.
+        pretrained: with its weights; 'false' gives the trunk new ones, to compare with.
+        frozen_stages: of the trunk, from its stem on: 1 is the stem of a ResNet, 2 also its first stage. Their weights
+            and their BatchNorm's statistics stay.
+        batchnorm: of the trunk's other stages: 'train' uses the statistics of the global batch and learns scale and
+            shift, 'eval' keeps the pretrained statistics and learns scale and shift, 'frozen' keeps all. The first is
+            the default, as features learnt without labels are not scaled for detection (He et al. 2020, MoCo, section
+            4.2); the others are for supervised trunks, or for a few images per step.
+        short_side: of the images in pixels.
+        long_side: of the images in pixels, at most; by default 5/3 of the short one.
+        fpn_channels: of the feature pyramid.
+        anchor_scale: side of an anchor over its map's stride.
+        regions: per image that the box head is trained on.
+    """
+
+    model: str
+    pretrained: bool = True
+    frozen_stages: int = 0
+    batchnorm: Literal["train", "eval", "frozen"] = "train"
+    short_side: int = 800
+    long_side: int | None = None
+    fpn_channels: int = 256
+    anchor_scale: float = 8.0
+    regions: int = 512
+
+
+@dataclass(kw_only=True)
+class DetectArgs(DetectionDataConfig, DetectorConfig, RuntimeConfig, OptimConfig):
+    """Fine-tunes Faster R-CNN on a network's trunk and measures it; the defaults are for Pascal VOC 07+12.
+
+    Args:
+        out: run folder to write.
+        epochs: passes over the data.
+        batch_size: images per optimiser step, over all processes.
+        lr: learning rate at its height; 0.02 is for 16 images.
+        weight_decay: of all parameters, BatchNorm's and biases too.
+        schedule: 'cosine' falls to 0, 'step' is multiplied by `gamma` at each of `milestones`.
+        warmup_epochs: of linear growth from 0.
+        milestones: epochs, for 'step'.
+        sizes: short sides of the images in pixels over equal parts of the training, such as [160, 240]; by default all
+            are of `short_side`.
+        test_data: to measure on; by default that of `data`.
+        test_split: to measure on; by default 'test' or 'val' where there is one.
+        voc: also measure VOC2007's AP50, of 11 points.
+        resume: go on from the newest checkpoint in `out`.
+        overwrite: drop what `out` holds and start anew.
+    """
+
+    out: str
+    epochs: int = 24
+    batch_size: int = 16
+    lr: float = 0.02
+    weight_decay: float = 1e-4
+    schedule: Literal["cosine", "step"] = "step"
+    warmup_epochs: float = 0.1
+    milestones: list[int] = field(default_factory=lambda: [18, 22])
+    test_data: list[str] | None = None
+    test_split: str | None = None
+    voc: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class DetectEvalArgs(DetectionDataConfig, ForwardConfig):
+    """Measures a trained detector by average precision.
+
+    Args:
+        model: run folder of `sssd detect`.
+        split: to measure on; by default 'test' or 'val'.
+        classes: to measure; they must be the detector's, which is the default.
+        batch_size: images per forward pass.
+        precision: of the forward pass; in half precision scores tie.
+        short_side: of the images in pixels; by default as in training.
+        voc: also measure VOC2007's AP50, of 11 points.
+        out: folder to write: metrics.json, and pictures of detections beside the truth; by default only prints.
+        overwrite: replace what `out` holds.
+    """
+
+    model: str
+    batch_size: int = 4
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    short_side: int | None = None
+    voc: bool = False
+    out: str | None = None
+    overwrite: bool = False
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -80,7 +80,8 @@ class RuntimeConfig:
         precision: 'auto' takes bf16 where the hardware has it, else fp32.
         compile: torch.compile the network: pays on GPUs, not on CPUs.
         device: 'auto' takes the GPU if there is one; 'cpu' does not.
-        checkpoint_every: steps between checkpoints; 0: one an epoch.
+        checkpoint_every: steps between checkpoints, beside those at the ends of epochs; 0: none.
+        checkpoint_epochs: epochs between checkpoints, for epochs of few steps.
         keep_last: checkpoints kept, the newest.
         keep_best: checkpoints kept, those of the lowest training loss.
         log_every: steps between lines of metrics.jsonl.
@@ -92,10 +93,23 @@ class RuntimeConfig:
     compile: bool = False
     device: Literal["auto", "cpu"] = "auto"
     checkpoint_every: int = 0
+    checkpoint_epochs: int = 1
     keep_last: int = 2
     keep_best: int = 1
     log_every: int = 10
     trackers: list[Literal["tensorboard", "trackio"]] = field(default_factory=list)
+
+
+class Batch(Protocol):
+    """What the loop does with images before `Task.views`: a tensor can, and so can lists of images of any sizes."""
+
+    def chunk(self, chunks: int, /) -> Sequence[Any]:
+        """The batch in parts, cut as `Tensor.chunk` cuts the positions."""
+        ...
+
+    def to(self, device: torch.device, *, non_blocking: bool) -> Any:
+        """The batch on a device."""
+        ...
 
 
 class Loader(Protocol):
@@ -103,8 +117,11 @@ class Loader(Protocol):
 
     steps_per_epoch: int
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (positions int64 [b], images uint8 [b, 3, S, S]), this process's part of each global batch."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Batch]]:
+        """Yields positions, int64 [b], and their images, this process's part of each global batch.
+
+        The images are uint8 [b, 3, S, S], or of a kind of their own that the task's `views` takes.
+        """
         ...
 
 
@@ -368,7 +385,7 @@ def train(
     if task.global_batchnorm:
         synchronise_batchnorm(task, device)
     optimizer = create_optimizer_v2(
-        [parameter for parameter in task.parameters() if parameter.requires_grad],
+        task.parameter_groups(),
         opt=optim.optimizer,
         lr=optim.lr,
         weight_decay=optim.weight_decay,
@@ -483,7 +500,8 @@ def train(
                 if runtime.checkpoint_every and step % runtime.checkpoint_every == 0 and step % loader.steps_per_epoch:
                     save()
             flush()
-            save()
+            if (epoch + 1) % max(1, runtime.checkpoint_epochs) == 0 or step == total:
+                save()
     finally:
         bar.close()
         log.close()

@@ -5,7 +5,7 @@ all exits at once; `knn` trains nothing. The paper's accuracies (tables 1 to 3) 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ def extract_features(
     size: int | None = None,
     autocast: torch.dtype | None = None,
     progress: bool = False,
+    read: Callable[[Any, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Runs `model` over images, without augmentation, and gives its pooled features.
 
@@ -48,6 +49,7 @@ def extract_features(
         size: the side that images are resized to; None leaves them as they are.
         autocast: bfloat16 or float16 for mixed precision; None computes in the model's own.
         progress: show a progress bar.
+        read: what to read of the model for images [B, 3, S, S], as [E, B, D]; by default its pooled features.
 
     Returns:
         float32 [E, N, D] on the CPU.
@@ -69,7 +71,7 @@ def extract_features(
                 with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
                     images = to_float(stored.to(device, non_blocking=True))
                     images = normalise(resize(images, size or images.shape[-1]), mean, std)
-                    pooled = _pooled(model, images).float().cpu()
+                    pooled = (read or _pooled)(model, images).float().cpu()
                 if features is None:
                     features = torch.empty(pooled.shape[0], count, pooled.shape[2])
                 features[:, index] = pooled
@@ -91,6 +93,26 @@ def _pooled(model: Any, images: Tensor) -> Tensor:
         return torch.stack(model.forward_exits(images).features)
     pooled: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
     return pooled.unsqueeze(0)
+
+
+def exit_logits(model: Any, images: Tensor) -> Tensor:
+    """The logits [E, B, C] of all exits where the network has all of them, else [1, B, C] of its own output."""
+    if getattr(model, "output", None) == "ensemble":
+        return torch.stack(model.forward_exits(images).logits)
+    logits: Tensor = model(images)
+    return logits.unsqueeze(0)
+
+
+def accuracies(logits: Tensor, labels: Tensor) -> tuple[list[float], float]:
+    """Accuracy in percent of every exit, and of the mean of their softmax outputs.
+
+    Args:
+        logits: float32 [E, N, C].
+        labels: int64 [N].
+    """
+    exits = (logits.argmax(2) == labels).double().mean(1) * 100
+    ensemble = (logits.softmax(2).mean(0).argmax(1) == labels).double().mean() * 100
+    return exits.tolist(), float(ensemble)
 
 
 @dataclass(frozen=True)

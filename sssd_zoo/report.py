@@ -13,7 +13,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text
 
@@ -283,6 +284,77 @@ def cluster_sheet(images: np.ndarray[Any, np.dtype[np.uint8]], titles: Sequence[
     axes.tick_params(length=0)
     axes.grid(False)
     axes.spines[:].set_visible(False)
+    _save(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def label_curves(
+    ours: Mapping[str, Mapping[float, Sequence[float]]],
+    paper: Mapping[str, Mapping[float, float]],
+    path: str | Path,
+    *,
+    axis: str,
+) -> None:
+    """Draws accuracy against the number of labels: ours with the spread over seeds, and the paper's beside it.
+
+    Args:
+        ours: by a network's name and the labels, the accuracies of its seeds in percent.
+        paper: by a network's name and the labels in percent, its accuracy in percent.
+        path: PNG to write.
+        axis: what our labels are counted in.
+    """
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, curve), colour in zip(ours.items(), cycle(COLOURS), strict=False):
+        x = sorted(curve)
+        means = [sum(curve[labels]) / len(curve[labels]) for labels in x]
+        spread = [[mean - min(curve[labels]) for labels, mean in zip(x, means, strict=True)]]
+        spread += [[max(curve[labels]) - mean for labels, mean in zip(x, means, strict=True)]]
+        left.errorbar(x, means, spread, color=colour, marker="o", ms=4, capsize=3, label=name)
+    for (name, points), colour in zip(paper.items(), (INK, FAINT), strict=False):
+        right.plot(list(points), list(points.values()), color=colour, marker="s", ms=4, label=name)
+    left.set(title="here: mean, lowest and highest", xlabel=axis, ylabel="accuracy (%)", xscale="log")
+    right.set(title="the paper: ImageNet-1K, table 4", xlabel="labels (%)", xscale="log")
+    for axes, ticks in ((left, sorted({x for curve in ours.values() for x in curve})), (right, [1, 10, 20, 30, 50])):
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.legend(loc="lower right")
+    _save(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def detections(
+    images: Sequence[np.ndarray[Any, np.dtype[np.uint8]]],
+    truths: Sequence[Mapping[str, Any]],
+    answers: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    path: str | Path,
+) -> None:
+    """Draws images twice, side by side: with their true boxes, difficult ones dashed, and with those detected.
+
+    Args:
+        images: uint8 [3, H, W] each.
+        truths: for each image `boxes` [n, 4] xyxy in pixels, `labels` [n] in 1..C, `difficult` [n].
+        answers: for each image `boxes` [m, 4], `labels` [m], `scores` [m] in 0..1.
+        class_names: the C names.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(8, 3.2 * len(images)), layout="constrained")
+    grid = figure.subplots(len(images), 2, squeeze=False)
+    for row, image, truth, answer in zip(grid, images, truths, answers, strict=True):
+        for axes, boxes, title in zip(row, (truth, answer), ("truth", "detected"), strict=True):
+            axes.imshow(image.transpose(1, 2, 0))
+            axes.set_axis_off()
+            axes.set_title(f"{title}: {len(boxes['boxes'])}")
+            for number, (left, top, right, bottom) in enumerate(boxes["boxes"].tolist()):
+                label = int(boxes["labels"][number])
+                colour = COLOURS[(label - 1) % len(COLOURS)]
+                dashed = "difficult" in boxes and bool(boxes["difficult"][number])
+                style: Any = {"fill": False, "edgecolor": colour, "lw": 1.2, "ls": "--" if dashed else "-"}
+                axes.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
+                score = f" {float(boxes['scores'][number]):.2f}" if "scores" in boxes else ""
+                text = f"{class_names[label - 1]}{score}"
+                axes.text(left, top, text, color="white", fontsize=5, va="top", bbox={"color": colour, "pad": 0.6})
     _save(figure, path)
 
 

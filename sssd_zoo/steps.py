@@ -7,7 +7,7 @@ writes folders only, so each can be run, resumed and replaced on its own.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -76,16 +76,19 @@ class EpochLoader:
         data: the images.
         batch_size: images per step, over all processes.
         seed: of the order.
+        positions: int64, the images to take; by default all.
     """
 
-    def __init__(self, data: ImageData, batch_size: int, seed: int) -> None:
-        self.data = data
-        self.order = GlobalBatches(len(data), batch_size, seed, rank=rank(), world=world_size())
+    def __init__(self, data: ImageData, batch_size: int, seed: int, positions: Tensor | None = None) -> None:
+        self.data, self.positions = data, positions
+        count = len(data) if positions is None else len(positions)
+        self.order = GlobalBatches(count, batch_size, seed, rank=rank(), world=world_size())
         self.steps_per_epoch = self.order.steps_per_epoch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from its step `start` on."""
-        return self.data.batches(self.order.epoch(epoch, start))
+        order = self.order.epoch(epoch, start)
+        return self.data.batches(order if self.positions is None else (self.positions[index] for index in order))
 
 
 class StreamLoader:
@@ -141,6 +144,10 @@ def load_network(name: str, **kwargs: Any) -> Any:
 
     Of a run folder of `sssd fit` it is the network in its `model`.
 
+    Args:
+        name: the folder or the name.
+        kwargs: of `timm.create_model`; `pretrained=False` gives the network with new weights.
+
     Raises:
         UserError: if there is neither, or the weights do not fit.
     """
@@ -156,7 +163,7 @@ def load_network(name: str, **kwargs: Any) -> Any:
     elif not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
         raise UserError(f"there is no folder '{name}', and timm has no model of that name")
     try:
-        return timm.create_model(source, pretrained=True, **kwargs)
+        return timm.create_model(source, **{"pretrained": True, **kwargs})
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
 
@@ -398,8 +405,17 @@ def announce(out: Path, what: str, measured: dict[str, float]) -> None:
         print(f"{what}: final loss {measured['loss']:.4f}, {measured['images_per_second']:.0f} img/s; in {out}")
 
 
-def network_features(model: Any, data: ImageData, config: ForwardConfig) -> Tensor:
-    """Pooled features of every exit for all images in order, float32 [exits, N, D], without moving the network."""
+def network_features(
+    model: Any, data: ImageData, config: ForwardConfig, *, read: Callable[[Any, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Pooled features of every exit for all images in order, float32 [exits, N, D], without moving the network.
+
+    Args:
+        model: the network.
+        data: the images.
+        config: how to run it.
+        read: what to read instead, see `extract_features`.
+    """
     mean, std, size = statistics(model)
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
     return extract_features(
@@ -412,6 +428,7 @@ def network_features(model: Any, data: ImageData, config: ForwardConfig) -> Tens
         size=size,
         autocast=DTYPES[resolve_precision(config.precision, config.device)],
         progress=rank() == 0,
+        read=read,
     )
 
 
@@ -549,7 +566,7 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
     wrong += sorted(trunk - weights.keys())
     if wrong:
-        raise UserError(f"the weights of --init do not fit the trunk ({wrong[0]}); give a run of its own kind")
+        raise UserError(f"the weights to start from do not fit the trunk ({wrong[0]}); give a run of its own kind")
     model.load_state_dict(weights, strict=False)
 
 

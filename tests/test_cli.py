@@ -29,6 +29,8 @@ SCRIPTS = [
     "train/pseudo_label.py",
     "train/distill.py",
     "train/seed.py",
+    "train/finetune.py",
+    "train/detect.py",
     "eval/linear.py",
     "eval/knn.py",
 ]

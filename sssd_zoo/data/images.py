@@ -112,7 +112,7 @@ def decode(image: Encoded, size: int) -> NDArray[np.uint8]:
             # A JPEG decoder can halve the image up to three times for free; twice the size leaves the filter its part.
             if min(picture.size) > 2 * size:
                 picture.draft("RGB", (2 * size, 2 * size))
-            rgb = _rgb(picture)
+            rgb = to_rgb(picture)
         if rgb.size != (size, size):
             rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
     except UnidentifiedImageError:
@@ -122,10 +122,11 @@ def decode(image: Encoded, size: int) -> NDArray[np.uint8]:
     return np.frombuffer(rgb.tobytes(), np.uint8).reshape(size, size, 3).transpose(2, 0, 1)
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(picture: Image.Image, *, upright: bool = True) -> Image.Image:
+    """Decodes an opened picture to RGB, see `decode`; `upright` turns it as its EXIF tag says."""
     picture.load()
     # Of EXIF the orientation matters only; looking for it in images without EXIF would cost a tenth of the decoding.
-    if picture.info.get("exif") or picture.format == "TIFF":
+    if upright and (picture.info.get("exif") or picture.format == "TIFF"):
         picture = ImageOps.exif_transpose(picture)
     if picture.mode == "RGB":
         return picture

@@ -29,11 +29,18 @@ class Task(nn.Module):
         super().__init__()
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
 
-    def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What to train, as torch's optimisers take it: `params`, and `lr_scale` where a group's rate is not the run's.
+
+        The first group's rate is the one in the log.
+        """
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
+
+    def views(self, images: Any, random: BatchRandom) -> dict[str, Any]:
         """Augments a batch on its device.
 
         Args:
-            images: uint8 [B, 3, S, S], this process's part of the global batch.
+            images: uint8 [B, 3, S, S], or a batch of the loader's own kind: this process's part of the global batch.
             random: the step's random numbers.
 
         Returns:
@@ -67,6 +74,7 @@ class LabelTask(Task):
         std: of the channels.
         crop: 'pad' or 'resized', see `supervised_view`.
         scale: share of the area that a 'resized' crop keeps.
+        trunk_scale: learning rate of all but the classifiers, as a share of the run's.
     """
 
     def __init__(
@@ -78,9 +86,25 @@ class LabelTask(Task):
         std: Sequence[float],
         crop: str = "pad",
         scale: tuple[float, float] = (0.08, 1.0),
+        trunk_scale: float = 1.0,
     ) -> None:
         super().__init__(size, mean, std)
-        self.model, self.crop, self.scale = model, crop, scale
+        self.model, self.crop, self.scale, self.trunk_scale = model, crop, scale, trunk_scale
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The classifiers, and the rest at its own rate."""
+        if self.trunk_scale == 1:
+            return super().parameter_groups()
+        names = self.model.pretrained_cfg["classifier"]  # type: ignore[index]  # a name, or several
+        heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+        named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        return [
+            {"params": [value for name, value in named if name.startswith(heads)]},
+            {
+                "params": [value for name, value in named if not name.startswith(heads)],
+                "lr_scale": self.trunk_scale,
+            },
+        ]
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """One view, float32 [B, 3, size, size]."""
