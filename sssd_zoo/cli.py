@@ -29,6 +29,7 @@ COMMANDS = {
         "several methods on the same images, reported beside the paper's tables",
     ),
     "card": ("CardArgs", "card", "a trained network's card, metrics, logs and half-precision weights in one folder"),
+    "space": ("SpaceArgs", "space", "a page to try a network on: on this machine, or published as a Space"),
     "models": ("ModelsArgs", "models", "the networks of this package: parameters and multiply-adds of every exit"),
 }
 
@@ -54,7 +55,8 @@ def _parser(name: str, prog: str) -> Parser:
     parser.add_argument(
         "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
     )
-    parser.add_class_arguments(getattr(config, COMMANDS[name][0]))
+    # Required fields that are not keyword-only need no name: sssd space RUN.
+    parser.add_class_arguments(getattr(config, COMMANDS[name][0]), as_positional=True)
     return parser
 
 
@@ -117,6 +119,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
     modules = {"fit": "sssd_zoo.fit", "card": "sssd_zoo.cards", "compare": "sssd_zoo.compare"}
+    modules |= {"space": "sssd_zoo.space"}
     module = importlib.import_module(modules.get(name, "sssd_zoo.steps"))
     step: Any = getattr(module, COMMANDS[name][1])
     others = start_other_processes()
