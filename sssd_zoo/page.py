@@ -178,6 +178,11 @@ class Demo:
             f"what comes after it is not computed. {answers}"
         )
 
+    def refusal(self, error: CorruptImageError) -> str:
+        """What stands in the place of the answers for a file that is no image, as HTML."""
+        words = escape(str(error))
+        return f'<div class="sssd"><p class="verdict">This file cannot be read as an image: {words}.</p></div>'
+
     def verdict(self, analysis: Analysis, threshold: float) -> str:
         """Where the early exit stops, in a sentence of HTML."""
         taken = analysis.exit_taken(threshold)
@@ -276,13 +281,13 @@ def build(demo: Demo) -> Any:
     """The page as gradio's Blocks."""
     import gradio as gr
 
-    def look(path: str | None, threshold: float) -> tuple[Analysis | None, str, str]:
-        if path is None:
+    def look(file: dict[str, Any] | None, threshold: float) -> tuple[Analysis | None, str, str]:
+        if file is None:
             return None, "", ""
         try:
-            analysis = demo.analyse(Path(path).read_bytes())
+            analysis = demo.analyse(Path(file["path"]).read_bytes())
         except CorruptImageError as error:
-            raise gr.Error(f"This file cannot be read as an image: {error}.", print_exception=False) from error
+            return None, demo.refusal(error), ""
         return analysis, demo.answers(analysis, threshold), demo.neighbours(analysis)
 
     def move(analysis: Analysis | None, threshold: float) -> str:
@@ -296,8 +301,6 @@ def build(demo: Demo) -> Any:
                 image = gr.Image(
                     value=demo.examples[0],
                     label="Your image, or one of those below",
-                    type="filepath",
-                    image_mode=None,  # the file as it is: `decode` reads it, as it reads the training images
                     sources=["upload", "clipboard"],
                     height=260,
                     elem_id="image",
@@ -323,8 +326,10 @@ def build(demo: Demo) -> Any:
         )
         outputs = [analysis, answers, neighbours]
         private: dict[str, Any] = {"api_visibility": "private"}
-        page.load(look, [image, threshold], outputs, **private)
-        image.change(look, [image, threshold], outputs, show_progress="minimal", **private)
+        # Without gradio's preprocessing, which fails on damaged files with its own words, the file comes as it was
+        # given (that it is one of the visitor's is checked before): `decode` reads it, as it reads the training images.
+        page.load(look, [image, threshold], outputs, preprocess=False, **private)
+        image.change(look, [image, threshold], outputs, preprocess=False, show_progress="minimal", **private)
         threshold.change(
             move, [analysis, threshold], answers, show_progress="hidden", trigger_mode="always_last", **private
         )
@@ -355,7 +360,6 @@ def serve(folder: Path, port: int | None = None) -> None:
             quiet=True,
             share=False,
             ssr_mode=False,
-            show_error=True,
             footer_links=[],
             theme=theme,
             css=CSS,

@@ -398,8 +398,9 @@ def test_in_a_browser(browser, address, demo, tmp_path):
     assert set(hosts) == {address}
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
-    # A damaged image gets a sentence.
+    # A damaged image gets a sentence in the place of answers.
     (tmp_path / "broken.png").write_bytes(Path(demo.examples[0]).read_bytes()[:200])
-    seen("#image button[aria-label='Clear'], #image button[title='Clear']")[0].click()
+    seen("#image button[aria-label='Remove Image']")[0].click()
     wait.until(lambda _: seen("#image input[type=file]"))[0].send_keys(str(tmp_path / "broken.png"))
-    wait.until(lambda _: "cannot be read as an image" in browser.find_element(By.TAG_NAME, "body").text)
+    wait.until(lambda _: "cannot be read as an image" in browser.find_element(By.ID, "answers").text)
+    assert labels() == []
