@@ -47,6 +47,7 @@ COMMANDS = {
     ),
     "detect": ("DetectArgs", "detection.detect", "Faster R-CNN on a trained trunk: boxes of VOC, COCO or `datasets`"),
     "detect-eval": ("DetectEvalArgs", "detection.detect_eval", "average precision of a trained detector"),
+    "space": ("SpaceArgs", "space.space", "a page to try a network on: on this machine, or published as a Space"),
     "card": (
         "CardArgs",
         "cards.card",
@@ -73,6 +74,7 @@ POSITIONAL: dict[str, dict[str, str | None]] = {
     "publish": {"run": None},
     "publish-labels": {"labels": None},
     "pull": {"name": None},
+    "space": {"run": None},
 }
 
 

@@ -1,0 +1,375 @@
+"""The page to try a network on: what each exit answers, how sure it is, what it costs, and which images are alike.
+
+`sssd space` fills a folder with all that the page needs, and `serve` shows it: here, or on a Space of the Hugging Face
+Hub, where app.py does nothing else. So this module imports only what the Space's requirements.txt installs.
+
+FOLDER/
+    page.json       the title, and whether the network's answers are clusters
+    model/          the network, as timm loads it
+    examples/       images to pick
+    clusters/       where a run's images could be read: the pretext network, its centroids, and nearest.parquet with
+                    thumbnails of the images nearest to each
+"""
+
+import base64
+import json
+import re
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pyarrow.parquet as pq
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sssd_zoo.data.augment import normalise, resize, to_float
+from sssd_zoo.data.images import CorruptImageError, Encoded, decode, natural_size
+from sssd_zoo.errors import UserError
+from sssd_zoo.models import SSSDResNet, ensemble_logits, multiply_adds
+
+PASSES = 5  # of each length, whose median time is shown
+SHOWN = 3  # most probable classes of each answer
+THRESHOLD = 0.5  # where the slider starts
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a network makes of one image.
+
+    Attributes:
+        top: of the exits 1 to 4 and of the ensemble, the most probable classes and their probabilities, best first.
+        seconds: median time of a pass that stops at exit 1 to 4, and of one that computes all answers.
+        cluster: number of the nearest centroid, where the page has clusters.
+    """
+
+    top: list[list[tuple[int, float]]]
+    seconds: list[float]
+    cluster: int | None
+
+    def exit_taken(self, threshold: float) -> int:
+        """The exit, 1..4, that `forward_early` leaves at when each exit has this threshold."""
+        confident = (number for number, answer in enumerate(self.top[:3], start=1) if answer[0][1] > threshold)
+        return next(confident, 4)
+
+
+def pass_seconds(network: SSSDResNet, image: Tensor) -> list[float]:
+    """Median time of a pass that stops at exit 1 to 4, the exits before it asked in passing, and of one through all.
+
+    Args:
+        network: with all exits, in eval mode.
+        image: float32 [1, 3, S, S].
+    """
+    # A threshold of 1 lets no image leave, 0 lets it leave.
+    stops = [[1.0] * before + [0.0] * (3 - before) for before in range(4)]
+    runs: list[Callable[[], Any]] = [partial(network.forward_early, image, thresholds) for thresholds in stops]
+    runs.append(partial(network.forward_exits, image))
+    seconds: list[list[float]] = [[] for _ in runs]
+    for turn in range(PASSES + 1):
+        for run, times in zip(runs, seconds, strict=True):
+            began = time.perf_counter()
+            run()
+            if turn:  # the first of each is slower: memory is allocated and kernels are chosen
+                times.append(time.perf_counter() - began)
+    return [statistics.median(times) for times in seconds]
+
+
+def load(folder: Path, **kwargs: Any) -> Any:
+    """A folder's network, in eval mode."""
+    return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
+
+
+class Clusters:
+    """Finds the cluster of an image and shows the training images nearest to its centre.
+
+    Args:
+        folder: `clusters/` of a page's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.trunk = load(folder, num_classes=0)
+        self.centroids = load_file(folder / "centroids.safetensors")["centroids"]
+        self.thumbnails: list[list[bytes]] = [[] for _ in self.centroids]
+        nearest = pq.read_table(folder / "nearest.parquet").to_pydict()
+        for cluster, image in zip(nearest["cluster"], nearest["image"], strict=True):
+            self.thumbnails[cluster].append(image)
+
+    def nearest(self, image: bytes) -> int:
+        """The number of the centroid nearest to the trunk's L2-normalised features of an encoded image."""
+        features = torch.nn.functional.normalize(self.trunk(prepare(image, self.trunk)))
+        return int(torch.cdist(features, self.centroids)[0].argmin())
+
+    def strip(self, cluster: int, count: int | None = None) -> str:
+        """The cluster's thumbnails, nearest first, as HTML."""
+        sources = [base64.b64encode(image).decode() for image in self.thumbnails[cluster][:count]]
+        words = f"training image of cluster {cluster}"
+        return "".join(f'<img src="data:image/webp;base64,{source}" alt="{words}">' for source in sources)
+
+
+def prepare(image: bytes, network: Any) -> Tensor:
+    """Decodes an image as `load_images` does, and brings it to a network's size and statistics: float32 [1, 3, S, S].
+
+    Raises:
+        CorruptImageError: if it cannot be decoded.
+    """
+    config = network.pretrained_cfg
+    size = int(config["input_size"][-1])
+    encoded = Encoded("the image", image, None)
+    stored = natural_size([encoded]) or round(size * 8 / 7)
+    pixels = torch.from_numpy(decode(encoded, stored).copy())
+    return normalise(resize(to_float(pixels[None]), size), config["mean"], config["std"])
+
+
+class Demo:
+    """All that the page shows, without the page.
+
+    Args:
+        folder: as `sssd space` fills it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / "page.json").read_text(encoding="utf-8"))
+        self.title: str = about["title"]
+        self.answers_are_clusters: bool = about["answers_are_clusters"]
+        self.network = load(folder / "model")
+        names = self.network.pretrained_cfg.get("label_names")
+        self.names: list[str] = names or [f"class {number}" for number in range(self.network.num_classes)]
+        self.costs = multiply_adds(self.network, self.network.pretrained_cfg["input_size"])
+        self.clusters = Clusters(folder / "clusters") if (folder / "clusters").is_dir() else None
+        self.examples = sorted(map(str, (folder / "examples").iterdir()))
+
+    @torch.inference_mode()
+    def analyse(self, image: bytes) -> Analysis:
+        """Asks the network about an encoded image of any format and size.
+
+        Raises:
+            CorruptImageError: if it cannot be decoded.
+        """
+        pixels = prepare(image, self.network)
+        logits = self.network.forward_exits(pixels).logits
+        top = []
+        for answer in [*logits, ensemble_logits(logits)]:
+            best = answer[0].softmax(0).topk(min(SHOWN, len(self.names)))
+            top.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+        seconds = pass_seconds(self.network, pixels)
+        return Analysis(top, seconds, None if self.clusters is None else self.clusters.nearest(image))
+
+    def introduction(self) -> str:
+        """What the network is, as Markdown."""
+        # A long name may break after these signs, rather than anywhere.
+        heading = "<h1>" + re.sub(r"([_./-])", r"\1<wbr>", escape(self.title)) + "</h1>"
+        if self.answers_are_clusters:
+            answers = (
+                f"It was trained without labels, so its answers are not names but {len(self.names)} **clusters** of "
+                "training images that look alike."
+            )
+        else:
+            answers = f"It tells {len(self.names)} classes apart."
+        return (
+            f"{heading}\n\nA network with four exits: an image may leave at the first exit that is sure enough, and "
+            f"what comes after it is not computed. {answers}"
+        )
+
+    def refusal(self, error: CorruptImageError) -> str:
+        """What stands in the place of the answers for a file that is no image, as HTML."""
+        words = escape(str(error))
+        return f'<div class="sssd"><p class="verdict">This file cannot be read as an image: {words}.</p></div>'
+
+    def verdict(self, analysis: Analysis, threshold: float) -> str:
+        """Where the early exit stops, in a sentence of HTML."""
+        taken = analysis.exit_taken(threshold)
+        label, probability = analysis.top[taken - 1][0]
+        share = analysis.seconds[taken - 1] / analysis.seconds[3]
+        what = escape(self.names[label])
+        sure = f"Leaves at <b>exit {taken}</b> with the answer <b>{what}</b>, {probability:.0%} sure"
+        if taken == 4:
+            return f'<p class="verdict" data-exit="4">{sure}: no exit before passes {threshold:.0%}.</p>'
+        return f'<p class="verdict" data-exit="{taken}">{sure}, in {share:.2f} of the time to exit 4.</p>'
+
+    def answers(self, analysis: Analysis, threshold: float) -> str:
+        """The verdict, and a card for every exit and the ensemble, as HTML."""
+        taken = analysis.exit_taken(threshold)
+        cards = []
+        names = ["1", "2", "3", "4", "ensemble"]
+        for number, (name, top, seconds) in enumerate(zip(names, analysis.top, analysis.seconds, strict=True), start=1):
+            # At a threshold the ensemble is no part of the way through the network.
+            state, note = "", ""
+            if number == taken:
+                state, note = "taken", "<span class='note'>stops here</span>"
+            elif taken < number <= 4:
+                state, note = "skipped", "<span class='note'>not needed</span>"
+            title = "Ensemble of all exits" if name == "ensemble" else f"Exit {name}"
+            cost = f"{1000 * seconds:.1f} ms · {self.costs[name] / 1e6:,.0f} M multiply-adds"
+            bars = "".join(self._bar(label, probability) for label, probability in top)
+            if self.answers_are_clusters and self.clusters is not None:
+                bars += f'<div class="strip small">{self.clusters.strip(top[0][0], 6)}</div>'
+            cards.append(
+                f'<div class="card {state}" data-answer="{name}" data-label="{escape(self.names[top[0][0]])}">'
+                f'<div class="head"><b>{title}</b>{note}<span class="cost">{cost}</span></div>{bars}</div>'
+            )
+        return f'<div class="sssd">{self.verdict(analysis, threshold)}{"".join(cards)}</div>'
+
+    def _bar(self, label: int, probability: float) -> str:
+        name = escape(self.names[label])
+        return (
+            f'<div class="bar"><span class="name" title="{name}">{name}</span><span class="track">'
+            f'<span style="width:{probability:.1%}"></span></span><span class="value">{probability:.0%}</span></div>'
+        )
+
+    def neighbours(self, analysis: Analysis) -> str:
+        """The training images nearest to the centre of the image's cluster, as HTML; '' without clusters."""
+        if self.clusters is None or analysis.cluster is None:
+            return ""
+        return (
+            '<div class="sssd"><h3>Alike in the training images</h3><p>k-means sorted the training images by the '
+            f"features of a network that learnt without labels. This image falls into cluster {analysis.cluster}, one "
+            f"of {len(self.clusters.centroids)}; nearest to the cluster's centre lie:</p>"
+            f'<div class="strip" data-cluster="{analysis.cluster}">{self.clusters.strip(analysis.cluster)}</div></div>'
+        )
+
+
+CSS = """
+.gradio-container { max-width: 1080px !important; margin: 0 auto !important; }
+h1 { overflow-wrap: normal; line-height: 1.2; }
+#image img { width: 100%; height: 100%; object-fit: contain; }
+#examples .gallery { display: grid; grid-template-columns: repeat(5, 1fr); gap: 8px; }
+#examples .gallery-item { aspect-ratio: 1; }
+#examples .gallery-item, #examples .gallery-item * { display: block; width: 100%; height: 100%; max-width: none; }
+#answers .html-container, #neighbours .html-container { padding: 0; }
+#notes { font-size: 0.9em; opacity: 0.8; margin-top: 8px; }
+.sssd h3 { margin: 8px 0 4px; }
+.sssd p { margin: 4px 0 10px; line-height: 1.45; }
+.sssd .verdict { font-size: 1.08em; margin: 0; padding: 10px 14px; border-radius: 10px;
+    background: var(--background-fill-secondary); border: 1px solid var(--border-color-primary); }
+.sssd .card { border: 1px solid var(--border-color-primary); border-radius: 10px; padding: 10px 14px; margin-top: 8px; }
+.sssd .card.taken { border-color: var(--color-accent); box-shadow: inset 4px 0 0 var(--color-accent); }
+.sssd .card.skipped > * { opacity: 0.6; }
+.sssd .head { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 10px; margin-bottom: 4px; }
+.sssd .note { font-size: 0.8em; padding: 1px 8px; border-radius: 9px; border: 1px solid var(--border-color-primary); }
+.sssd .taken .note { background: var(--color-accent); border-color: var(--color-accent); color: white; }
+.sssd .cost { margin-left: auto; font-size: 0.82em; opacity: 0.75; }
+.sssd .bar { display: grid; grid-template-columns: 7em 1fr 2.8em; gap: 10px; align-items: center; line-height: 1.6; }
+.sssd .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.sssd .track { height: 9px; border-radius: 5px; background: var(--border-color-primary); overflow: hidden; }
+.sssd .track span { display: block; height: 100%; background: var(--color-accent); opacity: 0.45; }
+.sssd .head + .bar .track span { opacity: 1; }
+.sssd .head + .bar .name, .sssd .head + .bar .value { font-weight: 600; }
+.sssd .value { text-align: right; font-variant-numeric: tabular-nums; }
+.sssd .strip { display: grid; grid-template-columns: repeat(8, minmax(0, 110px)); gap: 8px; }
+.sssd .strip.small { display: flex; margin-top: 6px; }
+.sssd .strip img { width: 100%; aspect-ratio: 1; border-radius: 6px; margin: 0; }
+.sssd .strip.small img { width: 40px; }
+@media (max-width: 640px) {
+    .main { padding: 12px 16px !important; }
+    h1 { font-size: 1.4em !important; }
+    #image { height: 200px !important; }
+    .sssd .strip { grid-template-columns: repeat(4, 1fr); }
+    .sssd .bar { grid-template-columns: 6em 1fr 2.8em; }
+}
+"""
+
+
+def build(demo: Demo) -> Any:
+    """The page as gradio's Blocks."""
+    import gradio as gr
+
+    def look(file: dict[str, Any] | None, threshold: float) -> tuple[Analysis | None, str, str]:
+        if file is None:
+            return None, "", ""
+        try:
+            analysis = demo.analyse(Path(file["path"]).read_bytes())
+        except CorruptImageError as error:
+            return None, demo.refusal(error), ""
+        return analysis, demo.answers(analysis, threshold), demo.neighbours(analysis)
+
+    def move(analysis: Analysis | None, threshold: float) -> str:
+        return "" if analysis is None else demo.answers(analysis, threshold)
+
+    with gr.Blocks(title=demo.title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gr.Markdown(demo.introduction())
+        analysis = gr.State()
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                image = gr.Image(
+                    value=demo.examples[0],
+                    label="Your image, or one of those below",
+                    sources=["upload", "clipboard"],
+                    height=260,
+                    elem_id="image",
+                    buttons=[],
+                )
+                gr.Examples(demo.examples, image, label="Examples", elem_id="examples", examples_per_page=100)
+            with gr.Column(scale=3, min_width=320):
+                threshold = gr.Slider(
+                    0,
+                    1,
+                    THRESHOLD,
+                    step=0.01,
+                    label="Early-exit threshold: how sure an exit must be to answer",
+                    elem_id="threshold",
+                )
+                answers = gr.HTML(elem_id="answers")
+        neighbours = gr.HTML(elem_id="neighbours", visible=demo.clusters is not None)
+        gr.Markdown(
+            elem_id="notes",
+            value=f"Times are medians of {PASSES} passes of this one image on the machine that runs this page; those "
+            "of exit 2 to 4 contain the exits passed on the way. Images are cropped to a square and resized to "
+            f"{demo.network.pretrained_cfg['input_size'][-1]} px, as in training.",
+        )
+        outputs = [analysis, answers, neighbours]
+        private: dict[str, Any] = {"api_visibility": "private"}
+        # Without gradio's preprocessing, which fails on damaged files with its own words, the file comes as it was
+        # given (that it is one of the visitor's is checked before): `decode` reads it, as it reads the training images.
+        page.load(look, [image, threshold], outputs, preprocess=False, **private)
+        image.change(look, [image, threshold], outputs, preprocess=False, show_progress="minimal", **private)
+        threshold.change(
+            move, [analysis, threshold], answers, show_progress="hidden", trigger_mode="always_last", **private
+        )
+    return page
+
+
+def serve(folder: Path, port: int | None = None) -> None:
+    """Shows the page until it is interrupted.
+
+    Args:
+        folder: as `sssd space` fills it.
+        port: on this machine; by default the first that is free from 7860 on.
+
+    Raises:
+        UserError: if the port is taken.
+    """
+    import gradio as gr
+
+    page = build(Demo(folder))
+    # No fonts, scripts or counts from elsewhere: the page works without a network.
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    try:
+        _, url, _ = page.launch(
+            server_port=port,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            ssr_mode=False,
+            footer_links=[],
+            theme=theme,
+            css=CSS,
+            allowed_paths=[str(folder / "examples")],
+        )
+    except OSError as error:
+        raise UserError(f"cannot serve the page: {error}; give another --port") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends it as Ctrl-C does, and leaves no folder behind
+    print(f"the page is at {url} (Ctrl-C ends it)", flush=True)
+    try:
+        Event().wait()
+    except KeyboardInterrupt:
+        page.close()

@@ -1,0 +1,257 @@
+"""`sssd space`: fills a folder with a network's page, and shows it on this machine or publishes it as a Space.
+
+The folder is the Space: what it holds is in `sssd_zoo.page`, which shows it at either place. Beside that lie app.py,
+requirements.txt and README.md of hub_cards/space/, and the few modules of this package that the page imports, so that a
+Space needs no release of it.
+"""
+
+import importlib.util
+import io
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from huggingface_hub import HfApi, SpaceCard, get_token
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by its version
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sssd_zoo.clustering import PseudoLabels
+from sssd_zoo.config import SpaceArgs
+from sssd_zoo.data import columns, sources
+from sssd_zoo.data.images import CorruptImageError, EncodedImages, decode, fingerprint, natural_size, spaced
+from sssd_zoo.data.loading import DataConfig, open_encoded
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.hub import hub_cards, save_network
+from sssd_zoo.page import serve
+from sssd_zoo.steps import load_network
+
+EXAMPLES = 10
+EXAMPLE_SIDE = 320  # pixels, of images that are larger
+NEAREST = 8  # images shown of a cluster
+THUMBNAIL_SIDE = 72
+NETWORK = ("config.json", "model.safetensors")
+PACKAGE = Path(__file__).parent
+# What the page imports of this package, by pattern: a test runs the page with nothing else.
+PAGE_CODE = (
+    "__init__.py",
+    "errors.py",
+    "page.py",
+    "models/*.py",
+    "data/__init__.py",
+    "data/augment.py",
+    "data/images.py",
+)
+
+
+def space(args: SpaceArgs) -> None:
+    """`sssd space`."""
+    if args.push is None:
+        if importlib.util.find_spec("gradio") is None:
+            raise UserError("the page needs gradio, which is not installed: pip install 'sssd-zoo[space]'")
+    elif args.push.count("/") != 1 or not all(args.push.split("/")):
+        raise UserError(f"--push {args.push} is no name of a Space: give ORG/NAME")
+    elif not args.dry_run and get_token() is None:
+        raise UserError("--push needs a Hugging Face account: log in by `hf auth login`, or set HF_TOKEN")
+    with TemporaryDirectory(prefix="sssd-space-") as scratch:
+        folder = Path(scratch)
+        for note in assemble(args.run, folder, run_images=args.run_images):
+            print(note)
+        if args.push is None:
+            serve(folder, args.port)
+        else:
+            push(folder, args.push, private=args.private, dry_run=args.dry_run)
+
+
+def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
+    """Lists the files of a Space and, unless `dry_run`, uploads them in one commit.
+
+    Raises:
+        UserError: if the Hub cannot be reached or refuses.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    print(f"{'would upload' if dry_run else 'uploading'} to the Space {name}:")
+    for path in files:
+        print(f"  {path.stat().st_size / 1e3:10,.1f} kB  {path.relative_to(folder)}")
+    if dry_run:
+        return
+    api = HfApi()
+    try:
+        url = api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=name,
+            repo_type="space",
+            folder_path=folder,
+            commit_message="sssd space",
+            # Of a network that was here before nothing stays.
+            delete_patterns=["model/*", "examples/*", "clusters/*", "sssd_zoo/*"],
+        )
+    except (OSError, ValueError, HTTPError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"cannot publish the Space {name}: {reason}; the same command can be repeated") from error
+    print(f"published: {url}")
+
+
+def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
+    """Fills an empty folder with a network's Space.
+
+    Args:
+        run: run folder of `sssd fit`, a folder with a network, or a timm name with weights.
+        folder: to fill.
+        run_images: show images of the run's data; else only those that ship with the package.
+
+    Returns:
+        Lines that say what the page has, and what it has not and why.
+
+    Raises:
+        UserError: if there is no network, or not one with all exits and classifiers.
+    """
+    fitted = (Path(run) / "model/config.json").is_file()
+    source = str(Path(run) / "model") if fitted else run
+    network = load_network(source)
+    if getattr(network, "output", None) != "ensemble" or not network.num_classes:
+        raise UserError(f"'{run}' is no network with four exits and classifiers, which the page shows")
+    architecture = str(network.pretrained_cfg["architecture"])
+    names = network.pretrained_cfg.get("label_names")
+    if Path(source).is_dir():
+        copy_network(Path(source), folder / "model")
+    else:
+        save_network(folder / "model", network, architecture, label_names=names)
+    title = architecture if Path(run).is_dir() else run.removeprefix("hf-hub:").removeprefix("local-dir:")
+    examples, notes = None, []
+    if fitted:
+        title = f"{architecture} on {read_json(Path(run) / 'metrics.json')['data']}"
+        if run_images:
+            try:
+                examples = run_examples(Path(run))
+                notes.append(copy_clusters(Path(run), folder / "clusters"))
+            except UserError as error:
+                notes.append(f"without the run's images and clusters: {error}")
+    if examples is None:
+        sample = DataConfig(data=sources.SAMPLE_NAME)
+        examples = pick_examples(sources.open_splits(sample.data), "test", sample)
+    for number, image in enumerate(examples):
+        atomic_write_bytes(folder / f"examples/{number:02}.png", encode(image, "PNG"))
+    clusters = names == [f"cluster {number}" for number in range(network.num_classes)]
+    write_json(folder / "page.json", {"title": title, "answers_are_clusters": clusters})
+    copy_app(folder, title)
+    size = network.pretrained_cfg["input_size"][-1]
+    return [f"{title}: {network.num_classes} {'clusters' if clusters else 'classes'} at {size} px", *notes]
+
+
+def copy_network(source: Path, folder: Path) -> None:
+    """Copies a folder's network as it is."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True)
+        for name in NETWORK:
+            shutil.copyfile(source / name, folder / name)
+
+
+def copy_app(folder: Path, title: str) -> None:
+    """Writes app.py, requirements.txt and README.md of hub_cards/space/, and the page's code."""
+    template = hub_cards() / "space"
+    card = SpaceCard.load(template / "README.md")
+    card.data.title = title
+    atomic_write_text(folder / "README.md", str(card))
+    code = [path for pattern in PAGE_CODE for path in sorted(PACKAGE.glob(pattern))]
+    pairs = [(path, folder / "sssd_zoo" / path.relative_to(PACKAGE)) for path in code]
+    pairs += [(template / name, folder / name) for name in ("app.py", "requirements.txt")]
+    for path, copy in pairs:
+        atomic_write_bytes(copy, path.read_bytes())
+
+
+def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
+    """A run's arguments, and the splits of its data.
+
+    Raises:
+        UserError: if either cannot be read.
+    """
+    try:
+        recipe: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig)})
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from error
+    return recipe, config, sources.open_splits(config.data, revision=config.revision)
+
+
+def run_examples(run: Path) -> list[Any]:
+    """Images of the split that a run was measured on, else of the one that it was trained on."""
+    recipe, config, splits = data_of(run)
+    wanted = next((name for name in (recipe["test_split"], "test", "validation") if name in splits), config.split)
+    return pick_examples(splits, columns.pick_split(splits, wanted, config.data), config)
+
+
+def pick_examples(splits: sources.Splits, split: str, config: DataConfig) -> list[Any]:
+    """Some images of a split, of different classes where it has labels: uint8 [3, S, S] each.
+
+    Raises:
+        UserError: if it has none that can be decoded.
+    """
+    name = sources.short_name(config.data)
+    encoded = open_encoded(splits[split], config.image_column, name)
+    labels = columns.read_labels(splits, split, config.label_column, name, required=False)
+    rows: Iterator[int] = iter(spaced(len(encoded), EXAMPLES).tolist())
+    if labels is not None:
+        shown = spaced(len(labels.names), EXAMPLES)
+        members = [np.flatnonzero(labels.values == label).tolist() for label in shown]
+        rows = (row for row in chain.from_iterable(zip_longest(*members)) if row is not None)
+    images = list(islice(decodable(encoded, rows, EXAMPLE_SIDE), EXAMPLES))
+    if not images:
+        raise UserError(f"no image of {name} ({split}) can be decoded")
+    return images
+
+
+def decodable(encoded: EncodedImages, rows: Iterator[int], largest: int) -> Iterator[Any]:
+    """The images of these rows that can be decoded, as squares of at most `largest` pixels a side."""
+    side = min(natural_size(encoded.read(spaced(len(encoded), EXAMPLES))) or largest, largest)
+    for row in rows:
+        try:
+            yield decode(encoded.read([row])[0], side)
+        except CorruptImageError:
+            continue  # the run skipped it too
+
+
+def copy_clusters(run: Path, folder: Path) -> str:
+    """Writes a run's pretext network, its centroids, and thumbnails of the images nearest to each; tells how many.
+
+    Raises:
+        UserError: if its pseudo labels or its images cannot be read, or these are not those of the labels.
+    """
+    pseudo = PseudoLabels.load(run / "labels")
+    _, config, splits = data_of(run)
+    encoded = open_encoded(splits[pseudo.meta["split"]], config.image_column, sources.short_name(config.data))
+    pseudo.check(fingerprint(encoded, progress=True))
+    order = np.lexsort((pseudo.distances, pseudo.labels))
+    starts = np.searchsorted(pseudo.labels[order], np.arange(len(pseudo.centroids)))
+    sizes = np.bincount(pseudo.labels)
+    shown = np.concatenate(
+        [order[start : start + min(size, NEAREST)] for start, size in zip(starts, sizes, strict=True)]
+    )
+    side = min(natural_size(encoded.read(spaced(len(encoded), EXAMPLES))) or THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    images = [
+        encode(decode(encoded.read([row])[0], side), "WEBP")
+        for row in tqdm(pseudo.rows[shown].tolist(), desc="thumbnails", unit="img", leave=False)
+    ]
+    copy_network(run / "pretrain", folder)
+    with disk_errors(folder):
+        shutil.copyfile(run / "labels/centroids.safetensors", folder / "centroids.safetensors")
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({"cluster": pseudo.labels[shown], "image": pa.array(images, pa.binary())}), buffer)
+    atomic_write_bytes(folder / "nearest.parquet", buffer.getvalue().to_pybytes())
+    return f"{len(sizes)} clusters of {sources.short_name(config.data)}, {len(images)} thumbnails of its images"
+
+
+def encode(image: Any, kind: str) -> bytes:
+    """Uint8 [3, S, S] as a file of this kind."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, kind, quality=90)
+    return buffer.getvalue()
