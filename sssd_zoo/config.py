@@ -43,11 +43,31 @@ class ClusterConfig:
         k: number of clusters asked for (paper: CIFAR-10 1000, CIFAR-100 500, ImageNet 5000).
         iterations: of k-means.
         redos: runs from different first centroids, the best kept.
+        on_disk: keep the features in a file beside the labels and cluster them from there, to the same labels; by
+            default where they would take more than half of the free memory.
     """
 
     k: int = 1000
     iterations: int = 20
     redos: int = 1
+    on_disk: bool | None = None
+
+
+@dataclass(kw_only=True)
+class PretextConfig:
+    """Which network's features are clustered: M_ssl. By default one like the student, pretrained on the same images.
+
+    Args:
+        features: a network to take as it is, nothing is pretrained then: any timm name, hf-hub:NAME, or a run folder.
+        pretrain_model: timm name of the network to pretrain, where it is not to be the student's.
+        pretrain_data: what to pretrain on (D_pre), where it is not `data`; given as that is.
+        pretrain_split: of `pretrain_data`; by default 'train', or the only one.
+    """
+
+    features: str | None = None
+    pretrain_model: str | None = None
+    pretrain_data: str | None = None
+    pretrain_split: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -259,12 +279,12 @@ class KNNArgs(DataConfig, ForwardConfig):
 
 
 @dataclass(kw_only=True)
-class FitArgs(DataConfig, RuntimeConfig):
+class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
     """Does it all: pretrains, labels, distils, measures and reports. Run it again to go on where it stopped.
 
     Args:
         out: run folder to write.
-        model: timm name of a network of this package; by default that for the size of the images.
+        model: timm name of the student, a network of this package; by default that for the size of the images.
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
         test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
         pretrain: MoCo v2.
@@ -289,7 +309,7 @@ class FitArgs(DataConfig, RuntimeConfig):
 
 
 @dataclass(kw_only=True)
-class CompareArgs(DataConfig, RuntimeConfig):
+class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     """Trains and measures several methods on the same images, and reports them beside the paper's figures.
 
     Args:
@@ -297,7 +317,7 @@ class CompareArgs(DataConfig, RuntimeConfig):
         methods: any of 'sssd', 'random' (BYOT on random labels), 'true' (BYOT on true labels), 'clusterfit', 'seed',
             'dacsd'.
         seeds: of the runs; each does every method once. They take the place of --seed.
-        model: timm name of a network of this package; by default that for the size of the images.
+        model: timm name of the student, a network of this package; by default that for the size of the images.
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
         test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
         pretrain: MoCo v2.
@@ -305,6 +325,7 @@ class CompareArgs(DataConfig, RuntimeConfig):
         distill: of all methods that learn labels.
         seed_method: SEED.
         probe: linear probes.
+        also: folders of other comparisons, with other data or pretexts, whose rows are to stand in the same tables.
     """
 
     out: str
@@ -320,6 +341,7 @@ class CompareArgs(DataConfig, RuntimeConfig):
     distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     seed_method: SEEDConfig = field(default_factory=SEEDConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    also: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -342,7 +364,7 @@ class CardArgs:
         out: folder to write.
         name: timm name and tag of the weights, where they ship with the package: 'sssd_resnet18_cifar.cifar10'.
         weights: file for the weights in half precision; by default model.safetensors in `out`.
-        paper: row of the paper's table 1 to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
+        paper: row of the paper's tables to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
         overwrite: replace what `out` holds.
     """
 
