@@ -34,6 +34,7 @@ from sssd_zoo.steps import (
     probe_features,
     save_config,
     seed_network,
+    settings_of,
 )
 from sssd_zoo.tables import METHODS, Result, Setting, comparison_table, mean_of, paper_tables, results_csv
 
@@ -208,7 +209,7 @@ def _training(
             title=METHODS[method],
             method="clusterfit" if method == "clusterfit" else "sssd",
         ),
-        {**asdict(args.distill), "labels": identity},
+        {**settings_of(args.distill), "labels": identity},
     )
 
 

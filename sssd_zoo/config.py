@@ -82,6 +82,7 @@ class SelfDistillationConfig(OptimConfig):
         temperature: of the softmaxes in the KL term.
         crop: 'pad' shifts by up to an eighth of the side, 'resized' cuts boxes of `crop_scale` of the area.
         crop_scale: smallest and largest share of the area, for 'resized'.
+        exits: 'plain', or 'attention' for exits that weigh their map by a mask first (BYOT's follow-up).
     """
 
     batch_size: int = 128
@@ -91,6 +92,7 @@ class SelfDistillationConfig(OptimConfig):
     temperature: float = 1.0
     crop: Literal["pad", "resized"] = "pad"
     crop_scale: tuple[float, float] = (0.08, 1.0)
+    exits: Literal["plain", "attention"] = "plain"
 
 
 @dataclass(kw_only=True)

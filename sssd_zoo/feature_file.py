@@ -109,8 +109,15 @@ class FeatureFile:
         found: FloatArray = np.load(self.path, mmap_mode="c")[which]  # copy-on-write: the file stays as it is
         return found
 
-    def chunks(self, size: int) -> Iterator[tuple[slice, FloatArray]]:
-        """All rows in order, `size` at a time: their place, and float32 [size, D]."""
-        for start in range(0, self.shape[0], size):
-            place = slice(start, min(start + size, self.shape[0]))
+    def chunks(self, size: int, least: int = 1) -> Iterator[tuple[slice, FloatArray]]:
+        """All rows in order, `size` at a time: their place, and float32 [size, D].
+
+        Args:
+            size: of a chunk.
+            least: a remainder of fewer rows goes with the chunk before it.
+        """
+        n = self.shape[0]
+        starts = [start for start in range(0, n, size) if start == 0 or n - start >= least]
+        for start, stop in zip(starts, [*starts[1:], n], strict=True):
+            place = slice(start, stop)
             yield place, self.rows(place)

@@ -53,6 +53,7 @@ from sssd_zoo.steps import (
     probe_features,
     put_heads,
     save_config,
+    settings_of,
 )
 
 
@@ -131,14 +132,14 @@ def fit(args: FitArgs) -> None:
     stages.run(
         "distill",
         distill_on(labels, "self distillation", init),
-        {**asdict(args.distill), "warm_start": args.warm_start},
+        {**settings_of(args.distill), "warm_start": args.warm_start},
         after=("labels",),
         all_processes=True,
     )
     networks = {"SSSD": "distill"}
     if labelled and args.baseline:
         random = random_labels(len(data), args.cluster.k, runtime.seed)
-        settings = {**asdict(args.distill), "labels": f"random, K = {args.cluster.k}"}
+        settings = {**settings_of(args.distill), "labels": f"random, K = {args.cluster.k}"}
         stages.run("baseline", distill_on(random, "random labels", None), settings, all_processes=True)
         networks["random labels"] = "baseline"
 

@@ -63,6 +63,8 @@ from sssd_zoo.tasks import SEED, ClusterFit, MoCo, SelfDistillation, Task
 
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+# Settings that came after the first release, with their defaults: runs from before it can go on and are not done again.
+ADDED = {"exits": "plain"}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -275,10 +277,15 @@ def run_training(
     return measured
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """The fields of a configuration, to tell runs apart: at its default, one of `ADDED` is as good as not there."""
+    return {name: value for name, value in asdict(config).items() if name not in ADDED or value != ADDED[name]}
+
+
 def method_settings(config: Any, kind: type[OptimConfig]) -> dict[str, Any]:
     """The fields that `kind` adds to `OptimConfig`: a method's own settings."""
     common = {field.name for field in fields(OptimConfig)}
-    return {field.name: getattr(config, field.name) for field in fields(kind) if field.name not in common}
+    return {name: value for name, value in settings_of(part(config, kind)).items() if name not in common}
 
 
 def check_queue(queue_size: int, images: int | None) -> None:
@@ -537,9 +544,10 @@ def distill_network(
     """
     torch.manual_seed(runtime.seed)
     exits, classes = method == "sssd", labels if isinstance(labels, int) else int(labels.max()) + 1
-    model = timm.create_model(arch, num_classes=classes) if exits else new_trunk(arch, classes)
-    if exits and not hasattr(model, "forward_exits"):
+    if exits and not arch.startswith("sssd_"):
         raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
+    own_exits: dict[str, Any] = {} if config.exits == "plain" else {"exits": config.exits}
+    model = timm.create_model(arch, num_classes=classes, **own_exits) if exits else new_trunk(arch, classes)
     if init is not None:
         load_trunk(model, load_network(init, num_classes=0))
     mean, std, _ = statistics(model)
@@ -597,6 +605,8 @@ def distill(args: DistillArgs) -> None:
     runtime = part(args, RuntimeConfig)
     make_accelerator(runtime)
     out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
+    if args.method == "clusterfit" and args.exits != "plain":
+        raise UserError(f"--method clusterfit trains a network without exits: drop --exits {args.exits}")
     artefact = None if args.labels in ("random", "true", "own") else PseudoLabels.load(args.labels)
     data = load_images(
         part(args, DataConfig), default_size=storage_default(args.image_size), require_labels=args.labels == "true"

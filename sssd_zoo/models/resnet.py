@@ -49,6 +49,7 @@ class SSSDResNet(ResNet):
         num_classes: of every classifier; 0 for none.
         in_chans: channels of the images.
         output: 'ensemble', 'final', or the number of an exit, 1 to 4 (as a number or as text).
+        exits: 'plain', or 'attention' for exits that first weigh their map by an `Attention`.
         cifar_stem: a 3x3 stride-1 first convolution and no max-pool, for images of about 32 px.
         act_layer: as timm's.
         norm_layer: as timm's.
@@ -57,7 +58,7 @@ class SSSDResNet(ResNet):
         kwargs: the other arguments of timm's ResNet.
 
     Raises:
-        UserError: for an `output` that does not exist, or a stem that contradicts `cifar_stem`.
+        UserError: for an `output` or `exits` that do not exist, or a stem that contradicts `cifar_stem`.
     """
 
     __constants__ = ("ensemble",)  # so that TorchScript compiles only the branches whose exits there are
@@ -79,6 +80,7 @@ class SSSDResNet(ResNet):
         in_chans: int = 3,
         *,
         output: str | int = "ensemble",
+        exits: str = "plain",
         cifar_stem: bool = False,
         act_layer: Any = nn.ReLU,
         norm_layer: Any = nn.BatchNorm2d,
@@ -93,6 +95,8 @@ class SSSDResNet(ResNet):
         self.output = "final" if str(output) == "4" else str(output)
         if self.output not in ("ensemble", "final", "1", "2", "3"):
             raise UserError(f"there is no output={output!r}: choose 'ensemble', 'final' or an exit from 1 to 4")
+        if exits not in ("plain", "attention"):
+            raise UserError(f"there are no exits={exits!r}: choose 'plain' or 'attention'")
         self.ensemble = self.output == "ensemble"
         feature_info: list[dict[str, Any]] = self.feature_info
 
@@ -115,6 +119,7 @@ class SSSDResNet(ResNet):
                 strides[number - 1 :],
                 self._new_classifier(),
                 narrow=block.expansion > 1,
+                attention=exits == "attention",
                 norm_layer=get_norm_layer(norm_layer),
                 act_layer=get_act_layer(act_layer),
                 **dd,
