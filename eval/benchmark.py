@@ -1,4 +1,4 @@
-"""Measures what the README states about speed: `python eval/benchmark.py kmeans`, `moco`, `byot` or `deploy`."""
+"""Measures what the README and docs state about speed and memory: `python eval/benchmark.py SECTION`, see --help."""
 
 import argparse
 import json
@@ -6,12 +6,15 @@ import multiprocessing
 import os
 import statistics
 import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import timm
 import torch
 
+from sssd_zoo.chunked_kmeans import kmeans_from_file
 from sssd_zoo.clustering import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.engine import resolve_precision, tune_cpu
@@ -102,6 +105,64 @@ def benchmark_kmeans(
         "ratio_cpu": ratio(BY_HAND, "cpu_seconds"),
         "ratio_same_kernels": ratio(SAME_KERNELS, "seconds"),
         "ratio_same_kernels_cpu": ratio(SAME_KERNELS, "cpu_seconds"),
+    }
+
+
+def _peak_mib() -> float:
+    """The most memory that this process has had resident, in MiB; what it maps of files counts."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
+
+
+def _measure_kmeans(path: str, k: int, iterations: int, on_disk: bool) -> dict[str, float]:
+    """One k-means of a file's features in this process: its time, and the memory that it adds."""
+    np.save(f"{path}.few.npy", np.load(path, mmap_mode="r")[:2000])
+    kmeans_from_file(f"{path}.few.npy", 20, seed=0, iterations=1)  # loads the libraries and starts the threads
+    before, start = _peak_mib(), time.perf_counter()
+    if on_disk:
+        found = kmeans_from_file(path, k, seed=0, iterations=iterations)
+    else:
+        found = kmeans(np.load(path), k, seed=0, iterations=iterations)
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_mib": _peak_mib(),
+        "added_mib": _peak_mib() - before,
+        "inertia": found.inertia,
+    }
+
+
+def benchmark_kmeans_disk(n: int = 100_000, d: int = 512, k: int = 1000, iterations: int = 20) -> dict[str, Any]:
+    """Time and peak memory of k-means on features in a file, from there and in memory, once each; Linux only.
+
+    The features are synthetic (unit vectors around 2 k centres): neither time nor memory depends on what they say,
+    but for the passes, which are counted by `iterations` as they do not converge before.
+
+    Args:
+        n: rows.
+        d: dimensions.
+        k: clusters.
+        iterations: passes.
+
+    Returns:
+        By way the seconds, the peak of resident memory in MiB, what of it came after the libraries were loaded, and the
+        inertia; and the size of the file in MiB.
+    """
+    ways = {"from the file": True, "in memory": False}
+    with TemporaryDirectory() as folder:
+        path = f"{folder}/features.npy"
+        np.save(path, _features(n, d, k))
+        size = Path(path).stat().st_size / 2**20
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            found = {way: pool.apply(_measure_kmeans, (path, k, iterations, disk)) for way, disk in ways.items()}
+    return {
+        "n": n,
+        "d": d,
+        "k": k,
+        "iterations": iterations,
+        "threads": torch.get_num_threads(),
+        "file_mib": size,
+        **found,
+        "ratio_of_seconds": found["from the file"]["seconds"] / found["in memory"]["seconds"],
     }
 
 
@@ -280,6 +341,10 @@ def main() -> None:
     for name, default in {"n": 50_000, "d": 512, "k": 1000, "iterations": 20, "runs": 3}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_kmeans)
+    section = sections.add_parser("kmeans-disk", help="time and memory of k-means on features in a file")
+    for name, default in {"n": 100_000, "d": 512, "k": 1000, "iterations": 20}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_kmeans_disk)
     section = sections.add_parser("moco", help="MoCo training at 32 px against the rate of matrix products")
     for name, default in {"batch_size": 256, "splits": 4, "steps": 5, "rounds": 5}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")

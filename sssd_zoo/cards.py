@@ -22,10 +22,11 @@ import yaml
 
 from sssd_zoo.config import CardArgs
 from sssd_zoo.data.loading import DataConfig, load_images
+from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import ANSWERS, eval_result_files, model_card, network_weights
-from sssd_zoo.paper import TABLE_1
+from sssd_zoo.paper import named_rows
 from sssd_zoo.probe import extract_features, knn
 from sssd_zoo.report import AccuracyRow, Results, duration
 
@@ -109,6 +110,9 @@ def write_card(
         shipped["check"] = checked
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     recipe["data"] = results["data"]
+    for name in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
+        if recipe.get(name):
+            recipe[name] = short_name(recipe[name])
     recipe.pop("out")
     shown: Results = {
         **results,
@@ -139,7 +143,8 @@ def write_card(
         atomic_write_text(folder / file, text)
     with disk_errors(Path(out)):
         for step in ("pretrain", "distill"):
-            shutil.copyfile(run / step / "metrics.jsonl", folder / f"{step}.jsonl")
+            if (run / step).exists():  # nothing is pretrained with --features
+                shutil.copyfile(run / step / "metrics.jsonl", folder / f"{step}.jsonl")
         (folder / "figures").mkdir()
         for file, path in figures.items():
             shutil.copyfile(path, folder / "figures" / file)
@@ -151,24 +156,29 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
     start = "the pretext's weights" if recipe["warm_start"] else "scratch"
     times = results["times"]
     parts = ", ".join(f"{entry['step']} {duration(entry['seconds'])}" for entry in times)
+    pretext = f"MoCo v2 for {recipe['pretrain']['epochs']} epochs"
+    if recipe.get("features"):
+        pretext = f"pseudo labels from the features of `{recipe['features']}`"
+    elif recipe.get("pretrain_data"):
+        pretext += f" on `{recipe['pretrain_data']}`"
     return [
-        f"**Training**: MoCo v2 for {recipe['pretrain']['epochs']} epochs, then self distillation for "
-        f"{recipe['distill']['epochs']}, from {start}; `recipe.yaml` has all settings",
+        f"**Training**: {pretext}, then self distillation for {recipe['distill']['epochs']} epochs, from {start}; "
+        "`recipe.yaml` has all settings",
         f"**Time**: {duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
     ]
 
 
 def paper_rows(name: str | None) -> list[AccuracyRow]:
-    """The row 'DATA: ROW' of the paper's table 1 as a row of our tables; none for None.
+    """The row 'DATA: ROW' of the paper's tables 1, 3 and 6 as a row of our tables; none for None.
 
     Raises:
         UserError: if there is none.
     """
-    rows = {f"{data}: {row}": values for data, table in TABLE_1.items() for row, values in table.items()}
+    rows = named_rows()
     if name is None:
         return []
     if name not in rows:
-        raise UserError(f"the paper's table 1 has no row '{name}'; here are {'; '.join(rows)}")
+        raise UserError(f"the paper's tables have no row '{name}'; here are {'; '.join(rows)}")
     *exits, ensemble = rows[name]
     return [{"name": f"paper, {name}", "exits": exits, "ensemble": ensemble}]
 

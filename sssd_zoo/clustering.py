@@ -84,6 +84,43 @@ class Clustering:
         """K', the number of clusters that have rows."""
         return len(self.centroids)
 
+    @classmethod
+    def without_holes(cls, labels: IntArray, centroids: FloatArray, distances: FloatArray, k_asked: int) -> Self:
+        """Drops the clusters that have no rows and renumbers the others.
+
+        Args:
+            labels: int64 [N] in 0..K-1.
+            centroids: float32 [K, D].
+            distances: float32 [N].
+            k_asked: K.
+        """
+        kept, labels = np.unique(labels, return_inverse=True)
+        inertia = float(distances.sum(dtype=np.float64))
+        return cls(labels.astype(np.int64, copy=False), centroids[kept], distances, inertia, k_asked)
+
+
+def check_kmeans(n: int, k: int, iterations: int, redos: int) -> None:
+    """Raises `UserError` for numbers that k-means of `n` rows cannot work with."""
+    if k < 2:
+        raise UserError(f"k-means with K = {k} gives no pseudo labels to tell apart; ask for K of 2 or more")
+    if k > n:
+        raise UserError(f"k-means with K = {k} needs at least as many images, but there are {n}; ask for a smaller K")
+    if iterations < 1 or redos < 1:
+        raise UserError(f"k-means needs at least 1 iteration and 1 redo, not {iterations} and {redos}")
+
+
+def refuse_non_finite(features: FloatArray, first_row: int) -> None:
+    """Raises `UserError` naming the first row of `features` [n, D] with NaN or infinity, counted from `first_row`."""
+    bad = ~np.isfinite(features).all(axis=1)
+    if bad.any():
+        row = first_row + int(bad.argmax())
+        raise UserError(f"the features of row {row} hold NaN or infinity; check the network's weights")
+
+
+def first_seed(seed: int, redo: int) -> int:
+    """The seed of one run's first centroids; 15486557 is the step between the seeds of faiss's own redos."""
+    return (seed + redo * 15486557) % (2**31 - 1)
+
 
 def kmeans(
     features: FloatArray, k: int, *, seed: int, iterations: int = 20, redos: int = 1, progress: bool = False
@@ -108,29 +145,20 @@ def kmeans(
     """
     features = np.ascontiguousarray(features, dtype=np.float32)
     n, d = features.shape
-    if k < 2:
-        raise UserError(f"k-means with K = {k} gives no pseudo labels to tell apart; ask for K of 2 or more")
-    if k > n:
-        raise UserError(f"k-means with K = {k} needs at least as many images, but there are {n}; ask for a smaller K")
-    if iterations < 1 or redos < 1:
-        raise UserError(f"k-means needs at least 1 iteration and 1 redo, not {iterations} and {redos}")
+    check_kmeans(n, k, iterations, redos)
     for start in range(0, n, _CHUNK):
-        bad = ~np.isfinite(features[start : start + _CHUNK]).all(axis=1)
-        if bad.any():
-            row = start + int(bad.argmax())
-            raise UserError(f"the features of row {row} hold NaN or infinity; check the network's weights")
+        refuse_non_finite(features[start : start + _CHUNK], start)
 
     faiss = import_faiss()
     best, best_inertia = None, np.inf
     with tqdm(total=redos * iterations, desc="k-means", unit="pass", disable=not progress) as bar:
         for redo in range(redos):
             # One pass per call, so that the bar can move, gives the same bits as faiss's own loop at 1 ms more a pass.
-            # 15486557 is the step between the seeds of faiss's own redos.
             trainer = faiss.Kmeans(
                 d,
                 k,
                 niter=1,
-                seed=(seed + redo * 15486557) % (2**31 - 1),
+                seed=first_seed(seed, redo),
                 max_points_per_centroid=-(-n // k),
                 min_points_per_centroid=1,
                 check_input_data_for_NaNs=False,
@@ -148,9 +176,7 @@ def kmeans(
 
     assert best is not None
     distances, labels = best.assign(features)
-    kept, labels = np.unique(labels, return_inverse=True)
-    inertia = float(distances.sum(dtype=np.float64))
-    return Clustering(labels.astype(np.int64, copy=False), best.centroids[kept], distances, inertia, k)
+    return Clustering.without_holes(labels, best.centroids, distances, k)
 
 
 def random_labels(n: int, k: int, seed: int) -> IntArray:

@@ -44,11 +44,31 @@ class ClusterConfig:
         k: number of clusters asked for (paper: CIFAR-10 1000, CIFAR-100 500, ImageNet 5000).
         iterations: of k-means.
         redos: runs from different first centroids, the best kept.
+        on_disk: keep the features in a file beside the labels and cluster them from there, to the same labels; by
+            default where they would take more than half of the free memory.
     """
 
     k: int = 1000
     iterations: int = 20
     redos: int = 1
+    on_disk: bool | None = None
+
+
+@dataclass(kw_only=True)
+class PretextConfig:
+    """Which network's features are clustered: M_ssl. By default one like the student, pretrained on the same images.
+
+    Args:
+        features: a network to take as it is, nothing is pretrained then: any timm name, hf-hub:NAME, or a run folder.
+        pretrain_model: timm name of the network to pretrain, where it is not to be the student's.
+        pretrain_data: what to pretrain on (D_pre), where it is not `data`; given as that is.
+        pretrain_split: of `pretrain_data`; by default 'train', or the only one.
+    """
+
+    features: str | None = None
+    pretrain_model: str | None = None
+    pretrain_data: str | None = None
+    pretrain_split: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -63,6 +83,7 @@ class SelfDistillationConfig(OptimConfig):
         temperature: of the softmaxes in the KL term.
         crop: 'pad' shifts by up to an eighth of the side, 'resized' cuts boxes of `crop_scale` of the area.
         crop_scale: smallest and largest share of the area, for 'resized'.
+        exits: 'plain', or 'attention' for exits that weigh their map by a mask first (BYOT's follow-up).
     """
 
     batch_size: int = 128
@@ -72,6 +93,7 @@ class SelfDistillationConfig(OptimConfig):
     temperature: float = 1.0
     crop: Literal["pad", "resized"] = "pad"
     crop_scale: tuple[float, float] = (0.08, 1.0)
+    exits: Literal["plain", "attention"] = "plain"
 
 
 @dataclass(kw_only=True)
@@ -260,12 +282,12 @@ class KNNArgs(DataConfig, ForwardConfig):
 
 
 @dataclass(kw_only=True)
-class FitArgs(DataConfig, RuntimeConfig):
+class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
     """Does it all: pretrains, labels, distils, measures and reports. Run it again to go on where it stopped.
 
     Args:
         out: run folder to write.
-        model: timm name of a network of this package; by default that for the size of the images.
+        model: timm name of the student, a network of this package; by default that for the size of the images.
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
         test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
         pretrain: MoCo v2.
@@ -290,7 +312,7 @@ class FitArgs(DataConfig, RuntimeConfig):
 
 
 @dataclass(kw_only=True)
-class CompareArgs(DataConfig, RuntimeConfig):
+class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     """Trains and measures several methods on the same images, and reports them beside the paper's figures.
 
     Args:
@@ -298,7 +320,7 @@ class CompareArgs(DataConfig, RuntimeConfig):
         methods: any of 'sssd', 'random' (BYOT on random labels), 'true' (BYOT on true labels), 'clusterfit', 'seed',
             'dacsd'.
         seeds: of the runs; each does every method once. They take the place of --seed.
-        model: timm name of a network of this package; by default that for the size of the images.
+        model: timm name of the student, a network of this package; by default that for the size of the images.
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
         test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
         pretrain: MoCo v2.
@@ -306,6 +328,7 @@ class CompareArgs(DataConfig, RuntimeConfig):
         distill: of all methods that learn labels.
         seed_method: SEED.
         probe: linear probes.
+        also: folders of other comparisons, with other data or pretexts, whose rows are to stand in the same tables.
     """
 
     out: str
@@ -321,6 +344,7 @@ class CompareArgs(DataConfig, RuntimeConfig):
     distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     seed_method: SEEDConfig = field(default_factory=SEEDConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    also: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -593,7 +617,7 @@ class CardArgs:
         out: folder to write.
         name: timm name and tag of the weights, where they ship with the package: 'sssd_resnet18_cifar.cifar10'.
         weights: file for the weights in half precision; by default model.safetensors in `out`.
-        paper: row of the paper's table 1 to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
+        paper: row of the paper's tables to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
         license: of the weights, as the Hub names it.
         overwrite: replace what `out` holds.
     """

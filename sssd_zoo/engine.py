@@ -16,13 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from torch import Tensor
@@ -161,7 +162,11 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=config.device == "cpu",
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            # The main process clusters and measures alone, and longer than the ten minutes that NCCL would wait.
+            InitProcessGroupKwargs(timeout=timedelta(days=1)),
+        ],
     )
 
 

@@ -2,7 +2,7 @@
 
 RUN/
     config.yaml     the arguments as resolved
-    pretrain/       the pretrained trunk, its log, curves and checkpoints
+    pretrain/       the pretrained trunk, its log, curves and checkpoints (not with --features)
     labels/         the pseudo labels
     distill/        the distilled network, with a class per cluster
     baseline/       the same on random labels, where true ones exist to compare by
@@ -25,7 +25,7 @@ import torch
 from sssd_zoo import report
 from sssd_zoo.clustering import PseudoLabels, random_labels
 from sssd_zoo.config import FitArgs, ForwardConfig
-from sssd_zoo.data.loading import DataConfig, ImageData, load_images
+from sssd_zoo.data.loading import DataConfig, ImageData
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import (
     RuntimeConfig,
@@ -39,26 +39,21 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files import write_json
 from sssd_zoo.hub import save_model_folder
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.pretext import choose_pretext, open_data
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import (
     check_sizes,
-    choose_model,
-    choose_size,
-    cluster_features,
-    describe_labels,
     digest,
     distill_network,
     evaluation_data,
     evaluation_features,
     knn_features,
     load_network,
-    network_features,
     part,
-    pretrain_network,
     probe_features,
     put_heads,
     save_config,
-    storage_default,
+    settings_of,
 )
 
 
@@ -72,13 +67,13 @@ def fit(args: FitArgs) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     config = part(args, DataConfig)
-    data = load_images(config, default_size=storage_default(args.image_size), progress=rank() == 0)
-    size = choose_size(data, args.image_size)
-    arch = choose_model(args.model, size)
+    data, size, arch = open_data(args)
     # Everything that would fail an hour in fails now.
-    for optim in (args.pretrain, args.distill):
-        check(optim, processes, len(data))
-        check_sizes(arch, [size, *optim.sizes])
+    pretext = choose_pretext(args, config, args.pretrain, data, arch=arch, size=size, processes=processes)
+    check(args.distill, processes, len(data))
+    check_sizes(arch, [size, *args.distill.sizes])
+    if args.warm_start:
+        pretext.check_warm_start(arch)
     if not 2 <= args.cluster.k <= len(data):
         raise UserError(
             f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
@@ -109,27 +104,13 @@ def fit(args: FitArgs) -> None:
         f"{len(data)} images of {data.name}, {'labelled for evaluation' if labelled else 'without labels'}; "
         f"{arch} at {size} px, {machine_words(stages.common['precision'])}"
     )
-    stages.run(
-        "pretrain",
-        lambda folder: pretrain_network(data, args.pretrain, runtime, arch=arch, size=size, out=folder),
-        asdict(args.pretrain),
-        all_processes=True,
-    )
-
-    def label(folder: Path) -> dict[str, Any]:
-        trunk = load_network(str(out / "pretrain"), num_classes=0)
-        features = network_features(trunk, data, forward)[-1].numpy()
-        found = cluster_features(
-            features, data, args.cluster, model=str(out / "pretrain"), seed=runtime.seed, out=folder
-        )
-        print(describe_labels(found, folder))
-        return {"k": found.meta["k"]}
-
-    stages.run("labels", label, asdict(args.cluster), after=("pretrain",))
+    say(f"labels from {pretext.words.replace('`', '')}")
+    pretext.pretrain(stages, asdict(args.pretrain), runtime)
+    pretext.label(stages, data, args.cluster, forward, runtime.seed)
     pseudo = PseudoLabels.load(out / "labels")
     pseudo.check(data.fingerprint)
 
-    init = str(out / "pretrain") if args.warm_start else None
+    init = pretext.network(out) if args.warm_start else None
 
     def distill_on(
         labels: np.ndarray[Any, np.dtype[np.int64]], title: str, init: str | None
@@ -151,14 +132,14 @@ def fit(args: FitArgs) -> None:
     stages.run(
         "distill",
         distill_on(labels, "self distillation", init),
-        {**asdict(args.distill), "warm_start": args.warm_start},
+        {**settings_of(args.distill), "warm_start": args.warm_start},
         after=("labels",),
         all_processes=True,
     )
     networks = {"SSSD": "distill"}
     if labelled and args.baseline:
         random = random_labels(len(data), args.cluster.k, runtime.seed)
-        settings = {**asdict(args.distill), "labels": f"random, K = {args.cluster.k}"}
+        settings = {**settings_of(args.distill), "labels": f"random, K = {args.cluster.k}"}
         stages.run("baseline", distill_on(random, "random labels", None), settings, all_processes=True)
         networks["random labels"] = "baseline"
 
@@ -173,13 +154,13 @@ def fit(args: FitArgs) -> None:
             if name == "distill":
                 put_heads(network, probe)
                 save_model_folder(folder / "network", network, arch=arch, label_names=data.class_names, input_size=size)
-        trunk = load_network(str(out / "pretrain"))
-        pretext = evaluation_features(trunk, evaluation, forward)
-        neighbours = min(200, len(pretext.train_y))
+        trunk = load_network(pretext.network(out), num_classes=0)
+        found = evaluation_features(trunk, evaluation, forward)
+        neighbours = min(200, len(found.train_y))
         return {
             "accuracy": accuracy,
-            "knn": {f"pretext, k = {neighbours}": knn_features(pretext, neighbours, 0.1)[-1]},
-            "pretext_linear": probe_features(pretext, args.probe, runtime.seed).exits[-1],
+            "knn": {f"pretext, k = {neighbours}": knn_features(found, neighbours, 0.1)[-1]},
+            "pretext_linear": probe_features(found, args.probe, runtime.seed).exits[-1],
             "test": evaluation.words,
             "test_images": len(evaluation.test_positions),
         }
@@ -192,7 +173,7 @@ def fit(args: FitArgs) -> None:
         }
         stages.run("probe", measure, settings, after=tuple(networks.values()))
     if rank() == 0:
-        finish(args, data, pseudo, stages, networks, arch=arch, size=size)
+        finish(args, data, pseudo, stages, networks, arch=arch, size=size, pretext=pretext.words)
         report_words = out / "report.md"
         print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report_words}")
         print(f"Network: {out / 'model'}, for timm.create_model('local-dir:{out / 'model'}', pretrained=True)")
@@ -208,6 +189,7 @@ def finish(
     *,
     arch: str,
     size: int,
+    pretext: str,
 ) -> None:
     """Writes the figures, the report, metrics.json and the model folder."""
     out = stages.out
@@ -248,6 +230,7 @@ def finish(
         "macs": macs,
         "times": [{"step": name, "seconds": result["seconds"]} for name, result in stages.results.items()],
         "figures": figures,
+        "notes": [f"**Labels from**: {pretext}"],
     }
     if probe:
         results["test"], results["test_images"] = probe["test"], probe["test_images"]

@@ -1,11 +1,12 @@
 """Evaluation of frozen features: a linear probe on every exit with their ensemble, and weighted kNN.
 
-`extract_features` reads a network's pooled features without moving it; `linear_probe` trains one linear layer per exit,
-all exits at once; `knn` trains nothing. The paper's accuracies (tables 1 to 3) are those of linear probes.
+`extract_features` reads a network's pooled features without moving it, and `pooled_batches` does so batch by batch;
+`linear_probe` trains one linear layer per exit, all exits at once; `knn` trains nothing. The paper's accuracies (tables
+1 to 3) are those of linear probes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from sssd_zoo.errors import UserError
 _BATCH = 512  # samples per step of the probe, and a chunk of everything else
 
 
-def extract_features(
+def pooled_batches(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
@@ -32,17 +33,17 @@ def extract_features(
     autocast: torch.dtype | None = None,
     progress: bool = False,
     read: Callable[[Any, Tensor], Tensor] | None = None,
-) -> Tensor:
-    """Runs `model` over images, without augmentation, and gives its pooled features.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Runs `model` over images, without augmentation, and gives its pooled features batch by batch.
 
     The model is put into eval mode for it and back into what it was, module by module; that no buffer (BatchNorm's
-    statistics above all) moved is checked.
+    statistics above all) moved is checked at the end.
 
     Args:
         model: on `device`. A full multi-exit network gives the features F_1..F_C of its E exits; any other timm network
             gives its pooled features, E = 1.
-        batches: pairs of positions, int64 [B] in 0..count-1, and images, uint8 [B, 3, S, S]; each position once.
-        count: N, the number of images.
+        batches: pairs of positions, int64 [B], and images, uint8 [B, 3, S, S].
+        count: images in all batches, for the progress bar.
         mean: of the model's inputs per channel, for images in 0..1.
         std: their spread.
         device: where to compute.
@@ -51,18 +52,15 @@ def extract_features(
         progress: show a progress bar.
         read: what to read of the model for images [B, 3, S, S], as [E, B, D]; by default its pooled features.
 
-    Returns:
-        float32 [E, N, D] on the CPU.
+    Yields:
+        The positions, int64 [B], and their features, float32 [E, B, D] on the CPU.
 
     Raises:
-        ValueError: if `batches` does not give every position.
         RuntimeError: if the model moved its buffers.
     """
     device = torch.device(device)
     modes = [(module, module.training) for module in model.modules()]
     before = [buffer.clone() for buffer in model.buffers()]
-    features: Tensor | None = None
-    seen = torch.zeros(count, dtype=torch.bool)
     model.eval()
     try:
         with tqdm(total=count, desc="features", unit="img", disable=not progress) as bar:
@@ -72,19 +70,45 @@ def extract_features(
                     images = to_float(stored.to(device, non_blocking=True))
                     images = normalise(resize(images, size or images.shape[-1]), mean, std)
                     pooled = (read or _pooled)(model, images).float().cpu()
-                if features is None:
-                    features = torch.empty(pooled.shape[0], count, pooled.shape[2])
-                features[:, index] = pooled
-                seen[index] = True
+                yield index, pooled
                 bar.update(len(index))
     finally:
         for module, training in modes:
             module.training = training
-    if features is None or not seen.all():
-        raise ValueError(f"the batches hold {int(seen.sum())} of {count} images")
     if not all(torch.equal(old, new) for old, new in zip(before, model.buffers(), strict=True)):
         raise RuntimeError("the network changed its buffers while features were read: the features cannot be trusted")
+
+
+def stack_features(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """Puts the features of batches in their places.
+
+    Args:
+        batches: of `pooled_batches`, each position in 0..count-1 once.
+        count: N, the number of images.
+
+    Returns:
+        float32 [E, N, D].
+
+    Raises:
+        ValueError: if a position is missing.
+    """
+    features: Tensor | None = None
+    seen = torch.zeros(count, dtype=torch.bool)
+    for index, pooled in batches:
+        if features is None:
+            features = torch.empty(pooled.shape[0], count, pooled.shape[2])
+        features[:, index] = pooled
+        seen[index] = True
+    if features is None or not seen.all():
+        raise ValueError(f"the batches hold {int(seen.sum())} of {count} images")
     return features
+
+
+def extract_features(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, count: int, **settings: Any
+) -> Tensor:
+    """All features of `pooled_batches` in one tensor, float32 [E, N, D]; see there and `stack_features`."""
+    return stack_features(pooled_batches(model, batches, count=count, **settings), count)
 
 
 def _pooled(model: Any, images: Tensor) -> Tensor:

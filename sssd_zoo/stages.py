@@ -42,7 +42,7 @@ class Stages:
         Args:
             name: of the step and its folder.
             step: does it, into the folder given; its result is kept in steps/.
-            settings: that decide its numbers.
+            settings: that decide its numbers; they take the place of the common inputs of the same names.
             after: the steps whose results it reads.
             all_processes: every process takes part (training); else the main one alone.
 
@@ -52,7 +52,7 @@ class Stages:
         folder, record = self.out / name, self.out / "steps" / f"{name}.json"
         inputs = {**self.common, **settings}
         for earlier in after:
-            added = {key: value for key, value in self.inputs[earlier].items() if key not in self.common}
+            added = {k: v for k, v in self.inputs[earlier].items() if k not in self.common or self.common[k] != v}
             inputs |= {f"{earlier}.{key}": value for key, value in added.items()}
         self.inputs[name] = inputs = json.loads(json.dumps(inputs))
         before = read_json(record) if record.exists() and folder.exists() else None

@@ -7,7 +7,7 @@ writes folders only, so each can be run, resumed and replaced on its own.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo import report
-from sssd_zoo.clustering import PseudoLabels, kmeans, normalise, random_labels
+from sssd_zoo.chunked_kmeans import kmeans_from_file
+from sssd_zoo.clustering import Clustering, PseudoLabels, kmeans, normalise, random_labels
 from sssd_zoo.config import (
     ClusterConfig,
     DistillArgs,
@@ -37,7 +38,7 @@ from sssd_zoo.config import (
     SEEDConfig,
     SelfDistillationConfig,
 )
-from sssd_zoo.data.loading import DataConfig, GlobalBatches, ImageData, load_images, split_names
+from sssd_zoo.data.loading import DataConfig, GlobalBatches, ImageData, fits_in_memory, load_images, split_names
 from sssd_zoo.data.streaming import StreamingImages, load_streaming
 from sssd_zoo.distributed import barrier, rank, world_size
 from sssd_zoo.engine import (
@@ -51,16 +52,19 @@ from sssd_zoo.engine import (
     tune_cpu,
 )
 from sssd_zoo.errors import UserError
+from sssd_zoo.feature_file import shard, write_features
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.hub import hub_cards, save_network
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.own_labels import OwnLabels
-from sssd_zoo.probe import Probe, extract_features, linear_probe
+from sssd_zoo.probe import Probe, linear_probe, pooled_batches, stack_features
 from sssd_zoo.probe import knn as knn_accuracy
 from sssd_zoo.tasks import SEED, ClusterFit, MoCo, SelfDistillation, Task
 
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+# Settings that came after the first release, with their defaults: runs from before it can go on and are not done again.
+ADDED = {"exits": "plain"}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -284,10 +288,15 @@ def run_training(
     return measured
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """The fields of a configuration, to tell runs apart: at its default, one of `ADDED` is as good as not there."""
+    return {name: value for name, value in asdict(config).items() if name not in ADDED or value != ADDED[name]}
+
+
 def method_settings(config: Any, kind: type[OptimConfig]) -> dict[str, Any]:
     """The fields that `kind` adds to `OptimConfig`: a method's own settings."""
     common = {field.name for field in fields(OptimConfig)}
-    return {field.name: getattr(config, field.name) for field in fields(kind) if field.name not in common}
+    return {name: value for name, value in settings_of(part(config, kind)).items() if name not in common}
 
 
 def check_queue(queue_size: int, images: int | None) -> None:
@@ -405,23 +414,20 @@ def announce(out: Path, what: str, measured: dict[str, float]) -> None:
         print(f"{what}: final loss {measured['loss']:.4f}, {measured['images_per_second']:.0f} img/s; in {out}")
 
 
-def network_features(
-    model: Any, data: ImageData, config: ForwardConfig, *, read: Callable[[Any, Tensor], Tensor] | None = None
-) -> Tensor:
-    """Pooled features of every exit for all images in order, float32 [exits, N, D], without moving the network.
-
-    Args:
-        model: the network.
-        data: the images.
-        config: how to run it.
-        read: what to read instead, see `extract_features`.
-    """
+def feature_batches(
+    model: Any,
+    data: ImageData,
+    config: ForwardConfig,
+    order: Sequence[Tensor],
+    read: Callable[[Any, Tensor], Tensor] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `pooled_batches` reads of a network, batch by batch; `order` has positions, int64 [B]."""
     mean, std, size = statistics(model)
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
-    return extract_features(
+    return pooled_batches(
         model.to(device, memory_format=torch.channels_last),
-        data.batches(torch.arange(len(data)).split(config.batch_size)),
-        count=len(data),
+        data.batches(order),
+        count=sum(map(len, order)),
         mean=mean,
         std=std,
         device=device,
@@ -432,19 +438,63 @@ def network_features(
     )
 
 
-def cluster_features(
-    features: np.ndarray[Any, np.dtype[np.float32]],
-    data: ImageData,
-    config: ClusterConfig,
-    *,
-    model: str,
-    seed: int,
-    out: Path,
-) -> PseudoLabels:
-    """k-means on L2-normalised features [N, D]; writes the pseudo labels to `out`."""
-    clustering = kmeans(
-        normalise(features), config.k, seed=seed, iterations=config.iterations, redos=config.redos, progress=True
-    )
+def network_features(
+    model: Any, data: ImageData, config: ForwardConfig, *, read: Callable[[Any, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Pooled features of every exit for all images in order, float32 [exits, N, D], without moving the network.
+
+    Args:
+        model: the network.
+        data: the images.
+        config: how to run it.
+        read: what to read instead, see `pooled_batches`.
+    """
+    order = torch.arange(len(data)).split(config.batch_size)
+    return stack_features(feature_batches(model, data, config, order, read), len(data))
+
+
+def cluster_images(
+    network: Any, data: ImageData, config: ClusterConfig, forward: ForwardConfig, *, model: str, seed: int, out: Path
+) -> PseudoLabels | None:
+    """k-means on the L2-normalised features of a network's last exit; writes the pseudo labels to `out`.
+
+    Every process calls it. Several share the images and write their features into one file beside `out`, from which the
+    main process clusters; it is removed at the end. One process does so where the features do not fit in memory. All
+    ways give the same labels.
+
+    Args:
+        network: with `num_classes=0`.
+        data: the images.
+        config: of k-means.
+        forward: of the network.
+        model: what the labels are to say of the network.
+        seed: of k-means.
+        out: folder to write.
+
+    Returns:
+        The labels in the main process, None in the others.
+    """
+    settings: dict[str, Any] = {"seed": seed, "iterations": config.iterations, "redos": config.redos, "progress": True}
+    wanted = 4 * len(data) * int(network.num_features) * (4 if getattr(network, "output", "") == "ensemble" else 1)
+    on_disk = not fits_in_memory(wanted) if config.on_disk is None else config.on_disk
+    clustering: Clustering | None = None
+    if world_size() == 1 and not on_disk:
+        features = network_features(network, data, forward)[-1].numpy()
+        clustering = kmeans(normalise(features), config.k, **settings)
+    else:
+        file = out.with_name(f".{out.name}.features.npy")
+        try:
+            order = shard(torch.arange(len(data)).split(forward.batch_size))
+            write_features(file, len(data), feature_batches(network, data, forward, order))
+            if rank() == 0 and on_disk:
+                clustering = kmeans_from_file(file, config.k, **settings)
+            elif rank() == 0:
+                clustering = kmeans(np.load(file), config.k, **settings)
+        finally:
+            if rank() == 0:
+                file.unlink(missing_ok=True)
+    if clustering is None:
+        return None
     labels = PseudoLabels.from_clustering(
         clustering,
         rows=data.rows,
@@ -464,14 +514,17 @@ def cluster_features(
 def pseudo_label(args: PseudoLabelArgs) -> None:
     """`sssd pseudo-label`."""
     tune_cpu()
+    make_accelerator(RuntimeConfig(precision=args.precision, device=args.device))
     out = prepare_out(args.out, resume=False, overwrite=args.overwrite)
     model = load_network(args.model, num_classes=0)
     data = load_images(part(args, DataConfig), default_size=storage_default(statistics(model)[2]))
     if args.k > len(data) or args.k < 2:
         raise UserError(f"K = {args.k} clusters of {len(data)} images; give a --k from 2 to the number of images")
-    features = network_features(model, data, part(args, ForwardConfig))[-1].numpy()
-    labels = cluster_features(features, data, part(args, ClusterConfig), model=args.model, seed=args.seed, out=out)
-    print(describe_labels(labels, out))
+    config, forward = part(args, ClusterConfig), part(args, ForwardConfig)
+    labels = cluster_images(model, data, config, forward, model=args.model, seed=args.seed, out=out)
+    if labels is not None:
+        print(describe_labels(labels, out))
+    barrier()
 
 
 def describe_labels(labels: PseudoLabels, out: Path) -> str:
@@ -516,9 +569,10 @@ def distill_network(
     """
     torch.manual_seed(runtime.seed)
     exits, classes = method == "sssd", labels if isinstance(labels, int) else int(labels.max()) + 1
-    model = timm.create_model(arch, num_classes=classes) if exits else new_trunk(arch, classes)
-    if exits and not hasattr(model, "forward_exits"):
+    if exits and not arch.startswith("sssd_"):
         raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
+    own_exits: dict[str, Any] = {} if config.exits == "plain" else {"exits": config.exits}
+    model = timm.create_model(arch, num_classes=classes, **own_exits) if exits else new_trunk(arch, classes)
     if init is not None:
         load_trunk(model, load_network(init, num_classes=0))
     mean, std, _ = statistics(model)
@@ -566,7 +620,7 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
     wrong += sorted(trunk - weights.keys())
     if wrong:
-        raise UserError(f"the weights to start from do not fit the trunk ({wrong[0]}); give a run of its own kind")
+        raise UserError(f"the weights to start from do not fit the trunk ({wrong[0]}); give a network of its own kind")
     model.load_state_dict(weights, strict=False)
 
 
@@ -576,6 +630,8 @@ def distill(args: DistillArgs) -> None:
     runtime = part(args, RuntimeConfig)
     make_accelerator(runtime)
     out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
+    if args.method == "clusterfit" and args.exits != "plain":
+        raise UserError(f"--method clusterfit trains a network without exits: drop --exits {args.exits}")
     artefact = None if args.labels in ("random", "true", "own") else PseudoLabels.load(args.labels)
     data = load_images(
         part(args, DataConfig), default_size=storage_default(args.image_size), require_labels=args.labels == "true"

@@ -6,7 +6,7 @@ import json
 from PIL import Image
 from test_cli import one_line, sssd
 
-from sssd_zoo.compare import METHODS, comparison_table, spread
+from sssd_zoo.tables import METHODS
 
 TINY = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "16"),
@@ -24,16 +24,18 @@ def rows_of(out):
 def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_path, capsys):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY]
     assert sssd(*words, "--methods", "[sssd, clusterfit]", "--seeds", "[0]") == 0
-    report = (tmp_path / "report.md").read_text()
-    assert report.count("not run") == len(METHODS) - 2
-    assert "78.54" in report, "the paper's rows stand in a table of their own"
+    methods, paper = (tmp_path / "report.md").read_text().split("## In the paper's tables")
+    assert methods.count("not run") == len(METHODS) - 2
+    assert "| paper | CIFAR-10 | SSSD | ResNet-18 | 200 | the same | 78.54 |" in paper
+    assert "| ours | CIFAR-10 | SSSD | ResNet-18 | 200 | the same | not run |" in paper
+    assert f"| ours | `{folder_of_images.name}` | ClusterFit | sssd_resnet18 | 1 epochs | the same |" in paper
     assert len(rows_of(tmp_path)) == 2
 
     capsys.readouterr()
     assert sssd(*words, "--seeds", "[0, 1]") == 0
     out = capsys.readouterr().out
     assert out.count("done before") == 6, "pretext, labels, and both methods with their probes"
-    assert "not run" not in (tmp_path / "report.md").read_text()
+    assert "not run" not in (tmp_path / "report.md").read_text().split("## In the paper's tables")[0]
     rows = rows_of(tmp_path)
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "01" for m in METHODS]
     for row in rows:
@@ -56,12 +58,3 @@ def test_mistakes(folder_of_images, tmp_path, capsys):
     assert sssd(*words, "--seed_method.queue_size", "999") == 2
     assert "queue_size 999" in one_line(capsys)
     assert not (tmp_path / "run").exists()
-
-
-def test_spread_and_rows():
-    assert spread([1.0]) == "1.00"
-    assert spread([1.0, 2.0, 6.0]) == "3.00 (1.00, 6.00)"
-    run = {"method": "seed", "seed": 0, "exits": [50.0], "ensemble": None, "seconds": 60, "seconds_before": 0}
-    lines = comparison_table([run], METHODS)
-    assert next(line for line in lines if "SEED" in line) == "| SEED |  |  |  | 50.00 |  | 1 |  | 1 min 00 s |"
-    assert sum("not run" in line for line in lines) == len(METHODS) - 1

@@ -233,7 +233,7 @@ def load_images(
     digest = fingerprint(encoded, progress=progress)
     keep = config.in_memory
     if keep is None:
-        keep = _fits_in_memory(len(encoded) * 3 * size * size)
+        keep = fits_in_memory(len(encoded) * 3 * size * size)
     rows = np.arange(len(encoded))
     pixels: Tensor | None = None
     tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
@@ -331,7 +331,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _fits_in_memory(wanted: int) -> bool:
+def fits_in_memory(wanted: int) -> bool:
     """Whether `wanted` bytes are at most half of the free memory, shared by the processes of this machine."""
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

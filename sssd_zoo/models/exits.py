@@ -84,6 +84,41 @@ def bottleneck_layer(
     return nn.Sequential(layers)
 
 
+class Attention(nn.Module):
+    """Weighs every number of a map [B, chs, H, W] by a mask in 0..1 that is computed from the map.
+
+    The attention of exits in the follow-up of BYOT (Zhang, Bao and Ma, TPAMI 2022, reference 26 of the SSSD paper;
+    first in SCAN, NeurIPS 2019): a stride-2 depthwise separable convolution looks at the map from a distance, its
+    result is brought back to the map's size, and a sigmoid makes it the mask. Theirs is followed by separable
+    convolutions; here the bottleneck layers of the plain exits stay, so that attention is all that differs. It costs
+    (9 + chs) * chs * H * W / 4 multiply-adds.
+
+    Args:
+        chs: channels of the map.
+        norm_layer: makes a normalisation of a number of channels.
+        act_layer: makes an activation.
+        dd: device and dtype of the parameters.
+    """
+
+    def __init__(
+        self, chs: int, *, norm_layer: Callable[..., nn.Module], act_layer: Callable[..., nn.Module], **dd: Any
+    ) -> None:
+        super().__init__()
+        self.conv_dw = nn.Conv2d(chs, chs, 3, stride=2, padding=1, groups=chs, bias=False, **dd)
+        self.bn1 = norm_layer(chs, **dd)
+        self.act1 = act_layer(inplace=True)
+        self.conv_pw = nn.Conv2d(chs, chs, 1, bias=False, **dd)
+        self.bn2 = norm_layer(chs, **dd)
+        for conv in (self.conv_dw, self.conv_pw):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, chs, H, W] to the same shape."""
+        mask = self.bn2(self.conv_pw(self.act1(self.bn1(self.conv_dw(x)))))
+        mask = F.interpolate(mask, size=x.shape[-2:], mode="bilinear", align_corners=False)
+        return x * mask.sigmoid()
+
+
 class Exit(nn.Module):
     """An exit: bottleneck layers that bring a stage's map to the last stage's width and size, and a classifier.
 
@@ -95,6 +130,7 @@ class Exit(nn.Module):
         strides: of the stages after this one.
         fc: the classifier, or an identity.
         narrow: see `bottleneck_layer`.
+        attention: begin with an `Attention` on the stage's map.
         norm_layer: makes a normalisation of a number of channels.
         act_layer: makes an activation.
         dd: device and dtype of the parameters.
@@ -107,19 +143,20 @@ class Exit(nn.Module):
         fc: nn.Module,
         *,
         narrow: bool,
+        attention: bool,
         norm_layer: Callable[..., nn.Module],
         act_layer: Callable[..., nn.Module],
         **dd: Any,
     ) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(
-            *[
-                bottleneck_layer(
-                    chs[i], chs[i + 1], stride, narrow=narrow, norm_layer=norm_layer, act_layer=act_layer, **dd
-                )
-                for i, stride in enumerate(strides)
-            ]
-        )
+        blocks: OrderedDict[str, nn.Module] = OrderedDict()
+        if attention:
+            blocks["attention"] = Attention(chs[0], norm_layer=norm_layer, act_layer=act_layer, **dd)
+        for i, stride in enumerate(strides):
+            blocks[str(i)] = bottleneck_layer(
+                chs[i], chs[i + 1], stride, narrow=narrow, norm_layer=norm_layer, act_layer=act_layer, **dd
+            )
+        self.blocks = nn.Sequential(blocks)
         self.fc = fc
 
     def forward(self, x: Tensor) -> Tensor:

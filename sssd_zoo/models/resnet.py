@@ -49,6 +49,7 @@ class SSSDResNet(ResNet):
         num_classes: of every classifier; 0 for none.
         in_chans: channels of the images.
         output: 'ensemble', 'final', or the number of an exit, 1 to 4 (as a number or as text).
+        exits: 'plain', or 'attention' for exits that first weigh their map by an `Attention`.
         cifar_stem: a 3x3 stride-1 first convolution and no max-pool, for images of about 32 px.
         thresholds: of the exits 1 to 3, which `forward_early` takes by default: `sssd early-exit` calibrates them and
             stores them in config.json, so that timm gives them here. New classifiers drop them.
@@ -59,7 +60,8 @@ class SSSDResNet(ResNet):
         kwargs: the other arguments of timm's ResNet.
 
     Raises:
-        UserError: for an `output` that does not exist, a stem that contradicts `cifar_stem`, or wrong `thresholds`.
+        UserError: for an `output` or `exits` that do not exist, a stem that contradicts `cifar_stem`, or wrong
+            `thresholds`.
     """
 
     __constants__ = ("ensemble",)  # so that TorchScript compiles only the branches whose exits there are
@@ -81,6 +83,7 @@ class SSSDResNet(ResNet):
         in_chans: int = 3,
         *,
         output: str | int = "ensemble",
+        exits: str = "plain",
         cifar_stem: bool = False,
         thresholds: Sequence[float] | None = None,
         act_layer: Any = nn.ReLU,
@@ -96,6 +99,8 @@ class SSSDResNet(ResNet):
         self.output = "final" if str(output) == "4" else str(output)
         if self.output not in ("ensemble", "final", "1", "2", "3"):
             raise UserError(f"there is no output={output!r}: choose 'ensemble', 'final' or an exit from 1 to 4")
+        if exits not in ("plain", "attention"):
+            raise UserError(f"there are no exits={exits!r}: choose 'plain' or 'attention'")
         self.ensemble = self.output == "ensemble"
         self.thresholds = check_thresholds(thresholds) if self.ensemble and thresholds is not None else None
         feature_info: list[dict[str, Any]] = self.feature_info
@@ -119,6 +124,7 @@ class SSSDResNet(ResNet):
                 strides[number - 1 :],
                 self._new_classifier(),
                 narrow=block.expansion > 1,
+                attention=exits == "attention",
                 norm_layer=get_norm_layer(norm_layer),
                 act_layer=get_act_layer(act_layer),
                 **dd,

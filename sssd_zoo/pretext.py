@@ -1,0 +1,186 @@
+"""M_ssl of `sssd fit` and `sssd compare`: the network whose features are clustered, and where it comes from.
+
+It is pretrained by MoCo v2 (section 3.1 of the paper), on the images to distil (D_tar) or on others (D_pre, section
+4.5), and may be of another size than the student; or it is any network that timm loads, and nothing is pretrained.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from sssd_zoo.config import ClusterConfig, ForwardConfig, MoCoConfig, PretextConfig
+from sssd_zoo.data.loading import DataConfig, ImageData, load_images
+from sssd_zoo.data.sources import short_name
+from sssd_zoo.distributed import rank
+from sssd_zoo.engine import RuntimeConfig, check
+from sssd_zoo.errors import UserError
+from sssd_zoo.stages import Stages
+from sssd_zoo.steps import (
+    check_queue,
+    check_sizes,
+    choose_model,
+    choose_size,
+    cluster_images,
+    describe_labels,
+    load_network,
+    load_trunk,
+    new_trunk,
+    pretrain_network,
+    statistics,
+    storage_default,
+)
+
+
+@dataclass(frozen=True)
+class Pretext:
+    """M_ssl, and what it is pretrained on.
+
+    Attributes:
+        arch: its timm name; of `features`, what the user called it.
+        source: D_pre, or None where nothing is pretrained.
+        same_data: whether D_pre is D_tar.
+        size: side of the pretext's views in pixels.
+        config: of MoCo.
+        digest: of the weights of `features`; empty where the network is pretrained here.
+    """
+
+    arch: str
+    source: ImageData | None
+    same_data: bool
+    size: int
+    config: MoCoConfig
+    digest: str
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The stages that make it."""
+        return ("pretrain",) if self.source is not None else ()
+
+    @property
+    def words(self) -> str:
+        """What it is, for people."""
+        if self.source is None:
+            return f"`{short_name(self.arch)}`, as it is"
+        where = "the same images" if self.same_data else f"`{self.source.name}`, {len(self.source):,} images"
+        return f"`{self.arch}`, MoCo v2 for {self.config.epochs} epochs on {where}"
+
+    def network(self, out: Path) -> str:
+        """What `load_network` loads it by, in a run folder."""
+        return str(out / "pretrain") if self.source is not None else self.arch
+
+    def inputs(self) -> dict[str, Any]:
+        """What decides it, for the inputs of the stages that use it."""
+        if self.source is None:
+            return {"arch": self.arch, "features": self.digest}
+        where = {"data": self.source.fingerprint, "images": len(self.source), "storage_size": self.source.size}
+        return {"arch": self.arch, **where}
+
+    def pretrain(self, stages: Stages, settings: dict[str, Any], runtime: RuntimeConfig) -> None:
+        """Pretrains it as a stage, where it is to be pretrained."""
+        source = self.source
+        if source is None:
+            return
+        stages.run(
+            "pretrain",
+            lambda folder: pretrain_network(source, self.config, runtime, arch=self.arch, size=self.size, out=folder),
+            {**settings, **self.inputs()},
+            all_processes=True,
+        )
+
+    def label(
+        self, stages: Stages, data: ImageData, config: ClusterConfig, forward: ForwardConfig, seed: int
+    ) -> dict[str, Any]:
+        """Clusters its features of D_tar into pseudo labels, as the stage 'labels', and gives the stage's result."""
+        model = self.network(stages.out)
+
+        def label(folder: Path) -> dict[str, Any]:
+            network = load_network(model, num_classes=0)
+            found = cluster_images(network, data, config, forward, model=model, seed=seed, out=folder)
+            if found is None:
+                return {}
+            print(describe_labels(found, folder))
+            return {"k": found.meta["k"], "quality": found.meta["quality"]}
+
+        # Where the features lie does not change the labels.
+        settings = {"k": config.k, "iterations": config.iterations, "redos": config.redos}
+        own = {} if self.after else self.inputs()
+        return stages.run("labels", label, {**settings, **own}, after=self.after, all_processes=True)
+
+    def check_warm_start(self, arch: str) -> None:
+        """Raises `UserError` unless the trunk of the student `arch` can start from its weights."""
+        network = new_trunk(self.arch) if self.source is not None else load_network(self.arch, num_classes=0)
+        load_trunk(timm.create_model(arch), network)
+
+
+def open_data(args: Any, *, require_labels: bool = False) -> tuple[ImageData, int, str]:
+    """The images to distil, the side of the student's views, and the student's timm name.
+
+    Args:
+        args: of `sssd fit` or `sssd compare`.
+        require_labels: see `load_images`.
+    """
+    # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
+    default_size = storage_default(args.image_size)
+    if args.features is not None:
+        default_size = max(default_size, storage_default(statistics(load_network(args.features, num_classes=0))[2]))
+    config = DataConfig(**{name: getattr(args, name) for name in DataConfig.__dataclass_fields__})
+    data = load_images(config, default_size=default_size, require_labels=require_labels, progress=rank() == 0)
+    size = choose_size(data, args.image_size)
+    return data, size, choose_model(args.model, size)
+
+
+def choose_pretext(
+    args: PretextConfig, config: DataConfig, moco: MoCoConfig, data: ImageData, *, arch: str, size: int, processes: int
+) -> Pretext:
+    """Reads D_pre, where it is another, or the network to take the features of, and checks that all can work.
+
+    Args:
+        args: what the user chose.
+        config: of D_tar: how to decode.
+        moco: of the pretext.
+        data: D_tar.
+        arch: timm name of the student.
+        size: side of the views in pixels.
+        processes: number of them.
+
+    Raises:
+        UserError: for choices that exclude one another, and for those that cannot train.
+    """
+    if args.features is not None:
+        given = [name for name in ("pretrain_model", "pretrain_data", "pretrain_split") if getattr(args, name)]
+        if given:
+            raise UserError(f"--features takes a network as it is, nothing is pretrained: drop --{given[0]}")
+        weights = weights_digest(load_network(args.features, num_classes=0))
+        return Pretext(args.features, None, True, size, moco, weights)
+    if args.pretrain_split is not None and args.pretrain_data is None:
+        raise UserError("--pretrain_split is of --pretrain_data; give that too, or --split for one data set")
+    pretrain_arch = choose_model(args.pretrain_model or arch, size)
+    source = data
+    if args.pretrain_data is not None:
+        # Columns and revision are D_tar's. Images of D_pre that are larger than its are made as small (section 4.5).
+        other = replace(
+            config,
+            data=args.pretrain_data,
+            split=args.pretrain_split,
+            image_column=None,
+            label_column=None,
+            revision=None,
+        )
+        source = load_images(other, default_size=data.size, progress=rank() == 0)
+    check(moco, processes, len(source))
+    check_queue(moco.queue_size, len(source))
+    check_sizes(pretrain_arch, [size, *moco.sizes])
+    return Pretext(pretrain_arch, source, source is data, size, moco, "")
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """A short fingerprint of a network's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
