@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
+from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
 from jsonargparse import ArgumentParser
 
 from sssd_zoo.errors import UserError
@@ -34,8 +36,12 @@ COMMANDS = {
     "pull": ("PullArgs", "pull", "a published network or labels in a folder, their sha256 checked"),
     "models": ("ModelsArgs", "models", "the networks of this package: parameters and multiply-adds of every exit"),
 }
-# Arguments that may stand first, without their names.
-FIRST = {"publish": "run", "publish-labels": "labels", "pull": "name"}
+# Arguments that are given by their place after the subcommand, and how many words they take.
+POSITIONAL: dict[str, dict[str, str | None]] = {
+    "publish": {"run": None},
+    "publish-labels": {"labels": None},
+    "pull": {"name": None},
+}
 
 
 class Parser(ArgumentParser):
@@ -59,7 +65,11 @@ def _parser(name: str, prog: str) -> Parser:
     parser.add_argument(
         "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
     )
-    parser.add_class_arguments(getattr(config, COMMANDS[name][0]))
+    arguments, places = getattr(config, COMMANDS[name][0]), POSITIONAL.get(name, {})
+    described = {part.arg_name: part.description for part in parse_docstring(arguments.__doc__).params}
+    for place, words in places.items():
+        parser.add_argument(place, nargs=words, metavar=place.upper(), help=described[place])
+    parser.add_class_arguments(arguments, skip=set(places))
     return parser
 
 
@@ -98,25 +108,13 @@ def switches(config: Any, prefix: str = "--") -> set[str]:
     return found
 
 
-def spell_out(arguments: list[str], config: Any, first: str | None = None) -> list[str]:
-    """Writes `--resume` as `--resume true`, which is what jsonargparse understands, and `--dry-run` as `--dry_run`.
-
-    Args:
-        arguments: of the command line.
-        config: dataclass of the options.
-        first: option that a first word without a name is the value of.
-    """
+def spell_out(arguments: list[str], config: Any) -> list[str]:
+    """Writes `--resume` as `--resume true`, which is what jsonargparse understands, and `--dry-run` as `--dry_run`."""
     names, words = switches(config), []
-    if first is not None and arguments and not arguments[0].startswith("-"):
-        arguments = [f"--{first}", *arguments]
-    options = [word.partition("=") for word in arguments]
-    arguments = [
-        name.replace("-", "_").replace("__", "--", 1) + sign + value if name.startswith("--") else name + sign + value
-        for name, sign, value in options
-    ]
+    arguments = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         words.append(word)
-        if word in names and following.startswith("--"):
+        if word in names and following.lower() not in ("true", "false", "yes", "no", "null"):
             words.append("true")
     return words
 
@@ -131,7 +129,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     """
     parser = _parser(name, prog or Path(sys.argv[0]).name)
     config = getattr(importlib.import_module("sssd_zoo.config"), COMMANDS[name][0])
-    words = spell_out(sys.argv[1:] if arguments is None else arguments, config, FIRST.get(name))
+    words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
     values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
     modules = {"fit": "sssd_zoo.fit", "card": "sssd_zoo.cards", "compare": "sssd_zoo.compare"}
