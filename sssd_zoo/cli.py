@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -145,14 +146,10 @@ def switches(config: Any, prefix: str = "--") -> set[str]:
 def spell_out(arguments: list[str], config: Any) -> list[str]:
     """Writes `--resume` as `--resume true`, which is what jsonargparse understands, and `--dry-run` as `--dry_run`."""
     names, words = switches(config), []
-    options = [word.partition("=") for word in arguments]
-    arguments = [
-        name.replace("-", "_").replace("__", "--", 1) + sign + value if name.startswith("--") else name + sign + value
-        for name, sign, value in options
-    ]
+    arguments = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         words.append(word)
-        if word in names and following.startswith("--"):
+        if word in names and following.lower() not in ("true", "false", "yes", "no", "null"):
             words.append("true")
     return words
 

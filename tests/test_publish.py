@@ -279,6 +279,8 @@ def test_a_branch_a_pull_request_and_a_tag_that_stays(published, sssd, run, tmp_
 
 def test_mistakes_are_one_line(empty, sssd, run, tmp_path):
     assert "no folder" in sssd("publish", tmp_path / "none", "--repo", REPO).error
+    assert "no folder" in sssd("publish", "--repo", REPO, "--private", tmp_path / "none").error
+    assert "required: run" in sssd("publish", "--repo", REPO).error
     assert "no finished run" in sssd("publish", tmp_path, "--repo", REPO).error
     assert "ORG/NAME" in sssd("publish", run, "--repo", "network").error
     assert "ORG/NAME" in sssd("publish", run, "--repo", "a/b/c").error
