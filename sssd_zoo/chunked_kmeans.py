@@ -54,7 +54,7 @@ def kmeans_from_file(
         for redo in range(redos):
             order = np.empty(n, dtype=np.int32)
             faiss.rand_perm(faiss.swig_ptr(order), n, first_seed(seed, redo) + 1)
-            centroids = np.array(features.rows(order[:k]))
+            centroids = features.rows(order[:k])
             del order
             inertia = np.float32(np.inf)
             for done in range(iterations):
