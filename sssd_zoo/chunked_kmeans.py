@@ -44,9 +44,7 @@ def kmeans_from_file(
     features = FeatureFile(path)
     n = features.shape[0]
     check_kmeans(n, k, iterations, redos)
-    for place, chunk in features.chunks(CHUNK, BLOCK):
-        refuse_non_finite(chunk, place.start)
-
+    _check_finite(features)
     faiss = import_faiss()
     best: FloatArray | None = None
     best_inertia = np.float32(np.inf)
@@ -54,7 +52,7 @@ def kmeans_from_file(
         for redo in range(redos):
             order = np.empty(n, dtype=np.int32)
             faiss.rand_perm(faiss.swig_ptr(order), n, first_seed(seed, redo) + 1)
-            centroids = np.array(features.rows(order[:k]))
+            centroids = features.rows(order[:k])
             del order
             inertia = np.float32(np.inf)
             for done in range(iterations):
@@ -74,6 +72,11 @@ def kmeans_from_file(
         found = index.search(chunk, 1)
         distances[place], labels[place] = found[0][:, 0], found[1][:, 0]
     return Clustering.without_holes(labels, best, distances, k)
+
+
+def _check_finite(features: FeatureFile) -> None:
+    for place, chunk in features.chunks(CHUNK, BLOCK):
+        refuse_non_finite(chunk, place.start)
 
 
 def _index(faiss: Any, centroids: FloatArray) -> Any:

@@ -117,7 +117,7 @@ def compare(args: CompareArgs) -> None:
             if method not in args.methods:
                 continue
             train, settings = _training(args, method, data, folder, runtime, arch, size, pretext.network(folder))
-            settings |= pretext.inputs() if method == "seed" and not pretext.after else {}
+            settings |= {"features": pretext.digest} if method == "seed" and not pretext.after else {}
             after = ("labels",) if method in LABELLED else pretext.after if method == "seed" else ()
             stages.run(method, train, settings, after=after, all_processes=True)
 

@@ -103,10 +103,20 @@ class FeatureFile:
         if array.dtype != np.float32 or array.ndim != 2:
             raise UserError(f"{self.path} holds {array.dtype} {list(array.shape)}; features are float32 [N, D]")
         self.shape: tuple[int, int] = array.shape
+        self._begin: int = array.offset
 
-    def rows(self, which: slice | npt.NDArray[np.integer]) -> FloatArray:
-        """Rows of the file: a mapping for a slice, in memory only as long as it is used; a copy for numbers of rows."""
-        found: FloatArray = np.load(self.path, mmap_mode="c")[which]  # copy-on-write: the file stays as it is
+    def part(self, place: slice) -> FloatArray:
+        """Rows next to one another: a mapping, in memory only as long as it is used."""
+        found: FloatArray = np.load(self.path, mmap_mode="c")[place]  # copy-on-write: the file stays as it is
+        return found
+
+    def rows(self, numbers: npt.NDArray[np.integer]) -> FloatArray:
+        """Rows from anywhere, a copy. They are read, not mapped: a mapping would bring in much of what lies around."""
+        found = np.empty((len(numbers), self.shape[1]), dtype=np.float32)
+        with self.path.open("rb", buffering=0) as file:
+            for row, number in zip(found, numbers.tolist(), strict=True):
+                file.seek(self._begin + number * row.nbytes)
+                file.readinto(row)
         return found
 
     def chunks(self, size: int, least: int = 1) -> Iterator[tuple[slice, FloatArray]]:
@@ -120,4 +130,4 @@ class FeatureFile:
         starts = [start for start in range(0, n, size) if start == 0 or n - start >= least]
         for start, stop in zip(starts, [*starts[1:], n], strict=True):
             place = slice(start, stop)
-            yield place, self.rows(place)
+            yield place, self.part(place)

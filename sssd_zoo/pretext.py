@@ -29,6 +29,7 @@ from sssd_zoo.steps import (
     load_network,
     load_trunk,
     new_trunk,
+    part,
     pretrain_network,
     statistics,
     storage_default,
@@ -127,8 +128,9 @@ def open_data(args: Any, *, require_labels: bool = False) -> tuple[ImageData, in
     default_size = storage_default(args.image_size)
     if args.features is not None:
         default_size = max(default_size, storage_default(statistics(load_network(args.features, num_classes=0))[2]))
-    config = DataConfig(**{name: getattr(args, name) for name in DataConfig.__dataclass_fields__})
-    data = load_images(config, default_size=default_size, require_labels=require_labels, progress=rank() == 0)
+    data = load_images(
+        part(args, DataConfig), default_size=default_size, require_labels=require_labels, progress=rank() == 0
+    )
     size = choose_size(data, args.image_size)
     return data, size, choose_model(args.model, size)
 

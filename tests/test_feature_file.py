@@ -33,7 +33,7 @@ def test_the_file_holds_the_last_exits_normalised_features(features, tmp_path):
     file = FeatureFile(path)
     assert file.shape == (50, 6)
     expected = normalise(features.numpy().copy())
-    np.testing.assert_array_equal(file.rows(slice(0, 50)), expected)
+    np.testing.assert_array_equal(file.part(slice(0, 50)), expected)
     np.testing.assert_array_equal(file.rows(np.array([49, 0, 3])), expected[[49, 0, 3]])
     chunks = list(file.chunks(16))
     assert [len(chunk) for _, chunk in chunks] == [16, 16, 16, 2]
@@ -45,7 +45,7 @@ def test_the_file_holds_the_last_exits_normalised_features(features, tmp_path):
 def test_what_is_read_can_be_changed_without_changing_the_file(features, tmp_path):
     write_features(tmp_path / "f.npy", 50, batches_of(features))
     before = (tmp_path / "f.npy").read_bytes()
-    FeatureFile(tmp_path / "f.npy").rows(slice(0, 5))[:] = 7
+    FeatureFile(tmp_path / "f.npy").part(slice(0, 5))[:] = 7
     assert (tmp_path / "f.npy").read_bytes() == before
 
 

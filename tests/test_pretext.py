@@ -110,6 +110,7 @@ def test_compare_follows_and_its_tables_join_other_comparisons(folder_of_images,
     digest = weights_digest(timm.create_model(f"local-dir:{network}", pretrained=True, num_classes=0))
     record = json.loads((first / "seed-0" / "steps" / "seed.json").read_text())
     assert record["inputs"]["features"] == digest, "SEED's teacher is the same network"
+    assert record["inputs"]["arch"] == "sssd_resnet18"
     capsys.readouterr()
 
     words += ["--out", second, "--methods", "[sssd]", "--pretrain_data", other_images]
