@@ -48,7 +48,8 @@ def coco_average_precision(predictions: Detections, targets: Detections, class_n
     backend: Any = coco_backend()
     if all(bool(target["difficult"].all()) for target in targets):
         raise UserError("there is no object to be found in the images to measure on; give others")
-    metric = MeanAveragePrecision(class_metrics=True, backend=backend)
+    # The process that calls has all predictions: torchmetrics would otherwise wait for the others'.
+    metric = MeanAveragePrecision(class_metrics=True, backend=backend, sync_on_compute=False)
     crowds = [{"boxes": t["boxes"], "labels": t["labels"], "iscrowd": t["difficult"].to(torch.long)} for t in targets]
     metric.update([dict(prediction) for prediction in predictions], crowds)
     found = metric.compute()

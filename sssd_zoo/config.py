@@ -463,8 +463,9 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
         epochs: passes over the labelled images.
         min_steps: optimiser steps at least, so that a few labels are seen more often.
         batch_size: images per optimiser step, over all processes; less where there are fewer labelled images.
-        lr: learning rate of the classifiers at its height, and of all of a network from scratch.
-        trunk_lr: learning rate at its height of the rest of a network that has weights already.
+        lr: learning rate at its height of the new classifiers of a network that has weights already.
+        trunk_lr: learning rate at its height of the rest of it.
+        scratch_lr: learning rate at its height of a network from scratch, for all of it.
         weight_decay: of all parameters; the paper fine-tunes without regularisation.
     """
 
@@ -479,7 +480,9 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     holdout: float = 0.2
     epochs: int = 60
     min_steps: int = 0
+    lr: float = 0.01
     trunk_lr: float = 0.01
+    scratch_lr: float = 0.1
     weight_decay: float = 0.0
 
 

@@ -113,8 +113,8 @@ def weights_of(name: str) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
 
 
-def step_plan(args: FinetuneArgs, images: int, processes: int) -> OptimConfig:
-    """How to train on so many labelled images: batches that they fill, and epochs enough for `min_steps`.
+def step_plan(args: FinetuneArgs, name: str, images: int, processes: int) -> OptimConfig:
+    """How to train a network on so many labelled images: batches that they fill, and epochs enough for `min_steps`.
 
     Raises:
         UserError: if they are too few for a batch.
@@ -124,7 +124,8 @@ def step_plan(args: FinetuneArgs, images: int, processes: int) -> OptimConfig:
     if batch < 2 * parts:
         raise UserError(f"{images} labelled images are too few for a batch; give more labels")
     epochs = max(args.epochs, math.ceil(args.min_steps / (images // batch)))
-    return replace(part(args, OptimConfig), batch_size=batch, epochs=epochs)
+    lr = args.scratch_lr if name == SCRATCH else args.lr
+    return replace(part(args, OptimConfig), batch_size=batch, epochs=epochs, lr=lr)
 
 
 def train_and_measure(
@@ -146,7 +147,6 @@ def train_and_measure(
     model, arch = starting_network(name, first_model(args, size), args.method, len(data.class_names))
     mean, std, _ = statistics(model)
     views: dict[str, Any] = {"size": size, "mean": mean, "std": std, "crop": args.crop, "scale": args.crop_scale}
-    # What has no weights yet wants the rate of new weights everywhere.
     views["trunk_scale"] = 1.0 if name == SCRATCH else args.trunk_lr / args.lr
     if args.method == "exits":
         task: Task = SelfDistillation(model, alpha=args.alpha, lam=args.lam, temperature=args.temperature, **views)
@@ -199,6 +199,8 @@ def finetune(args: FinetuneArgs) -> None:
     wrong = [amount for amount, how in amounts if amount <= 0 or how.get("fraction", 0) > 1]
     if wrong:
         raise UserError("fractions are shares over 0 and up to 1, as 0.01 for 1 percent, and --per_class is at least 1")
+    if args.lr <= 0:
+        raise UserError(f"lr {args.lr} of the new classifiers must be over 0")
     places = {name: re.sub(r"[^\w.-]+", "-", name).strip("-") for name in args.models}
     if len(set(places.values())) < len(args.models):
         raise UserError(f"--models must have different names: {', '.join(args.models)}")
@@ -217,7 +219,7 @@ def finetune(args: FinetuneArgs) -> None:
         check_sizes(arch, [size, *args.sizes])
     for _, how in amounts:
         count = len(labelled_subset(data.labels[known], args.seeds[0], **how))
-        check(step_plan(args, count, processes), processes, count)
+        check(step_plan(args, args.models[0], count, processes), processes, count)
     if rank() == 0:
         save_config(out, args)
     precision = resolve_precision(runtime.precision, runtime.device)
@@ -247,7 +249,7 @@ def finetune(args: FinetuneArgs) -> None:
             stages = Stages(folder, {**common, "model": name, "start": start})
             for seed in args.seeds:
                 positions = known[labelled_subset(data.labels[known], seed, **how)]
-                optim = step_plan(args, len(positions), processes)
+                optim = step_plan(args, name, len(positions), processes)
                 own = replace(runtime, seed=seed)
 
                 def step(

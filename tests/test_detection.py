@@ -432,6 +432,16 @@ class TestCommands:
         for name in ("ap", "ap50", "ap75", "voc_ap50"):
             assert again[name] == pytest.approx(metrics[name], abs=1e-3)
 
+    @pytest.mark.slow
+    def test_two_processes_train_and_one_measures(self, voc, tmp_path):
+        words = ["train/detect.py", "--data", f"[{voc}]", "--model", "test_resnet", "--pretrained", "false", *TINY]
+        words += ["--batch_size", "4", "--frozen_stages", "1", "--out", str(tmp_path / "two")]
+        done = command("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", *words)
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((tmp_path / "two/metrics.json").read_text())
+        assert metrics["machine"]["processes"] == 2
+        assert metrics["ap"] >= 0
+
     def test_trunks_of_runs_and_of_timm(self, voc, tmp_path, capsys):
         from sssd_zoo.hub import save_network
 

@@ -23,7 +23,20 @@ from sssd_zoo.probe import accuracies
 from sssd_zoo.tasks import ClusterFit, SelfDistillation
 
 TINY = [
-    *("--image_size", "16", "--epochs", "2", "--batch_size", "4", "--lr", "0.02", "--trunk_lr", "0.002"),
+    *(
+        "--image_size",
+        "16",
+        "--epochs",
+        "2",
+        "--batch_size",
+        "4",
+        "--lr",
+        "0.02",
+        "--trunk_lr",
+        "0.002",
+        "--scratch_lr",
+        "0.02",
+    ),
     *("--device", "cpu", "--precision", "fp32"),
 ]
 VIEWS = {"size": 16, "mean": (0.5,) * 3, "std": (0.2,) * 3}
@@ -112,12 +125,13 @@ class TestStart:
 
 def test_steps_at_least_and_batches_that_fit():
     args = FinetuneArgs(data="", out="", models=[], epochs=3, min_steps=100, batch_size=32)
-    plan = step_plan(args, 70, 1)
-    assert (plan.batch_size, plan.epochs) == (32, 50)
-    assert step_plan(args, 10_000, 1).epochs == 3
-    assert step_plan(args, 21, 4).batch_size == 20
+    plan = step_plan(args, "run", 70, 1)
+    assert (plan.batch_size, plan.epochs, plan.lr) == (32, 50, args.lr)
+    assert step_plan(args, "scratch", 10_000, 1).epochs == 3
+    assert step_plan(args, "scratch", 10_000, 1).lr == args.scratch_lr
+    assert step_plan(args, "run", 21, 4).batch_size == 20
     with pytest.raises(UserError, match="too few"):
-        step_plan(args, 3, 2)
+        step_plan(args, "run", 3, 2)
 
 
 def test_accuracies_by_hand():
@@ -193,6 +207,7 @@ def test_mistakes(folder_of_images, tmp_path, capsys):
         (("--models", "[scratch]", "--per_class", "[99]"), "fewer than 99"),
         (("--models", "[scratch, scratch]"), "different names"),
         (("--models", "[nothing]"), "no model of that name"),
+        (("--models", "[scratch]", "--lr", "0"), "must be over 0"),
         (("--models", "[scratch]", "--fractions", "[0.01]", "--accumulate", "2"), "too few"),
     ):
         assert sssd(*words, *more) == 2
