@@ -60,10 +60,10 @@ def fit_temperatures(logits: Tensor, labels: Tensor) -> list[float]:
         def loss(own: Tensor = own, log_temperature: Tensor = log_temperature) -> float:
             log_temperature.grad = None
             value = F.cross_entropy(own / log_temperature.exp(), labels)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()
             return value.item()
 
-        optimiser.step(loss)  # type: ignore[no-untyped-call]
+        optimiser.step(loss)
         temperatures.append(log_temperature.exp().item())
     return temperatures
 
@@ -522,7 +522,7 @@ def curve(
         points: of the curve.
     """
     rules = all_rules(calibrated, labels, costs)
-    found = []
+    found: list[dict[str, Any]] = []
     for budget in np.linspace(answer_cost("1", costs), answer_cost("ensemble", costs), points):
         thresholds = rules.most_accurate(float(budget))
         assert thresholds is not None  # exit 1 alone keeps every one of these

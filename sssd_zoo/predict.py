@@ -54,7 +54,7 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
             f"'{args.model}' is no network of this package with classes: train its heads first (sssd linear)"
         )
     thresholds = args.thresholds if args.thresholds is not None else model.thresholds
-    output = args.output
+    output: str = args.output
     if output == "auto":
         output = "early-exit" if thresholds is not None else model.output
     if output == "early-exit" and thresholds is None:

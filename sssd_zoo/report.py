@@ -250,6 +250,8 @@ def early_exit_costs(
             marker="o",
             label="exits 1-4",
         )
+        for name in EXITS:
+            panel.annotate(name, (own[name], height[name]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         for name, colour, marker in (("ensemble", COLOURS[0], "*"), ("early exit", COLOURS[1], "D")):
             size = 11 if marker == "*" else 7
             panel.plot(own[name], height[name], color=colour, marker=marker, ms=size, ls="none", label=name)

@@ -33,6 +33,7 @@ SCRIPTS = [
     "train/detect.py",
     "eval/linear.py",
     "eval/knn.py",
+    "eval/early_exit.py",
 ]
 TINY = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "16"),

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import command
 from test_cli import one_line, sssd
 
 import sssd_zoo  # noqa: F401  registers the models
@@ -174,6 +173,18 @@ def test_early_exit(folder, folder_of_images, tmp_path, capsys):
     assert {*report["calibration_error"]["1"]} == {"before", "after"}
 
 
+@pytest.mark.parametrize("budget", [("--latency", "1000"), ("--points_lost", "100")])
+def test_other_budgets(folder, folder_of_images, tmp_path, budget):
+    words = [folder, "--data", folder_of_images, "--split", "train", "--calibration_split", "train", "--runs", "1"]
+    assert sssd("early-exit", *words, *budget, "--device", "cpu", "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "early_exit" / "report.json").read_text())
+    assert report["budget"] == {budget[0].removeprefix("--"): float(budget[1])}
+    assert "48 images, split train" in report["measured_on"]
+    if budget[0] == "--points_lost":  # anything is allowed, so the cheapest is taken
+        assert report["exits_taken"] == [1, 0, 0, 0]
+    assert sssd("early-exit", *words, "--out", tmp_path / "out") == 2, "it is there already"
+
+
 def test_mistakes(folder, folder_of_images, tmp_path, capsys):
     torch.manual_seed(0)
     other = tmp_path / "other"
@@ -191,10 +202,3 @@ def test_mistakes(folder, folder_of_images, tmp_path, capsys):
         assert sssd("early-exit", *words) == 2
         assert text in one_line(capsys)
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_script():
-    done = command("eval/early_exit.py", "--help")
-    assert done.returncode == 0, done.stderr
-    assert "MODEL" in done.stdout
