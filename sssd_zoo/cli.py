@@ -32,6 +32,8 @@ COMMANDS = {
     "space": ("SpaceArgs", "space", "a page to try a network on: on this machine, or published as a Space"),
     "models": ("ModelsArgs", "models", "the networks of this package: parameters and multiply-adds of every exit"),
 }
+# Arguments that may stand first, without their names.
+FIRST = {"space": "run"}
 
 
 class Parser(ArgumentParser):
@@ -55,8 +57,7 @@ def _parser(name: str, prog: str) -> Parser:
     parser.add_argument(
         "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
     )
-    # Required fields that are not keyword-only need no name: sssd space RUN.
-    parser.add_class_arguments(getattr(config, COMMANDS[name][0]), as_positional=True)
+    parser.add_class_arguments(getattr(config, COMMANDS[name][0]))
     return parser
 
 
@@ -95,9 +96,22 @@ def switches(config: Any, prefix: str = "--") -> set[str]:
     return found
 
 
-def spell_out(arguments: list[str], config: Any) -> list[str]:
-    """Writes `--resume` as `--resume true`, which is what jsonargparse understands."""
+def spell_out(arguments: list[str], config: Any, first: str | None = None) -> list[str]:
+    """Writes `--resume` as `--resume true`, which is what jsonargparse understands, and `--dry-run` as `--dry_run`.
+
+    Args:
+        arguments: of the command line.
+        config: dataclass of the options.
+        first: option that a first word without a name is the value of.
+    """
     names, words = switches(config), []
+    if first is not None and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{first}", *arguments]
+    options = [word.partition("=") for word in arguments]
+    arguments = [
+        name.replace("-", "_").replace("__", "--", 1) + sign + value if name.startswith("--") else name + sign + value
+        for name, sign, value in options
+    ]
     for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         words.append(word)
         if word in names and following.startswith("--"):
@@ -115,11 +129,11 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     """
     parser = _parser(name, prog or Path(sys.argv[0]).name)
     config = getattr(importlib.import_module("sssd_zoo.config"), COMMANDS[name][0])
-    words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
+    words = spell_out(sys.argv[1:] if arguments is None else arguments, config, FIRST.get(name))
     values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
     modules = {"fit": "sssd_zoo.fit", "card": "sssd_zoo.cards", "compare": "sssd_zoo.compare"}
-    modules |= {"space": "sssd_zoo.space"}
+    modules["space"] = "sssd_zoo.space"
     module = importlib.import_module(modules.get(name, "sssd_zoo.steps"))
     step: Any = getattr(module, COMMANDS[name][1])
     others = start_other_processes()

@@ -22,6 +22,12 @@ from sssd_zoo.report import Results, describe, table
 TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]
 
 
+def hub_cards() -> Path:
+    """The folder of the card's template and the cards of weights that ship: in the wheel, else in the checkout."""
+    installed = Path(__file__).parent / "hub_cards"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "hub_cards"
+
+
 def save_network(
     folder: str | Path,
     model: nn.Module,

@@ -141,7 +141,9 @@ class Demo:
         self.answers_are_clusters: bool = about["answers_are_clusters"]
         self.network = load(folder / "model")
         names = self.network.pretrained_cfg.get("label_names")
-        self.names: list[str] = names or [f"class {number}" for number in range(self.network.num_classes)]
+        words = self.network.pretrained_cfg.get("label_descriptions") or {}  # where names are WordNet's ids
+        self.names: list[str] = [words.get(name, name) for name in names or []]
+        self.names = self.names or [f"class {number}" for number in range(self.network.num_classes)]
         self.costs = multiply_adds(self.network, self.network.pretrained_cfg["input_size"])
         self.clusters = Clusters(folder / "clusters") if (folder / "clusters").is_dir() else None
         self.examples = sorted(map(str, (folder / "examples").iterdir()))
