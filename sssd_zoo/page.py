@@ -258,7 +258,7 @@ h1 { overflow-wrap: normal; line-height: 1.2; }
 .sssd .note { font-size: 0.8em; padding: 1px 8px; border-radius: 9px; border: 1px solid var(--border-color-primary); }
 .sssd .taken .note { background: var(--color-accent); border-color: var(--color-accent); color: white; }
 .sssd .cost { margin-left: auto; font-size: 0.82em; opacity: 0.75; }
-.sssd .bar { display: grid; grid-template-columns: 7em 1fr 2.8em; gap: 10px; align-items: center; line-height: 1.6; }
+.sssd .bar { display: grid; grid-template-columns: 9em 1fr 2.8em; gap: 10px; align-items: center; line-height: 1.6; }
 .sssd .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .sssd .track { height: 9px; border-radius: 5px; background: var(--border-color-primary); overflow: hidden; }
 .sssd .track span { display: block; height: 100%; background: var(--color-accent); opacity: 0.45; }
@@ -272,9 +272,8 @@ h1 { overflow-wrap: normal; line-height: 1.2; }
 @media (max-width: 640px) {
     .main { padding: 12px 16px !important; }
     h1 { font-size: 1.4em !important; }
-    #image { height: 200px !important; }
     .sssd .strip { grid-template-columns: repeat(4, 1fr); }
-    .sssd .bar { grid-template-columns: 6em 1fr 2.8em; }
+    .sssd .bar { grid-template-columns: 7em 1fr 2.8em; }
 }
 """
 
