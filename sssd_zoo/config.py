@@ -581,15 +581,15 @@ class DetectEvalArgs(DetectionDataConfig, ForwardConfig):
 
 @dataclass(kw_only=True)
 class SpaceArgs:
-    """Shows a page to try a network on: each exit's answer, where the early exit stops, and images that are alike.
+    """Shows a page to try a network on, or publishes it as a Space: `sssd space RUN`.
 
     Args:
         run: run folder of `sssd fit`, a folder with a network, or a name: 'sssd_resnet18_cifar.cifar10', 'hf-hub:...'.
         port: of the page on this machine; by default the first that is free from 7860 on.
         run_images: show images of the run's data, as examples and beside their clusters; they are published too.
         push: ORG/NAME of a Space on the Hugging Face Hub to publish, instead of showing the page here.
-        private: let only its owners see the Space, where it is new.
-        dry_run: list what would be published, and stop.
+        private: make the Space private; a public one of that name is refused.
+        dry_run: list the files that would be published and their sizes, and stop.
     """
 
     run: str

@@ -141,7 +141,9 @@ class Demo:
         self.answers_are_clusters: bool = about["answers_are_clusters"]
         self.network = load(folder / "model")
         names = self.network.pretrained_cfg.get("label_names")
-        self.names: list[str] = names or [f"class {number}" for number in range(self.network.num_classes)]
+        words = self.network.pretrained_cfg.get("label_descriptions") or {}  # where names are WordNet's ids
+        self.names: list[str] = [words.get(name, name) for name in names or []]
+        self.names = self.names or [f"class {number}" for number in range(self.network.num_classes)]
         self.costs = multiply_adds(self.network, self.network.pretrained_cfg["input_size"])
         self.clusters = Clusters(folder / "clusters") if (folder / "clusters").is_dir() else None
         self.examples = sorted(map(str, (folder / "examples").iterdir()))
@@ -256,7 +258,7 @@ h1 { overflow-wrap: normal; line-height: 1.2; }
 .sssd .note { font-size: 0.8em; padding: 1px 8px; border-radius: 9px; border: 1px solid var(--border-color-primary); }
 .sssd .taken .note { background: var(--color-accent); border-color: var(--color-accent); color: white; }
 .sssd .cost { margin-left: auto; font-size: 0.82em; opacity: 0.75; }
-.sssd .bar { display: grid; grid-template-columns: 7em 1fr 2.8em; gap: 10px; align-items: center; line-height: 1.6; }
+.sssd .bar { display: grid; grid-template-columns: 9em 1fr 2.8em; gap: 10px; align-items: center; line-height: 1.6; }
 .sssd .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .sssd .track { height: 9px; border-radius: 5px; background: var(--border-color-primary); overflow: hidden; }
 .sssd .track span { display: block; height: 100%; background: var(--color-accent); opacity: 0.45; }
@@ -270,9 +272,8 @@ h1 { overflow-wrap: normal; line-height: 1.2; }
 @media (max-width: 640px) {
     .main { padding: 12px 16px !important; }
     h1 { font-size: 1.4em !important; }
-    #image { height: 200px !important; }
     .sssd .strip { grid-template-columns: repeat(4, 1fr); }
-    .sssd .bar { grid-template-columns: 6em 1fr 2.8em; }
+    .sssd .bar { grid-template-columns: 7em 1fr 2.8em; }
 }
 """
 

@@ -20,7 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import HfApi, SpaceCard, get_token
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of httpx or httpx2, by its version
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+)  # httpx's or httpx2's, by the version; of connections too
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -55,13 +59,10 @@ PAGE_CODE = (
 
 def space(args: SpaceArgs) -> None:
     """`sssd space`."""
-    if args.push is None:
-        if importlib.util.find_spec("gradio") is None:
-            raise UserError("the page needs gradio, which is not installed: pip install 'sssd-zoo[space]'")
-    elif args.push.count("/") != 1 or not all(args.push.split("/")):
-        raise UserError(f"--push {args.push} is no name of a Space: give ORG/NAME")
-    elif not args.dry_run and get_token() is None:
-        raise UserError("--push needs a Hugging Face account: log in by `hf auth login`, or set HF_TOKEN")
+    if args.push is not None:
+        check_push(args.push, dry_run=args.dry_run)
+    elif importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs gradio, which is not installed: pip install 'sssd-zoo[space]'")
     with TemporaryDirectory(prefix="sssd-space-") as scratch:
         folder = Path(scratch)
         for note in assemble(args.run, folder, run_images=args.run_images):
@@ -72,21 +73,41 @@ def space(args: SpaceArgs) -> None:
             push(folder, args.push, private=args.private, dry_run=args.dry_run)
 
 
+def check_push(name: str, *, dry_run: bool) -> None:
+    """Refuses what could not be published, before anything is done.
+
+    Raises:
+        UserError: that says what.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push {name} is no name of a Space, ORG/NAME: {error}") from error
+    if "/" not in name:
+        raise UserError(f"--push {name} is no name of a Space, ORG/NAME: whose is it?")
+    if not dry_run and get_token() is None:
+        raise UserError("--push needs a login of the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
 def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
     """Lists the files of a Space and, unless `dry_run`, uploads them in one commit.
 
     Raises:
-        UserError: if the Hub cannot be reached or refuses.
+        UserError: if the Hub cannot be reached or refuses, or the Space is to be private and is public.
     """
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    print(f"{'would upload' if dry_run else 'uploading'} to the Space {name}:")
-    for path in files:
-        print(f"  {path.stat().st_size / 1e3:10,.1f} kB  {path.relative_to(folder)}")
+    sizes = [path.stat().st_size for path in files]
+    print(f"{name}: {len(files)} files, {sum(sizes):,} bytes")
+    for path, size in zip(files, sizes, strict=True):
+        print(f"{size:14,}  {path.relative_to(folder).as_posix()}")
     if dry_run:
+        print("dry run: nothing was uploaded")
         return
     api = HfApi()
     try:
         url = api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        if private and not api.repo_info(name, repo_type="space").private:
+            raise UserError(f"the Space {name} is public: make it private on the Hub, or give another name")
         api.upload_folder(
             repo_id=name,
             repo_type="space",
@@ -95,8 +116,10 @@ def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
             # Of a network that was here before nothing stays.
             delete_patterns=["model/*", "examples/*", "clusters/*", "sssd_zoo/*"],
         )
-    except (OSError, ValueError, HTTPError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except UserError:
+        raise
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error)[:300]
         raise UserError(f"cannot publish the Space {name}: {reason}; the same command can be repeated") from error
     print(f"published: {url}")
 

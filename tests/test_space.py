@@ -1,6 +1,8 @@
 """The page to try a network on: it says what the network says, in a real browser too; what would be published."""
 
+import base64
 import io
+import json
 import os
 import re
 import shutil
@@ -8,8 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +32,10 @@ from sssd_zoo.clustering import PseudoLabels
 from sssd_zoo.data.augment import normalise, resize, to_float
 from sssd_zoo.data.images import CorruptImageError
 from sssd_zoo.data.loading import DataConfig, load_images
+from sssd_zoo.errors import UserError
 from sssd_zoo.models import ensemble_logits
 from sssd_zoo.page import Analysis, Demo
-from sssd_zoo.space import NEAREST, assemble
+from sssd_zoo.space import NEAREST, assemble, push
 
 SHIPPED = "sssd_resnet18_cifar.cifar10"
 TINY = [
@@ -254,8 +259,9 @@ def test_mistakes_are_one_line(fitted, tmp_path, capsys, monkeypatch):
     assert "no folder 'nowhere'" in one_line(capsys, "nowhere")
     assert "holds no network" in one_line(capsys, tmp_path)
     assert "no network with four exits and classifiers" in one_line(capsys, fitted / "pretrain")
-    assert "give ORG/NAME" in one_line(capsys, SHIPPED, "--push", "name")
-    assert "log in by `hf auth login`, or set HF_TOKEN" in one_line(capsys, SHIPPED, "--push", "org/name")
+    assert "whose is it?" in one_line(capsys, SHIPPED, "--push", "name")
+    assert "no name of a Space" in one_line(capsys, SHIPPED, "--push", "org/na me")
+    assert "run `hf auth login`, or set HF_TOKEN" in one_line(capsys, SHIPPED, "--push", "org/name")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'sssd-zoo[space]'" in one_line(capsys, SHIPPED)
 
@@ -269,13 +275,97 @@ def test_a_taken_port_is_one_line(capsys):
 
 
 def test_what_would_be_published_is_listed(page, fitted, capsys):
-    run("space", [str(fitted), "--push", "org/name", "--dry_run"])
+    run("space", [str(fitted), "--push", "org/name", "--dry-run"])
     out = capsys.readouterr().out
-    listed = re.findall(r"^ +([\d.,]+) kB  (.+)$", out, re.MULTILINE)
+    listed = re.findall(r"^ +([\d,]+)  (.+)$", out, re.MULTILINE)
     expected = {str(path.relative_to(page)): path.stat().st_size for path in page.rglob("*") if path.is_file()}
-    assert {name: float(size.replace(",", "")) for size, name in listed} == {
-        name: pytest.approx(size / 1e3, abs=0.06) for name, size in expected.items()
+    assert {name: int(size.replace(",", "")) for size, name in listed} == expected
+    assert out.endswith("dry run: nothing was uploaded\n")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as a Space of small files asks for; what was asked is kept in `server.asked`."""
+
+    server: Any
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        action = self.path.partition("?")[0].removeprefix("/api/spaces/org/name")
+        self.server.asked.append((self.command, action, self.headers.get("Authorization"), body))
+        answers: dict[str, Any] = {
+            "/api/repos/create": {"url": f"http://{self.headers['Host']}/spaces/org/name"},
+            "/api/validate-yaml": {"errors": [], "warnings": []},
+            "/tree/main": [{"type": "file", "path": path, "size": 1, "oid": "0" * 40} for path in self.server.files],
+            "/commit/main": {
+                "commitUrl": f"http://{self.headers['Host']}/spaces/org/name/commit/1",
+                "commitOid": "1" * 40,
+            },
+        }
+        if action in ("", "/revision/main"):
+            answers[action] = {"id": "org/name", "private": self.server.private, "sha": "0" * 40, "siblings": []}
+        if action == "/preupload/main":
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            answers[action] = {"files": [{"path": file["path"], **modes} for file in json.loads(body)["files"]]}
+        found = action in answers and self.headers.get("Authorization") == "Bearer hf_good"
+        content = json.dumps(answers[action] if found else {"error": "no"}).encode()
+        self.send_response(200 if found else 401)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.private, server.files = [], False, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_TOKEN", "hf_good")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_makes_a_gradio_space_of_the_folder(hub, tmp_path, capsys):
+    for name in ("app.py", "README.md", "model/config.json", "sssd_zoo/page.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}'s content")
+    hub.private = True
+    hub.files = ["app.py", "clusters/nearest.parquet", "notes.txt"]  # of an earlier push, and of its owner
+    push(tmp_path, "org/name", private=True, dry_run=False)
+    asked = {action: json.loads(body) for _, action, _, body in hub.asked if action == "/api/repos/create"}
+    made = asked["/api/repos/create"]
+    assert (made["organization"], made["name"], made["type"], made["sdk"]) == ("org", "name", "space", "gradio")
+    assert made.get("private") or made.get("visibility") == "private"
+    [commit] = [body for _, action, _, body in hub.asked if action == "/commit/main"]
+    items = [json.loads(line) for line in commit.splitlines()]
+    sent = {
+        item["value"]["path"]: base64.b64decode(item["value"]["content"]) for item in items if item["key"] == "file"
     }
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sent == {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in files}
+    gone = [item["value"]["path"] for item in items if item["key"] == "deletedFile"]
+    assert gone == ["clusters/nearest.parquet"]
+    assert "published: " in capsys.readouterr().out
+
+
+def test_a_public_space_and_a_wrong_token_are_refused(hub, tmp_path, monkeypatch):
+    (tmp_path / "app.py").write_text("")
+    with pytest.raises(UserError, match="org/name is public"):
+        push(tmp_path, "org/name", private=True, dry_run=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    with pytest.raises(UserError, match=r"cannot publish the Space org/name: .*401") as refused:
+        push(tmp_path, "org/name", private=False, dry_run=False)
+    assert "hf_bad" not in str(refused.value)
+    assert not [action for _, action, _, _ in hub.asked if action == "/commit/main"]
 
 
 def test_a_hub_that_is_down_is_one_line_without_the_token(capsys, monkeypatch, tmp_path):
