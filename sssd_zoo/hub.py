@@ -31,12 +31,6 @@ def hub_cards() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[1] / "hub_cards"
 
 
-def hub_cards() -> Path:
-    """The folder of the card's template and the cards of weights that ship: in the wheel, else in the checkout."""
-    installed = Path(__file__).parent / "hub_cards"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "hub_cards"
-
-
 def save_network(
     folder: str | Path,
     model: nn.Module,
