@@ -247,11 +247,15 @@ def copy_clusters(run: Path, folder: Path) -> str:
     """Writes a run's pretext network, its centroids, and thumbnails of the images nearest to each; tells how many.
 
     Raises:
-        UserError: if its pseudo labels or its images cannot be read, or these are not those of the labels.
+        UserError: if its pseudo labels, pretext network or images cannot be read, or these are not those of the labels.
     """
     pseudo = PseudoLabels.load(run / "labels")
+    absent = [name for name in NETWORK if not (run / "pretrain" / name).is_file()]
+    if absent:
+        raise UserError(f"{run / 'pretrain'} holds no network: {' and '.join(absent)} missing")
     _, config, splits = data_of(run)
-    encoded = open_encoded(splits[pseudo.meta["split"]], config.image_column, sources.short_name(config.data))
+    name = sources.short_name(config.data)
+    encoded = open_encoded(splits[columns.pick_split(splits, pseudo.meta["split"], name)], config.image_column, name)
     pseudo.check(fingerprint(encoded, progress=True))
     order = np.lexsort((pseudo.distances, pseudo.labels))
     starts = np.searchsorted(pseudo.labels[order], np.arange(len(pseudo.centroids)))
@@ -270,7 +274,7 @@ def copy_clusters(run: Path, folder: Path) -> str:
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table({"cluster": pseudo.labels[shown], "image": pa.array(images, pa.binary())}), buffer)
     atomic_write_bytes(folder / "nearest.parquet", buffer.getvalue().to_pybytes())
-    return f"{len(sizes)} clusters of {sources.short_name(config.data)}, {len(images)} thumbnails of its images"
+    return f"{len(sizes)} clusters of {name}, {len(images)} thumbnails of its images"
 
 
 def encode(image: Any, kind: str) -> bytes:

@@ -248,7 +248,10 @@ def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path):
     next(changed.rglob("*.png")).unlink()
     (moved / "config.yaml").write_text(config.replace(str(folder_of_images), str(changed)))
     assert "these pseudo labels belong to other data" in assemble(str(moved), tmp_path / "other")[1]
-    for folder in ("asked", "lost", "other"):
+    (moved / "config.yaml").write_text(config)
+    (moved / "pretrain/model.safetensors").unlink()
+    assert "holds no network: model.safetensors missing" in assemble(str(moved), tmp_path / "bare")[1]
+    for folder in ("asked", "lost", "other", "bare"):
         assert Demo(tmp_path / folder).clusters is None
         assert len(list((tmp_path / folder / "examples").iterdir())) == 10
 
