@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 
 from sssd_zoo import report
-from sssd_zoo.compare import spread
 from sssd_zoo.config import FinetuneArgs, ForwardConfig
 from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.data.sources import short_name
@@ -47,6 +46,7 @@ from sssd_zoo.steps import (
     statistics,
     storage_default,
 )
+from sssd_zoo.tables import spread
 from sssd_zoo.tasks import ClusterFit, SelfDistillation, Task
 
 SCRATCH = "scratch"
