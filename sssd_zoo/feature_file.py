@@ -116,7 +116,7 @@ class FeatureFile:
         with self.path.open("rb", buffering=0) as file:
             for row, number in zip(found, numbers.tolist(), strict=True):
                 file.seek(self._begin + number * row.nbytes)
-                file.readinto(row)
+                file.readinto(row.data)
         return found
 
     def chunks(self, size: int, least: int = 1) -> Iterator[tuple[slice, FloatArray]]:
