@@ -157,6 +157,12 @@ def test_checkpoints_keep_the_last_and_the_best(tmp_path):
         assert {"model.safetensors", "optimizer.bin", "checkpoint.json"} <= {file.name for file in path.iterdir()}
 
 
+def test_checkpoints_of_some_epochs_and_of_the_last(tmp_path):
+    run(tmp_path, epochs=5, checkpoint_epochs=2, keep_last=9)
+    steps = [record["step"] for _, record in Checkpoints(tmp_path / "checkpoints", {}).saved()]
+    assert steps == [8, 16, 20]
+
+
 def test_resume_in_the_middle_of_an_epoch_goes_on_from_the_step(tmp_path):
     class Stop(Exception):
         pass
