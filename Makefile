@@ -31,10 +31,10 @@ demo: $(VENV)/.installed ## run the whole pipeline on the shipped sample (10,000
 	$(BIN)/sssd fit --config train/recipes/demo.yaml --out runs/demo
 
 test: $(VENV)/.installed-dev ## run the fast tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/.installed-dev ## run every test, the slow ones too
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n auto --dist loadfile -m ''
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/ruff check .
