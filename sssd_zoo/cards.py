@@ -13,6 +13,7 @@ FOLDER/
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,14 @@ def card(args: CardArgs) -> None:
     checked = check(network.half().float())
     with atomic_dir(out) as folder:
         weights = write_card(
-            run, folder, name=args.name, paper=args.paper, license_name=args.license, checked=checked, out=out
+            run,
+            folder,
+            name=args.name,
+            paper=args.paper,
+            license_name=args.license,
+            checked=checked,
+            out=out,
+            remarks=args.remarks,
         )
         if args.weights is None:
             atomic_write_bytes(folder / "model.safetensors", weights)
@@ -83,6 +91,7 @@ def write_card(
     repo: str | None = None,
     paper: str | None = None,
     checked: dict[str, float] | None = None,
+    remarks: Sequence[str] = (),
 ) -> bytes:
     """Writes all that is to be known of a run's network but its weights.
 
@@ -95,6 +104,7 @@ def write_card(
         repo: see `model_card`.
         paper: see `paper_rows`.
         checked: see `check`; None leaves it out.
+        remarks: sentences for the card that no file of the run tells.
 
     Returns:
         The weights in half precision, whose sha256 metrics.json tells.
@@ -110,14 +120,14 @@ def write_card(
         shipped["check"] = checked
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     recipe["data"] = results["data"]
-    for name in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
-        if recipe.get(name):
-            recipe[name] = short_name(recipe[name])
+    for key in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
+        if recipe.get(key):
+            recipe[key] = short_name(recipe[key])
     recipe.pop("out")
     shown: Results = {
         **results,
         "accuracy": [*results.get("accuracy", []), *paper_rows(paper)],
-        "notes": training_notes(recipe, results),
+        "notes": [*training_notes(recipe, results), *remarks],
     }
     measured = {}
     if "accuracy" in results:

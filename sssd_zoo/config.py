@@ -622,6 +622,7 @@ class CardArgs:
         weights: file for the weights in half precision; by default model.safetensors in `out`.
         paper: row of the paper's tables to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
         license: of the weights, as the Hub names it.
+        remarks: sentences for the card that no file of the run tells, such as where the images come from.
         overwrite: replace what `out` holds.
     """
 
@@ -631,6 +632,7 @@ class CardArgs:
     weights: str | None = None
     paper: str | None = None
     license: str = "apache-2.0"
+    remarks: list[str] = field(default_factory=list)
     overwrite: bool = False
 
 

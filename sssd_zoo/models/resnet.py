@@ -19,7 +19,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.models.class_names import CIFAR10
+from sssd_zoo.models.class_names import CIFAR10, TINY_IMAGENET
 from sssd_zoo.models.exits import EarlyExits, Exit, Exits, ensemble_logits
 
 __all__ = ["SSSDResNet"]  # register_model adds the entry points
@@ -464,13 +464,21 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "sssd_resnet18": _cfg(),
+        "sssd_resnet18.tiny_imagenet_32": _cfg(
+            file=_weights("sssd_resnet18.tiny_imagenet_32"),
+            description="SSSD on Tiny ImageNet without labels, a linear probe per exit; its card is in hub_cards/",
+            num_classes=200,
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            crop_pct=1.0,
+            label_names=TINY_IMAGENET,
+        ),
         "sssd_resnet34": _cfg(),
         "sssd_resnet50": _cfg(),
         "sssd_resnet101": _cfg(),
         "sssd_resnet18_cifar.cifar10": _cifar_cfg(
             file=_weights("sssd_resnet18_cifar.cifar10"),
-            description="SSSD on CIFAR-10 without labels, a linear probe per exit; see hub_cards/ in the repository",
+            description="SSSD on CIFAR-10 without labels, a linear probe per exit; its card is in hub_cards/",
             label_names=CIFAR10,
         ),
         "sssd_resnet50_cifar": _cifar_cfg(),
