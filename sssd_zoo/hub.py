@@ -5,19 +5,30 @@ A folder FOLDER is loaded by `import sssd_zoo; timm.create_model("local-dir:FOLD
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    eval_result_entries_to_yaml,
+)
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save
 from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writes the weights too
 from torch import nn
 
+from sssd_zoo.data.sources import HUB_TIMEOUT
 from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.report import Results, describe, table
 
@@ -29,6 +40,27 @@ def hub_cards() -> Path:
     """The folder of the card's template and the cards of weights that ship: in the wheel, else in the checkout."""
     installed = Path(__file__).parent / "hub_cards"
     return installed if installed.is_dir() else Path(__file__).parents[1] / "hub_cards"
+
+
+@contextmanager
+def cache_if_unreachable(repo: str | None) -> Iterator[None]:
+    """Sends huggingface_hub straight to its cache in the block where the Hub does not answer, instead of trying again.
+
+    Args:
+        repo: of the network that the block loads; nothing is asked for None.
+    """
+    before = constants.HF_HUB_OFFLINE
+    if repo is not None and not before:
+        try:
+            HfApi().model_info(repo, timeout=HUB_TIMEOUT)
+        except HfHubHTTPError:
+            pass  # the Hub answers: what is wrong the download will say
+        except Exception:  # its HTTP client's errors, which differ between versions
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def save_network(

@@ -54,7 +54,7 @@ from sssd_zoo.engine import (
 from sssd_zoo.errors import UserError
 from sssd_zoo.feature_file import shard, write_features
 from sssd_zoo.files import atomic_write_text, read_json, write_json
-from sssd_zoo.hub import hub_cards, save_network
+from sssd_zoo.hub import cache_if_unreachable, hub_cards, save_network
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.own_labels import OwnLabels
 from sssd_zoo.probe import Probe, linear_probe, pooled_batches, stack_features
@@ -166,8 +166,14 @@ def load_network(name: str, **kwargs: Any) -> Any:
         source = f"local-dir:{folder}"
     elif not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
         raise UserError(f"there is no folder '{name}', and timm has no model of that name")
+    options = {"pretrained": True, **kwargs}
+    config = timm.get_pretrained_cfg(source) if ":" not in source else None
+    repo = source.removeprefix("hf-hub:").split("@")[0] if source.startswith("hf-hub:") else None
+    if config is not None and options["pretrained"]:
+        repo = config.hf_hub_id
     try:
-        return timm.create_model(source, **{"pretrained": True, **kwargs})
+        with cache_if_unreachable(repo):
+            return timm.create_model(source, **options)
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -407,7 +406,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def address(fitted: Path, tmp_path: Path) -> Iterator[str]:
-    """Where `sssd space` shows the run's page; afterwards it is ended as a user does."""
+    """Where `sssd space` shows the run's page; afterwards it is ended, and leaves no folder behind."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -425,7 +424,7 @@ def address(fitted: Path, tmp_path: Path) -> Iterator[str]:
         assert any("the page is at" in line for line in server.stdout)
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()  # not as by Ctrl-C: where the tests run in the background, shells have SIGINT ignored
         server.stdout.close()
         assert server.wait(timeout=60) == 0
     assert not list((tmp_path / "scratch").glob("sssd-space-*"))
