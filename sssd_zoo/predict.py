@@ -14,6 +14,7 @@ from sssd_zoo.data.sources import EXTENSIONS
 from sssd_zoo.early_exit import prepared
 from sssd_zoo.engine import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.hub import class_descriptions
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.steps import DTYPES, load_network, statistics, storage_default
 
@@ -76,7 +77,9 @@ def predict(args: PredictArgs) -> None:
     model.to(device, memory_format=torch.channels_last)
     autocast = DTYPES[resolve_precision(args.precision, args.device)]
     size = statistics(model)[2]
-    width = max(len("class"), *map(len, names))
+    words = class_descriptions(names)  # of WordNet's ids, which say nothing to a person
+    shown = [words.get(name, name).split(",")[0] for name in names] if words else names
+    width = max(len("class"), *map(len, shown))
     if args.format == "table":
         print(f"{'class':{width}}  confidence  exit      image")
     corrupt: list[Corrupt] = []
@@ -102,9 +105,10 @@ def predict(args: PredictArgs) -> None:
             file, number, confidence, exit_taken = row
             if args.format == "jsonl":
                 entry = {"image": str(file), "class": names[number], "confidence": round(confidence, 6)}
-                print(json.dumps({**entry, "exit": exit_taken}))
+                described = {"description": words[names[number]]} if words else {}
+                print(json.dumps({**entry, "exit": exit_taken, **described}))
             else:
-                print(f"{names[number]:{width}}  {confidence:10.4f}  {exit_taken!s:8}  {file}", flush=True)
+                print(f"{shown[number]:{width}}  {confidence:10.4f}  {exit_taken!s:8}  {file}", flush=True)
     if corrupt:
         CorruptTally("those given", args.max_corrupt).add(corrupt, len(files))
 

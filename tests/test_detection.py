@@ -23,7 +23,7 @@ from sssd_zoo.detection import build_detector, load_detector, stage_modules
 from sssd_zoo.errors import UserError
 from sssd_zoo.tasks.detection import Detection, flip_boxes
 
-BCCD = Path("/work/shared/data/bccd")
+BCCD = Path(__file__).parents[2] / "shared" / "data" / "bccd"
 CLASSES = ("disc", "square")
 TINY = [
     *("--short_side", "64", "--fpn_channels", "16", "--regions", "16", "--workers", "0", "--device", "cpu"),

@@ -1,6 +1,7 @@
 """`sssd predict`: answers of the network, whichever exit gives them, and images of all kinds."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -133,6 +134,15 @@ def test_shipped_network(folder_of_images, capsys):
     (line,) = lines(capsys)
     assert line["exit"] == 1
     assert line["class"] in ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def test_wordnet_ids_are_shown_as_words(folder_of_images, capsys):
+    image = folder_of_images / "red" / "00.png"
+    assert predict("sssd_resnet18.tiny_imagenet_32", image, "--format", "jsonl", "--output", "1") == 0
+    (line,) = lines(capsys)
+    assert re.fullmatch(r"n\d{8}", line["class"])
+    assert predict("sssd_resnet18.tiny_imagenet_32", image, "--output", "1") == 0
+    assert f"\n{line['description'].split(',')[0]} " in capsys.readouterr().out
 
 
 def test_help_reads_well(capsys):
