@@ -468,7 +468,7 @@ class TestCommands:
     def test_mistakes(self, voc, tmp_path, capsys):
         words = ["detect", "--data", f"[{voc}]", *TINY, "--out", tmp_path / "out"]
         for more, what in (
-            (("--model", "sssd_resnet18"), "No pretrained weights"),
+            (("--model", "sssd_resnet34"), "No pretrained weights"),
             (("--model", "nothing"), "no model of that name"),
             (("--model", "vit_tiny_patch16_224", "--pretrained", "false"), "take a convolutional network"),
             (("--model", "resnet18", "--pretrained", "false", "--frozen_stages", "9"), "from 0 to 5"),

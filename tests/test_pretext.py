@@ -133,7 +133,7 @@ def test_compare_follows_and_its_tables_join_other_comparisons(folder_of_images,
     [
         (["--features", "resnet_of_dreams"], "resnet_of_dreams"),
         (["--features", "hf-hub:nobody/nothing"], "hf-hub:nobody/nothing"),
-        (["--features", "sssd_resnet18"], "No pretrained weights"),
+        (["--features", "sssd_resnet34"], "No pretrained weights"),
         (["--features", "sssd_resnet18_cifar", "--pretrain_data", "x"], "drop --pretrain_data"),
         (["--pretrain_model", "resnet_of_dreams"], "resnet_of_dreams"),
         (["--pretrain_split", "train"], "--pretrain_data"),
