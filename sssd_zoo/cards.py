@@ -123,6 +123,8 @@ def write_card(
     for key in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
         if recipe.get(key):
             recipe[key] = short_name(recipe[key])
+    if recipe["pretrain"].get("init"):
+        recipe["pretrain"]["init"] = short_name(recipe["pretrain"]["init"])
     recipe.pop("out")
     shown: Results = {
         **results,
@@ -171,6 +173,8 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
         pretext = f"pseudo labels from the features of `{recipe['features']}`"
     elif recipe.get("pretrain_data"):
         pretext += f" on `{recipe['pretrain_data']}`"
+    if recipe["pretrain"].get("init") and not recipe.get("features"):
+        pretext += f", started from the weights of `{recipe['pretrain']['init']}`"
     return [
         f"**Training**: {pretext}, then self distillation for {recipe['distill']['epochs']} epochs, from {start}; "
         "`recipe.yaml` has all settings",

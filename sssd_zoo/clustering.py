@@ -235,8 +235,8 @@ def quality(labels: IntArray, truth: IntArray) -> dict[str, float]:
 class PseudoLabels:
     """Pseudo labels and the data they belong to; on disk a folder.
 
-    The folder holds labels.parquet (columns row, label, distance), centroids.safetensors (tensor ``centroids``) and
-    pseudo_labels.json (`meta`).
+    The folder holds labels.parquet (columns row, label, distance, and for soft labels near and near_distance),
+    centroids.safetensors (tensor ``centroids``) and pseudo_labels.json (`meta`).
 
     Attributes:
         rows: int64 [N], each image's row number in the data set, corrupt ones left out.
@@ -245,6 +245,8 @@ class PseudoLabels:
         centroids: float32 [K', D].
         meta: what made them: data, split, fingerprint, model, seed, iterations, redos, k_asked, k, inertia, sizes (rows
             per cluster) and quality (nmi, ari, purity; None without true labels).
+        near: int64 [N, M], the centroids nearest to each image, the nearest first, where soft labels may be wanted.
+        near_distances: float32 [N, M], the squared distances to them.
     """
 
     rows: IntArray
@@ -252,6 +254,8 @@ class PseudoLabels:
     distances: FloatArray
     centroids: FloatArray
     meta: dict[str, Any]
+    near: IntArray | None = None
+    near_distances: FloatArray | None = None
 
     @classmethod
     def from_clustering(
@@ -267,6 +271,7 @@ class PseudoLabels:
         iterations: int,
         redos: int,
         truth: IntArray | None,
+        near: tuple[IntArray, FloatArray] | None = None,
     ) -> Self:
         """Joins a clustering with what it was made from.
 
@@ -281,6 +286,7 @@ class PseudoLabels:
             iterations: as given to `kmeans`.
             redos: as given to `kmeans`.
             truth: int64 [N] true labels, for `quality`, or None.
+            near: the nearest centroids, int64 [N, M], and the squared distances to them, float32 [N, M], or None.
         """
         meta = {
             "data": data,
@@ -302,6 +308,8 @@ class PseudoLabels:
             distances=clustering.distances,
             centroids=clustering.centroids,
             meta=meta,
+            near=None if near is None else near[0],
+            near_distances=None if near is None else near[1],
         )
 
     def save(self, folder: str | Path) -> None:
@@ -310,7 +318,11 @@ class PseudoLabels:
         Raises:
             UserError: if it cannot be written.
         """
-        table = pa.table({"row": self.rows, "label": self.labels, "distance": self.distances})
+        columns: dict[str, Any] = {"row": self.rows, "label": self.labels, "distance": self.distances}
+        if self.near is not None and self.near_distances is not None:
+            for name, values in (("near", self.near), ("near_distance", self.near_distances)):
+                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+        table = pa.table(columns)
         parquet = pa.BufferOutputStream()
         pq.write_table(table, parquet)
         with atomic_dir(folder) as temporary:
@@ -334,8 +346,14 @@ class PseudoLabels:
                 )
         meta = read_json(folder / "pseudo_labels.json")
         try:
-            table = pq.read_table(folder / "labels.parquet", columns=["row", "label", "distance"])
-            rows, labels, distances = (column.to_numpy() for column in table.columns)
+            table = pq.read_table(folder / "labels.parquet")
+            rows, labels, distances = (table[name].to_numpy() for name in ("row", "label", "distance"))
+            near, near_distances = (
+                table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+                if name in table.column_names
+                else None
+                for name in ("near", "near_distance")
+            )
             centroids = safetensors.numpy.load_file(folder / "centroids.safetensors")["centroids"]
             found = np.unique(labels)
             whole = np.array_equal(found, np.arange(len(centroids))) and "fingerprint" in meta
@@ -343,7 +361,15 @@ class PseudoLabels:
             raise UserError(f"cannot read the pseudo labels in {folder}: {error}; make them again") from error
         if not whole:
             raise UserError(f"the files of the pseudo labels in {folder} do not fit one another; make them again")
-        return cls(rows=rows, labels=labels, distances=distances, centroids=centroids, meta=meta)
+        return cls(
+            rows=rows,
+            labels=labels,
+            distances=distances,
+            centroids=centroids,
+            meta=meta,
+            near=near,
+            near_distances=near_distances,
+        )
 
     def check(self, data_fingerprint: str) -> None:
         """Refuses other data than those the labels were made from.
@@ -358,7 +384,11 @@ class PseudoLabels:
             )
 
     def labels_of(self, rows: IntArray) -> IntArray:
-        """The labels of the images with these row numbers, int64 [len(rows)], in their order.
+        """The labels of the images with these row numbers, int64 [len(rows)], in their order; see `places_of`."""
+        return self.labels[self.places_of(rows)]
+
+    def places_of(self, rows: IntArray) -> IntArray:
+        """Where the images with these row numbers stand in `labels`, int64 [len(rows)], in their order.
 
         Raises:
             UserError: if a row has no label.
@@ -372,4 +402,4 @@ class PseudoLabels:
             raise UserError(
                 f"row {row} has no pseudo label ({int(missing.sum())} rows have none); make the labels again"
             )
-        return self.labels[found]
+        return found

@@ -6,7 +6,7 @@ OUT/report.md, results.csv, results.json and accuracy.png what they gave.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.pretext import choose_pretext, open_data
+from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import (
     check_queue,
@@ -38,7 +39,14 @@ from sssd_zoo.steps import (
 )
 from sssd_zoo.tables import METHODS, Result, Setting, comparison_table, mean_of, paper_tables, results_csv
 
-LABELLED = ("sssd", "clusterfit")  # the methods that learn the pseudo labels
+LABELLED = {  # the methods that learn pseudo labels, and the stage that makes these
+    "sssd": "labels",
+    "sssd-warm": "labels",
+    "sssd-redos": "labels-redos",
+    "sssd-soft": "labels-soft",
+    "clusterfit": "labels",
+}
+NEAREST = 8  # centroids that soft labels are over
 TAUGHT = (*LABELLED, "seed")  # the methods that need M_ssl; the others start from nothing
 
 
@@ -65,6 +73,10 @@ def compare(args: CompareArgs) -> None:
         check_sizes(arch, [size, *optim.sizes])
     if "seed" in args.methods:
         check_queue(args.seed_method.queue_size, len(data))
+    if "sssd-warm" in args.methods:
+        pretext.check_warm_start(arch)
+    if args.soft <= 0 or args.redos < 1:
+        raise UserError(f"soft {args.soft} must be over 0, and redos {args.redos} at least 1")
     if not 2 <= args.cluster.k <= len(data):
         raise UserError(
             f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
@@ -109,16 +121,22 @@ def compare(args: CompareArgs) -> None:
         stages = Stages(out / f"seed-{seed}", {**common, "seed": seed})
         folder = stages.out
         if set(TAUGHT) & set(args.methods):
-            pretext.pretrain(stages, asdict(args.pretrain), runtime)
-        if set(LABELLED) & set(args.methods):
-            pretext.label(stages, data, args.cluster, forward, seed)
+            pretext.pretrain(stages, settings_of(args.pretrain), runtime)
+        clusterings = {
+            "labels": args.cluster,
+            "labels-redos": replace(args.cluster, redos=args.redos),
+            "labels-soft": replace(args.cluster, nearest=NEAREST),
+        }
+        for name in dict.fromkeys(LABELLED[method] for method in args.methods if method in LABELLED):
+            pretext.label(stages, data, clusterings[name], forward, seed, stage=name)
 
         for method in METHODS:
             if method not in args.methods:
                 continue
             train, settings = _training(args, method, data, folder, runtime, arch, size, pretext.network(folder))
             settings |= {"features": pretext.digest} if method == "seed" and not pretext.after else {}
-            after = ("labels",) if method in LABELLED else pretext.after if method == "seed" else ()
+            labels = LABELLED.get(method)
+            after = (labels,) if labels else pretext.after if method == "seed" else ()
             stages.run(method, train, settings, after=after, all_processes=True)
 
             def measure(target: Path, method: str = method, folder: Path = folder, seed: int = seed) -> dict[str, Any]:
@@ -132,7 +150,7 @@ def compare(args: CompareArgs) -> None:
             probed = stages.run(
                 f"{method}-probe", measure, {**asdict(args.probe), "test": evaluation.test.fingerprint}, after=(method,)
             )
-            earlier = [*(("labels",) if method in LABELLED else ()), *(pretext.after if method in TAUGHT else ())]
+            earlier = [*((labels,) if labels else ()), *(pretext.after if method in TAUGHT else ())]
             results.append(
                 Result(
                     method=method,
@@ -177,17 +195,22 @@ def _training(
     size: int,
     teacher: str,
 ) -> tuple[Callable[[Path], dict[str, Any]], dict[str, Any]]:
-    """What trains a method's network into a folder, and the settings that decide its numbers."""
+    """What trains a method's network into a folder, and the settings that decide its numbers.
+
+    `teacher` is what M_ssl is loaded by: SEED's teacher, and the weights that a warm start starts from.
+    """
     if method == "seed":
         return (
             lambda target: seed_network(data, teacher, args.seed_method, runtime, arch=arch, size=size, out=target),
             asdict(args.seed_method),
         )
     labels: Any
+    soft = None
     if method in LABELLED:
-        pseudo = PseudoLabels.load(folder / "labels")
+        pseudo = PseudoLabels.load(folder / LABELLED[method])
         pseudo.check(data.fingerprint)
         labels = pseudo.labels_of(data.rows)
+        soft = SoftLabels(pseudo, data.rows, args.soft) if method == "sssd-soft" else None
     elif method == "random":
         labels = random_labels(len(data), args.cluster.k, runtime.seed)
     elif method == "true":
@@ -195,7 +218,8 @@ def _training(
     else:
         labels = args.cluster.k
     own = isinstance(labels, int)
-    identity = f"own, K = {labels}" if own else digest(labels)
+    identity = f"own, K = {labels}" if own else digest(labels, args.soft if soft else None)
+    warm = method == "sssd-warm"
     return (
         lambda target: distill_network(
             data,
@@ -206,10 +230,12 @@ def _training(
             size=size,
             out=target,
             labels_digest=identity,
+            soft=soft,
+            init=teacher if warm else None,
             title=METHODS[method],
             method="clusterfit" if method == "clusterfit" else "sssd",
         ),
-        {**settings_of(args.distill), "labels": identity},
+        {**settings_of(args.distill), "labels": identity, **({"warm_start": True} if warm else {})},
     )
 
 

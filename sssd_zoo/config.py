@@ -24,6 +24,8 @@ class MoCoConfig(OptimConfig):
         splits: parts of the global batch with BatchNorm statistics of their own, the keys shuffled over them.
         crop_scale: smallest and largest share of the area that a view keeps.
         blur: probability of a Gaussian blur (0 at 32 px, 0.5 at 224).
+        init: network whose trunk's weights to start from, a run folder or a timm name, to go on from weights that are
+            there; by default new ones.
     """
 
     dim: int = 128
@@ -34,6 +36,7 @@ class MoCoConfig(OptimConfig):
     splits: int = 8
     crop_scale: tuple[float, float] = (0.2, 1.0)
     blur: float = 0.0
+    init: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -44,6 +47,7 @@ class ClusterConfig:
         k: number of clusters asked for (paper: CIFAR-10 1000, CIFAR-100 500, ImageNet 5000).
         iterations: of k-means.
         redos: runs from different first centroids, the best kept.
+        nearest: centroids to which each image's distance is kept; more than 1 allows soft labels.
         on_disk: keep the features in a file beside the labels and cluster them from there, to the same labels; by
             default where they would take more than half of the free memory.
     """
@@ -51,6 +55,7 @@ class ClusterConfig:
     k: int = 1000
     iterations: int = 20
     redos: int = 1
+    nearest: int = 1
     on_disk: bool | None = None
 
 
@@ -203,6 +208,8 @@ class DistillArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
         model: timm name of a network of this package; by default that for the size of the images.
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
         init: run folder whose weights the trunk starts from; by default it starts from scratch, as in the paper.
+        soft: temperature of soft labels by the distances to the nearest centroids, in units of the images' mean squared
+            distance to their own; by default the labels are hard, as in the paper. Needs labels with --nearest over 1.
         resume: go on from the newest checkpoint in `out`.
         overwrite: drop what `out` holds and start anew.
     """
@@ -214,6 +221,7 @@ class DistillArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     model: str | None = None
     image_size: int | None = None
     init: str | None = None
+    soft: float | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -295,6 +303,7 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
         distill: self distillation.
         warm_start: let the trunk of the distilled network start from the pretrained weights, not from scratch as in
             the paper.
+        soft: temperature of soft labels, see `sssd distill`; wants `cluster.nearest` over 1, such as 8.
         probe: linear probes, where there are labels.
         baseline: also distil on random labels, where there are true ones to compare by.
     """
@@ -307,6 +316,7 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     warm_start: bool = False
+    soft: float | None = None
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     baseline: bool = True
 
@@ -318,7 +328,8 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     Args:
         out: folder to write; what is there already of the same settings is reused.
         methods: any of 'sssd', 'random' (BYOT on random labels), 'true' (BYOT on true labels), 'clusterfit', 'seed',
-            'dacsd'.
+            'dacsd'; and SSSD with one thing changed: 'sssd-warm' (the trunk starts from M_ssl's weights), 'sssd-redos'
+            (the best of several k-means), 'sssd-soft' (soft labels).
         seeds: of the runs; each does every method once. They take the place of --seed.
         model: timm name of the student, a network of this package; by default that for the size of the images.
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
@@ -327,14 +338,16 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
         cluster: k-means; its K is also that of random and of DACSD's labels.
         distill: of all methods that learn labels.
         seed_method: SEED.
+        redos: of the k-means of 'sssd-redos'.
+        soft: temperature of the labels of 'sssd-soft', which are over each image's 8 nearest centroids.
         probe: linear probes.
         also: folders of other comparisons, with other data or pretexts, whose rows are to stand in the same tables.
     """
 
     out: str
-    methods: list[Literal["sssd", "random", "true", "clusterfit", "seed", "dacsd"]] = field(
-        default_factory=lambda: ["sssd", "random", "clusterfit", "seed", "dacsd", "true"]
-    )
+    methods: list[
+        Literal["sssd", "random", "true", "clusterfit", "seed", "dacsd", "sssd-warm", "sssd-redos", "sssd-soft"]
+    ] = field(default_factory=lambda: ["sssd", "random", "clusterfit", "seed", "dacsd", "true"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     model: str | None = None
     image_size: int | None = None
@@ -343,6 +356,8 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     seed_method: SEEDConfig = field(default_factory=SEEDConfig)
+    redos: int = 5
+    soft: float = 0.1
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     also: list[str] = field(default_factory=list)
 

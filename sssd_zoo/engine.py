@@ -33,6 +33,7 @@ from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.distributed import average_batchnorm, rank, synchronise_batchnorm, world_size
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, disk_errors, publish_dir, read_json, write_json
+from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.tasks import Task
 
 
@@ -358,7 +359,7 @@ def train(
     runtime: RuntimeConfig,
     out: Path,
     identity: dict[str, Any],
-    labels: Tensor | None = None,
+    labels: Tensor | SoftLabels | None = None,
     relabel: Callable[[int, int], Tensor] | None = None,
     title: str = "train",
 ) -> dict[str, float]:
@@ -372,7 +373,7 @@ def train(
         out: the run folder: checkpoints/ and metrics.jsonl are written there.
         identity: what else decides the numbers (data, architecture, the method's settings), for the check on resume.
             A newest checkpoint of the same identity in `out` is gone on from.
-        labels: int64 [N] by position, for tasks that need them.
+        labels: int64 [N] by position, or soft ones, for tasks that need them.
         relabel: gives such labels anew before each epoch, and where a run is resumed in one, from the epoch's number
             and the step in it.
         title: for the progress bar.

@@ -40,6 +40,7 @@ from sssd_zoo.files import write_json
 from sssd_zoo.hub import save_model_folder
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.pretext import choose_pretext, open_data
+from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import (
     check_sizes,
@@ -74,6 +75,8 @@ def fit(args: FitArgs) -> None:
     check_sizes(arch, [size, *args.distill.sizes])
     if args.warm_start:
         pretext.check_warm_start(arch)
+    if args.soft is not None and args.cluster.nearest < 2:
+        raise UserError("soft labels want the distances to several centroids: give --cluster.nearest 8, say")
     if not 2 <= args.cluster.k <= len(data):
         raise UserError(
             f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
@@ -105,15 +108,16 @@ def fit(args: FitArgs) -> None:
         f"{arch} at {size} px, {machine_words(stages.common['precision'])}"
     )
     say(f"labels from {pretext.words.replace('`', '')}")
-    pretext.pretrain(stages, asdict(args.pretrain), runtime)
+    pretext.pretrain(stages, settings_of(args.pretrain), runtime)
     pretext.label(stages, data, args.cluster, forward, runtime.seed)
     pseudo = PseudoLabels.load(out / "labels")
     pseudo.check(data.fingerprint)
+    soft = None if args.soft is None else SoftLabels(pseudo, data.rows, args.soft)
 
     init = pretext.network(out) if args.warm_start else None
 
     def distill_on(
-        labels: np.ndarray[Any, np.dtype[np.int64]], title: str, init: str | None
+        labels: np.ndarray[Any, np.dtype[np.int64]], title: str, init: str | None, soft: SoftLabels | None = None
     ) -> Callable[[Path], dict[str, Any]]:
         return lambda folder: distill_network(
             data,
@@ -123,7 +127,8 @@ def fit(args: FitArgs) -> None:
             arch=arch,
             size=size,
             out=folder,
-            labels_digest=digest(labels),
+            labels_digest=digest(labels, None if soft is None else args.soft),
+            soft=soft,
             init=init,
             title=title,
         )
@@ -131,8 +136,12 @@ def fit(args: FitArgs) -> None:
     labels = pseudo.labels_of(data.rows)
     stages.run(
         "distill",
-        distill_on(labels, "self distillation", init),
-        {**settings_of(args.distill), "warm_start": args.warm_start},
+        distill_on(labels, "self distillation", init, soft),
+        {
+            **settings_of(args.distill),
+            "warm_start": args.warm_start,
+            **({} if args.soft is None else {"soft": args.soft}),
+        },
         after=("labels",),
         all_processes=True,
     )
@@ -230,7 +239,9 @@ def finish(
         "macs": macs,
         "times": [{"step": name, "seconds": result["seconds"]} for name, result in stages.results.items()],
         "figures": figures,
-        "notes": [f"**Labels from**: {pretext}"],
+        "notes": [
+            f"**Labels from**: {pretext}" + ("" if args.soft is None else f"; soft, temperature {args.soft:g}"),
+        ],
     }
     if probe:
         results["test"], results["test_images"] = probe["test"], probe["test_images"]

@@ -28,6 +28,7 @@ from sssd_zoo.steps import (
     describe_labels,
     load_network,
     load_trunk,
+    load_trunk_of,
     new_trunk,
     part,
     pretrain_network,
@@ -46,7 +47,7 @@ class Pretext:
         same_data: whether D_pre is D_tar.
         size: side of the pretext's views in pixels.
         config: of MoCo.
-        digest: of the weights of `features`; empty where the network is pretrained here.
+        digest: of the weights of `features`, or of those that the pretraining starts from; empty for new ones.
     """
 
     arch: str
@@ -67,7 +68,8 @@ class Pretext:
         if self.source is None:
             return f"`{short_name(self.arch)}`, as it is"
         where = "the same images" if self.same_data else f"`{self.source.name}`, {len(self.source):,} images"
-        return f"`{self.arch}`, MoCo v2 for {self.config.epochs} epochs on {where}"
+        start = f" from the weights of `{short_name(self.config.init)}`" if self.config.init else ""
+        return f"`{self.arch}`, MoCo v2 for {self.config.epochs} epochs{start} on {where}"
 
     def network(self, out: Path) -> str:
         """What `load_network` loads it by, in a run folder."""
@@ -78,7 +80,8 @@ class Pretext:
         if self.source is None:
             return {"arch": self.arch, "features": self.digest}
         where = {"data": self.source.fingerprint, "images": len(self.source), "storage_size": self.source.size}
-        return {"arch": self.arch, **where}
+        start = {"init": self.digest} if self.digest else {}  # the weights count, not where they lie
+        return {"arch": self.arch, **where, **start}
 
     def pretrain(self, stages: Stages, settings: dict[str, Any], runtime: RuntimeConfig) -> None:
         """Pretrains it as a stage, where it is to be pretrained."""
@@ -93,9 +96,16 @@ class Pretext:
         )
 
     def label(
-        self, stages: Stages, data: ImageData, config: ClusterConfig, forward: ForwardConfig, seed: int
+        self,
+        stages: Stages,
+        data: ImageData,
+        config: ClusterConfig,
+        forward: ForwardConfig,
+        seed: int,
+        *,
+        stage: str = "labels",
     ) -> dict[str, Any]:
-        """Clusters its features of D_tar into pseudo labels, as the stage 'labels', and gives the stage's result."""
+        """Clusters its features of D_tar into pseudo labels, as a stage, and gives the stage's result."""
         model = self.network(stages.out)
 
         def label(folder: Path) -> dict[str, Any]:
@@ -108,12 +118,13 @@ class Pretext:
 
         # Where the features lie does not change the labels.
         settings = {"k": config.k, "iterations": config.iterations, "redos": config.redos}
+        settings |= {"nearest": config.nearest} if config.nearest > 1 else {}
         own = {} if self.after else self.inputs()
-        return stages.run("labels", label, {**settings, **own}, after=self.after, all_processes=True)
+        return stages.run(stage, label, {**settings, **own}, after=self.after, all_processes=True)
 
     def check_warm_start(self, arch: str) -> None:
         """Raises `UserError` unless the trunk of the student `arch` can start from its weights."""
-        network = new_trunk(self.arch) if self.source is not None else load_network(self.arch, num_classes=0)
+        network = new_trunk(self.arch) if self.source is not None else load_trunk_of(self.arch)
         load_trunk(timm.create_model(arch), network)
 
 
@@ -157,6 +168,8 @@ def choose_pretext(
         if given:
             raise UserError(f"--features takes a network as it is, nothing is pretrained: drop --{given[0]}")
         weights = weights_digest(load_network(args.features, num_classes=0))
+        if moco.init is not None:
+            raise UserError("--features takes a network as it is, nothing is pretrained: drop --pretrain.init")
         return Pretext(args.features, None, True, size, moco, weights)
     if args.pretrain_split is not None and args.pretrain_data is None:
         raise UserError("--pretrain_split is of --pretrain_data; give that too, or --split for one data set")
@@ -176,7 +189,12 @@ def choose_pretext(
     check(moco, processes, len(source))
     check_queue(moco.queue_size, len(source))
     check_sizes(pretrain_arch, [size, *moco.sizes])
-    return Pretext(pretrain_arch, source, source is data, size, moco, "")
+    start = ""
+    if moco.init is not None:
+        network = load_trunk_of(moco.init)
+        load_trunk(new_trunk(pretrain_arch), network)
+        start = weights_digest(network)
+    return Pretext(pretrain_arch, source, source is data, size, moco, start)
 
 
 def weights_digest(network: torch.nn.Module) -> str:

@@ -210,7 +210,7 @@ def run_examples(run: Path) -> list[Any]:
     """Images of the split that a run was measured on, else of the one that it was trained on."""
     recipe, config, splits = data_of(run)
     wanted = next((name for name in (recipe["test_split"], "test", "validation") if name in splits), config.split)
-    return pick_examples(splits, columns.pick_split(splits, wanted, config.data), config)
+    return pick_examples(*columns.take_split(splits, wanted, config.data), config)
 
 
 def pick_examples(splits: sources.Splits, split: str, config: DataConfig) -> list[Any]:
@@ -255,7 +255,8 @@ def copy_clusters(run: Path, folder: Path) -> str:
         raise UserError(f"{run / 'pretrain'} holds no network: {' and '.join(absent)} missing")
     _, config, splits = data_of(run)
     name = sources.short_name(config.data)
-    encoded = open_encoded(splits[columns.pick_split(splits, pseudo.meta["split"], name)], config.image_column, name)
+    splits, split = columns.take_split(splits, pseudo.meta["split"], name)
+    encoded = open_encoded(splits[split], config.image_column, name)
     pseudo.check(fingerprint(encoded, progress=True))
     order = np.lexsort((pseudo.distances, pseudo.labels))
     starts = np.searchsorted(pseudo.labels[order], np.arange(len(pseudo.centroids)))

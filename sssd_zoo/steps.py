@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo import report
-from sssd_zoo.chunked_kmeans import kmeans_from_file
+from sssd_zoo.chunked_kmeans import CHUNK, kmeans_from_file
 from sssd_zoo.clustering import Clustering, PseudoLabels, kmeans, normalise, random_labels
 from sssd_zoo.config import (
     ClusterConfig,
@@ -52,19 +52,20 @@ from sssd_zoo.engine import (
     tune_cpu,
 )
 from sssd_zoo.errors import UserError
-from sssd_zoo.feature_file import shard, write_features
+from sssd_zoo.feature_file import FeatureFile, shard, write_features
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.hub import cache_if_unreachable, hub_cards, save_network
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.own_labels import OwnLabels
 from sssd_zoo.probe import Probe, linear_probe, pooled_batches, stack_features
 from sssd_zoo.probe import knn as knn_accuracy
+from sssd_zoo.soft_labels import SoftLabels, nearest_centroids
 from sssd_zoo.tasks import SEED, ClusterFit, MoCo, SelfDistillation, Task
 
 Config = TypeVar("Config")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 # Settings that came after the first release, with their defaults: runs from before it can go on and are not done again.
-ADDED = {"exits": "plain"}
+ADDED = {"exits": "plain", "init": None}
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -246,7 +247,7 @@ def run_training(
     runtime: RuntimeConfig,
     out: Path,
     settings: dict[str, Any],
-    labels: Tensor | None,
+    labels: Tensor | SoftLabels | None,
     title: str,
     relabel: OwnLabels | None = None,
     arguments: Any = None,
@@ -263,7 +264,7 @@ def run_training(
         runtime: where and how.
         out: the run folder.
         settings: what else decides the numbers, for the check on resume.
-        labels: int64 [N] by position, or none.
+        labels: int64 [N] by position, soft ones, or none.
         relabel: gives them anew before each epoch.
         title: of the progress bar.
         arguments: of the command, where the run is one of its own, see `begin`.
@@ -348,8 +349,11 @@ def pretrain_network(
             f"splits {config.splits} must be a multiple of the {processes} processes and divide the batch of "
             f"{config.batch_size // config.accumulate}; choose splits or batch_size so"
         )
+    start = None if config.init is None else load_trunk_of(config.init)
     torch.manual_seed(runtime.seed)
     trunk = new_trunk(arch)
+    if start is not None:
+        load_trunk(trunk, start)
     mean, std, _ = statistics(trunk)
     task = MoCo(
         trunk,
@@ -480,13 +484,18 @@ def cluster_images(
     Returns:
         The labels in the main process, None in the others.
     """
+    if config.nearest < 1:
+        raise UserError(f"nearest {config.nearest} must be at least 1")
     settings: dict[str, Any] = {"seed": seed, "iterations": config.iterations, "redos": config.redos, "progress": True}
     wanted = 4 * len(data) * int(network.num_features) * (4 if getattr(network, "output", "") == "ensemble" else 1)
     on_disk = not fits_in_memory(wanted) if config.on_disk is None else config.on_disk
     clustering: Clustering | None = None
+    near = None
     if world_size() == 1 and not on_disk:
-        features = network_features(network, data, forward)[-1].numpy()
-        clustering = kmeans(normalise(features), config.k, **settings)
+        features = normalise(network_features(network, data, forward)[-1].numpy())
+        clustering = kmeans(features, config.k, **settings)
+        if config.nearest > 1:
+            near = nearest_centroids([features], clustering.centroids, config.nearest)
     else:
         file = out.with_name(f".{out.name}.features.npy")
         try:
@@ -496,6 +505,9 @@ def cluster_images(
                 clustering = kmeans_from_file(file, config.k, **settings)
             elif rank() == 0:
                 clustering = kmeans(np.load(file), config.k, **settings)
+            if clustering is not None and config.nearest > 1:
+                parts = (part for _, part in FeatureFile(file).chunks(CHUNK))
+                near = nearest_centroids(parts, clustering.centroids, config.nearest)
         finally:
             if rank() == 0:
                 file.unlink(missing_ok=True)
@@ -512,6 +524,7 @@ def cluster_images(
         iterations=config.iterations,
         redos=config.redos,
         truth=data.labels,
+        near=near,
     )
     labels.save(out)
     return labels
@@ -552,6 +565,7 @@ def distill_network(
     size: int,
     out: Path,
     labels_digest: str,
+    soft: SoftLabels | None = None,
     init: str | None = None,
     title: str = "distil",
     method: Literal["sssd", "clusterfit"] = "sssd",
@@ -568,6 +582,7 @@ def distill_network(
         size: side of the views in pixels.
         out: the run folder.
         labels_digest: of the labels, for the check on resume.
+        soft: the labels to train on in their place, of the same clusters.
         init: a network whose trunk's weights to start from.
         title: of the progress bar.
         method: 'sssd' or 'clusterfit'.
@@ -580,7 +595,7 @@ def distill_network(
     own_exits: dict[str, Any] = {} if config.exits == "plain" else {"exits": config.exits}
     model = timm.create_model(arch, num_classes=classes, **own_exits) if exits else new_trunk(arch, classes)
     if init is not None:
-        load_trunk(model, load_network(init, num_classes=0))
+        load_trunk(model, load_trunk_of(init))
     mean, std, _ = statistics(model)
     views: dict[str, Any] = {"size": size, "mean": mean, "std": std, "crop": config.crop, "scale": config.crop_scale}
     if exits:
@@ -607,11 +622,19 @@ def distill_network(
         runtime=runtime,
         out=out,
         settings=settings,
-        labels=None if isinstance(labels, int) else torch.from_numpy(labels),
+        labels=soft or (None if isinstance(labels, int) else torch.from_numpy(labels)),
         relabel=own,
         title=title,
         arguments=arguments,
     )
+
+
+def load_trunk_of(name: str) -> Any:
+    """The trunk of a network, without exits and classifiers; see `load_network`."""
+    network = load_network(name, num_classes=0)
+    if hasattr(network, "forward_exits"):
+        network = load_network(name, num_classes=0, output="final")
+    return network
 
 
 def load_trunk(model: nn.Module, source: nn.Module) -> None:
@@ -639,13 +662,17 @@ def distill(args: DistillArgs) -> None:
     if args.method == "clusterfit" and args.exits != "plain":
         raise UserError(f"--method clusterfit trains a network without exits: drop --exits {args.exits}")
     artefact = None if args.labels in ("random", "true", "own") else PseudoLabels.load(args.labels)
+    if artefact is None and args.soft is not None:
+        raise UserError(f"--soft is of pseudo labels with distances to centroids, not of labels '{args.labels}'")
     data = load_images(
         part(args, DataConfig), default_size=storage_default(args.image_size), require_labels=args.labels == "true"
     )
     labels: np.ndarray[Any, np.dtype[np.int64]] | int
+    soft = None
     if artefact is not None:
         artefact.check(data.fingerprint)
         labels = artefact.labels_of(data.rows)
+        soft = None if args.soft is None else SoftLabels(artefact, data.rows, args.soft)
     elif args.labels == "random":
         labels = random_labels(len(data), args.k, runtime.seed)
     elif args.labels == "own":
@@ -665,7 +692,8 @@ def distill(args: DistillArgs) -> None:
         arch=arch,
         size=size,
         out=out,
-        labels_digest=f"own, K = {labels}" if isinstance(labels, int) else digest(labels),
+        labels_digest=f"own, K = {labels}" if isinstance(labels, int) else digest(labels, args.soft),
+        soft=soft,
         init=args.init,
         method=args.method,
         arguments=args,
@@ -762,8 +790,10 @@ def seed(args: SEEDArgs) -> None:
     announce(out, f"{arch} taught by {args.teacher} on {len(data)} images of {data.name}", measured)
 
 
-def digest(labels: np.ndarray[Any, np.dtype[np.int64]]) -> str:
-    """A short fingerprint of labels."""
+def digest(labels: np.ndarray[Any, np.dtype[np.int64]], soft: float | None = None) -> str:
+    """A short fingerprint of labels; soft ones have their temperature added, for they come of the same centroids."""
+    if soft is not None:
+        return f"{digest(labels)}, soft {soft}"
     return hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()[:16]
 
 
@@ -799,7 +829,7 @@ def evaluation_data(
         UserError: without labels, or if the splits have different classes.
     """
     assert data.labels is not None  # callers load with require_labels
-    names = split_names(config)
+    names = [name for name in split_names(config) if name != data.split.split("[")[0]]
     wanted = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
     for name in wanted:
         if name == data.split:

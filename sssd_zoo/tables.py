@@ -12,6 +12,9 @@ from sssd_zoo.report import duration, table
 # Name on the command line: what it is called in reports. In the order of the reports.
 METHODS = {
     "sssd": "SSSD",
+    "sssd-warm": "SSSD from M_ssl's weights",
+    "sssd-redos": "SSSD, best of several k-means",
+    "sssd-soft": "SSSD, soft labels",
     "random": "BYOT, random labels",
     "true": "BYOT, true labels",
     "clusterfit": "ClusterFit",

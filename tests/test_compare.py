@@ -32,9 +32,11 @@ def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_p
     assert len(rows_of(tmp_path)) == 2
 
     capsys.readouterr()
-    assert sssd(*words, "--seeds", "[0, 1]") == 0
+    assert sssd(*words, "--seeds", "[0, 1]", "--methods", json.dumps(list(METHODS))) == 0
     out = capsys.readouterr().out
     assert out.count("done before") == 6, "pretext, labels, and both methods with their probes"
+    assert "[labels-soft] ->" in out
+    assert "[labels-redos] ->" in out
     assert "not run" not in (tmp_path / "report.md").read_text().split("## In the paper's tables")[0]
     rows = rows_of(tmp_path)
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "01" for m in METHODS]
@@ -57,4 +59,8 @@ def test_mistakes(folder_of_images, tmp_path, capsys):
     assert "--methods" in one_line(capsys)
     assert sssd(*words, "--seed_method.queue_size", "999") == 2
     assert "queue_size 999" in one_line(capsys)
+    assert sssd(*words, "--methods", "[sssd-soft]", "--soft", "0") == 2
+    assert "soft 0.0 must be over 0" in one_line(capsys)
+    assert sssd(*words, "--methods", "[sssd-warm]", "--pretrain_model", "sssd_resnet34") == 2
+    assert "do not fit" in one_line(capsys)
     assert not (tmp_path / "run").exists()

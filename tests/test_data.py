@@ -436,6 +436,27 @@ class TestBadInput:
         with pytest.raises(UserError, match="choose one with split: test, validation"):
             load(tmp_path)
 
+    def test_parts_of_a_split(self):
+        whole = load("cifar10-sample", split="test")
+        part = load("cifar10-sample", split="test[1000:1300]", require_labels=True)
+        assert (part.split, len(part), part.class_names) == ("test[1000:1300]", 300, whole.class_names)
+        assert torch.equal(part.gather(torch.arange(300)), whole.gather(torch.arange(1000, 1300)))
+        assert part.labels.tolist() == whole.labels[1000:1300].tolist()
+        assert part.fingerprint != whole.fingerprint
+        share = load("cifar10-sample", split="test[50%:65%]")
+        assert (share.split, share.fingerprint) == ("test[50%:65%]", part.fingerprint)
+        assert len(load("cifar10-sample", split="test[:7]")) == 7
+        assert len(load("cifar10-sample", split="test[1990:]")) == 10
+        for wrong in ("test[", "test[5]", "test[-5:]", "test[a:b]"):
+            with pytest.raises(UserError, match="write a part of a split like"):
+                load("cifar10-sample", split=wrong)
+        with pytest.raises(UserError, match="no rows in 'test\\[2000:\\]': test has 2000"):
+            load("cifar10-sample", split="test[2000:]")
+        with pytest.raises(UserError, match="no split 'dev'"):
+            load("cifar10-sample", split="dev[:10]")
+        with pytest.raises(UserError, match="no part of a split"):
+            load_streaming(DataConfig(data="cifar10-sample", split="test[:10]"))
+
     def test_full_disk(self, tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         pictures = [file_bytes(picture(seed, 64)) for seed in range(20)]

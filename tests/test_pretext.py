@@ -140,6 +140,10 @@ def test_compare_follows_and_its_tables_join_other_comparisons(folder_of_images,
         (["--pretrain_data", "/no/such/folder"], "/no/such/folder"),
         (["--pretrain_model", "sssd_resnet34", "--warm_start"], "do not fit"),
         (["--features", "sssd_resnet18_cifar", "--warm_start"], "do not fit"),
+        (["--pretrain.init", "sssd_resnet18_cifar"], "do not fit"),
+        (["--pretrain.init", "/no/such/run"], "/no/such/run"),
+        (["--features", "sssd_resnet18", "--pretrain.init", "sssd_resnet18"], "drop --pretrain.init"),
+        (["--soft", "0.1"], "--cluster.nearest"),
     ],
 )
 def test_mistakes_cost_one_line_and_no_training(change, words, folder_of_images, tmp_path, capsys, monkeypatch):
@@ -170,3 +174,36 @@ def test_recipes_can_be_layered(folder_of_images, tmp_path, monkeypatch):
     assert sssd(*words) == 0
     assert (seen[0].data, seen[0].pretrain_model) == ("x", "sssd_resnet50")
     assert (seen[0].pretrain.epochs, seen[0].pretrain.lr) == (9, 0.5)
+
+
+def test_pretraining_goes_on_from_weights_that_are_there(folder_of_images, tmp_path, capsys):
+    """The trunk of a run and that of weights with exits and heads; a rate of nothing leaves it as it was."""
+    torch.manual_seed(3)
+    start = timm.create_model("sssd_resnet18", num_classes=5)
+    save_network(tmp_path / "start", start, "sssd_resnet18", input_size=32)
+    words = ["pretrain", "--data", folder_of_images, "--model", "sssd_resnet18", "--image_size", "32", "--epochs", "1"]
+    words += ["--batch_size", "16", "--splits", "2", "--queue_size", "32", "--device", "cpu", "--lr", "1e-9"]
+    words += ["--weight_decay", "0"]
+    assert sssd(*words, "--out", tmp_path / "run", "--init", tmp_path / "start") == 0
+    trained = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).state_dict()
+    weights = start.state_dict()
+    for name in (name for name, _ in timm.create_model("sssd_resnet18", output="final").named_parameters()):
+        if not name.startswith("fc."):
+            torch.testing.assert_close(trained[name], weights[name], atol=1e-5, rtol=0)
+
+    fit = ["fit", "--data", folder_of_images, "--out", tmp_path / "fit", *TINY, "--baseline", "false"]
+    fit += ["--pretrain.init", tmp_path / "start"]
+    capsys.readouterr()
+    assert sssd(*fit) == 0
+    assert "from the weights of `start`" in (tmp_path / "fit" / "report.md").read_text()
+    capsys.readouterr()
+    assert sssd(*fit) == 0
+    assert set(ran(capsys).values()) == {"before"}
+    with torch.no_grad():
+        start.conv1.weight.add_(1)
+    save_network(tmp_path / "start", start, "sssd_resnet18", input_size=32)
+    assert sssd(*fit) == 0
+    assert ran(capsys)["pretrain"] == "again", "other weights at the same place"
+    assert sssd("card", "--run", tmp_path / "fit", "--out", tmp_path / "card", "--weights", tmp_path / "weights") == 0
+    assert "started from the weights of `start`" in (tmp_path / "card" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "card" / "recipe.yaml").read_text()

@@ -52,6 +52,24 @@ def test_equation_4(answers, alpha, lam, temperature):
     assert loss.item() == pytest.approx(slow_loss(logits, features, labels, alpha, lam, temperature), rel=1e-5)
 
 
+def test_soft_labels_weigh_the_losses_of_hard_ones(answers):
+    """Cross-entropy is linear in the label; the other terms do not see it."""
+    logits, features, _ = answers
+    shares = torch.rand(5, 7, generator=torch.Generator().manual_seed(1)).softmax(1)
+    expected = sum(
+        share
+        * slow_loss([x[i : i + 1] for x in logits], [x[i : i + 1] for x in features], torch.tensor([k]), 0.3, 0.003, 1)
+        for i in range(5)
+        for k, share in enumerate(shares[i].tolist())
+    )
+    assert self_distillation_loss(logits, features, shares)["loss"].item() == pytest.approx(expected / 5, rel=1e-5)
+    hard = torch.tensor([3, 0, 6, 6, 2])
+    one_hot = torch.nn.functional.one_hot(hard, 7).float()
+    torch.testing.assert_close(
+        self_distillation_loss(logits, features, one_hot), self_distillation_loss(logits, features, hard)
+    )
+
+
 def test_the_teacher_learns_from_the_labels_only(answers):
     logits, features, labels = answers
     self_distillation_loss(logits, features, labels)["loss"].backward()

@@ -1,6 +1,7 @@
 """Finds a data set's split, image column and label column, and reads the labels."""
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,38 @@ def pick_split(splits: Splits, wanted: str | None, name: str) -> str:
     if canonical is None or canonical not in splits:
         raise UserError(f"{name} has no split {wanted!r}: it has {', '.join(splits)}")
     return canonical
+
+
+def take_split(splits: Splits, wanted: str | None, name: str) -> tuple[Splits, str]:
+    """The split asked for, which may be a part of one: 'train[:20000]', 'train[10%:20%]', as `datasets` writes it.
+
+    Args:
+        splits: all splits.
+        wanted: as `pick_split` takes it, or with the first row and the row after the last, as numbers or percentages.
+        name: of the data, for messages.
+
+    Returns:
+        The splits, with the part as one more, and its name among them.
+
+    Raises:
+        UserError: as `pick_split` does, and for a part that is not written so, or holds no rows.
+    """
+    if wanted is None or "[" not in wanted:
+        return splits, pick_split(splits, wanted, name)
+    written = re.fullmatch(r"([^\[]+)\[(\d+%?)?:(\d+%?)?\]", wanted)
+    if written is None:
+        raise UserError(f"split {wanted!r}: write a part of a split like 'train[:20000]' or 'train[10%:20%]'")
+    split = pick_split(splits, written[1], name)
+    rows = splits[split]
+
+    def row(text: str) -> int:
+        return min(len(rows), round(len(rows) * int(text[:-1]) / 100) if text.endswith("%") else int(text))
+
+    start, end = row(written[2] or "0"), row(written[3] or "100%")
+    if start >= end:
+        raise UserError(f"{name} has no rows in {wanted!r}: {split} has {len(rows)}")
+    part = f"{split}[{written[2] or ''}:{written[3] or ''}]"
+    return {**splits, part: rows.select(range(start, end))}, part
 
 
 def image_column(features: Mapping[str, Any], wanted: str | None, name: str) -> str:

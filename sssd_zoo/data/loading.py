@@ -47,7 +47,8 @@ class DataConfig:
         data: 'cifar10-sample' (ships with the package), a Hub id such as uoft-cs/cifar10 (`id:configuration` where it
             has several), an image folder with or without class sub-folders, a parquet file or a folder of them, or a
             `save_to_disk` folder.
-        split: of the data set; by default 'train', or the only one.
+        split: of the data set; by default 'train', or the only one. 'train[:20000]' and 'train[10%:20%]' are parts of
+            it by rows, where nothing streams.
         image_column: of the data set; by default found by its type or name.
         label_column: of the data set; by default found by its type or name, and labels are optional.
         storage_size: side in pixels of the square that each image is stored as; by default the images' own if all are
@@ -224,7 +225,7 @@ def load_images(
     progress = progress and rank() == 0
     name = sources.short_name(config.data)
     splits = sources.open_splits(config.data, revision=config.revision, progress=progress)
-    split = columns.pick_split(splits, config.split, name)
+    splits, split = columns.take_split(splits, config.split, name)
     if len(splits[split]) == 0:
         raise UserError(f"{name} ({split}) has no rows")
     encoded = open_encoded(splits[split], config.image_column, name)

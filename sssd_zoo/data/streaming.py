@@ -116,6 +116,8 @@ def load_streaming(config: DataConfig, *, default_size: int = 224, progress: boo
     from datasets import Dataset, Image
 
     check_config(config)
+    if "[" in (config.split or ""):
+        raise UserError(f"split {config.split!r}: a stream has no row numbers, so no part of a split; drop --streaming")
     name = sources.short_name(config.data)
     splits = sources.open_splits(
         config.data, revision=config.revision, streaming=True, progress=progress and rank() == 0

@@ -55,13 +55,18 @@ class Task(nn.Module):
         """The loss of a batch.
 
         Args:
-            batch: of `views`, and `labels`, int64 [B], where the run has them.
+            batch: of `views`, and `labels` where the run has them: int64 [B], or soft, float32 [B, K].
 
         Returns:
             `loss`, a scalar with a gradient, and any further scalars for the log. All are means over the process's
             part of the batch.
         """
         raise NotImplementedError
+
+
+def top1(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of images whose label, or the greatest of a soft one, is the first answer: a scalar."""
+    return (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).float().mean()
 
 
 class LabelTask(Task):

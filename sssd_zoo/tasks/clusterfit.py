@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from sssd_zoo.tasks.base import LabelTask
+from sssd_zoo.tasks.base import LabelTask, top1
 
 
 class ClusterFit(LabelTask):
@@ -19,5 +19,7 @@ class ClusterFit(LabelTask):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The mean cross-entropy, and the share of images whose label is the first answer."""
         logits = self.model(batch["images"]).float()
-        top1 = (logits.argmax(1) == batch["labels"]).float().mean()
-        return {"loss": F.cross_entropy(logits, batch["labels"]), "label_top1": top1}
+        return {
+            "loss": F.cross_entropy(logits, batch["labels"]),
+            "label_top1": top1(logits, batch["labels"]),
+        }

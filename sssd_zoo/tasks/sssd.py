@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sssd_zoo.tasks.base import LabelTask
+from sssd_zoo.tasks.base import LabelTask, top1
 
 
 def self_distillation_loss(
@@ -28,7 +28,7 @@ def self_distillation_loss(
     Args:
         logits: of the exits in order, the deepest last, [B, K] each.
         features: the pooled vectors that enter the exits' classifiers, [B, D] each.
-        labels: int64 [B] in 0..K-1.
+        labels: int64 [B] in 0..K-1, or soft ones, float32 [B, K].
         alpha: weight a of the KL term.
         lam: weight l of the feature term.
         temperature: T of the softmaxes in the KL term, which is then scaled by T^2 (Hinton et al. 2015).
@@ -83,5 +83,5 @@ class SelfDistillation(LabelTask):
         parts = self_distillation_loss(
             exits.logits, exits.features, labels, alpha=self.alpha, lam=self.lam, temperature=self.temperature
         )
-        parts["label_top1"] = (exits.logits[-1].argmax(1) == labels).float().mean()
+        parts["label_top1"] = top1(exits.logits[-1], labels)
         return parts
