@@ -23,8 +23,8 @@ COMMANDS = {
     "pseudo-label": ("PseudoLabelArgs", "steps.pseudo_label", "k-means on the pretrained network's features"),
     "distill": ("DistillArgs", "steps.distill", "a four-exit network that teaches itself on pseudo labels"),
     "seed": ("SEEDArgs", "steps.seed", "SEED, to compare with: a small network learns a frozen teacher's similarities"),
-    "linear": ("LinearArgs", "steps.linear", "linear probes on every exit, and their ensemble"),
-    "knn": ("KNNArgs", "steps.knn", "nearest-neighbour accuracy of every exit"),
+    "linear": ("LinearArgs", "evaluate.linear", "linear probes on every exit, and their ensemble"),
+    "knn": ("KNNArgs", "evaluate.knn", "nearest-neighbour accuracy of every exit"),
     "compare": (
         "CompareArgs",
         "compare.compare",
@@ -63,7 +63,7 @@ COMMANDS = {
     "pull": ("PullArgs", "publish.pull", "a published network or labels in a folder, their sha256 checked"),
     "models": (
         "ModelsArgs",
-        "steps.models",
+        "networks.models",
         "the networks of this package: parameters and multiply-adds of every exit",
     ),
 }

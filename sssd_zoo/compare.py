@@ -18,25 +18,15 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluate import evaluation_data, evaluation_features, probe_features
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.networks import check_sizes, load_network
 from sssd_zoo.pretext import choose_pretext, open_data
+from sssd_zoo.runs import check_queue, digest, part, save_config, settings_of
 from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.stages import Stages, machine_words, say
-from sssd_zoo.steps import (
-    check_queue,
-    check_sizes,
-    digest,
-    distill_network,
-    evaluation_data,
-    evaluation_features,
-    load_network,
-    part,
-    probe_features,
-    save_config,
-    seed_network,
-    settings_of,
-)
+from sssd_zoo.steps import distill_network, seed_network
 from sssd_zoo.tables import METHODS, Result, Setting, comparison_table, mean_of, paper_tables, results_csv
 
 LABELLED = {  # the methods that learn pseudo labels, and the stage that makes these

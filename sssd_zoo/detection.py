@@ -23,13 +23,7 @@ from sssd_zoo import report
 from sssd_zoo.average_precision import coco_average_precision, coco_backend, voc_average_precision
 from sssd_zoo.config import DetectArgs, DetectEvalArgs, DetectorConfig, ForwardConfig
 from sssd_zoo.data.augment import to_float
-from sssd_zoo.data.detection import (
-    DetectionData,
-    DetectionDataConfig,
-    DetectionLoader,
-    has_split,
-    load_detection,
-)
+from sssd_zoo.data.detection import DetectionData, DetectionDataConfig, DetectionLoader, has_split, load_detection
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import (
     OptimConfig,
@@ -43,9 +37,11 @@ from sssd_zoo.engine import (
     tune_cpu,
 )
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluate import DTYPES
 from sssd_zoo.files import atomic_write_bytes, read_json, write_json
 from sssd_zoo.hub import network_weights
-from sssd_zoo.steps import DTYPES, announce, begin, load_network, part, prepare_out
+from sssd_zoo.networks import load_network
+from sssd_zoo.runs import announce, begin, part, prepare_out
 from sssd_zoo.tasks.detection import Detection
 
 SHOWN = 6  # test images in detections.png

@@ -31,11 +31,13 @@ from sssd_zoo.data.loading import DataConfig, ImageData, load_images, split_name
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.engine import tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluate import network_features
 from sssd_zoo.files import atomic_dir, atomic_write_text, read_json, write_json
 from sssd_zoo.hub import save_network
 from sssd_zoo.models import SSSDResNet, StageCosts, ensemble_logits, stage_costs
+from sssd_zoo.networks import load_network, statistics, storage_default
+from sssd_zoo.runs import part, prepare_out
 from sssd_zoo.stages import machine_words
-from sssd_zoo.steps import load_network, network_features, part, prepare_out, statistics, storage_default
 
 BINS = 15  # of the expected calibration error, as in Guo et al.
 LEVELS = 48  # thresholds tried per exit: quantiles of its confidences, so 49 x 49 x 49 rules with "never" as another

@@ -27,11 +27,12 @@ from sssd_zoo.config import ExportArgs
 from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.early_exit import check_classes, prepared
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluate import Evaluation, evaluation_data
 from sssd_zoo.files import atomic_dir, atomic_write_bytes, write_json
 from sssd_zoo.hub import save_network
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.models.resnet import check_thresholds
-from sssd_zoo.steps import Evaluation, evaluation_data, load_network, statistics, storage_default
+from sssd_zoo.networks import load_network, statistics, storage_default
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 Arrays = list[NDArray[np.float32]]

@@ -25,27 +25,22 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluate import Evaluation, evaluation_data, network_features
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.models.resnet import SSSDResNet
-from sssd_zoo.paper import TABLE_4
-from sssd_zoo.probe import accuracies, exit_logits
-from sssd_zoo.stages import Stages, machine_words, say
-from sssd_zoo.steps import (
-    EpochLoader,
-    Evaluation,
+from sssd_zoo.networks import (
     check_sizes,
     choose_model,
     choose_size,
-    evaluation_data,
     load_network,
     load_trunk,
-    network_features,
-    part,
-    run_training,
-    save_config,
     statistics,
     storage_default,
 )
+from sssd_zoo.paper import TABLE_4
+from sssd_zoo.probe import accuracies, exit_logits
+from sssd_zoo.runs import EpochLoader, part, run_training, save_config
+from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.tables import spread
 from sssd_zoo.tasks import ClusterFit, SelfDistillation, Task
 

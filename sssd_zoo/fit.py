@@ -27,35 +27,18 @@ from sssd_zoo.clustering import PseudoLabels, random_labels
 from sssd_zoo.config import FitArgs, ForwardConfig
 from sssd_zoo.data.loading import DataConfig, ImageData
 from sssd_zoo.distributed import barrier, rank
-from sssd_zoo.engine import (
-    RuntimeConfig,
-    check,
-    make_accelerator,
-    read_metrics,
-    resolve_precision,
-    tune_cpu,
-)
+from sssd_zoo.engine import RuntimeConfig, check, make_accelerator, read_metrics, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluate import evaluation_data, evaluation_features, knn_features, probe_features, put_heads
 from sssd_zoo.files import write_json
 from sssd_zoo.hub import save_model_folder
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.networks import check_sizes, load_network
 from sssd_zoo.pretext import choose_pretext, open_data
+from sssd_zoo.runs import digest, part, save_config, settings_of
 from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.stages import Stages, machine_words, say
-from sssd_zoo.steps import (
-    check_sizes,
-    digest,
-    distill_network,
-    evaluation_data,
-    evaluation_features,
-    knn_features,
-    load_network,
-    part,
-    probe_features,
-    put_heads,
-    save_config,
-    settings_of,
-)
+from sssd_zoo.steps import distill_network
 
 
 def fit(args: FitArgs) -> None:

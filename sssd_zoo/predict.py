@@ -14,9 +14,10 @@ from sssd_zoo.data.sources import EXTENSIONS
 from sssd_zoo.early_exit import prepared
 from sssd_zoo.engine import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluate import DTYPES
 from sssd_zoo.hub import class_descriptions
 from sssd_zoo.models import SSSDResNet
-from sssd_zoo.steps import DTYPES, load_network, statistics, storage_default
+from sssd_zoo.networks import load_network, statistics, storage_default
 
 
 def find_images(names: list[str]) -> list[Path]:

@@ -18,23 +18,20 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import rank
 from sssd_zoo.engine import RuntimeConfig, check
 from sssd_zoo.errors import UserError
-from sssd_zoo.stages import Stages
-from sssd_zoo.steps import (
-    check_queue,
+from sssd_zoo.networks import (
     check_sizes,
     choose_model,
     choose_size,
-    cluster_images,
-    describe_labels,
     load_network,
     load_trunk,
     load_trunk_of,
     new_trunk,
-    part,
-    pretrain_network,
     statistics,
     storage_default,
 )
+from sssd_zoo.runs import check_queue, part
+from sssd_zoo.stages import Stages
+from sssd_zoo.steps import cluster_images, describe_labels, pretrain_network
 
 
 @dataclass(frozen=True)

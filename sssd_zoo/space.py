@@ -20,11 +20,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import HfApi, SpaceCard, get_token
-from huggingface_hub.errors import (
-    HFValidationError,
-    HTTPError,
-)  # httpx's or httpx2's, by the version; of connections too
-from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -36,8 +31,9 @@ from sssd_zoo.data.loading import DataConfig, open_encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import hub_cards, save_network
+from sssd_zoo.networks import load_network
 from sssd_zoo.page import serve
-from sssd_zoo.steps import load_network
+from sssd_zoo.publish import check_name, hub_errors
 
 EXAMPLES = 10
 EXAMPLE_SIDE = 320  # pixels, of images that are larger
@@ -79,12 +75,7 @@ def check_push(name: str, *, dry_run: bool) -> None:
     Raises:
         UserError: that says what.
     """
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise UserError(f"--push {name} is no name of a Space, ORG/NAME: {error}") from error
-    if "/" not in name:
-        raise UserError(f"--push {name} is no name of a Space, ORG/NAME: whose is it?")
+    check_name(name)
     if not dry_run and get_token() is None:
         raise UserError("--push needs a login of the Hub: run `hf auth login`, or set HF_TOKEN")
 
@@ -104,7 +95,7 @@ def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
         print("dry run: nothing was uploaded")
         return
     api = HfApi()
-    try:
+    with hub_errors(name, "nothing was published; the same command can be repeated"):
         url = api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
         if private and not api.repo_info(name, repo_type="space").private:
             raise UserError(f"the Space {name} is public: make it private on the Hub, or give another name")
@@ -116,11 +107,6 @@ def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
             # Of a network that was here before nothing stays.
             delete_patterns=["model/*", "examples/*", "clusters/*", "sssd_zoo/*"],
         )
-    except UserError:
-        raise
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error)[:300]
-        raise UserError(f"cannot publish the Space {name}: {reason}; the same command can be repeated") from error
     print(f"published: {url}")
 
 

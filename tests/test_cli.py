@@ -22,7 +22,7 @@ import sssd_zoo  # noqa: F401
 from sssd_zoo.cli import COMMANDS, main, run
 from sssd_zoo.data.augment import normalise, resize, to_float
 from sssd_zoo.data.loading import DataConfig, load_images
-from sssd_zoo.steps import evaluation_data
+from sssd_zoo.evaluate import evaluation_data
 
 SCRIPTS = [
     "train/pretrain.py",

@@ -262,7 +262,7 @@ def test_mistakes_are_one_line(fitted, tmp_path, capsys, monkeypatch):
     assert "holds no network" in one_line(capsys, tmp_path)
     assert "no network with four exits and classifiers" in one_line(capsys, fitted / "pretrain")
     assert "whose is it?" in one_line(capsys, SHIPPED, "--push", "name")
-    assert "no name of a Space" in one_line(capsys, SHIPPED, "--push", "org/na me")
+    assert "no repository's name" in one_line(capsys, SHIPPED, "--push", "org/na me")
     assert "run `hf auth login`, or set HF_TOKEN" in one_line(capsys, SHIPPED, "--push", "org/name")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'sssd-zoo[space]'" in one_line(capsys, SHIPPED)
@@ -364,7 +364,7 @@ def test_a_public_space_and_a_wrong_token_are_refused(hub, tmp_path, monkeypatch
     with pytest.raises(UserError, match="org/name is public"):
         push(tmp_path, "org/name", private=True, dry_run=False)
     monkeypatch.setenv("HF_TOKEN", "hf_bad")
-    with pytest.raises(UserError, match=r"cannot publish the Space org/name: .*401") as refused:
+    with pytest.raises(UserError, match=r"org/name: .*401") as refused:
         push(tmp_path, "org/name", private=False, dry_run=False)
     assert "hf_bad" not in str(refused.value)
     assert not [action for _, action, _, _ in hub.asked if action == "/commit/main"]
@@ -378,7 +378,7 @@ def test_a_hub_that_is_down_is_one_line_without_the_token(capsys, monkeypatch, t
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
         line = one_line(capsys, SHIPPED, "--push", "org/name")
-    assert "cannot publish the Space org/name" in line
+    assert "org/name: the Hub cannot be reached" in line
     assert "hf_secret" not in line
     assert not list(tmp_path.glob("sssd-space-*"))
 

@@ -1,0 +1,259 @@
+"""Measuring frozen networks: features of every exit, linear probes and nearest neighbours."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sssd_zoo  # noqa: F401  registers the models with timm
+from sssd_zoo.config import ForwardConfig, KNNArgs, LinearArgs, ProbeConfig
+from sssd_zoo.data.loading import DataConfig, ImageData, load_images, split_names
+from sssd_zoo.distributed import rank
+from sssd_zoo.engine import resolve_precision, tune_cpu
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import write_json
+from sssd_zoo.hub import save_network
+from sssd_zoo.networks import load_network, statistics, storage_default
+from sssd_zoo.probe import Probe, linear_probe, pooled_batches, stack_features
+from sssd_zoo.probe import knn as knn_accuracy
+from sssd_zoo.runs import begin, part, prepare_out
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def feature_batches(
+    model: Any,
+    data: ImageData,
+    config: ForwardConfig,
+    order: Sequence[Tensor],
+    read: Callable[[Any, Tensor], Tensor] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What `pooled_batches` reads of a network, batch by batch; `order` has positions, int64 [B]."""
+    mean, std, size = statistics(model)
+    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
+    return pooled_batches(
+        model.to(device, memory_format=torch.channels_last),
+        data.batches(order),
+        count=sum(map(len, order)),
+        mean=mean,
+        std=std,
+        device=device,
+        size=size,
+        autocast=DTYPES[resolve_precision(config.precision, config.device)],
+        progress=rank() == 0,
+        read=read,
+    )
+
+
+def network_features(
+    model: Any, data: ImageData, config: ForwardConfig, *, read: Callable[[Any, Tensor], Tensor] | None = None
+) -> Tensor:
+    """Pooled features of every exit for all images in order, float32 [exits, N, D], without moving the network.
+
+    Args:
+        model: the network.
+        data: the images.
+        config: how to run it.
+        read: what to read instead, see `pooled_batches`.
+    """
+    order = torch.arange(len(data)).split(config.batch_size)
+    return stack_features(feature_batches(model, data, config, order, read), len(data))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What probes are trained and measured on.
+
+    Attributes:
+        train: the labelled images of the probes.
+        train_positions: int64, which of them.
+        test: the images that are measured.
+        test_positions: int64, which of them.
+        words: where the test images come from, for people.
+    """
+
+    train: ImageData
+    train_positions: Tensor
+    test: ImageData
+    test_positions: Tensor
+    words: str
+
+    def describe(self) -> str:
+        """How many test images, and where they come from."""
+        return f"{len(self.test_positions)} images, {self.words}"
+
+
+def evaluation_data(
+    data: ImageData, config: DataConfig, *, test_split: str | None, holdout: float, seed: int
+) -> Evaluation:
+    """The split to measure on: the one asked for, else 'test' or 'validation', else images held out by class.
+
+    Raises:
+        UserError: without labels, or if the splits have different classes.
+    """
+    assert data.labels is not None  # callers load with require_labels
+    names = [name for name in split_names(config) if name != data.split.split("[")[0]]
+    wanted = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
+    for name in wanted:
+        if name == data.split:
+            continue
+        test = load_images(
+            replace(config, split=name, storage_size=data.size),
+            require_labels=test_split is not None,
+            progress=rank() == 0,
+        )
+        if test.labels is None:
+            continue
+        if test.class_names != data.class_names:
+            raise UserError(
+                f"the splits {data.split} and {name} of {data.name} have different classes; give another --test_split"
+            )
+        return Evaluation(data, torch.arange(len(data)), test, torch.arange(len(test)), f"split {name}")
+    from sklearn.model_selection import train_test_split
+
+    if not 0 < holdout < 1:
+        raise UserError(f"holdout {holdout} must be between 0 and 1")
+    try:
+        kept, held = train_test_split(np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed)
+    except ValueError as error:
+        raise UserError(f"cannot hold images of every class out of {data.name} to measure on: {error}") from error
+    words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"
+    return Evaluation(data, torch.from_numpy(np.sort(kept)), data, torch.from_numpy(np.sort(held)), words)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of an evaluation's images, and their labels.
+
+    Attributes:
+        train_x: float32 [exits, N, D].
+        train_y: int64 [N].
+        test_x: float32 [exits, M, D].
+        test_y: int64 [M].
+        classes: number of classes.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+
+
+def evaluation_features(model: Any, evaluation: Evaluation, config: ForwardConfig) -> Features:
+    """Runs a network over an evaluation's images."""
+    train, test = evaluation.train, evaluation.test
+    assert train.labels is not None
+    assert test.labels is not None
+    assert train.class_names is not None
+    train_x = network_features(model, train, config)
+    test_x = train_x if test is train else network_features(model, test, config)
+    return Features(
+        train_x[:, evaluation.train_positions],
+        torch.from_numpy(train.labels)[evaluation.train_positions],
+        test_x[:, evaluation.test_positions],
+        torch.from_numpy(test.labels)[evaluation.test_positions],
+        len(train.class_names),
+    )
+
+
+def probe_features(features: Features, config: ProbeConfig, seed: int) -> Probe:
+    """Linear probes on every exit's features."""
+    return linear_probe(
+        features.train_x,
+        features.train_y,
+        features.test_x,
+        features.test_y,
+        features.classes,
+        epochs=config.probe_epochs,
+        lr=config.probe_lr,
+        weight_decay=config.probe_weight_decay,
+        seed=seed,
+        progress=rank() == 0,
+    )
+
+
+def put_heads(model: Any, probe: Probe) -> None:
+    """Makes the probes the network's classifiers."""
+    classes = probe.weights.shape[1]
+    model.reset_classifier(classes)
+    heads = (
+        [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
+        if len(probe.weights) > 1
+        else [model.get_classifier()]
+    )
+    with torch.no_grad():
+        for head, weight, bias in zip(heads, probe.weights, probe.biases, strict=True):
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+
+
+def knn_features(features: Features, neighbours: int, temperature: float) -> list[float]:
+    """Weighted kNN accuracy of every exit's features, percent."""
+    return [
+        knn_accuracy(
+            train,
+            features.train_y,
+            test,
+            features.test_y,
+            num_classes=features.classes,
+            k=neighbours,
+            temperature=temperature,
+        )
+        for train, test in zip(features.train_x, features.test_x, strict=True)
+    ]
+
+
+def accuracy_table(exits: list[float], ensemble: float | None) -> str:
+    """Accuracies in percent, as lines for a terminal."""
+    names = [f"exit {number}" for number in range(1, len(exits) + 1)] if len(exits) > 1 else ["accuracy"]
+    lines = [f"  {name:9} {value:6.2f}" for name, value in zip(names, exits, strict=True)]
+    if ensemble is not None and len(exits) > 1:
+        lines.append(f"  {'ensemble':9} {ensemble:6.2f}")
+    return "\n".join(lines)
+
+
+def frozen(args: LinearArgs | KNNArgs) -> tuple[Any, Evaluation, Features]:
+    """The network to measure, what it is measured on, and its features of that."""
+    model = load_network(args.model)
+    config = part(args, DataConfig)
+    data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
+    evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
+    return model, evaluation, evaluation_features(model, evaluation, part(args, ForwardConfig))
+
+
+def linear(args: LinearArgs) -> None:
+    """`sssd linear`."""
+    tune_cpu()
+    out = None if args.out is None else prepare_out(args.out, resume=False, overwrite=args.overwrite)
+    model, evaluation, features = frozen(args)
+    probe = probe_features(features, part(args, ProbeConfig), args.seed)
+    print(f"linear probes on {args.model}, accuracy in percent on {evaluation.describe()}:")
+    print(accuracy_table(probe.exits, probe.ensemble))
+    if out is not None:
+        begin(out, args)
+        put_heads(model, probe)
+        metrics = {
+            "data": evaluation.train.name,
+            "test": evaluation.words,
+            "seed": args.seed,
+            "exits": probe.exits,
+            "ensemble": probe.ensemble,
+        }
+        save_network(out, model, str(model.pretrained_cfg["architecture"]), label_names=evaluation.train.class_names)
+        write_json(out / "metrics.json", metrics)
+        print(f"the network with the probes as its heads is in {out}")
+
+
+def knn(args: KNNArgs) -> None:
+    """`sssd knn`."""
+    tune_cpu()
+    _, evaluation, features = frozen(args)
+    accuracies = knn_features(features, args.neighbours, args.temperature)
+    print(
+        f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {evaluation.describe()}:"
+    )
+    print(accuracy_table(accuracies, None))

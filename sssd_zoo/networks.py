@@ -1,0 +1,159 @@
+"""Networks by their names or folders: choosing, loading, checking and listing them."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+import sssd_zoo  # noqa: F401  registers the models with timm
+from sssd_zoo.config import ModelsArgs
+from sssd_zoo.data.loading import ImageData
+from sssd_zoo.data.streaming import StreamingImages
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import read_json
+from sssd_zoo.hub import cache_if_unreachable, hub_cards
+from sssd_zoo.models import multiply_adds
+
+
+def choose_size(data: ImageData | StreamingImages, image_size: int | None) -> int:
+    """The side of the views: as asked, else the images' own where they are small, else 224 px."""
+    return image_size or (data.size if data.size <= 40 else 224)
+
+
+def choose_model(name: str | None, size: int) -> str:
+    """The network's name: as asked, else the one of this package whose stem is made for the size.
+
+    Raises:
+        UserError: if timm has no network of that name.
+    """
+    name = name or ("sssd_resnet18_cifar" if size <= 40 else "sssd_resnet18")
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models("sssd_*"))
+        raise UserError(f"timm has no model '{name}'; this package's are {close}")
+    return name
+
+
+def storage_default(image_size: int | None) -> int:
+    """The side that larger images are stored at: an eighth more than the views' 224 px, or than what is asked for."""
+    return round((image_size or 224) * 8 / 7)
+
+
+def check_sizes(arch: str, sizes: list[int]) -> None:
+    """Refuses views that are too small for a network of this package.
+
+    Below its smallest input a stage would stride over a map of one pixel, where oneDNN's bf16 convolutions (seen in
+    torch 2.15) give weight gradients of uninitialised memory.
+
+    Raises:
+        UserError: naming the size.
+    """
+    config = timm.get_pretrained_cfg(arch)
+    smallest = config.min_input_size[-1] if config and config.min_input_size else 1
+    if min(sizes) < smallest:
+        raise UserError(
+            f"views of {min(sizes)} px are too small for {arch}, which wants at least {smallest}: give other sizes, or "
+            "a network with the stem for small images (sssd_resnet18_cifar)"
+        )
+
+
+def load_network(name: str, **kwargs: Any) -> Any:
+    """A network with its weights: a folder that this package or timm wrote, else a timm name with pretrained weights.
+
+    Of a run folder of `sssd fit` it is the network in its `model`.
+
+    Args:
+        name: the folder or the name.
+        kwargs: of `timm.create_model`; `pretrained=False` gives the network with new weights.
+
+    Raises:
+        UserError: if there is neither, or the weights do not fit.
+    """
+    folder = Path(name)
+    source = name
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+            folder = folder / "model"
+        missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
+        if missing:
+            raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run end?")
+        source = f"local-dir:{folder}"
+    elif not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
+        raise UserError(f"there is no folder '{name}', and timm has no model of that name")
+    options = {"pretrained": True, **kwargs}
+    config = timm.get_pretrained_cfg(source) if ":" not in source else None
+    repo = source.removeprefix("hf-hub:").split("@")[0] if source.startswith("hf-hub:") else None
+    if config is not None and options["pretrained"]:
+        repo = config.hf_hub_id
+    try:
+        with cache_if_unreachable(repo):
+            return timm.create_model(source, **options)
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
+
+
+def load_trunk_of(name: str) -> Any:
+    """The trunk of a network, without exits and classifiers; see `load_network`."""
+    network = load_network(name, num_classes=0)
+    if hasattr(network, "forward_exits"):
+        network = load_network(name, num_classes=0, output="final")
+    return network
+
+
+def load_trunk(model: nn.Module, source: nn.Module) -> None:
+    """Copies a trunk's weights into a network with exits.
+
+    Raises:
+        UserError: unless every weight of the source finds its place and the whole trunk is filled: one that silently
+            stays behind is a wrong result.
+    """
+    weights, ours = source.state_dict(), model.state_dict()
+    trunk = {name for name in ours if not name.startswith(("exit", "fc."))}
+    wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
+    wrong += sorted(trunk - weights.keys())
+    if wrong:
+        raise UserError(f"the weights to start from do not fit the trunk ({wrong[0]}); give a network of its own kind")
+    model.load_state_dict(weights, strict=False)
+
+
+def new_trunk(arch: str, num_classes: int = 0) -> Any:
+    """A network without exits, with new weights."""
+    own: dict[str, Any] = {"output": "final"} if arch.startswith("sssd_") else {}
+    return timm.create_model(arch, num_classes=num_classes, **own)
+
+
+def statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """Mean and spread of the channels and the side of the images that a timm network was trained with."""
+    config = model.pretrained_cfg
+    return tuple(config["mean"]), tuple(config["std"]), int(config["input_size"][-1])
+
+
+def models(args: ModelsArgs) -> None:
+    """`sssd models`."""
+    names = [name for name in timm.list_models(args.pattern) if name.startswith("sssd_")]
+    if not names:
+        raise UserError(
+            f"no network of this package matches '{args.pattern}'; it has {', '.join(timm.list_models('sssd_*'))}"
+        )
+    print(
+        f"{'model':20} {'px':>4} {'parameters':>11}  multiply-adds (millions): exit 1, 2, 3, 4 (trunk), all; exit heads"
+    )
+    for name in names:
+        # What the stem is made for, whatever the weights that ship were trained on.
+        size, classes = (32, 10) if name.endswith("_cifar") else (224, 1000)
+        model: Any = timm.create_model(name, num_classes=classes)
+        costs = multiply_adds(model, (3, size, size))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        heads = 100 * (costs["ensemble"] - costs["4"]) / costs["4"]
+        millions = " ".join(f"{costs[key] / 1e6:8.1f}" for key in ("1", "2", "3", "4", "ensemble"))
+        print(f"{name:20} {size:4} {parameters / 1e6:9.1f} M  {millions}  +{heads:.1f} %")
+    tags = [tag for name in names for tag in timm.list_pretrained(f"{name}.*")]
+    if tags:
+        print(
+            f"\n{'pretrained=True':30} linear-probe accuracy (%): exit 1, 2, 3, 4, ensemble; trained without labels on"
+        )
+    for tag in tags:
+        results = read_json(hub_cards() / tag / "metrics.json")
+        numbers = [value for row in results.get("accuracy", [])[:1] for value in (*row["exits"], row["ensemble"])]
+        measured = " ".join(f"{value:6.2f}" for value in numbers) or "not measured"
+        print(f"{tag:30} {measured}  {results['data']}, {results['images']:,} images, seed {results['seed']}")

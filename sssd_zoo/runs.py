@@ -1,0 +1,209 @@
+"""What every training step shares: run folders, loaders for the engine, and what tells runs apart."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import yaml
+from torch import Tensor, nn
+
+import sssd_zoo  # noqa: F401  registers the models with timm
+from sssd_zoo import report
+from sssd_zoo.data.loading import GlobalBatches, ImageData
+from sssd_zoo.data.streaming import StreamingImages
+from sssd_zoo.distributed import barrier, rank, world_size
+from sssd_zoo.engine import OptimConfig, RuntimeConfig, read_metrics, train
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import atomic_write_text
+from sssd_zoo.hub import save_network
+from sssd_zoo.networks import check_sizes
+from sssd_zoo.own_labels import OwnLabels
+from sssd_zoo.soft_labels import SoftLabels
+from sssd_zoo.tasks import Task
+
+Config = TypeVar("Config")
+# Settings that came after the first release, with their defaults: runs from before it can go on and are not done again.
+ADDED = {"exits": "plain", "init": None}
+
+
+def part(config: Any, kind: type[Config]) -> Config:
+    """The fields of the dataclass `kind` out of a configuration that inherits from it."""
+    return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})  # type: ignore[arg-type]
+
+
+def prepare_out(out: str, *, resume: bool, overwrite: bool) -> Path:
+    """The run folder, or a clear refusal to mix a new run into an old one.
+
+    Raises:
+        UserError: if it holds a run and neither flag says what to do, or it is a file.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; give a folder")
+    held = [
+        name
+        for name in ("checkpoints", "config.json", "pseudo_labels.json", "metrics.json")
+        if (folder / name).exists()
+    ]
+    if held and not resume and not overwrite:
+        raise UserError(f"{folder} already holds a run ({held[0]}); give --resume to go on, or --overwrite to drop it")
+    return folder
+
+
+def begin(folder: Path, config: Any) -> None:
+    """Drops what `--overwrite` is to drop, once nothing can be wrong with the arguments, and writes them resolved."""
+    if rank() == 0:
+        if config.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        save_config(folder, config)
+    barrier()
+
+
+def save_config(folder: Path, config: Any) -> None:
+    """Writes the resolved arguments as config.yaml."""
+    atomic_write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """The fields of a configuration, to tell runs apart: at its default, one of `ADDED` is as good as not there."""
+    return {name: value for name, value in asdict(config).items() if name not in ADDED or value != ADDED[name]}
+
+
+def method_settings(config: Any, kind: type[OptimConfig]) -> dict[str, Any]:
+    """The fields that `kind` adds to `OptimConfig`: a method's own settings."""
+    common = {field.name for field in fields(OptimConfig)}
+    return {name: value for name, value in settings_of(part(config, kind)).items() if name not in common}
+
+
+def digest(labels: np.ndarray[Any, np.dtype[np.int64]], soft: float | None = None) -> str:
+    """A short fingerprint of labels; soft ones have their temperature added, for they come of the same centroids."""
+    if soft is not None:
+        return f"{digest(labels)}, soft {soft}"
+    return hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()[:16]
+
+
+class EpochLoader:
+    """Feeds the engine from a data set whose rows have numbers, each process its part of every global batch.
+
+    Args:
+        data: the images.
+        batch_size: images per step, over all processes.
+        seed: of the order.
+        positions: int64, the images to take; by default all.
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, seed: int, positions: Tensor | None = None) -> None:
+        self.data, self.positions = data, positions
+        count = len(data) if positions is None else len(positions)
+        self.order = GlobalBatches(count, batch_size, seed, rank=rank(), world=world_size())
+        self.steps_per_epoch = self.order.steps_per_epoch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from its step `start` on."""
+        order = self.order.epoch(epoch, start)
+        return self.data.batches(order if self.positions is None else (self.positions[index] for index in order))
+
+
+class StreamLoader:
+    """Feeds the engine from a stream.
+
+    Args:
+        data: the stream.
+        batch_size: images per step, over all processes.
+        seed: of the order.
+        steps_per_epoch: where the stream does not know its length.
+
+    Raises:
+        UserError: if neither tells how long an epoch is.
+    """
+
+    def __init__(self, data: StreamingImages, batch_size: int, seed: int, steps_per_epoch: int | None) -> None:
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        if steps_per_epoch is None and data.count is None:
+            raise UserError(f"the stream of {data.name} does not tell its length; give --steps_per_epoch")
+        self.steps_per_epoch = steps_per_epoch or (data.count or 0) // batch_size
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch from its step `start` on."""
+        stream = self.data.batches(self.batch_size, self.seed, epoch, start, rank(), world_size())
+        return islice(stream, self.steps_per_epoch - start)
+
+
+def check_queue(queue_size: int, images: int | None) -> None:
+    """Refuses a queue that would hold an image's own older embeddings; `images` is their number, where it is known."""
+    if images is not None and queue_size > images:
+        raise UserError(
+            f"queue_size {queue_size} is larger than the data set of {images} images, so that an image's own old "
+            f"embeddings would be among its negatives; give a queue_size of at most {max(1, images // 2)}"
+        )
+
+
+def run_training(
+    task: Task,
+    loader: EpochLoader | StreamLoader,
+    *,
+    network: nn.Module,
+    arch: str,
+    size: int,
+    optim: OptimConfig,
+    runtime: RuntimeConfig,
+    out: Path,
+    settings: dict[str, Any],
+    labels: Tensor | SoftLabels | None,
+    title: str,
+    relabel: OwnLabels | None = None,
+    arguments: Any = None,
+) -> dict[str, float]:
+    """Trains a task and writes the network it is about, its log and its curves into the run folder.
+
+    Args:
+        task: the method.
+        loader: the images.
+        network: the part of the task to keep.
+        arch: its timm name.
+        size: side of the views in pixels.
+        optim: how to train.
+        runtime: where and how.
+        out: the run folder.
+        settings: what else decides the numbers, for the check on resume.
+        labels: int64 [N] by position, soft ones, or none.
+        relabel: gives them anew before each epoch.
+        title: of the progress bar.
+        arguments: of the command, where the run is one of its own, see `begin`.
+
+    Returns:
+        What `engine.train` measured.
+    """
+    check_sizes(arch, [size, *optim.sizes])
+    if arguments is not None:
+        begin(out, arguments)
+    data = loader.data
+    where = (data.fingerprint, len(data)) if isinstance(data, ImageData) else (data.name, data.count)
+    identity = {"arch": arch, "image_size": size, "data": where[0], "images": where[1], "storage_size": data.size}
+    measured = train(
+        task,
+        loader,
+        optim=optim,
+        runtime=runtime,
+        out=out,
+        identity={**identity, **settings},
+        labels=labels,
+        relabel=relabel,
+        title=title,
+    )
+    if rank() == 0:
+        report.loss_curves({title: read_metrics(out / "metrics.jsonl")}, out / "curves.png")
+        save_network(out, network, arch, input_size=size)
+    return measured
+
+
+def announce(out: Path, what: str, measured: dict[str, float]) -> None:
+    """Tells what was trained and where it lies."""
+    if rank() == 0:
+        print(f"{what}: final loss {measured['loss']:.4f}, {measured['images_per_second']:.0f} img/s; in {out}")
