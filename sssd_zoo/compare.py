@@ -12,18 +12,17 @@ from typing import Any
 
 from sssd_zoo import report
 from sssd_zoo.clustering import PseudoLabels, random_labels
-from sssd_zoo.config import CompareArgs, ForwardConfig
-from sssd_zoo.data.loading import DataConfig
+from sssd_zoo.config import CompareArgs
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, rank
-from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, resolve_precision, tune_cpu
+from sssd_zoo.engine import OptimConfig, RuntimeConfig
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluate import evaluation_data, evaluation_features, probe_features
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.models import multiply_adds
-from sssd_zoo.networks import check_sizes, load_network
-from sssd_zoo.pretext import choose_pretext, open_data
-from sssd_zoo.runs import check_queue, digest, part, save_config, settings_of
+from sssd_zoo.networks import load_network
+from sssd_zoo.pretext import set_up
+from sssd_zoo.runs import check_queue, digest, save_config, settings_of
 from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import distill_network, seed_network
@@ -42,53 +41,26 @@ TAUGHT = (*LABELLED, "seed")  # the methods that need M_ssl; the others start fr
 
 def compare(args: CompareArgs) -> None:
     """`sssd compare`."""
-    tune_cpu()
     began = time.perf_counter()
-    runtime = part(args, RuntimeConfig)
-    processes = make_accelerator(runtime).num_processes
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
     if not args.methods or not args.seeds:
         raise UserError("give at least one of --methods and of --seeds")
-    others = [result for folder in args.also for result in read_results(Path(folder))]
-    config = part(args, DataConfig)
-    data, size, arch = open_data(args, require_labels=True)
-    # Everything that would fail an hour in fails now.
-    pretext = choose_pretext(args, config, args.pretrain, data, arch=arch, size=size, processes=processes)
-    trained: list[OptimConfig] = [args.distill]
-    trained += [args.seed_method] if "seed" in args.methods else []
-    for optim in trained:
-        check(optim, processes, len(data))
-        check_sizes(arch, [size, *optim.sizes])
-    if "seed" in args.methods:
-        check_queue(args.seed_method.queue_size, len(data))
-    if "sssd-warm" in args.methods:
-        pretext.check_warm_start(arch)
     if args.soft <= 0 or args.redos < 1:
         raise UserError(f"soft {args.soft} must be over 0, and redos {args.redos} at least 1")
-    if not 2 <= args.cluster.k <= len(data):
-        raise UserError(
-            f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
-        )
+    others = [result for folder in args.also for result in read_results(Path(folder))]
+    trained: list[OptimConfig] = [args.distill]
+    trained += [args.seed_method] if "seed" in args.methods else []
+    setup = set_up(args, trained, warm="sssd-warm" in args.methods, require_labels=True)
+    out, runtime, forward = setup.out, setup.runtime, setup.forward
+    data, size, arch, pretext = setup.data, setup.size, setup.arch, setup.pretext
+    if "seed" in args.methods:
+        check_queue(args.seed_method.queue_size, len(data))
     evaluation = evaluation_data(
-        data, config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seeds[0]
+        data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seeds[0]
     )
-    assert data.labels is not None  # they are required above
     if rank() == 0:
         save_config(out, args)
-    precision = resolve_precision(runtime.precision, runtime.device)
-    forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
-    common = {
-        "data": data.fingerprint,
-        "images": len(data),
-        "storage_size": data.size,
-        "arch": arch,
-        "image_size": size,
-        "precision": precision,
-        "processes": processes,
-    }
-    say(f"{len(data)} images of {data.name}; {arch} at {size} px, {machine_words(precision)}")
+    machine = machine_words(setup.inputs["precision"])
+    say(f"{len(data)} images of {data.name}; {arch} at {size} px, {machine}")
     say(f"labels from {pretext.words.replace('`', '')}")
     setting = Setting(
         data=data.name,
@@ -102,13 +74,13 @@ def compare(args: CompareArgs) -> None:
         pretext_images=None if pretext.same_data or pretext.source is None else len(pretext.source),
         epochs=args.distill.epochs,
         seed_epochs=args.seed_method.epochs,
-        machine=machine_words(precision),
+        machine=machine,
     )
 
     results: list[Result] = []
     for seed in args.seeds:
         runtime.seed = seed
-        stages = Stages(out / f"seed-{seed}", {**common, "seed": seed})
+        stages = Stages(out / f"seed-{seed}", {**setup.inputs, "seed": seed})
         folder = stages.out
         if set(TAUGHT) & set(args.methods):
             pretext.pretrain(stages, settings_of(args.pretrain), runtime)

@@ -24,18 +24,18 @@ import torch
 
 from sssd_zoo import report
 from sssd_zoo.clustering import PseudoLabels, random_labels
-from sssd_zoo.config import FitArgs, ForwardConfig
-from sssd_zoo.data.loading import DataConfig, ImageData
+from sssd_zoo.config import FitArgs
+from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import barrier, rank
-from sssd_zoo.engine import RuntimeConfig, check, make_accelerator, read_metrics, resolve_precision, tune_cpu
+from sssd_zoo.engine import read_metrics
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluate import evaluation_data, evaluation_features, knn_features, probe_features, put_heads
 from sssd_zoo.files import write_json
 from sssd_zoo.hub import save_model_folder
 from sssd_zoo.models import multiply_adds
-from sssd_zoo.networks import check_sizes, load_network
-from sssd_zoo.pretext import choose_pretext, open_data
-from sssd_zoo.runs import digest, part, save_config, settings_of
+from sssd_zoo.networks import load_network
+from sssd_zoo.pretext import set_up
+from sssd_zoo.runs import digest, save_config, settings_of
 from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import distill_network
@@ -43,49 +43,21 @@ from sssd_zoo.steps import distill_network
 
 def fit(args: FitArgs) -> None:
     """`sssd fit`."""
-    tune_cpu()
     began = time.perf_counter()
-    runtime = part(args, RuntimeConfig)
-    processes = make_accelerator(runtime).num_processes
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
-    config = part(args, DataConfig)
-    data, size, arch = open_data(args)
-    # Everything that would fail an hour in fails now.
-    pretext = choose_pretext(args, config, args.pretrain, data, arch=arch, size=size, processes=processes)
-    check(args.distill, processes, len(data))
-    check_sizes(arch, [size, *args.distill.sizes])
-    if args.warm_start:
-        pretext.check_warm_start(arch)
+    setup = set_up(args, [args.distill], warm=args.warm_start)
     if args.soft is not None and args.cluster.nearest < 2:
         raise UserError("soft labels want the distances to several centroids: give --cluster.nearest 8, say")
-    if not 2 <= args.cluster.k <= len(data):
-        raise UserError(
-            f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
-        )
+    out, runtime, forward = setup.out, setup.runtime, setup.forward
+    data, size, arch, pretext = setup.data, setup.size, setup.arch, setup.pretext
     labelled = data.labels is not None
     evaluation = None
     if labelled:
         evaluation = evaluation_data(
-            data, config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed
+            data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed
         )
     if rank() == 0:
         save_config(out, args)
-    forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
-    stages = Stages(
-        out,
-        {
-            "data": data.fingerprint,
-            "images": len(data),
-            "storage_size": data.size,
-            "arch": arch,
-            "image_size": size,
-            "seed": runtime.seed,
-            "precision": resolve_precision(runtime.precision, runtime.device),
-            "processes": processes,
-        },
-    )
+    stages = Stages(out, {**setup.inputs, "seed": runtime.seed})
     say(
         f"{len(data)} images of {data.name}, {'labelled for evaluation' if labelled else 'without labels'}; "
         f"{arch} at {size} px, {machine_words(stages.common['precision'])}"

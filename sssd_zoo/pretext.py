@@ -1,4 +1,4 @@
-"""M_ssl of `sssd fit` and `sssd compare`: the network whose features are clustered, and where it comes from.
+"""What `sssd fit` and `sssd compare` begin with; above all M_ssl, whose features are clustered, and its origin.
 
 It is pretrained by MoCo v2 (section 3.1 of the paper), on the images to distil (D_tar) or on others (D_pre, section
 4.5), and may be of another size than the student; or it is any network that timm loads, and nothing is pretrained.
@@ -16,7 +16,7 @@ from sssd_zoo.config import ClusterConfig, ForwardConfig, MoCoConfig, PretextCon
 from sssd_zoo.data.loading import DataConfig, ImageData, load_images
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import rank
-from sssd_zoo.engine import RuntimeConfig, check
+from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.networks import (
     check_sizes,
@@ -125,22 +125,80 @@ class Pretext:
         load_trunk(timm.create_model(arch), network)
 
 
-def open_data(args: Any, *, require_labels: bool = False) -> tuple[ImageData, int, str]:
-    """The images to distil, the side of the student's views, and the student's timm name.
+@dataclass(frozen=True)
+class Setup:
+    """What `sssd fit` and `sssd compare` begin with.
+
+    Attributes:
+        out: the run folder.
+        runtime: where and how to run.
+        config: of the images.
+        data: the images to distil, D_tar.
+        size: side of the student's views in pixels.
+        arch: the student's timm name.
+        pretext: M_ssl.
+        forward: how to run trained networks.
+        inputs: what all stages depend on, but the seed.
+    """
+
+    out: Path
+    runtime: RuntimeConfig
+    config: DataConfig
+    data: ImageData
+    size: int
+    arch: str
+    pretext: Pretext
+    forward: ForwardConfig
+    inputs: dict[str, Any]
+
+
+def set_up(args: Any, trained: list[OptimConfig], *, warm: bool, require_labels: bool = False) -> Setup:
+    """Opens the data, chooses the networks, and checks now all that would fail an hour in.
 
     Args:
         args: of `sssd fit` or `sssd compare`.
+        trained: the trainings on D_tar after the pretext.
+        warm: whether a student is to start from M_ssl's weights.
         require_labels: see `load_images`.
+
+    Raises:
+        UserError: for arguments that cannot work.
     """
+    tune_cpu()
+    runtime = part(args, RuntimeConfig)
+    processes = make_accelerator(runtime).num_processes
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
+    config = part(args, DataConfig)
     # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
     default_size = storage_default(args.image_size)
     if args.features is not None:
         default_size = max(default_size, storage_default(statistics(load_network(args.features, num_classes=0))[2]))
-    data = load_images(
-        part(args, DataConfig), default_size=default_size, require_labels=require_labels, progress=rank() == 0
-    )
+    data = load_images(config, default_size=default_size, require_labels=require_labels, progress=rank() == 0)
     size = choose_size(data, args.image_size)
-    return data, size, choose_model(args.model, size)
+    arch = choose_model(args.model, size)
+    pretext = choose_pretext(args, config, args.pretrain, data, arch=arch, size=size, processes=processes)
+    for optim in trained:
+        check(optim, processes, len(data))
+        check_sizes(arch, [size, *optim.sizes])
+    if warm:
+        pretext.check_warm_start(arch)
+    if not 2 <= args.cluster.k <= len(data):
+        raise UserError(
+            f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
+        )
+    inputs = {
+        "data": data.fingerprint,
+        "images": len(data),
+        "storage_size": data.size,
+        "arch": arch,
+        "image_size": size,
+        "precision": resolve_precision(runtime.precision, runtime.device),
+        "processes": processes,
+    }
+    forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
+    return Setup(out, runtime, config, data, size, arch, pretext, forward, inputs)
 
 
 def choose_pretext(
