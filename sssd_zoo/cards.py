@@ -8,6 +8,7 @@ FOLDER/
     recipe.yaml     the run's arguments as resolved
     pretrain.jsonl, distill.jsonl   the training logs
     figures/        PNG
+    early_exit/     the report of `sssd early-exit`, with --calibrated
     model.safetensors               half precision, unless it is written elsewhere
 """
 
@@ -27,6 +28,7 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import ANSWERS, eval_result_files, model_card, network_weights
+from sssd_zoo.networks import load_network
 from sssd_zoo.paper import named_rows
 from sssd_zoo.probe import extract_features, knn
 from sssd_zoo.report import AccuracyRow, Results, duration
@@ -36,21 +38,27 @@ SHOWN = {  # the figures in the card's text, and what they are called where the 
     "accuracy.png": "Accuracy against cost, exit by exit.",
     "early_exit.png": "Accuracy against the cost of an early exit.",
 }
+CALIBRATED = (
+    "**Early exit**: the network is calibrated, its temperatures are in the classifiers and its thresholds in "
+    "`config.json`, for `forward_early`; `early_exit/report.md` has what that gives. The ensemble's accuracy in the "
+    "table is from before the temperatures, which change it a little"
+)
 
 
 def card(args: CardArgs) -> None:
     """`sssd card`."""
     run, out = Path(args.run), Path(args.out)
-    check_run(run)
+    calibrated = check_calibrated(run, args.calibrated)
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} is there already; give --overwrite to replace it")
-    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
+    network = timm.create_model(f"local-dir:{calibrated or run / 'model'}", pretrained=True).eval()
     # The weights that ship are rounded: what follows is measured on those.
     checked = check(network.half().float())
     with atomic_dir(out) as folder:
         weights = write_card(
             run,
             folder,
+            calibrated=calibrated,
             name=args.name,
             paper=args.paper,
             license_name=args.license,
@@ -81,12 +89,36 @@ def check_run(run: Path) -> None:
         raise UserError(f"{run} is no finished run of `sssd fit`: {', '.join(missing)} missing")
 
 
+def check_calibrated(run: Path, calibrated: str | None) -> Path | None:
+    """Refuses a folder that is no finished run, or one that `sssd early-exit` did not make of that run.
+
+    Calibration scales the classifiers and nothing else.
+
+    Raises:
+        UserError: that says what is wrong.
+    """
+    check_run(run)
+    if calibrated is None:
+        return None
+    folder = Path(calibrated)
+    if not (folder / "early_exit" / "report.md").is_file():
+        raise UserError(f"{folder} is no folder of `sssd early-exit`: early_exit/report.md missing")
+    ours = load_network(str(run / "model"))
+    heads = tuple(f"{name}." for name in ours.pretrained_cfg["classifier"])
+    theirs = load_network(str(folder)).state_dict()
+    trunk = {name: value for name, value in ours.state_dict().items() if not name.startswith(heads)}
+    if any(name not in theirs or not torch.equal(value, theirs[name]) for name, value in trunk.items()):
+        raise UserError(f"{folder} was not made of {run}: run `sssd early-exit {run} --out {folder} --overwrite`")
+    return folder
+
+
 def write_card(
     run: Path,
     folder: Path,
     *,
     out: str | Path,
     license_name: str,
+    calibrated: Path | None = None,
     name: str | None = None,
     repo: str | None = None,
     paper: str | None = None,
@@ -100,6 +132,7 @@ def write_card(
         folder: to write into.
         out: what to call it in errors.
         license_name: of the weights, as the Hub names it.
+        calibrated: folder of `sssd early-exit` to take the network from, see `check_calibrated`.
         name: see `model_card`.
         repo: see `model_card`.
         paper: see `paper_rows`.
@@ -110,10 +143,11 @@ def write_card(
         The weights in half precision, whose sha256 metrics.json tells.
     """
     results: Results = read_json(run / "metrics.json")
-    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
+    source = calibrated or run / "model"
+    network = timm.create_model(f"local-dir:{source}", pretrained=True)
     weights = network_weights(network, torch.float16)
     # transformers would compute in the precision of the file.
-    config = {**read_json(run / "model/config.json"), "dtype": "float32"}
+    config = {**read_json(source / "config.json"), "dtype": "float32"}
     results["data"] = Path(results["data"]).name if Path(results["data"]).exists() else results["data"]
     shipped: dict[str, Any] = {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)}
     if checked is not None:
@@ -129,13 +163,15 @@ def write_card(
     shown: Results = {
         **results,
         "accuracy": [*results.get("accuracy", []), *paper_rows(paper)],
-        "notes": [*training_notes(recipe, results), *remarks],
+        "notes": [*training_notes(recipe, results), *([CALIBRATED] if calibrated else []), *remarks],
     }
     measured = {}
     if "accuracy" in results:
         ours = results["accuracy"][0]
         measured = dict(zip(ANSWERS, [*ours["exits"], ours["ensemble"]], strict=True))
     figures = {path.name: path for path in sorted((run / "figures").glob("*.png"))}
+    if calibrated is not None:
+        figures["early_exit.png"] = calibrated / "early_exit" / "figure.png"
     captions = {Path(path).name: caption for path, caption in results.get("figures", {}).items()}
     text = model_card(
         config,
@@ -160,6 +196,8 @@ def write_card(
         (folder / "figures").mkdir()
         for file, path in figures.items():
             shutil.copyfile(path, folder / "figures" / file)
+        if calibrated is not None:
+            shutil.copytree(calibrated / "early_exit", folder / "early_exit")
     return weights
 
 

@@ -635,6 +635,7 @@ class CardArgs:
         out: folder to write.
         name: timm name and tag of the weights, where they ship with the package: 'sssd_resnet18_cifar.cifar10'.
         weights: file for the weights in half precision; by default model.safetensors in `out`.
+        calibrated: folder that `sssd early-exit` made of the run: its network, which has thresholds, is taken.
         paper: row of the paper's tables to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
         license: of the weights, as the Hub names it.
         remarks: sentences for the card that no file of the run tells, such as where the images come from.
@@ -645,6 +646,7 @@ class CardArgs:
     out: str
     name: str | None = None
     weights: str | None = None
+    calibrated: str | None = None
     paper: str | None = None
     license: str = "apache-2.0"
     remarks: list[str] = field(default_factory=list)
@@ -682,11 +684,13 @@ class PublishArgs(RepoConfig):
 
     Args:
         run: run folder of `sssd fit`, or a folder of `sssd card`.
+        calibrated: folder that `sssd early-exit` made of the run: its network, which has thresholds, is published.
         include: shell patterns of other files of `run` to go with it, such as 'report.md' or '[report.md, "*.svg"]'.
         license: of the weights, as the Hub names it.
     """
 
     run: str
+    calibrated: str | None = None
     include: list[str] | str = field(default_factory=list)
     license: str = "apache-2.0"
 

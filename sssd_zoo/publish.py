@@ -39,7 +39,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 import sssd_zoo  # noqa: F401  registers the models with timm
-from sssd_zoo.cards import check_run, write_card
+from sssd_zoo.cards import check_calibrated, write_card
 from sssd_zoo.clustering import PseudoLabels
 from sssd_zoo.config import PublishArgs, PublishLabelsArgs, PullArgs, RepoConfig
 from sssd_zoo.errors import UserError
@@ -48,7 +48,7 @@ from sssd_zoo.hub import hub_cards
 
 NETWORK_FILES = (
     *("README.md", "config.json", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl"),
-    *("model.safetensors", "figures/*.png", ".eval_results/*.yaml"),
+    *("model.safetensors", "figures/*.png", ".eval_results/*.yaml", "early_exit/*"),
 )
 LABEL_FILES = ("README.md", "labels.parquet", "centroids.safetensors", "pseudo_labels.json")
 TIMEOUT = 10  # seconds that the Hub's first answer may take
@@ -63,10 +63,14 @@ def publish(args: PublishArgs) -> None:
     with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)
         if (run / "README.md").is_file() and (run / "config.json").is_file():
+            if args.calibrated is not None:
+                raise UserError(f"{run} is a folder of `sssd card`: give --calibrated to that command")
             copy_card(run, folder)
         else:
-            check_run(run)
-            weights = write_card(run, folder, repo=args.repo, license_name=args.license, out=scratch)
+            calibrated = check_calibrated(run, args.calibrated)
+            weights = write_card(
+                run, folder, calibrated=calibrated, repo=args.repo, license_name=args.license, out=scratch
+            )
             atomic_write_bytes(folder / "model.safetensors", weights)
         include(run, folder, args.include)
         verify_network(folder, str(run))

@@ -40,6 +40,7 @@ STYLE: Any = {
     "lines.linewidth": 1.4,
 }
 EXITS = ("1", "2", "3", "4")
+LEAST_SPAN = 10  # points of accuracy that the axis covers at least
 
 
 class AccuracyRow(TypedDict):
@@ -214,6 +215,10 @@ def accuracy_cost(
     axes.set_xlabel(f"multiply-adds for one image ({unit})")
     axes.set_ylabel("accuracy (%)")
     axes.margins(y=0.15)
+    low, high = axes.get_ylim()
+    if high - low < LEAST_SPAN:  # exits that are alike should look so
+        middle = (low + high) / 2
+        axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
     axes.set_xlim(0, 1.13 * full)
     axes.grid(axis="x", visible=False)
     axes.legend(loc="best")

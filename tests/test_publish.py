@@ -24,9 +24,10 @@ from safetensors.torch import load
 import sssd_zoo  # noqa: F401  registers the models
 from sssd_zoo.clustering import Clustering, PseudoLabels
 from sssd_zoo.config import PullArgs
+from sssd_zoo.early_exit import fold
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json, write_json
-from sssd_zoo.hub import save_model_folder
+from sssd_zoo.hub import save_model_folder, save_network
 from sssd_zoo.publish import pull
 
 TOKEN = "hf_" + "Tr0ub4dor" * 4  # no login: the only server that takes it is the one below
@@ -244,6 +245,35 @@ def test_the_card_says_what_the_run_measured_and_no_more(published):
         assert words in text
     for words in ("NMI", "JPEG", "None", "multiply-adds", "random labels"):
         assert words not in text, words
+
+
+def test_a_calibrated_network_is_published_with_its_thresholds(empty, sssd, run, tmp_path):
+    calibrated = tmp_path / "calibrated"  # as `sssd early-exit` leaves it
+    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
+    network.thresholds = [0.5, 0.25, 0.75]
+    fold(network, [2.0, 1.0, 1.0, 0.5])
+    save_network(calibrated, network, "sssd_resnet18", input_size=32, label_names=NAMES)
+    done = sssd("publish", run, "--repo", REPO, "--calibrated", calibrated)
+    assert "no folder of `sssd early-exit`" in done.error
+    (calibrated / "early_exit").mkdir()
+    (calibrated / "early_exit" / "report.md").write_text("# Early exit\n")
+    Image.new("RGB", (8, 8)).save(calibrated / "early_exit" / "figure.png")
+    done = sssd("publish", run, "--repo", REPO, "--calibrated", calibrated)
+    assert done.status == 0, done
+    files = empty.files(REPO)
+    assert set(files) == FILES | {"early_exit/report.md", "early_exit/figure.png"}
+    assert json.loads(files["config.json"])["model_args"]["thresholds"] == [0.5, 0.25, 0.75]
+    torch.testing.assert_close(
+        load(files["model.safetensors"])["fc.weight"].float(), network.fc.weight, atol=1e-3, rtol=0
+    )
+    assert "`early_exit/report.md` has what that gives" in files["README.md"].decode()
+    assert sssd("pull", REPO, "--out", tmp_path / "pulled").status == 0
+    pulled = timm.create_model(f"local-dir:{tmp_path / 'pulled'}", pretrained=True).eval()
+    assert pulled.forward_early(torch.randn(2, 3, 32, 32)).exit.shape == (2,)
+
+    torch.nn.init.ones_(network.conv1.weight)
+    save_network(calibrated, network, "sssd_resnet18", input_size=32, label_names=NAMES)
+    assert "was not made of" in sssd("publish", run, "--repo", REPO, "--calibrated", calibrated).error
 
 
 def test_an_unchanged_run_uploads_nothing(published, sssd, run):
