@@ -325,7 +325,7 @@ def label_curves(
     for axes, ticks in ((left, sorted({x for curve in ours.values() for x in curve})), (right, [1, 10, 20, 30, 50])):
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.legend(loc="lower right")
+        axes.legend(loc="best")
     _save(figure, path)
 
 
