@@ -26,7 +26,16 @@ from sssd_zoo.runs import check_queue, digest, save_config, settings_of
 from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import distill_network, seed_network
-from sssd_zoo.tables import METHODS, Result, Setting, comparison_table, mean_of, paper_tables, results_csv
+from sssd_zoo.tables import (
+    METHODS,
+    Result,
+    Setting,
+    changes_table,
+    comparison_table,
+    mean_of,
+    paper_tables,
+    results_csv,
+)
 
 LABELLED = {  # the methods that learn pseudo labels, and the stage that makes these
     "sssd": "labels",
@@ -224,6 +233,8 @@ def _write(
         *comparison_table(results),
         "",
     ]
+    if changes := changes_table(results, others):
+        lines += ["## One thing changed", "", "Points over plain SSSD with the same seed.", "", *changes, ""]
     drawn = [run for run in results if run.macs]
     if drawn:
         means: list[report.AccuracyRow] = []

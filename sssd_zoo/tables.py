@@ -21,6 +21,7 @@ METHODS = {
     "seed": "SEED",
     "dacsd": "DACSD",
 }
+VARIANTS = ("sssd-warm", "sssd-redos", "sssd-soft")  # beyond the paper
 COLUMNS = ("exit 1", "exit 2", "exit 3", "exit 4", "ensemble")
 NOT_RUN = "not run"
 TITLES = {
@@ -69,6 +70,11 @@ class Setting(NamedTuple):
     epochs: int
     seed_epochs: int
     machine: str
+
+    @property
+    def without_pretext(self) -> tuple[str, int, str, int, int, int]:
+        """What two runs of SSSD have in common that differ in the pretext, or the machine, alone."""
+        return self.data, self.images, self.model, self.image_size, self.k, self.epochs
 
 
 class Result(NamedTuple):
@@ -128,15 +134,62 @@ def accuracy_cells(runs: list[Result]) -> list[str]:
 
 
 def comparison_table(results: list[Result]) -> list[str]:
-    """Lines of Markdown: a row for each method, mean (lowest, highest) over the seeds; those not run say so."""
+    """Lines of Markdown: a row for each method, mean (lowest, highest) over the seeds; the paper's not run say so."""
     lines = []
     for method, title in METHODS.items():
         runs = [run for run in results if run.method == method]
+        if not runs and method in VARIANTS:
+            continue
         cells = accuracy_cells(runs) if runs else [NOT_RUN, *[""] * (len(COLUMNS) - 1)]
         before = mean_of(run.seconds_before for run in runs) if runs else 0
         own = duration(mean_of(run.seconds for run in runs)) if runs else ""
         lines.append([title, *cells, str(len(runs)), duration(before) if before else "", own])
     return table(["method", *COLUMNS, "seeds", "pretext and labels", "training"], lines)
+
+
+def changes_table(results: list[Result], others: list[Result]) -> list[str]:
+    """Lines of Markdown: what changing one thing of SSSD gives, in points over plain SSSD with the same seed.
+
+    A row for each variant among `results`, and for each run of SSSD among `others` that differs in the pretext alone.
+    Empty without such rows, or without plain SSSD.
+
+    Args:
+        results: of this comparison.
+        others: of other comparisons.
+    """
+    plain = {run.seed: run for run in results if run.method == "sssd"}
+    if not plain:
+        return []
+    ours = next(iter(plain.values())).setting.without_pretext
+    groups: dict[str, list[Result]] = {}
+    for run in results:
+        if run.method in VARIANTS:
+            groups.setdefault(METHODS[run.method], []).append(run)
+    for run in others:
+        if run.method == "sssd" and run.setting.without_pretext == ours:
+            where = "" if run.setting.pretext_data is None else f" on `{run.setting.pretext_data}`"
+            name = f"SSSD, labels from `{run.setting.pretext}`, {_pretext_epochs(run.setting)}{where}"
+            groups.setdefault(name, []).append(run)
+    lines = []
+    for title, runs in groups.items():
+        paired = [differences(run, plain[run.seed]) for run in runs if run.seed in plain]
+        if paired:
+            lines.append([title, *(signed(list(column)) for column in zip(*paired, strict=True)), str(len(paired))])
+    return table(["changed", *COLUMNS, "seeds"], lines) if lines else []
+
+
+def differences(run: Result, base: Result) -> list[float]:
+    """The points of accuracy of the four exits and the ensemble over another network's."""
+    assert run.ensemble is not None
+    assert base.ensemble is not None
+    pairs = zip([*run.exits, run.ensemble], [*base.exits, base.ensemble], strict=True)
+    return [ours - theirs for ours, theirs in pairs]
+
+
+def signed(values: list[float]) -> str:
+    """The mean difference in points and, of several, the lowest and the highest."""
+    mean = sum(values) / len(values)
+    return f"{mean:+.2f}" if len(values) == 1 else f"{mean:+.2f} ({min(values):+.2f}, {max(values):+.2f})"
 
 
 def settings_table(settings: list[Setting]) -> list[str]:

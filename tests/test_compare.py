@@ -6,7 +6,7 @@ import json
 from PIL import Image
 from test_cli import one_line, sssd
 
-from sssd_zoo.tables import METHODS
+from sssd_zoo.tables import METHODS, VARIANTS
 
 TINY = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "16"),
@@ -25,7 +25,7 @@ def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_p
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY]
     assert sssd(*words, "--methods", "[sssd, clusterfit]", "--seeds", "[0]") == 0
     methods, paper = (tmp_path / "report.md").read_text().split("## In the paper's tables")
-    assert methods.count("not run") == len(METHODS) - 2
+    assert methods.count("not run") == len(METHODS) - len(VARIANTS) - 2
     assert "| paper | CIFAR-10 | SSSD | ResNet-18 | 200 | the same | 78.54 |" in paper
     assert "| ours | CIFAR-10 | SSSD | ResNet-18 | 200 | the same | not run |" in paper
     assert f"| ours | `{folder_of_images.name}` | ClusterFit | sssd_resnet18 | 1 epochs | the same |" in paper
@@ -38,6 +38,8 @@ def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_p
     assert "[labels-soft] ->" in out
     assert "[labels-redos] ->" in out
     assert "not run" not in (tmp_path / "report.md").read_text().split("## In the paper's tables")[0]
+    changes = (tmp_path / "report.md").read_text().split("## One thing changed")[1].split("## In the paper")[0]
+    assert [changes.count(METHODS[name]) for name in VARIANTS] == [1, 1, 1]
     rows = rows_of(tmp_path)
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "01" for m in METHODS]
     for row in rows:

@@ -5,7 +5,18 @@ import json
 import pytest
 
 from sssd_zoo.paper import TABLES, named_rows
-from sssd_zoo.tables import METHODS, Result, Setting, comparison_table, paper_row, paper_tables, results_csv, spread
+from sssd_zoo.tables import (
+    METHODS,
+    VARIANTS,
+    Result,
+    Setting,
+    changes_table,
+    comparison_table,
+    paper_row,
+    paper_tables,
+    results_csv,
+    spread,
+)
 
 SETTING = Setting(
     data="uoft-cs/cifar10",
@@ -53,7 +64,28 @@ def test_spread_and_rows():
     assert spread([1.0, 2.0, 6.0]) == "3.00 (1.00, 6.00)"
     lines = comparison_table([result("seed")])
     assert next(line for line in lines if "SEED" in line) == "| SEED |  |  |  | 50.00 |  | 1 |  | 1 min 00 s |"
-    assert sum("not run" in line for line in lines) == len(METHODS) - 1
+    assert sum("not run" in line for line in lines) == len(METHODS) - len(VARIANTS) - 1
+
+
+def test_changes_are_differences_seed_by_seed():
+    ours = [result(seed=0, accuracy=50), result(seed=1, accuracy=60), result("clusterfit")]
+    ours += [
+        result("sssd-soft", 0, 51),
+        result("sssd-soft", 1, 59),
+        result("sssd-warm", 1, 62),
+        result("sssd-soft", 7, 0),
+    ]
+    others = [result(seed=1, accuracy=58.5, pretext_data="tiny", pretext_images=100), result(seed=0, epochs=3)]
+    others += [result(seed=0, accuracy=53, pretext="strong", pretext_epochs=None, machine="another"), result("random")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in changes_table(ours, others)[2:]]
+    differences = {row[0]: (row[1], row[5], row[6]) for row in rows}
+    assert differences == {
+        "SSSD, soft labels": ("+0.00 (-1.00, +1.00)", "+0.00 (-1.00, +1.00)", "2"),
+        "SSSD from M_ssl's weights": ("+2.00", "+2.00", "1"),
+        "SSSD, labels from `sssd_resnet18_cifar`, 200 epochs on `tiny`": ("-1.50", "-1.50", "1"),
+        "SSSD, labels from `strong`, as it is": ("+3.00", "+3.00", "1"),
+    }
+    assert changes_table([result("sssd-soft")], []) == changes_table([result()], []) == []
 
 
 def test_every_row_of_the_paper_has_ours_below_it_and_what_was_not_run_has_no_number():
