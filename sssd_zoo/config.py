@@ -357,7 +357,7 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     seed_method: SEEDConfig = field(default_factory=SEEDConfig)
     redos: int = 5
-    soft: float = 0.1
+    soft: float = 0.2
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     also: list[str] = field(default_factory=list)
 
