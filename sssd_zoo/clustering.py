@@ -244,7 +244,7 @@ class PseudoLabels:
         distances: float32 [N], squared distance to the centroid.
         centroids: float32 [K', D].
         meta: what made them: data, split, fingerprint, model, seed, iterations, redos, k_asked, k, inertia, sizes (rows
-            per cluster) and quality (nmi, ari, purity; None without true labels).
+            per cluster), quality (nmi, ari, purity; None without true labels) and, with `near`, nearest (M).
         near: int64 [N, M], the centroids nearest to each image, the nearest first, where soft labels may be wanted.
         near_distances: float32 [N, M], the squared distances to them.
     """
@@ -301,6 +301,7 @@ class PseudoLabels:
             "inertia": clustering.inertia,
             "quality": None if truth is None else quality(clustering.labels, truth),
             "sizes": np.bincount(clustering.labels).tolist(),
+            **({} if near is None else {"nearest": near[0].shape[1]}),
         }
         return cls(
             rows=rows,

@@ -601,9 +601,10 @@ def labels(tmp_path: Path) -> Path:
     )
     PseudoLabels.from_clustering(
         clustering,
-        **{"rows": np.arange(12), "data": "owner/animals", "split": "train", "fingerprint": "ab" * 32},
+        **{"rows": np.arange(12), "data": "owner/animals", "split": "train[:12]", "fingerprint": "ab" * 32},
         **{"model": str(tmp_path / "run" / "pretrain"), "seed": 0, "iterations": 20, "redos": 1},
         truth=np.arange(12) % 3,
+        near=(np.stack([np.arange(12) % 3, np.arange(1, 13) % 3], 1), random.random((12, 2), np.float32)),
     ).save(tmp_path / "labels")
     return tmp_path / "labels"
 
@@ -624,12 +625,14 @@ def test_labels_go_to_the_hub_and_back(empty, sssd, labels, tmp_path):
     card = files["README.md"].decode()
     assert "source_datasets:\n- owner/animals" in card
     assert "ab" * 32 in card
+    assert "--data owner/animals --split 'train[:12]' --labels LABELS" in card
+    assert "the 2 nearest centroids" in card
     assert "unchanged" in sssd("publish-labels", labels, "--repo", repo).out
 
     done = sssd("pull", repo, "--labels", "--out", tmp_path / "pulled")
     assert done.status == 0, done
     ours, theirs = PseudoLabels.load(labels), PseudoLabels.load(tmp_path / "pulled")
-    for name in ("rows", "labels", "distances", "centroids"):
+    for name in ("rows", "labels", "distances", "centroids", "near", "near_distances"):
         assert np.array_equal(getattr(ours, name), getattr(theirs, name))
     theirs.check("ab" * 32)
     with pytest.raises(UserError, match="other data"):
