@@ -28,6 +28,7 @@ from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import distill_network, seed_network
 from sssd_zoo.tables import (
     METHODS,
+    VARIANTS,
     Result,
     Setting,
     changes_table,
@@ -235,11 +236,13 @@ def _write(
     ]
     if changes := changes_table(results, others):
         lines += ["## One thing changed", "", "Points over plain SSSD with the same seed.", "", *changes, ""]
-    drawn = [run for run in results if run.macs]
+    drawn = [run for run in results if run.macs and run.method not in VARIANTS]
     if drawn:
         means: list[report.AccuracyRow] = []
         plain = {}
         for method, title in METHODS.items():
+            if method in VARIANTS:
+                continue  # they lie on plain SSSD's points
             runs = [run for run in results if run.method == method]
             if runs and runs[0].macs:
                 columns = [mean_of(values) for values in zip(*(run.exits for run in runs), strict=True)]

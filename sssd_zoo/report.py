@@ -40,6 +40,7 @@ STYLE: Any = {
     "lines.linewidth": 1.4,
 }
 EXITS = ("1", "2", "3", "4")
+NUMBERED = 3  # networks in one figure whose points have room for their numbers
 LEAST_SPAN = 10  # points of accuracy that the axis covers at least
 
 
@@ -194,7 +195,8 @@ def accuracy_cost(
     """
     unit, scale = ("billion", 1e9) if macs["ensemble"] >= 1e9 else ("million", 1e6)
     costs, full = [macs[exit_name] / scale for exit_name in EXITS], macs["ensemble"] / scale
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    crowded = len(rows) > NUMBERED
+    figure = Figure(figsize=(8 if crowded else 6, 3.8), layout="constrained")
     axes = figure.subplots()
     best = max(rows, key=lambda row: row["ensemble"])["name"]
     for row, colour in zip(rows, [COLOURS[0], FAINT, *COLOURS[1:]], strict=False):
@@ -202,6 +204,8 @@ def accuracy_cost(
         offset = 10 if row["name"] == best else -10
         axes.plot(costs, row["exits"], color=colour, marker="o", label=row["name"])
         axes.plot(full, row["ensemble"], color=colour, marker="*", ms=11, ls="none")
+        if crowded:
+            continue
         for x, value in zip(costs, row["exits"], strict=True):
             axes.annotate(f"{value:.1f}", (x, value), (0, offset), ha="center", **label)
         axes.annotate(f"{row['ensemble']:.1f}", (full, row["ensemble"]), (9, 0), ha="left", **label)
@@ -221,7 +225,10 @@ def accuracy_cost(
         axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
     axes.set_xlim(0, 1.13 * full)
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="best")
+    if crowded:
+        figure.legend(loc="outside right upper")
+    else:
+        axes.legend(loc="best")
     _save(figure, path)
 
 
