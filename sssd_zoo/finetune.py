@@ -39,7 +39,7 @@ from sssd_zoo.networks import (
 )
 from sssd_zoo.paper import TABLE_4
 from sssd_zoo.probe import accuracies, exit_logits
-from sssd_zoo.runs import EpochLoader, part, run_training, save_config
+from sssd_zoo.runs import EpochLoader, part, run_folder, run_training, save_config
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.tables import spread
 from sssd_zoo.tasks import ClusterFit, SelfDistillation, Task
@@ -184,9 +184,7 @@ def finetune(args: FinetuneArgs) -> None:
     tune_cpu()
     runtime = part(args, RuntimeConfig)
     processes = make_accelerator(runtime).num_processes
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+    out = run_folder(args.out)
     amounts: list[tuple[float, dict[str, Any]]] = [(n, {"per_class": n}) for n in args.per_class]
     amounts = amounts or [(100 * share, {"fraction": share}) for share in args.fractions]
     if not args.models or not args.seeds or not amounts:

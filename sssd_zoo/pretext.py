@@ -29,9 +29,9 @@ from sssd_zoo.networks import (
     statistics,
     storage_default,
 )
-from sssd_zoo.runs import check_queue, part
+from sssd_zoo.runs import check_queue, part, run_folder
 from sssd_zoo.stages import Stages
-from sssd_zoo.steps import cluster_images, describe_labels, pretrain_network
+from sssd_zoo.steps import check_cluster, cluster_images, describe_labels, pretrain_network
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,7 @@ def set_up(args: Any, trained: list[OptimConfig], *, warm: bool, require_labels:
     tune_cpu()
     runtime = part(args, RuntimeConfig)
     processes = make_accelerator(runtime).num_processes
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
+    out = run_folder(args.out)
     config = part(args, DataConfig)
     # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
     default_size = storage_default(args.image_size)
@@ -188,6 +186,7 @@ def set_up(args: Any, trained: list[OptimConfig], *, warm: bool, require_labels:
         raise UserError(
             f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
         )
+    check_cluster(args.cluster, len(data))
     inputs = {
         "data": data.fingerprint,
         "images": len(data),

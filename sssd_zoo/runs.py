@@ -37,15 +37,21 @@ def part(config: Any, kind: type[Config]) -> Config:
     return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
+def run_folder(out: str) -> Path:
+    """The folder to write into; raises `UserError` if a file is in its place."""
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; give a folder")
+    return folder
+
+
 def prepare_out(out: str, *, resume: bool, overwrite: bool) -> Path:
     """The run folder, or a clear refusal to mix a new run into an old one.
 
     Raises:
         UserError: if it holds a run and neither flag says what to do, or it is a file.
     """
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; give a folder")
+    folder = run_folder(out)
     held = [
         name
         for name in ("checkpoints", "config.json", "pseudo_labels.json", "metrics.json")

@@ -31,6 +31,12 @@ def nearest_centroids(chunks: Iterable[FloatArray], centroids: FloatArray, count
     return numbers, np.maximum(distances, 0)
 
 
+def check_soft(temperature: float) -> None:
+    """Raises `UserError` unless the temperature of soft labels is over 0."""
+    if temperature <= 0:
+        raise UserError(f"soft {temperature}, the temperature of soft labels, must be over 0")
+
+
 class SoftLabels:
     """Shares of images in clusters, made dense batch by batch: soft_labels[positions] is float32 [B, K], rows sum to 1.
 
@@ -48,10 +54,7 @@ class SoftLabels:
     """
 
     def __init__(self, labels: PseudoLabels, rows: IntArray, temperature: float) -> None:
-        if temperature <= 0:
-            raise UserError(
-                f"soft {temperature}, the temperature of soft labels, must be over 0; leave it out for hard"
-            )
+        check_soft(temperature)
         if labels.near is None or labels.near_distances is None:
             raise UserError("these pseudo labels are hard alone: for soft ones make them again with nearest 8, say")
         places = labels.places_of(rows)

@@ -95,7 +95,7 @@ def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
         print("dry run: nothing was uploaded")
         return
     api = HfApi()
-    with hub_errors(name, "nothing was published; the same command can be repeated"):
+    with disk_errors(folder), hub_errors(name, "nothing was published; the same command can be repeated"):
         url = api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
         if private and not api.repo_info(name, repo_type="space").private:
             raise UserError(f"the Space {name} is public: make it private on the Hub, or give another name")

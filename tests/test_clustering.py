@@ -244,12 +244,9 @@ def test_quality_against_the_definitions():
     assert found["purity"] == pytest.approx(sum(table[i].max() for i in range(10)) / 300)
 
 
-@pytest.fixture
-def artefact():
-    features, group = blobs(n=60)
-    rows = np.delete(np.arange(62), [7, 30])  # two corrupt images were left out
+def pseudo_labels(clustering, rows, truth=None, near=None):
     return PseudoLabels.from_clustering(
-        kmeans(features, 6, seed=0, redos=3),
+        clustering,
         rows=rows,
         data="photos",
         split="train",
@@ -258,8 +255,16 @@ def artefact():
         seed=0,
         iterations=20,
         redos=3,
-        truth=group,
+        truth=truth,
+        near=near,
     )
+
+
+@pytest.fixture
+def artefact():
+    features, group = blobs(n=60)
+    rows = np.delete(np.arange(62), [7, 30])  # two corrupt images were left out
+    return pseudo_labels(kmeans(features, 6, seed=0, redos=3), rows, group)
 
 
 def test_artefact_round_trip(artefact, tmp_path):

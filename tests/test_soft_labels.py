@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from test_cli import TINY, one_line, sssd
-from test_clustering import blobs
+from test_clustering import blobs, pseudo_labels
 
 from sssd_zoo.clustering import PseudoLabels, kmeans
 from sssd_zoo.errors import UserError
@@ -16,19 +16,8 @@ from sssd_zoo.soft_labels import SoftLabels, nearest_centroids
 
 def labels_of(features, k=6, near=4):
     clustering = kmeans(features, k, seed=0)
-    return PseudoLabels.from_clustering(
-        clustering,
-        rows=np.arange(len(features)) * 2,  # every other image was corrupt
-        data="photos",
-        split="train",
-        fingerprint="abc",
-        model="resnet18",
-        seed=0,
-        iterations=20,
-        redos=1,
-        truth=None,
-        near=nearest_centroids([features[:33], features[33:]], clustering.centroids, near) if near else None,
-    )
+    nearest = nearest_centroids([features[:33], features[33:]], clustering.centroids, near) if near else None
+    return pseudo_labels(clustering, np.arange(len(features)) * 2, near=nearest)  # every other image was corrupt
 
 
 def test_shares_against_a_slow_version(tmp_path):
