@@ -17,7 +17,7 @@ import re
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -39,6 +39,7 @@ from sssd_zoo.models import SSSDResNet, ensemble_logits, multiply_adds
 PASSES = 5  # of each length, whose median time is shown
 SHOWN = 3  # most probable classes of each answer
 THRESHOLD = 0.5  # where the slider starts
+PLAIN = "Early-exit threshold: how sure an exit must be to answer"
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ class Analysis:
     seconds: list[float]
     cluster: int | None
 
-    def exit_taken(self, threshold: float) -> int:
-        """The exit, 1..4, that `forward_early` leaves at when each exit has this threshold."""
-        confident = (number for number, answer in enumerate(self.top[:3], start=1) if answer[0][1] > threshold)
-        return next(confident, 4)
+    def exit_taken(self, thresholds: Sequence[float]) -> int:
+        """The exit, 1..4, that `forward_early` leaves at with these thresholds of the exits 1 to 3."""
+        pairs = enumerate(zip(self.top[:3], thresholds, strict=True), start=1)
+        return next((number for number, (answer, threshold) in pairs if answer[0][1] > threshold), 4)
 
 
 def pass_seconds(network: SSSDResNet, image: Tensor) -> list[float]:
@@ -112,6 +113,12 @@ class Clusters:
         sources = [base64.b64encode(image).decode() for image in self.thumbnails[cluster][:count]]
         words = f"training image of cluster {cluster}"
         return "".join(f'<img src="data:image/webp;base64,{source}" alt="{words}">' for source in sources)
+
+
+def percents(shares: Sequence[float]) -> str:
+    """'62%, 55% and 70%'."""
+    *first, last = [f"{share:.0%}" for share in shares]
+    return f"{', '.join(first)} and {last}"
 
 
 def prepare(image: bytes, network: Any) -> Tensor:
@@ -185,24 +192,25 @@ class Demo:
         words = escape(str(error))
         return f'<div class="sssd"><p class="verdict">This file cannot be read as an image: {words}.</p></div>'
 
-    def verdict(self, analysis: Analysis, threshold: float) -> str:
+    def verdict(self, analysis: Analysis, thresholds: Sequence[float]) -> str:
         """Where the early exit stops, in a sentence of HTML."""
-        taken = analysis.exit_taken(threshold)
+        taken = analysis.exit_taken(thresholds)
         label, probability = analysis.top[taken - 1][0]
         share = analysis.seconds[taken - 1] / analysis.seconds[3]
         what = escape(self.names[label])
         sure = f"Leaves at <b>exit {taken}</b> with the answer <b>{what}</b>, {probability:.0%} sure"
         if taken == 4:
-            return f'<p class="verdict" data-exit="4">{sure}: no exit before passes {threshold:.0%}.</p>'
+            asked = f"{thresholds[0]:.0%}" if len(set(thresholds)) == 1 else f"its threshold ({percents(thresholds)})"
+            return f'<p class="verdict" data-exit="4">{sure}: no exit before passes {asked}.</p>'
         return f'<p class="verdict" data-exit="{taken}">{sure}, in {share:.2f} of the time to exit 4.</p>'
 
-    def answers(self, analysis: Analysis, threshold: float) -> str:
+    def answers(self, analysis: Analysis, thresholds: Sequence[float]) -> str:
         """The verdict, and a card for every exit and the ensemble, as HTML."""
-        taken = analysis.exit_taken(threshold)
+        taken = analysis.exit_taken(thresholds)
         cards = []
         names = ["1", "2", "3", "4", "ensemble"]
         for number, (name, top, seconds) in enumerate(zip(names, analysis.top, analysis.seconds, strict=True), start=1):
-            # At a threshold the ensemble is no part of the way through the network.
+            # With thresholds the ensemble is no part of the way through the network.
             state, note = "", ""
             if number == taken:
                 state, note = "taken", "<span class='note'>stops here</span>"
@@ -217,7 +225,7 @@ class Demo:
                 f'<div class="card {state}" data-answer="{name}" data-label="{escape(self.names[top[0][0]])}">'
                 f'<div class="head"><b>{title}</b>{note}<span class="cost">{cost}</span></div>{bars}</div>'
             )
-        return f'<div class="sssd">{self.verdict(analysis, threshold)}{"".join(cards)}</div>'
+        return f'<div class="sssd">{self.verdict(analysis, thresholds)}{"".join(cards)}</div>'
 
     def _bar(self, label: int, probability: float) -> str:
         name = escape(self.names[label])
@@ -282,17 +290,23 @@ def build(demo: Demo) -> Any:
     """The page as gradio's Blocks."""
     import gradio as gr
 
-    def look(file: dict[str, Any] | None, threshold: float) -> tuple[Analysis | None, str, str]:
+    # A network that `sssd early-exit` calibrated has thresholds of its own: the page starts with those.
+    own: list[float] | None = demo.network.thresholds
+
+    def chosen(use_own: bool, threshold: float) -> list[float]:
+        return own if use_own and own is not None else [threshold] * 3
+
+    def look(file: dict[str, Any] | None, use_own: bool, threshold: float) -> tuple[Analysis | None, str, str]:
         if file is None:
             return None, "", ""
         try:
             analysis = demo.analyse(Path(file["path"]).read_bytes())
         except CorruptImageError as error:
             return None, demo.refusal(error), ""
-        return analysis, demo.answers(analysis, threshold), demo.neighbours(analysis)
+        return analysis, demo.answers(analysis, chosen(use_own, threshold)), demo.neighbours(analysis)
 
-    def move(analysis: Analysis | None, threshold: float) -> str:
-        return "" if analysis is None else demo.answers(analysis, threshold)
+    def move(analysis: Analysis | None, use_own: bool, threshold: float) -> str:
+        return "" if analysis is None else demo.answers(analysis, chosen(use_own, threshold))
 
     with gr.Blocks(title=demo.title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(demo.introduction())
@@ -309,13 +323,14 @@ def build(demo: Demo) -> Any:
                 )
                 gr.Examples(demo.examples, image, label="Examples", elem_id="examples", examples_per_page=100)
             with gr.Column(scale=3, min_width=320):
+                use_own = gr.Checkbox(
+                    own is not None,
+                    label=f"Thresholds as calibrated: {percents(own)} for exits 1 to 3" if own else "",
+                    visible=own is not None,
+                    elem_id="own",
+                )
                 threshold = gr.Slider(
-                    0,
-                    1,
-                    THRESHOLD,
-                    step=0.01,
-                    label="Early-exit threshold: how sure an exit must be to answer",
-                    elem_id="threshold",
+                    0, 1, THRESHOLD, step=0.01, label=PLAIN, interactive=own is None, elem_id="threshold"
                 )
                 answers = gr.HTML(elem_id="answers")
         neighbours = gr.HTML(elem_id="neighbours", visible=demo.clusters is not None)
@@ -329,11 +344,13 @@ def build(demo: Demo) -> Any:
         private: dict[str, Any] = {"api_visibility": "private"}
         # Without gradio's preprocessing, which fails on damaged files with its own words, the file comes as it was
         # given (that it is one of the visitor's is checked before): `decode` reads it, as it reads the training images.
-        page.load(look, [image, threshold], outputs, preprocess=False, **private)
-        image.change(look, [image, threshold], outputs, preprocess=False, show_progress="minimal", **private)
-        threshold.change(
-            move, [analysis, threshold], answers, show_progress="hidden", trigger_mode="always_last", **private
-        )
+        given, moved = [image, use_own, threshold], [analysis, use_own, threshold]
+        quiet: dict[str, Any] = {"show_progress": "hidden", **private}
+        page.load(look, given, outputs, preprocess=False, **private)
+        image.change(look, given, outputs, preprocess=False, show_progress="minimal", **private)
+        threshold.change(move, moved, answers, trigger_mode="always_last", **quiet)
+        use_own.change(move, moved, answers, **quiet)
+        use_own.change(lambda use_own: gr.update(interactive=not use_own), use_own, threshold, **quiet)
     return page
 
 

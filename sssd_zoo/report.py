@@ -219,10 +219,7 @@ def accuracy_cost(
     axes.set_xlabel(f"multiply-adds for one image ({unit})")
     axes.set_ylabel("accuracy (%)")
     axes.margins(y=0.15)
-    low, high = axes.get_ylim()
-    if high - low < LEAST_SPAN:  # exits that are alike should look so
-        middle = (low + high) / 2
-        axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
+    _widen(axes)
     axes.set_xlim(0, 1.13 * full)
     axes.grid(axis="x", visible=False)
     if crowded:
@@ -269,7 +266,8 @@ def early_exit_costs(
             panel.plot(own[name], height[name], color=colour, marker=marker, ms=size, ls="none", label=name)
         panel.set(xlabel=title, xlim=(0, 1.08 * max(own.values())))
     panels[0].set_ylabel("accuracy (%)")
-    panels[0].legend(loc="best", fontsize=8)
+    _widen(panels[0])
+    figure.legend(handles=panels[0].get_lines(), loc="outside upper center", ncols=4, fontsize=8)
     _save(figure, path)
 
 
@@ -504,6 +502,14 @@ def _curve(
         smooth = np.convolve(padded, np.full(window, 1 / window), mode="valid")
     dot = "o" if len(y) == 1 else None
     axes.plot(x, smooth, color=colour, label=name.replace("_", " "), lw=width, zorder=1 + width, marker=dot)
+
+
+def _widen(axes: Axes) -> None:
+    """Makes the axis of accuracies span LEAST_SPAN points at least: exits that are alike should look so."""
+    low, high = axes.get_ylim()
+    if high - low < LEAST_SPAN:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - LEAST_SPAN / 2, middle + LEAST_SPAN / 2)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

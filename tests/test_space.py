@@ -140,7 +140,7 @@ def test_it_says_what_the_network_says(demo, fitted, folder_of_images):
                 assert [label for label, _ in top] == probabilities.argsort(descending=True).tolist()
                 assert [p for _, p in top] == pytest.approx(probabilities.sort(descending=True)[0].tolist(), abs=1e-5)
             for threshold in np.linspace(0, 1, 21):
-                assert found.exit_taken(threshold) == network.forward_early(pixels, [threshold] * 3).exit.item()
+                assert found.exit_taken([threshold] * 3) == network.forward_early(pixels, [threshold] * 3).exit.item()
         assert len(found.seconds) == 5
         assert min(found.seconds) > 0
 
@@ -187,7 +187,7 @@ def test_a_network_without_labels_answers_with_clusters(folder_of_images, tmp_pa
     assert re.fullmatch(r"sssd_resnet18 on flat: \d clusters at 32 px", notes[0])
     assert "not names but" in demo.introduction()
     found = demo.analyse(Path(demo.examples[0]).read_bytes())
-    cards = demo.answers(found, 0.5).split('<div class="card')[1:]
+    cards = demo.answers(found, [0.5] * 3).split('<div class="card')[1:]
     assert len(cards) == 5
     for card, top in zip(cards, found.top, strict=True):  # each answer with the images of its cluster
         assert f'data-label="cluster {top[0][0]}"' in card
@@ -216,12 +216,14 @@ def test_verdicts_and_names(demo, monkeypatch):
     found = Analysis(
         [[(label, p)] for label, p in ((1, 0.4), (0, 0.6), (2, 0.9), (1, 0.5), (1, 0.6))], [1, 2, 3, 4, 5], 0
     )
-    assert [found.exit_taken(threshold) for threshold in (0.3, 0.4, 0.6, 0.9)] == [1, 2, 3, 4]
-    early = demo.verdict(found, 0.5)
+    assert [found.exit_taken([threshold] * 3) for threshold in (0.3, 0.4, 0.6, 0.9)] == [1, 2, 3, 4]
+    early = demo.verdict(found, [0.5] * 3)
     assert 'data-exit="2"' in early
     assert "<b>&lt;b&gt;</b>, 60% sure, in 0.50 of the time to exit 4" in early
-    assert "no exit before passes 95%" in demo.verdict(found, 0.95)
-    states = re.findall(r'class="card (\w*)" data-answer="(\w+)"', demo.answers(found, 0.5))
+    assert "no exit before passes 95%" in demo.verdict(found, [0.95] * 3)
+    assert found.exit_taken([0.4, 0.6, 0.8]) == 3
+    assert "no exit before passes its threshold (40%, 60% and 100%)" in demo.verdict(found, [0.4, 0.6, 1])
+    states = re.findall(r'class="card (\w*)" data-answer="(\w+)"', demo.answers(found, [0.5] * 3))
     assert states == [("", "1"), ("taken", "2"), ("skipped", "3"), ("skipped", "4"), ("", "ensemble")]
 
 
@@ -406,15 +408,20 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def address(fitted: Path, tmp_path: Path) -> Iterator[str]:
-    """Where `sssd space` shows the run's page; afterwards it is ended, and leaves no folder behind."""
+    """Where `sssd space` shows the page of the run with thresholds; then it is ended, and leaves no folder behind."""
     pytest.importorskip("gradio", reason="gradio is not installed")
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(fitted, calibrated, ignore=shutil.ignore_patterns("checkpoints"))
+    config = json.loads((calibrated / "model/config.json").read_text())
+    config["model_args"]["thresholds"] = [1.0, 1.0, 0.0]
+    (calibrated / "model/config.json").write_text(json.dumps(config))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "scratch").mkdir()
     environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "scratch")}
     server = subprocess.Popen(
-        [sys.executable, "-m", "sssd_zoo.cli", "space", str(fitted), "--port", str(port)],
+        [sys.executable, "-m", "sssd_zoo.cli", "space", str(calibrated), "--port", str(port)],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         text=True,
@@ -474,8 +481,16 @@ def test_in_a_browser(browser, address, demo, tmp_path):
         assert re.search(r"\d+\.\d ms", card.text)
     assert seen(f'#neighbours .strip[data-cluster="{expected[-1].cluster}"] img')
 
-    # The slider: no threshold lets every image leave at once, a full one lets none leave.
+    # The network's own thresholds, until they are put off; the slider waits for that.
+    assert names[-1][2] in leaves_at(3).text
     slider = seen("#threshold input[type=range]")[0]
+    assert not slider.is_enabled()
+    box = seen("#own input")[0]
+    assert "100%, 100% and 0% for exits 1 to 3" in browser.find_element(By.ID, "own").text
+    box.click()
+    wait.until(lambda _: slider.is_enabled())
+
+    # The slider: no threshold lets every image leave at once, a full one lets none leave.
     slider.send_keys(Keys.HOME)
     assert names[-1][0] in leaves_at(1).text
     assert len(seen("#answers .card.skipped")) == 3
