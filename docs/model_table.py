@@ -16,7 +16,12 @@ def model_table(cards: Path) -> str:
     for folder in sorted(path.parent for path in cards.glob("*/metrics.json")):
         results = read_json(folder / "metrics.json")
         ours = results["accuracy"][0]
-        time, machine = duration(sum(step["seconds"] for step in results["times"])), results["machine"]
+        # A network that was trained on from its own earlier weights keeps the records of those trainings beside it.
+        slices = [results, *map(read_json, sorted(folder.glob("slices/*/metrics.json")))]
+        time = duration(sum(step["seconds"] for part in slices for step in part["times"]))
+        if len(slices) > 1:
+            time += f" in {len(slices)} slices"
+        machine = results["machine"]
         rows.append(
             [
                 f"[`{folder.name}`](hub_cards/{folder.name}/README.md)",
