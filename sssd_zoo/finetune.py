@@ -36,6 +36,7 @@ from sssd_zoo.networks import (
     load_trunk,
     statistics,
     storage_default,
+    weights_digest,
 )
 from sssd_zoo.paper import TABLE_4
 from sssd_zoo.probe import accuracies, exit_logits
@@ -100,12 +101,6 @@ def starting_network(name: str, like: str, method: str, classes: int) -> tuple[A
             load_trunk(model, load_network(name, num_classes=0))
     model.reset_classifier(classes)
     return model, arch
-
-
-def weights_of(name: str) -> str:
-    """What tells a folder's weights from later ones of the same name; '' for timm's."""
-    file = Path(name) / "model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else ""
 
 
 def step_plan(args: FinetuneArgs, name: str, images: int, processes: int) -> OptimConfig:
@@ -236,7 +231,7 @@ def finetune(args: FinetuneArgs) -> None:
         "views": [args.crop, *args.crop_scale],
     }
     for name in args.models:
-        start = first_model(args, size) if name == SCRATCH else weights_of(name)
+        start = first_model(args, size) if name == SCRATCH else weights_digest(load_network(name, num_classes=0))
         for amount, how in amounts:
             folder = out / places[name] / f"{amount:g}{'-per-class' if args.per_class else '%'}"
             stages = Stages(folder, {**common, "model": name, "start": start})

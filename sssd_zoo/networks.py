@@ -1,9 +1,11 @@
 """Networks by their names or folders: choosing, loading, checking and listing them."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
@@ -157,3 +159,12 @@ def models(args: ModelsArgs) -> None:
         numbers = [value for row in results.get("accuracy", [])[:1] for value in (*row["exits"], row["ensemble"])]
         measured = " ".join(f"{value:6.2f}" for value in numbers) or "not measured"
         print(f"{tag:30} {measured}  {results['data']}, {results['images']:,} images, seed {results['seed']}")
+
+
+def weights_digest(network: torch.nn.Module) -> str:
+    """A short fingerprint of a network's weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

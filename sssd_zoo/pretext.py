@@ -4,13 +4,11 @@ It is pretrained by MoCo v2 (section 3.1 of the paper), on the images to distil 
 4.5), and may be of another size than the student; or it is any network that timm loads, and nothing is pretrained.
 """
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 
 from sssd_zoo.config import ClusterConfig, ForwardConfig, MoCoConfig, PretextConfig
 from sssd_zoo.data.loading import DataConfig, ImageData, load_images
@@ -28,6 +26,7 @@ from sssd_zoo.networks import (
     new_trunk,
     statistics,
     storage_default,
+    weights_digest,
 )
 from sssd_zoo.runs import check_queue, part, run_folder
 from sssd_zoo.stages import Stages
@@ -249,12 +248,3 @@ def choose_pretext(
         load_trunk(new_trunk(pretrain_arch), network)
         start = weights_digest(network)
     return Pretext(pretrain_arch, source, source is data, size, moco, start)
-
-
-def weights_digest(network: torch.nn.Module) -> str:
-    """A short fingerprint of a network's weights and buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]

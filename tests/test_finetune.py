@@ -172,6 +172,16 @@ def test_the_sweep_reuses_what_is_there_and_draws(folder_of_images, distilled, t
     model = timm.create_model(f"local-dir:{cell}", pretrained=True)
     assert model.num_classes == 3
     assert not (cell / "checkpoints").exists()
+    # Other weights under the same name: their cells are trained again, those from scratch are not.
+    save_network(
+        distilled, timm.create_model("sssd_resnet18_cifar", num_classes=5), "sssd_resnet18_cifar", input_size=16
+    )
+    capsys.readouterr()
+    assert sssd(*words, "--models", f"[{distilled}, scratch]", "--fractions", "[0.2, 0.5]", "--seeds", "[0]") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == 2, (
+        "a change of the first network is one of scratch's weights only by its name"
+    )
 
 
 def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, tmp_path, monkeypatch):
