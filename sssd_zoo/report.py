@@ -330,7 +330,8 @@ def label_curves(
     for axes, ticks in ((left, sorted({x for curve in ours.values() for x in curve})), (right, [1, 10, 20, 30, 50])):
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.legend(loc="best")
+        # Below the panel: inside, the legend's markers with their bars could be taken for points.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18))
     _save(figure, path)
 
 
