@@ -17,17 +17,17 @@ def model_table(cards: Path) -> str:
         results = read_json(folder / "metrics.json")
         ours = results["accuracy"][0]
         # A network that was trained on from its own earlier weights keeps the records of those trainings beside it.
-        slices = [results, *map(read_json, sorted(folder.glob("slices/*/metrics.json")))]
+        slices = [*map(read_json, sorted(folder.glob("slices/*/metrics.json"))), results]
         time = duration(sum(step["seconds"] for part in slices for step in part["times"]))
         if len(slices) > 1:
             time += f" in {len(slices)} slices"
-        machine = results["machine"]
+        machines = dict.fromkeys(part["machine"].split(", torch")[0] for part in slices)
         rows.append(
             [
                 f"[`{folder.name}`](hub_cards/{folder.name}/README.md)",
                 f"{results['data']}, {results['images']:,} images at {results['image_size']} px",
                 *(f"{value:.2f}" for value in (*ours["exits"], ours["ensemble"])),
-                f"{time}, {machine.split(', torch')[0]}",
+                f"{time}, {', then '.join(machines)}",
             ]
         )
     head = ["name", "trained without labels on", "exit 1", "exit 2", "exit 3", "exit 4", "ensemble", "training"]
