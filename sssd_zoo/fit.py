@@ -125,8 +125,10 @@ def fit(args: FitArgs) -> None:
         neighbours = min(200, len(found.train_y))
         return {
             "accuracy": accuracy,
-            "knn": {f"pretext, k = {neighbours}": knn_features(found, neighbours, 0.1)[-1]},
-            "pretext_linear": probe_features(found, args.probe, runtime.seed).exits[-1],
+            "clustered": {
+                "linear probe": probe_features(found, args.probe, runtime.seed).exits[-1],
+                f"weighted kNN (k = {neighbours})": knn_features(found, neighbours, 0.1)[-1],
+            },
             "test": evaluation.words,
             "test_images": len(evaluation.test_positions),
         }
@@ -203,7 +205,7 @@ def finish(
     if probe:
         results["test"], results["test_images"] = probe["test"], probe["test_images"]
         results["classes"] = len(data.class_names or [])
-        results["accuracy"], results["knn"] = probe["accuracy"], probe["knn"]
+        results["accuracy"], results["clustered"] = probe["accuracy"], probe["clustered"]
     report.write_report(out / "report.md", results)
     write_json(out / "metrics.json", results)
     measured = {}

@@ -80,7 +80,7 @@ class Results(TypedDict, total=False):
         sizes: images per cluster.
         quality: of the pseudo labels against the true ones: 'nmi' and 'ari' and 'purity', in 0..1.
         accuracy: linear-probe accuracies; the first row is the network itself, the second what it is compared with.
-        knn: weighted kNN accuracy in percent, by the features' name.
+        clustered: accuracy in percent of the features that were clustered, the pretext's, by how it was measured.
         macs: multiply-adds for one image at the exits '1' to '4' and for the 'ensemble'.
         times: of the steps.
         figures: file names beside the report and their captions.
@@ -103,7 +103,7 @@ class Results(TypedDict, total=False):
     sizes: Sequence[int]
     quality: Mapping[str, float] | None
     accuracy: Sequence[AccuracyRow]
-    knn: Mapping[str, float]
+    clustered: Mapping[str, float]
     macs: Mapping[str, int]
     times: Sequence[Timing]
     figures: Mapping[str, str]
@@ -406,6 +406,9 @@ def describe(results: Results) -> list[str]:
         quality = results.get("quality") or {}
         measured = [f"{name} {quality[key]:.3f}" for key, name in names.items() if key in quality]
         facts[-1] += f"; against the true labels: {', '.join(measured)}" if measured else ""
+    if clustered := results.get("clustered"):
+        measured = [f"{name} {accuracy:.2f}" for name, accuracy in clustered.items()]
+        facts.append(f"**Features that were clustered**: accuracy in percent by a {', '.join(measured)}")
     if "seed" in results:
         facts.append(f"**Seed**: {results['seed']}")
     if "machine" in results:
@@ -437,8 +440,6 @@ def _accuracy(results: Results) -> list[str]:
         lines += [*table(["", "exit 1", "exit 2", "exit 3", "exit 4", "ensemble"], cells), ""]
     else:
         lines += ["Not measured: that needs true labels, and the data have none.", ""]
-    if knn := results.get("knn"):
-        lines += [*table(["weighted kNN of", "accuracy (%)"], [[name, f"{x:.2f}"] for name, x in knn.items()]), ""]
     if macs := results.get("macs"):
         cells = [
             [name if name == "ensemble" else f"exit {name}", f"{cost / 1e6:,.1f} M", f"{cost / macs['4']:.0%}"]

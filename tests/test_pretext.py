@@ -52,7 +52,8 @@ def test_labels_of_any_timm_network_and_nothing_pretrained(folder_of_images, tmp
     assert "pretrain" not in steps
     assert not (out / "pretrain").exists()
     assert "`encoder`, as it is" in (out / "report.md").read_text()
-    assert json.loads((out / "metrics.json").read_text())["knn"].keys() == {"pretext, k = 38"}
+    found = json.loads((out / "metrics.json").read_text())["clustered"]
+    assert found.keys() == {"linear probe", "weighted kNN (k = 38)"}
 
     alone = tmp_path / "labels"
     words_alone = ["--data", folder_of_images, "--model", network, "--k", "4", "--out", alone]

@@ -32,7 +32,7 @@ RESULTS: Results = {
     "sizes": [60, 30, 10],
     "quality": {"nmi": 0.31, "ari": 0.12, "purity": 0.4},
     "accuracy": ROWS,
-    "knn": {"MoCo v2": 47.15},
+    "clustered": {"linear probe": 51.3, "weighted kNN (k = 200)": 47.15},
     "macs": MACS,
     "times": [{"step": "MoCo v2", "seconds": 403.2}, {"step": "k-means", "seconds": 3.21, "note": "K = 200"}],
     "figures": {"figures/accuracy.png": "Accuracy", "clusters.png": "Clusters", "figures/curves.png": "Curves"},
@@ -73,7 +73,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
         "| SSSD | 48.80 | 48.70 | 48.60 | 46.50 | 51.30 |",
         "| random labels | 35.20 | 38.70 | 39.30 | 37.40 | 44.40 |",
         "| SSSD over random labels | +13.60 | +10.00 | +9.30 | +9.10 | +6.90 |",
-        "| MoCo v2 | 47.15 |",
+        "**Features that were clustered**: accuracy in percent by a linear probe 51.30, weighted kNN (k = 200) 47.15",
         "| exit 1 | 100.0 M | 25% |",
         "| ensemble | 420.0 M | 105% |",
         "| clusters asked for (K) | 200 |",
@@ -117,8 +117,8 @@ def test_report_of_nothing_is_still_a_report(tmp_path: Path) -> None:
 
 
 def test_a_bar_in_a_name_does_not_break_the_table(tmp_path: Path) -> None:
-    write_report(tmp_path / "report.md", {"knn": {"a|b": 1.0}})
-    assert "| a\\|b | 1.00 |" in (tmp_path / "report.md").read_text()
+    write_report(tmp_path / "report.md", {"times": [{"step": "a|b", "seconds": 1.0}]})
+    assert "| a\\|b | 1.0 s |" in (tmp_path / "report.md").read_text()
 
 
 def test_loss_curves(tmp_path: Path, drawn: list[Figure]) -> None:
