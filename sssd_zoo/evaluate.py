@@ -17,7 +17,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files import write_json
 from sssd_zoo.hub import save_network
 from sssd_zoo.networks import load_network, statistics, storage_default
-from sssd_zoo.probe import Probe, linear_probe, pooled_batches, stack_features
+from sssd_zoo.probe import Probe, check_labels, linear_probe, pooled_batches, stack_features
 from sssd_zoo.probe import knn as knn_accuracy
 from sssd_zoo.runs import begin, part, prepare_out
 
@@ -81,6 +81,18 @@ class Evaluation:
     test_positions: Tensor
     words: str
 
+    @property
+    def train_labels(self) -> Tensor:
+        """Int64 [N], of the images that probes are trained on."""
+        assert self.train.labels is not None
+        return torch.from_numpy(self.train.labels)[self.train_positions]
+
+    @property
+    def test_labels(self) -> Tensor:
+        """Int64 [M], of the images that are measured."""
+        assert self.test.labels is not None
+        return torch.from_numpy(self.test.labels)[self.test_positions]
+
     def describe(self) -> str:
         """How many test images, and where they come from."""
         return f"{len(self.test_positions)} images, {self.words}"
@@ -92,9 +104,18 @@ def evaluation_data(
     """The split to measure on: the one asked for, else 'test' or 'validation', else images held out by class.
 
     Raises:
-        UserError: without labels, or if the splits have different classes.
+        UserError: without labels, if the splits have different classes, or if a class has no image to train on.
     """
-    assert data.labels is not None  # callers load with require_labels
+    evaluation = _evaluation_data(data, config, test_split=test_split, holdout=holdout, seed=seed)
+    train, test = evaluation.train_labels, evaluation.test_labels
+    check_labels(train, test, len(data.class_names or []))  # now rather than after a day of training
+    return evaluation
+
+
+def _evaluation_data(
+    data: ImageData, config: DataConfig, *, test_split: str | None, holdout: float, seed: int
+) -> Evaluation:
+    assert data.labels is not None  # callers look
     names = [name for name in split_names(config) if name != data.split.split("[")[0]]
     wanted = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
     for name in wanted:
@@ -146,16 +167,14 @@ class Features:
 def evaluation_features(model: Any, evaluation: Evaluation, config: ForwardConfig) -> Features:
     """Runs a network over an evaluation's images."""
     train, test = evaluation.train, evaluation.test
-    assert train.labels is not None
-    assert test.labels is not None
     assert train.class_names is not None
     train_x = network_features(model, train, config)
     test_x = train_x if test is train else network_features(model, test, config)
     return Features(
         train_x[:, evaluation.train_positions],
-        torch.from_numpy(train.labels)[evaluation.train_positions],
+        evaluation.train_labels,
         test_x[:, evaluation.test_positions],
-        torch.from_numpy(test.labels)[evaluation.test_positions],
+        evaluation.test_labels,
         len(train.class_names),
     )
 

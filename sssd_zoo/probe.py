@@ -194,7 +194,7 @@ def linear_probe(
     Raises:
         UserError: if a class has no training row or a label is outside of 0..C-1.
     """
-    _check_labels(train_y, test_y, num_classes)
+    check_labels(train_y, test_y, num_classes)
     exits, n, dim = train_x.shape
     device = train_x.device
     train_y, test_x, test_y = train_y.to(device), test_x.to(device), test_y.to(device)
@@ -261,7 +261,7 @@ def knn(
     Raises:
         UserError: if k is not in 1..N, a class has no training row, or a label is outside of 0..C-1.
     """
-    _check_labels(train_y, test_y, num_classes)
+    check_labels(train_y, test_y, num_classes)
     if not 1 <= k <= len(train_y):
         raise UserError(f"kNN with k = {k} needs 1 <= k <= the {len(train_y)} training images; give another k")
     device = train_x.device
@@ -278,7 +278,8 @@ def knn(
     return 100 * hits / len(test_y)
 
 
-def _check_labels(train_y: Tensor, test_y: Tensor, num_classes: int) -> None:
+def check_labels(train_y: Tensor, test_y: Tensor, num_classes: int) -> None:
+    """Raises `UserError` unless a probe of these labels, int64 [N] and [M], can be trained and measured."""
     for name, labels in (("training", train_y), ("test", test_y)):
         if not len(labels):
             raise UserError(f"the {name} split has no images")
@@ -287,4 +288,6 @@ def _check_labels(train_y: Tensor, test_y: Tensor, num_classes: int) -> None:
             raise UserError(f"the {name} labels run from {low} to {high}, but there are {num_classes} classes")
     empty = (torch.bincount(train_y, minlength=num_classes) == 0).nonzero().flatten().tolist()
     if empty:
-        raise UserError(f"class {empty[0]} has no training images ({len(empty)} classes have none); use more labels")
+        raise UserError(
+            f"class {empty[0]} has no training images ({len(empty)} classes have none); use more images or labels"
+        )
