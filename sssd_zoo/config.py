@@ -137,7 +137,7 @@ class ProbeConfig:
     """
 
     probe_epochs: int = 30
-    probe_lr: float = 2e-3
+    probe_lr: float = 1e-2
     probe_weight_decay: float = 0.05
     holdout: float = 0.2
 

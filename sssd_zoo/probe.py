@@ -168,7 +168,7 @@ def linear_probe(
     num_classes: int,
     *,
     epochs: int = 30,
-    lr: float = 2e-3,
+    lr: float = 1e-2,
     weight_decay: float = 0.05,
     seed: int = 0,
     progress: bool = False,
