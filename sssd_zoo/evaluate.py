@@ -73,6 +73,9 @@ class Evaluation:
         test: the images that are measured.
         test_positions: int64, which of them.
         words: where the test images come from, for people.
+
+    Raises:
+        UserError: if a class has no image to train on.
     """
 
     train: ImageData
@@ -80,6 +83,10 @@ class Evaluation:
     test: ImageData
     test_positions: Tensor
     words: str
+
+    def __post_init__(self) -> None:
+        """Checks the labels here, before a day of training, which the probes would do after it."""
+        check_labels(self.train_labels, self.test_labels, len(self.train.class_names or []))
 
     @property
     def train_labels(self) -> Tensor:
@@ -106,15 +113,6 @@ def evaluation_data(
     Raises:
         UserError: without labels, if the splits have different classes, or if a class has no image to train on.
     """
-    evaluation = _evaluation_data(data, config, test_split=test_split, holdout=holdout, seed=seed)
-    train, test = evaluation.train_labels, evaluation.test_labels
-    check_labels(train, test, len(data.class_names or []))  # now rather than after a day of training
-    return evaluation
-
-
-def _evaluation_data(
-    data: ImageData, config: DataConfig, *, test_split: str | None, holdout: float, seed: int
-) -> Evaluation:
     assert data.labels is not None  # callers look
     names = [name for name in split_names(config) if name != data.split.split("[")[0]]
     wanted = [test_split] if test_split else [name for name in ("test", "validation") if name in names]

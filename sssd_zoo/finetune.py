@@ -132,7 +132,6 @@ def train_and_measure(
     data, test = evaluation.train, evaluation.test
     assert data.labels is not None
     assert data.class_names is not None
-    assert test.labels is not None
     torch.manual_seed(runtime.seed)
     model, arch = starting_network(name, first_model(args, size), args.method, len(data.class_names))
     mean, std, _ = statistics(model)
@@ -159,7 +158,7 @@ def train_and_measure(
         return {}
     forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
     logits = network_features(load_network(str(out)), test, forward, read=exit_logits)[:, evaluation.test_positions]
-    exits, ensemble = accuracies(logits, torch.from_numpy(test.labels)[evaluation.test_positions])
+    exits, ensemble = accuracies(logits, evaluation.test_labels)
     shutil.rmtree(out / "checkpoints", ignore_errors=True)  # it is done, and they are many times its size
     return {"exits": exits, "ensemble": ensemble, "loss": trained["loss"], "steps": trained_steps(optim, positions)}
 
