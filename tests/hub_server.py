@@ -154,7 +154,8 @@ class Handler(BaseHTTPRequestHandler):
         path, self.query = unquote(split.path), parse_qs(split.query)
         fault = self.server.fault(self.command, path)
         kind = fault.kind if fault else None
-        self.kind, self.close_connection = kind, kind is not None
+        # Only where the connection itself fails: the client may send its next request on one that closes unannounced.
+        self.kind, self.close_connection = kind, kind in ("cut", "reset", "lost", "short")
         length = int(self.headers.get("Content-Length", 0))
         if kind in ("cut", "reset"):
             self.rfile.read(length // 2)
