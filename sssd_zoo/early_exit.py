@@ -11,6 +11,7 @@ stay as they are, its confidences become comparable with the others', and the en
 probabilities.
 """
 
+import itertools
 import statistics as numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,8 @@ from sssd_zoo.runs import part, prepare_out
 from sssd_zoo.stages import machine_words
 
 BINS = 15  # of the expected calibration error, as in Guo et al.
-LEVELS = 48  # thresholds tried per exit: quantiles of its confidences, so 49 x 49 x 49 rules with "never" as another
+LEVELS = 48  # quantiles of an exit's confidences tried as its threshold; with all, none and not asked 50 x 50 x 50 rules
+ASKED = tuple(itertools.product((True, False), repeat=3))  # which of the exits 1 to 3 are run at all
 ONE_BY_ONE = 32  # images that a timed run at batch 1 goes through
 POINTS_LOST = 0.5  # the budget where none is given
 MARGIN = 1.645  # standard errors added to the points lost on the calibrating images: a one-sided bound of 95 percent
@@ -107,6 +109,29 @@ def exits_taken(confidences: Tensor, thresholds: Sequence[float]) -> Tensor:
     return torch.cat([leaves, last]).to(torch.uint8).argmax(0) + 1
 
 
+def last_answers(logits: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """What images are answered that no exit is sure of, int64 [N]: the ensemble of the exits that were asked.
+
+    Args:
+        logits: of all exits, float [4, N, C].
+        thresholds: of the exits 1 to 3; one at 1 is not asked.
+    """
+    asked = [own for own, threshold in zip(logits, [*thresholds, 0], strict=True) if threshold < 1]
+    return ensemble_logits(asked).argmax(1)
+
+
+def early_answers(logits: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """The classes that `forward_early` answers, and the exits taken, both int64 [N].
+
+    Args:
+        logits: of all exits, float [4, N, C].
+        thresholds: of the exits 1 to 3.
+    """
+    taken = exits_taken(logits.softmax(2).amax(2), thresholds)
+    answers = torch.stack([*logits[:3].argmax(2), last_answers(logits, thresholds)])
+    return answers.gather(0, taken.unsqueeze(0) - 1)[0], taken
+
+
 def average_cost(taken: Tensor, thresholds: Sequence[float], costs: StageCosts) -> float:
     """The mean cost of an image whose batch left at the exits `taken`; heads whose threshold is 1 are not run."""
     total = 0.0
@@ -122,8 +147,9 @@ class Rules:
     """Every rule of early exit on a grid of thresholds, and what it does on the images it was made of.
 
     Attributes:
-        candidates: float32 [3, L + 1], the thresholds of the exits 1 to 3: quantiles of the confidences, then 1.
-        lost: float64 [L + 1, L + 1, L + 1], by the places of the three thresholds: points of accuracy lost against the
+        candidates: float32 [3, L + 2], the thresholds of the exits 1 to 3: quantiles of the confidences from 0 to 1,
+            of which the last lets no image leave, then 1, at which the exit is not asked.
+        lost: float64 [L + 2, L + 2, L + 2], by the places of the three thresholds: points of accuracy lost against the
             full network, that is against the final classifier or the ensemble, whichever is more accurate.
         error: float64 of the same shape, the standard error of that difference, which is one of paired answers.
         cost: float64 of the same shape, the mean cost of an image.
@@ -169,12 +195,13 @@ def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = L
         levels: L, quantiles tried per exit.
     """
     confidences = logits.softmax(2).amax(2)[:3].contiguous()
-    quantiles = torch.quantile(confidences, torch.arange(levels) / levels, dim=1).T
+    quantiles = torch.quantile(confidences, torch.linspace(0, 1, levels + 1), dim=1).T
+    quantiles = quantiles.clamp(max=1 - torch.finfo(torch.float32).eps)  # 1 itself means that the exit is not asked
     candidates = torch.cat([quantiles, torch.ones(3, 1)], dim=1)
     candidates[:, 0] = 0  # at which all leave
     # An image leaves at the candidates below its confidence: those at the places 0 to bucket - 1.
     buckets = torch.searchsorted(candidates, confidences)
-    size, count = levels + 1, len(labels)
+    size, count = levels + 2, len(labels)
     cell = (buckets[0] * size + buckets[1]) * size + buckets[2]
 
     def staying(weights: Tensor) -> list[Tensor]:
@@ -183,15 +210,23 @@ def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = L
         sums = histogram.cumsum(0).cumsum(1).cumsum(2)
         return [sums[-1:, -1:, -1:], sums[:, -1:, -1:], sums[:, :, -1:], sums]
 
-    def answered(weights: Tensor) -> Tensor:
-        """The sum over images of the weights [4, N] of the exit that each leaves at, as a share of all images."""
-        parts = [staying(own) for own in weights]
-        leaving = [parts[i][i] - (parts[i][i + 1] if i < 3 else 0) for i in range(4)]
-        return (leaving[0] + leaving[1] + leaving[2] + leaving[3]) / count
+    full = full_answers(logits, labels) == labels
+    # What is left at the end is answered by the exits that were asked, so by which thresholds are 1: eight cases.
+    cases = {asked: last_answers(logits, [0.0 if own else 1.0 for own in asked]) == labels for asked in ASKED}
 
-    right, full = logits.argmax(2) == labels, full_answers(logits, labels) == labels
-    lost = full.double().mean() - answered(right)
-    gains = answered(right & ~full)
+    def answered(right: Tensor, last: Mapping[tuple[bool, ...], Tensor]) -> Tensor:
+        """The share of images that are answered right, by the exit each leaves at or by those asked on the way."""
+        parts = [staying(own) for own in right]
+        total = sum(parts[i][i] - parts[i][i + 1] for i in range(3))
+        left = torch.empty(size, size, size, dtype=torch.float64)
+        for asked, own in last.items():
+            place = tuple(slice(0, -1) if is_asked else slice(-1, None) for is_asked in asked)
+            left[place] = staying(own)[3][place]
+        return (total + left) / count
+
+    right = logits[:3].argmax(2) == labels
+    lost = full.double().mean() - answered(right, cases)
+    gains = answered(right & ~full, {asked: own & ~full for asked, own in cases.items()})
     # The difference of an image is 1, 0 or -1; its mean square is the share of images that one of the two has right.
     error = ((2 * gains + lost - lost.square()).clamp(min=0) / count).sqrt()
 
@@ -528,8 +563,7 @@ def curve(
     for budget in np.linspace(answer_cost("1", costs), answer_cost("ensemble", costs), points):
         thresholds = rules.most_accurate(float(budget))
         assert thresholds is not None  # exit 1 alone keeps every one of these
-        taken = exits_taken(test.softmax(2).amax(2), thresholds)
-        answers = test.argmax(2).gather(0, taken.unsqueeze(0) - 1)[0]
+        answers, taken = early_answers(test, thresholds)
         entry = {"thresholds": thresholds, "accuracy": accuracy(answers, test_labels)}
         entry["multiply_adds"] = average_cost(taken, thresholds, costs)
         if not found or found[-1]["thresholds"] != thresholds:
@@ -634,7 +668,8 @@ def words(results: dict[str, Any]) -> str:
         "",
         *report.table(head, cells),
         "",
-        f"Time is for one image, as a share of the ensemble's; exits 1 to 4 are networks of their own (`output=1`...). "
+        "An image that no exit is sure of is answered by the ensemble of the exits that it was asked at. Time is for "
+        "one image, as a share of the whole network's; exits 1 to 4 are networks of their own (`output=1`...). "
         f"ECE is the expected calibration error over {BINS} bins of confidence, before and after the temperatures; the "
         f"ensemble's accuracy was {results['ensemble_accuracy_before']:.2f} before.",
     ]

@@ -13,6 +13,7 @@ FOLDER/
 
 import base64
 import json
+import math
 import re
 import signal
 import statistics
@@ -47,11 +48,13 @@ class Analysis:
     """What a network makes of one image.
 
     Attributes:
+        probabilities: of the classes by the exits 1 to 4, each a list.
         top: of the exits 1 to 4 and of the ensemble, the most probable classes and their probabilities, best first.
         seconds: median time of a pass that stops at exit 1 to 4, and of one that computes all answers.
         cluster: number of the nearest centroid, where the page has clusters.
     """
 
+    probabilities: list[list[float]]
     top: list[list[tuple[int, float]]]
     seconds: list[float]
     cluster: int | None
@@ -61,6 +64,20 @@ class Analysis:
         pairs = enumerate(zip(self.top[:3], thresholds, strict=True), start=1)
         return next((number for number, (answer, threshold) in pairs if answer[0][1] > threshold), 4)
 
+    def early_answer(self, thresholds: Sequence[float]) -> tuple[int, float]:
+        """The class that `forward_early` answers with these thresholds, and its probability."""
+        taken = self.exit_taken(thresholds)
+        if taken < 4:
+            return self.top[taken - 1][0]
+        own = [self.probabilities[number - 1] for number in asked(thresholds)]
+        means = [sum(column) / len(own) for column in zip(*own, strict=True)]
+        return max(enumerate(means), key=lambda pair: pair[1])
+
+
+def asked(thresholds: Sequence[float]) -> list[int]:
+    """The exits that are asked on the way to the end, whose ensemble answers there; one whose threshold is 1 is not."""
+    return [number for number, threshold in enumerate([*thresholds, 0], start=1) if threshold < 1]
+
 
 def pass_seconds(network: SSSDResNet, image: Tensor) -> list[float]:
     """Median time of a pass that stops at exit 1 to 4, the exits before it asked in passing, and of one through all.
@@ -69,8 +86,8 @@ def pass_seconds(network: SSSDResNet, image: Tensor) -> list[float]:
         network: with all exits, in eval mode.
         image: float32 [1, 3, S, S].
     """
-    # A threshold of 1 lets no image leave, 0 lets it leave.
-    stops = [[1.0] * before + [0.0] * (3 - before) for before in range(4)]
+    # No image leaves at the greatest number below 1, at which an exit is still asked; at 0 it leaves.
+    stops = [[math.nextafter(1, 0)] * before + [0.0] * (3 - before) for before in range(4)]
     runs: list[Callable[[], Any]] = [partial(network.forward_early, image, thresholds) for thresholds in stops]
     runs.append(partial(network.forward_exits, image))
     seconds: list[list[float]] = [[] for _ in runs]
@@ -169,7 +186,9 @@ class Demo:
             best = answer[0].softmax(0).topk(min(SHOWN, len(self.names)))
             top.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
         seconds = pass_seconds(self.network, pixels)
-        return Analysis(top, seconds, None if self.clusters is None else self.clusters.nearest(image))
+        probabilities = [answer[0].softmax(0).tolist() for answer in logits]
+        cluster = None if self.clusters is None else self.clusters.nearest(image)
+        return Analysis(probabilities, top, seconds, cluster)
 
     def introduction(self) -> str:
         """What the network is, as Markdown."""
@@ -195,25 +214,35 @@ class Demo:
     def verdict(self, analysis: Analysis, thresholds: Sequence[float]) -> str:
         """Where the early exit stops, in a sentence of HTML."""
         taken = analysis.exit_taken(thresholds)
-        label, probability = analysis.top[taken - 1][0]
+        label, probability = analysis.early_answer(thresholds)
         share = analysis.seconds[taken - 1] / analysis.seconds[3]
-        what = escape(self.names[label])
-        sure = f"Leaves at <b>exit {taken}</b> with the answer <b>{what}</b>, {probability:.0%} sure"
-        if taken == 4:
-            asked = f"{thresholds[0]:.0%}" if len(set(thresholds)) == 1 else f"its threshold ({percents(thresholds)})"
-            return f'<p class="verdict" data-exit="4">{sure}: no exit before passes {asked}.</p>'
-        return f'<p class="verdict" data-exit="{taken}">{sure}, in {share:.2f} of the time to exit 4.</p>'
+        what = f"<b>{escape(self.names[label])}</b>, {probability:.0%} sure"
+        if taken < 4:
+            words = f"Leaves at <b>exit {taken}</b> with the answer {what}, in {share:.2f} of the time to exit 4."
+        else:
+            passed = f"{thresholds[0]:.0%}" if len(set(thresholds)) == 1 else f"its threshold ({percents(thresholds)})"
+            words = f"Goes to <b>exit 4</b>, as no exit before passes {passed}: {self._last(thresholds)} answers {what}."
+        return f'<p class="verdict" data-exit="{taken}">{words}</p>'
+
+    def _last(self, thresholds: Sequence[float]) -> str:
+        """Who answers an image that no exit is sure of."""
+        *others, last = asked(thresholds)
+        if not others:
+            return "it alone"
+        every = "all exits" if len(others) == 3 else f"exits {', '.join(map(str, others))} and {last}"
+        return f"the ensemble of {every}"
 
     def answers(self, analysis: Analysis, thresholds: Sequence[float]) -> str:
         """The verdict, and a card for every exit and the ensemble, as HTML."""
         taken = analysis.exit_taken(thresholds)
+        # An image that goes to the end after all exits were asked has the ensemble's answer.
+        answers = 5 if taken == 4 and asked(thresholds) == [1, 2, 3, 4] else taken
         cards = []
         names = ["1", "2", "3", "4", "ensemble"]
         for number, (name, top, seconds) in enumerate(zip(names, analysis.top, analysis.seconds, strict=True), start=1):
-            # With thresholds the ensemble is no part of the way through the network.
             state, note = "", ""
-            if number == taken:
-                state, note = "taken", "<span class='note'>stops here</span>"
+            if number == answers:
+                state, note = "taken", f"<span class='note'>{'answers' if number == 5 else 'stops here'}</span>"
             elif taken < number <= 4:
                 state, note = "skipped", "<span class='note'>not needed</span>"
             title = "Ensemble of all exits" if name == "ensemble" else f"Exit {name}"

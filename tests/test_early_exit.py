@@ -1,5 +1,6 @@
 """Early exit: temperatures, thresholds and costs against slow versions, and `sssd early-exit` on tiny data."""
 
+import itertools
 import json
 
 import pytest
@@ -14,14 +15,14 @@ from sssd_zoo.early_exit import (
     all_rules,
     average_cost,
     calibration_error,
-    exits_taken,
+    early_answers,
     fit_temperatures,
     fold,
     full_answers,
     measure_stages,
 )
 from sssd_zoo.hub import save_network
-from sssd_zoo.models import StageCosts, multiply_adds, stage_costs
+from sssd_zoo.models import StageCosts, ensemble_logits, multiply_adds, stage_costs
 
 COSTS = StageCosts((100.0, 80.0, 70.0, 60.0), (9.0, 7.0, 5.0, 1.0))
 
@@ -71,14 +72,16 @@ def rule_by_hand(logits, labels, thresholds):
     """Whether each image is answered right, and what it costs."""
     rights, costs = [], []
     for i, label in enumerate(labels.tolist()):
-        cost = 0.0
+        cost, asked = 0.0, []
         for number in range(4):
             cost += COSTS.stages[number]
             if number < 3 and thresholds[number] == 1:
                 continue
             cost += COSTS.heads[number]
-            if number == 3 or logits[number, i].softmax(0).max() > thresholds[number]:
-                rights.append(int(logits[number, i].argmax()) == label)
+            asked.append(logits[number, i].softmax(0))
+            if number == 3 or asked[-1].max() > thresholds[number]:
+                answer = torch.stack(asked).mean(0) if number == 3 else asked[-1]
+                rights.append(int(answer.argmax()) == label)
                 break
         costs.append(cost)
     return torch.tensor(rights), torch.tensor(costs)
@@ -87,23 +90,24 @@ def rule_by_hand(logits, labels, thresholds):
 def test_every_rule_is_measured_exactly():
     logits, labels = random_logits(count=60)
     rules = all_rules(logits, labels, COSTS, levels=4)
-    assert rules.lost.shape == (5, 5, 5)
+    assert rules.lost.shape == (6, 6, 6)
     full = full_answers(logits, labels) == labels
-    for place in ((0, 0, 0), (4, 4, 4), (1, 2, 3), (4, 1, 0), (2, 4, 4), (3, 3, 3), (1, 0, 2)):
+    for place in itertools.product((0, 2, 4, 5), (1, 3, 4, 5), (0, 2, 4, 5)):
         thresholds = [float(own[where]) for own, where in zip(rules.candidates, place, strict=True)]
         right, cost = rule_by_hand(logits, labels, thresholds)
         difference = full.double() - right.double()
         assert rules.lost[place] == pytest.approx(100 * difference.mean().item())
         assert rules.error[place] == pytest.approx(100 * difference.std(correction=0).item() / 60**0.5)
         assert rules.cost[place] == pytest.approx(cost.mean().item())
-        taken = exits_taken(logits.softmax(2).amax(2), thresholds)
+        answers, taken = early_answers(logits, thresholds)
+        assert torch.equal(answers == labels, right)
         assert average_cost(taken, thresholds, COSTS) == pytest.approx(cost.mean().item())
 
 
 def test_choices_are_the_best_of_all():
     logits, labels = random_logits()
     rules = all_rules(logits, labels, COSTS, levels=6)
-    places = [(i, j, k) for i in range(7) for j in range(7) for k in range(7)]
+    places = list(itertools.product(range(8), repeat=3))
 
     def thresholds_of(place):
         return [float(own[where]) for own, where in zip(rules.candidates, place, strict=True)]
@@ -122,6 +126,31 @@ def test_choices_are_the_best_of_all():
     assert rule_by_hand(logits, labels, found)[0].sum() == rule_by_hand(logits, labels, thresholds_of(best))[0].sum()
     assert rules.most_accurate(1) is None
     assert rules.cheapest(-50) is None
+
+
+def test_the_ensemble_is_one_of_the_rules():
+    logits, labels = random_logits(count=400)
+    ensemble = (ensemble_logits(list(logits)).argmax(1) == labels).double().mean()
+    final = (logits[3].argmax(1) == labels).double().mean()
+    assert ensemble > final
+    rules = all_rules(logits, labels, COSTS)
+    asked, not_asked = len(rules.candidates[0]) - 2, len(rules.candidates[0]) - 1
+    assert rules.lost[asked, asked, asked] == 0  # no image leaves, and all exits answer
+    assert rules.lost[not_asked, not_asked, not_asked] == pytest.approx(100 * (ensemble - final).item())
+    assert rules.cheapest(0) is not None
+
+
+def test_confidences_that_round_to_1():
+    logits, labels = random_logits(count=60)
+    logits = logits * 100
+    assert (logits[:3].softmax(2).amax(2) == 1).float().mean() > 0.1
+    rules = all_rules(logits, labels, COSTS, levels=4)
+    for place in itertools.product((0, 3, 4, 5), repeat=3):
+        thresholds = [float(own[where]) for own, where in zip(rules.candidates, place, strict=True)]
+        right, cost = rule_by_hand(logits, labels, thresholds)
+        full = full_answers(logits, labels) == labels
+        assert rules.lost[place] == pytest.approx(100 * (full.double() - right.double()).mean().item())
+        assert rules.cost[place] == pytest.approx(cost.mean().item())
 
 
 def test_measured_stages():

@@ -143,12 +143,20 @@ def test_reference_loop_of_the_docs(folder, tmp_path):
     images = random_images(8)
     with torch.no_grad():
         wanted = model.forward_early(images)
-    logits, exits = names["early_exit"](images.numpy())
+    answers, exits = names["early_exit"](images.numpy())
     assert exits.tolist() == wanted.exit.tolist()
     assert len(set(exits.tolist())) > 1
-    np.testing.assert_allclose(logits, wanted.logits, atol=1e-4, rtol=1e-4)
-    logits, exits = names["early_exit"](images[:1].numpy())
+    np.testing.assert_allclose(answers, wanted.logits.softmax(1), atol=1e-4, rtol=1e-4)
+    answers, exits = names["early_exit"](images[:1].numpy())
     assert exits.tolist() == wanted.exit[:1].tolist()
+    for thresholds in ([0.99, 1, 0.99], [1, 1, 1]):  # an exit that is not asked has no say at the end
+        names["manifest"]["thresholds"] = thresholds
+        with torch.no_grad():
+            wanted = model.forward_early(images, thresholds)
+        assert wanted.exit.tolist() == [4] * 8
+        answers, exits = names["early_exit"](images.numpy())
+        assert exits.tolist() == [4] * 8
+        np.testing.assert_allclose(answers, wanted.logits.softmax(1), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -387,11 +387,19 @@ def early_by_hand(model, images, thresholds):
     logits, taken = [], []
     for image in images:
         exits = model.forward_exits(image[None]).logits
-        for number, answer in enumerate(exits, start=1):
-            if number == 4 or answer.softmax(1).max() > thresholds[number - 1]:
+        asked = []
+        for number, (answer, threshold) in enumerate(zip(exits, [*thresholds, None], strict=True), start=1):
+            if threshold == 1:
+                continue
+            asked.append(answer.softmax(1))
+            if number == 4:
+                logits.append(torch.stack(asked).mean(0).log()[0])
+            elif asked[-1].max() > threshold:
                 logits.append(answer[0])
-                taken.append(number)
-                break
+            else:
+                continue
+            taken.append(number)
+            break
     return torch.stack(logits), torch.tensor(taken)
 
 
@@ -428,7 +436,10 @@ def test_forward_early_drops_images(network):
         seen.clear()
         assert network.forward_early(images, (0.0, 0.0, 0.0)).exit.tolist() == [1] * 16
         assert seen == {"layer1": 16}
-        assert network.forward_early(images, (1.0, 1.0, 1.0)).exit.tolist() == [4] * 16
+        last = network.forward_early(images, (1.0, 1.0, 1.0))
+        assert last.exit.tolist() == [4] * 16
+        final = network.forward_exits(images).logits[3]
+        torch.testing.assert_close(last.logits.softmax(1), final.softmax(1))
         assert network.forward_early(images[:0], (0.5, 0.5, 0.5)).logits.shape == (0, 7)
     finally:
         for handle in handles:
@@ -444,9 +455,11 @@ def test_forward_early_at_random_thresholds(name, memory_format):
     confidences = torch.stack([logits.softmax(1).amax(1) for logits in model.forward_exits(images).logits[:3]])
     middles = (confidences.sort(1).values[:, 1:] + confidences.sort(1).values[:, :-1]) / 2
     random = torch.Generator().manual_seed(4)
-    for _ in range(4):
+    for turn in range(6):
         places = torch.randint(middles.shape[1], (3, 1), generator=random)
         thresholds = middles.gather(1, places)[:, 0].tolist()
+        if turn % 2:  # an exit that is not asked has no say at the end
+            thresholds[turn // 2] = 1.0
         wanted, wanted_exit = early_by_hand(model, images, thresholds)
         got = model.forward_early(images, thresholds)
         assert torch.equal(got.exit, wanted_exit)

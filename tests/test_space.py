@@ -139,8 +139,12 @@ def test_it_says_what_the_network_says(demo, fitted, folder_of_images):
                 probabilities = answer[0].softmax(0)
                 assert [label for label, _ in top] == probabilities.argsort(descending=True).tolist()
                 assert [p for _, p in top] == pytest.approx(probabilities.sort(descending=True)[0].tolist(), abs=1e-5)
-            for threshold in np.linspace(0, 1, 21):
-                assert found.exit_taken([threshold] * 3) == network.forward_early(pixels, [threshold] * 3).exit.item()
+            for thresholds in [[share] * 3 for share in np.linspace(0, 1, 21)] + [[1, 0.99, 1], [0.99, 1, 0.99]]:
+                early = network.forward_early(pixels, thresholds)
+                assert found.exit_taken(thresholds) == early.exit.item()
+                label, probability = found.early_answer(thresholds)
+                assert label == early.logits.argmax()
+                assert probability == pytest.approx(early.logits.softmax(1).max().item(), abs=1e-5)
         assert len(found.seconds) == 5
         assert min(found.seconds) > 0
 
@@ -213,18 +217,29 @@ def test_the_shipped_network(shipped):
 
 def test_verdicts_and_names(demo, monkeypatch):
     monkeypatch.setattr(demo, "names", ["<b>", "green", "red"])
-    found = Analysis(
-        [[(label, p)] for label, p in ((1, 0.4), (0, 0.6), (2, 0.9), (1, 0.5), (1, 0.6))], [1, 2, 3, 4, 5], 0
-    )
+    shares = [[0.3, 0.4, 0.3], [0.6, 0.4, 0], [0, 0.1, 0.9], [0.2, 0.5, 0.3], [0.275, 0.35, 0.375]]
+    tops = [[max(enumerate(own), key=lambda pair: pair[1])] for own in shares]
+    found = Analysis(shares[:4], tops, [1, 2, 3, 4, 5], 0)
     assert [found.exit_taken([threshold] * 3) for threshold in (0.3, 0.4, 0.6, 0.9)] == [1, 2, 3, 4]
     early = demo.verdict(found, [0.5] * 3)
     assert 'data-exit="2"' in early
     assert "<b>&lt;b&gt;</b>, 60% sure, in 0.50 of the time to exit 4" in early
-    assert "no exit before passes 95%" in demo.verdict(found, [0.95] * 3)
     assert found.exit_taken([0.4, 0.6, 0.8]) == 3
-    assert "no exit before passes its threshold (40%, 60% and 100%)" in demo.verdict(found, [0.4, 0.6, 1])
-    states = re.findall(r'class="card (\w*)" data-answer="(\w+)"', demo.answers(found, [0.5] * 3))
-    assert states == [("", "1"), ("taken", "2"), ("skipped", "3"), ("skipped", "4"), ("", "ensemble")]
+    # At the end answer the exits that were asked: all, some, or the last alone.
+    for thresholds, words in (
+        ([0.95] * 3, "as no exit before passes 95%: the ensemble of all exits answers <b>red</b>, 38% sure."),
+        ([0.4, 0.6, 1], "passes its threshold (40%, 60% and 100%): the ensemble of exits 1, 2 and 4 answers"),
+        ([0.4, 0.6, 1], "answers <b>green</b>, 43% sure."),
+        ([1] * 3, "as no exit before passes 100%: it alone answers <b>green</b>, 50% sure."),
+    ):
+        assert words in demo.verdict(found, thresholds)
+
+    def states(thresholds):
+        return re.findall(r'class="card (\w*)" data-answer="(\w+)"', demo.answers(found, thresholds))
+
+    assert states([0.5] * 3) == [("", "1"), ("taken", "2"), ("skipped", "3"), ("skipped", "4"), ("", "ensemble")]
+    assert states([0.95] * 3) == [("", "1"), ("", "2"), ("", "3"), ("", "4"), ("taken", "ensemble")]
+    assert states([1] * 3) == [("", "1"), ("", "2"), ("", "3"), ("taken", "4"), ("", "ensemble")]
 
 
 def test_photographs_of_any_kind_and_files_that_are_none(demo):

@@ -27,7 +27,8 @@ class EarlyExits(NamedTuple):
     """The answers of a batch whose images left at different exits.
 
     Attributes:
-        logits: [B, num_classes] of the exit that each image took.
+        logits: float32 [B, num_classes], of the exit that each image took; at exit 4, of the ensemble of all exits that
+            were asked on the way.
         exit: int64 [B] in 1..4.
     """
 

@@ -314,8 +314,9 @@ class SSSDResNet(ResNet):
         """Runs stage by stage, and lets go of the images whose exit is confident enough.
 
         An image leaves at the first exit whose greatest softmax probability exceeds that exit's threshold, so 0 lets
-        all images leave and 1 none; the head of an exit at 1 is not run. Only the others go on; what is left at the end
-        gets the final classifier's answer.
+        all images leave and 1 none; the head of an exit at 1 is not run. Only the others go on. What no exit is sure of
+        gets the ensemble of the last exit and of those asked before it, whose answers are there anyway, as in the code
+        of Zhang et al., "SCAN" (NeurIPS 2019); with three thresholds of 1 that is the final classifier's answer.
 
         Args:
             x: images, [B, in_chans, H, W].
@@ -336,6 +337,7 @@ class SSSDResNet(ResNet):
         assert thresholds is not None
         taken = torch.full((len(x),), 4, device=x.device)
         here = torch.arange(len(x), device=x.device)  # which images are still in the batch
+        asked: list[Tensor] = []  # what the exits have answered for those
         parts: list[tuple[Tensor, Tensor]] = []
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         stages = ((self.layer1, self.exit1), (self.layer2, self.exit2), (self.layer3, self.exit3))
@@ -343,8 +345,9 @@ class SSSDResNet(ResNet):
             x = stage(x)
             if threshold == 1:
                 continue
-            logits = exit_head.fc(self.global_pool(exit_head(x)))
-            leaves = logits.softmax(dim=1, dtype=torch.float32).amax(dim=1) > threshold
+            logits = exit_head.fc(self.global_pool(exit_head(x))).float()
+            asked.append(logits)
+            leaves = logits.softmax(dim=1).amax(dim=1) > threshold
             count = int(leaves.sum())  # the only wait for the device in a stage
             if not count:
                 continue  # no copy of the map where it does not get smaller
@@ -356,8 +359,10 @@ class SSSDResNet(ResNet):
             parts.append((here[gone], logits[gone]))
             taken[here[gone]] = number
             here, x = here[stay], x.index_select(0, stay)
+            asked = [own.index_select(0, stay) for own in asked]
         else:
-            parts.append((here, self.fc(self.global_pool(self.layer4(x)))))
+            asked.append(self.fc(self.global_pool(self.layer4(x))))
+            parts.append((here, ensemble_logits(asked)))
         if len(parts) == 1:  # all left together: always so for a single image
             return EarlyExits(parts[0][1], taken)
         order = torch.cat([images for images, _ in parts]).argsort()
