@@ -443,8 +443,9 @@ class PredictArgs(ForwardConfig):
     Args:
         model: folder of a network or a run, its timm name, or hf-hub:NAME.
         images: image files, or folders of them.
-        output: an exit's number, 'final', 'ensemble' or 'early-exit'; 'auto' is early exit where the network has
-            thresholds or they are given, else what the network answers by itself: all of it the ensemble.
+        output: an exit's number, 'final', 'ensemble' or 'early-exit', where an image that no exit is sure of is listed
+            under exit 4 and has the ensemble's answer; 'auto' is early exit where the network has thresholds or they
+            are given, else what the network answers by itself: all of it the ensemble.
         thresholds: of early exit; by default those stored with the network.
         format: 'table', or 'jsonl' for a line of JSON per image.
         max_corrupt: images that may be skipped because they cannot be decoded; each one is named.

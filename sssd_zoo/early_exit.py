@@ -41,7 +41,7 @@ from sssd_zoo.runs import part, prepare_out
 from sssd_zoo.stages import machine_words
 
 BINS = 15  # of the expected calibration error, as in Guo et al.
-LEVELS = 48  # quantiles of an exit's confidences tried as its threshold; with all, none and not asked 50 x 50 x 50 rules
+LEVELS = 48  # steps between the quantiles of its confidences tried as an exit's threshold: with 1, 50 x 50 x 50 rules
 ASKED = tuple(itertools.product((True, False), repeat=3))  # which of the exits 1 to 3 are run at all
 ONE_BY_ONE = 32  # images that a timed run at batch 1 goes through
 POINTS_LOST = 0.5  # the budget where none is given
@@ -192,7 +192,7 @@ def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = L
         logits: calibrated, float32 [4, N, C].
         labels: int64 [N].
         costs: of the network's parts.
-        levels: L, quantiles tried per exit.
+        levels: L, steps between the quantiles that are tried.
     """
     confidences = logits.softmax(2).amax(2)[:3].contiguous()
     quantiles = torch.quantile(confidences, torch.linspace(0, 1, levels + 1), dim=1).T

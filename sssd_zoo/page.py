@@ -221,7 +221,8 @@ class Demo:
             words = f"Leaves at <b>exit {taken}</b> with the answer {what}, in {share:.2f} of the time to exit 4."
         else:
             passed = f"{thresholds[0]:.0%}" if len(set(thresholds)) == 1 else f"its threshold ({percents(thresholds)})"
-            words = f"Goes to <b>exit 4</b>, as no exit before passes {passed}: {self._last(thresholds)} answers {what}."
+            who = self._last(thresholds)
+            words = f"Goes to <b>exit 4</b>, as no exit before passes {passed}: {who} answers {what}."
         return f'<p class="verdict" data-exit="{taken}">{words}</p>'
 
     def _last(self, thresholds: Sequence[float]) -> str:
