@@ -237,12 +237,12 @@ class Demo:
         """The verdict, and a card for every exit and the ensemble, as HTML."""
         taken = analysis.exit_taken(thresholds)
         # An image that goes to the end after all exits were asked has the ensemble's answer.
-        answers = 5 if taken == 4 and asked(thresholds) == [1, 2, 3, 4] else taken
+        answering = 5 if taken == 4 and asked(thresholds) == [1, 2, 3, 4] else taken
         cards = []
         names = ["1", "2", "3", "4", "ensemble"]
         for number, (name, top, seconds) in enumerate(zip(names, analysis.top, analysis.seconds, strict=True), start=1):
             state, note = "", ""
-            if number == answers:
+            if number == answering:
                 state, note = "taken", f"<span class='note'>{'answers' if number == 5 else 'stops here'}</span>"
             elif taken < number <= 4:
                 state, note = "skipped", "<span class='note'>not needed</span>"

@@ -315,8 +315,8 @@ class SSSDResNet(ResNet):
 
         An image leaves at the first exit whose greatest softmax probability exceeds that exit's threshold, so 0 lets
         all images leave and 1 none; the head of an exit at 1 is not run. Only the others go on. What no exit is sure of
-        gets the ensemble of the last exit and of those asked before it, whose answers are there anyway, as in the code
-        of Zhang et al., "SCAN" (NeurIPS 2019); with three thresholds of 1 that is the final classifier's answer.
+        gets the ensemble of the last exit and of those asked before it, whose answers are there anyway, much as in the
+        code of Zhang et al., "SCAN" (NeurIPS 2019); with three thresholds of 1 that is the final classifier's answer.
 
         Args:
             x: images, [B, in_chans, H, W].
