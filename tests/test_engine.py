@@ -356,13 +356,13 @@ def test_killed_and_resumed_equals_unbroken(script, folder_of_images, teacher, t
 
 
 # Not DACSD: its k-means makes a leap of a rounding error, where an image lies between two clusters.
-@pytest.mark.parametrize("script", ["pretrain", "distill", "seed"])
-def test_two_processes_give_the_losses_of_one(script, folder_of_images, teacher, tmp_path):
+@pytest.mark.parametrize(("script", "rate"), [("pretrain", "0.01"), ("distill", "0.0001"), ("seed", "0.01")])
+def test_two_processes_give_the_losses_of_one(script, rate, folder_of_images, teacher, tmp_path):
     # A small rate: rounding, which differs with the order of sums, now and then turns a ReLU that is near 0, and so the
-    # gradient. At 0.01 one process differs from itself, on two threads instead of one, by 2e-3 at the third loss, at
-    # 0.001 by 2e-5, and a gradient that is a tenth too large by 2e-3. In bf16, the default where the hardware has it,
-    # rounding is as large as what is compared.
-    words = [*SCRIPTS[script], "--lr", "0.001", "--precision", "fp32", "--data", str(folder_of_images)]
+    # gradient. Distillation in one process differs from itself, on two threads instead of one, by 2e-3 at the third
+    # loss at a rate of 0.01, by 6e-6 at 0.0001, where a gradient that is a tenth too large still shows by 6e-5. In
+    # bf16, the default where the hardware has it, rounding is as large as what is compared.
+    words = [*SCRIPTS[script], "--lr", rate, "--precision", "fp32", "--data", str(folder_of_images)]
     words += teacher if script == "seed" else []
     one = command(*words, "--out", str(tmp_path / "one"))
     assert one.returncode == 0, one.stderr
@@ -381,9 +381,8 @@ def test_two_processes_give_the_losses_of_one(script, folder_of_images, teacher,
     checkpoint = sorted((tmp_path / "two" / "checkpoints").glob("step-*"))[-1]
     assert json.loads((checkpoint / "checkpoint.json").read_text())["identity"]["processes"] == 2
     losses = [[line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
-    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-5)  # before any step: the same views
-    assert losses[1][:3] == pytest.approx(losses[0][:3], rel=2e-4)
-    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+    assert losses[1][:3] == pytest.approx(losses[0][:3], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     ours, theirs = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, value in theirs.items():
         if "running" in name:
