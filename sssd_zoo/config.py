@@ -102,6 +102,18 @@ class SelfDistillationConfig(OptimConfig):
 
 
 @dataclass(kw_only=True)
+class AnchoredConfig(SelfDistillationConfig):
+    """Self distillation, and beyond the paper its anchored form, see `sssd_zoo.tasks.anchored`.
+
+    Args:
+        anchor: weight of the anchor, by which every exit also predicts the features of the network that was clustered;
+            0, as in the paper, leaves it out, and 4 is a good weight.
+    """
+
+    anchor: float = 0.0
+
+
+@dataclass(kw_only=True)
 class SEEDConfig(OptimConfig):
     """SEED, a method that SSSD is compared with; the defaults are for 32-px images.
 
@@ -196,7 +208,7 @@ class PseudoLabelArgs(DataConfig, ForwardConfig, ClusterConfig):
 
 
 @dataclass(kw_only=True)
-class DistillArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
+class DistillArgs(DataConfig, RuntimeConfig, AnchoredConfig):
     """Trains a network on pseudo, random or true labels: by default a four-exit one that teaches itself.
 
     Args:
@@ -208,6 +220,8 @@ class DistillArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
         model: timm name of a network of this package; by default that for the size of the images.
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
         init: run folder whose weights the trunk starts from; by default it starts from scratch, as in the paper.
+        encoder: the network whose features every exit also predicts, where `anchor` is more than 0: run folder, or any
+            timm model's name.
         soft: temperature of soft labels by the distances to the nearest centroids, in units of the images' mean squared
             distance to their own; by default the labels are hard, as in the paper. Needs labels with --nearest over 1.
         resume: go on from the newest checkpoint in `out`.
@@ -221,6 +235,7 @@ class DistillArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     model: str | None = None
     image_size: int | None = None
     init: str | None = None
+    encoder: str | None = None
     soft: float | None = None
     resume: bool = False
     overwrite: bool = False
@@ -314,7 +329,7 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
     test_split: str | None = None
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
+    distill: AnchoredConfig = field(default_factory=AnchoredConfig)
     warm_start: bool = False
     soft: float | None = None
     probe: ProbeConfig = field(default_factory=ProbeConfig)

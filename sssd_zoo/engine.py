@@ -388,6 +388,8 @@ def train(
     accelerator = make_accelerator(runtime)
     device = accelerator.device
     task = task.to(device).to(memory_format=torch.channels_last)
+    task.compiled = runtime.compile
+    torch.backends.cudnn.benchmark = True  # the shapes are the same at every step
     if task.global_batchnorm:
         synchronise_batchnorm(task, device)
     optimizer = create_optimizer_v2(

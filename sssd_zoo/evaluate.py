@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.config import ForwardConfig, KNNArgs, LinearArgs, ProbeConfig
-from sssd_zoo.data.loading import DataConfig, ImageData, load_images, split_names
+from sssd_zoo.data.loading import DataConfig, ImageData, fits_on_gpu, load_images, split_names
 from sssd_zoo.distributed import rank
 from sssd_zoo.engine import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
@@ -24,6 +24,11 @@ from sssd_zoo.runs import begin, part, prepare_out
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def compute_device(wanted: Literal["auto", "cpu"]) -> torch.device:
+    """The current GPU where there is one and it is `wanted`, else the CPU."""
+    return torch.device("cuda" if wanted == "auto" and torch.cuda.is_available() else "cpu")
+
+
 def feature_batches(
     model: Any,
     data: ImageData,
@@ -33,7 +38,8 @@ def feature_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """What `pooled_batches` reads of a network, batch by batch; `order` has positions, int64 [B]."""
     mean, std, size = statistics(model)
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
+    device = compute_device(config.device)
+    data.move(device)
     return pooled_batches(
         model.to(device, memory_format=torch.channels_last),
         data.batches(order),
@@ -163,15 +169,19 @@ class Features:
 
 
 def evaluation_features(model: Any, evaluation: Evaluation, config: ForwardConfig) -> Features:
-    """Runs a network over an evaluation's images."""
+    """Runs a network over an evaluation's images; its features lie on the GPU where there is one and they fit."""
     train, test = evaluation.train, evaluation.test
     assert train.class_names is not None
     train_x = network_features(model, train, config)
     test_x = train_x if test is train else network_features(model, test, config)
+    train_x, test_x = train_x[:, evaluation.train_positions], test_x[:, evaluation.test_positions]
+    device = compute_device(config.device)
+    if fits_on_gpu(train_x, device):
+        train_x, test_x = train_x.to(device), test_x.to(device)
     return Features(
-        train_x[:, evaluation.train_positions],
+        train_x,
         evaluation.train_labels,
-        test_x[:, evaluation.test_positions],
+        test_x,
         evaluation.test_labels,
         len(train.class_names),
     )

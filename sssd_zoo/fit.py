@@ -24,7 +24,7 @@ import torch
 
 from sssd_zoo import report
 from sssd_zoo.clustering import PseudoLabels, random_labels
-from sssd_zoo.config import FitArgs
+from sssd_zoo.config import FitArgs, SelfDistillationConfig
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import read_metrics
@@ -35,7 +35,7 @@ from sssd_zoo.hub import save_model_folder
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.networks import load_network
 from sssd_zoo.pretext import set_up
-from sssd_zoo.runs import digest, save_config, settings_of
+from sssd_zoo.runs import digest, part, save_config, settings_of
 from sssd_zoo.soft_labels import SoftLabels, check_soft
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import distill_network
@@ -72,14 +72,19 @@ def fit(args: FitArgs) -> None:
     soft = None if args.soft is None else SoftLabels(pseudo, data.rows, args.soft)
 
     init = pretext.network(out) if args.warm_start else None
+    encoder = pretext.network(out) if args.distill.anchor else None
 
     def distill_on(
-        labels: np.ndarray[Any, np.dtype[np.int64]], title: str, init: str | None, soft: SoftLabels | None = None
+        labels: np.ndarray[Any, np.dtype[np.int64]],
+        title: str,
+        config: SelfDistillationConfig,
+        init: str | None = None,
+        soft: SoftLabels | None = None,
     ) -> Callable[[Path], dict[str, Any]]:
         return lambda folder: distill_network(
             data,
             labels,
-            args.distill,
+            config,
             runtime,
             arch=arch,
             size=size,
@@ -87,13 +92,14 @@ def fit(args: FitArgs) -> None:
             labels_digest=digest(labels, None if soft is None else args.soft),
             soft=soft,
             init=init,
+            encoder=encoder,
             title=title,
         )
 
     labels = pseudo.labels_of(data.rows)
     stages.run(
         "distill",
-        distill_on(labels, "self distillation", init, soft),
+        distill_on(labels, "self distillation", args.distill, init, soft),
         {
             **settings_of(args.distill),
             "warm_start": args.warm_start,
@@ -105,8 +111,9 @@ def fit(args: FitArgs) -> None:
     networks = {"SSSD": "distill"}
     if labelled and args.baseline:
         random = random_labels(len(data), args.cluster.k, runtime.seed)
-        settings = {**settings_of(args.distill), "labels": f"random, K = {args.cluster.k}"}
-        stages.run("baseline", distill_on(random, "random labels", None), settings, all_processes=True)
+        plain = part(args.distill, SelfDistillationConfig)  # an anchor would teach it what the labels do not say
+        settings = {**settings_of(plain), "labels": f"random, K = {args.cluster.k}"}
+        stages.run("baseline", distill_on(random, "random labels", plain), settings, all_processes=True)
         networks["random labels"] = "baseline"
 
     def measure(folder: Path) -> dict[str, Any]:

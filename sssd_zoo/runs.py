@@ -18,7 +18,7 @@ from sssd_zoo import report
 from sssd_zoo.data.loading import GlobalBatches, ImageData
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.distributed import barrier, rank, world_size
-from sssd_zoo.engine import OptimConfig, RuntimeConfig, read_metrics, train
+from sssd_zoo.engine import OptimConfig, RuntimeConfig, make_accelerator, read_metrics, train
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.hub import save_network
@@ -29,7 +29,7 @@ from sssd_zoo.tasks import Task
 
 Config = TypeVar("Config")
 # Settings that came after the first release, with their defaults: runs from before it can go on and are not done again.
-ADDED = {"exits": "plain", "init": None}
+ADDED = {"exits": "plain", "init": None, "anchor": 0.0}
 
 
 def part(config: Any, kind: type[Config]) -> Config:
@@ -190,6 +190,8 @@ def run_training(
     if arguments is not None:
         begin(out, arguments)
     data = loader.data
+    if isinstance(data, ImageData):
+        data.move(make_accelerator(runtime).device)
     where = (data.fingerprint, len(data)) if isinstance(data, ImageData) else (data.name, data.count)
     identity = {"arch": arch, "image_size": size, "data": where[0], "images": where[1], "storage_size": data.size}
     measured = train(

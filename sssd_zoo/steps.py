@@ -15,6 +15,7 @@ import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.chunked_kmeans import CHUNK, kmeans_from_file
 from sssd_zoo.clustering import Clustering, PseudoLabels, check_kmeans, kmeans, normalise, random_labels
 from sssd_zoo.config import (
+    AnchoredConfig,
     ClusterConfig,
     DistillArgs,
     ForwardConfig,
@@ -41,6 +42,7 @@ from sssd_zoo.networks import (
     new_trunk,
     statistics,
     storage_default,
+    weights_digest,
 )
 from sssd_zoo.own_labels import OwnLabels
 from sssd_zoo.runs import (
@@ -55,7 +57,7 @@ from sssd_zoo.runs import (
     run_training,
 )
 from sssd_zoo.soft_labels import SoftLabels, nearest_centroids
-from sssd_zoo.tasks import SEED, ClusterFit, MoCo, SelfDistillation, Task
+from sssd_zoo.tasks import SEED, AnchoredSelfDistillation, ClusterFit, MoCo, SelfDistillation, Task
 
 
 def pretrain_network(
@@ -265,6 +267,7 @@ def distill_network(
     labels_digest: str,
     soft: SoftLabels | None = None,
     init: str | None = None,
+    encoder: str | None = None,
     title: str = "distil",
     method: Literal["sssd", "clusterfit"] = "sssd",
     arguments: Any = None,
@@ -282,6 +285,7 @@ def distill_network(
         labels_digest: of the labels, for the check on resume.
         soft: the labels to train on in their place, of the same clusters.
         init: a network whose trunk's weights to start from.
+        encoder: the network whose features the exits also predict, where `config` has an anchor.
         title: of the progress bar.
         method: 'sssd' or 'clusterfit'.
         arguments: see `run_training`.
@@ -296,14 +300,23 @@ def distill_network(
         load_trunk(model, load_trunk_of(init))
     mean, std, _ = statistics(model)
     views: dict[str, Any] = {"size": size, "mean": mean, "std": std, "crop": config.crop, "scale": config.crop_scale}
-    if exits:
-        task: Task = SelfDistillation(
-            model, alpha=config.alpha, lam=config.lam, temperature=config.temperature, **views
+    anchor = config.anchor if isinstance(config, AnchoredConfig) and exits else 0.0
+    settings = {"labels": labels_digest, "init": init}
+    settings |= method_settings(config, type(config)) if exits else {"method": method, **views}
+    losses: dict[str, Any] = {"alpha": config.alpha, "lam": config.lam, "temperature": config.temperature}
+    if anchor:
+        if encoder is None:
+            raise UserError(f"an anchor of weight {anchor:g} wants the network to predict: give --encoder")
+        frozen = load_network(encoder, num_classes=0)
+        settings["encoder"] = weights_digest(frozen)
+        forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
+        task: Task = AnchoredSelfDistillation(
+            model, frozen, weight=anchor, **encoder_statistics(frozen, data, forward), **losses, **views
         )
+    elif exits:
+        task = SelfDistillation(model, **losses, **views)
     else:
         task = ClusterFit(model, **views)
-    settings = {"labels": labels_digest, "init": init}
-    settings |= method_settings(config, SelfDistillationConfig) if exits else {"method": method, **views}
     optim = part(config, OptimConfig)
     check(optim, make_accelerator(runtime).num_processes, len(data))
     own = None
@@ -327,6 +340,16 @@ def distill_network(
     )
 
 
+def encoder_statistics(encoder: Any, data: ImageData, forward: ForwardConfig) -> dict[str, Any]:
+    """What an encoder wants of its images, and its features' moments over at most 10,000 of them, evenly spaced."""
+    positions = torch.linspace(0, len(data) - 1, min(len(data), 10_000)).round().long()
+    batches = feature_batches(encoder, data, forward, positions.split(forward.batch_size))
+    features = torch.cat([pooled[-1] for _, pooled in batches])
+    mean, std, size = statistics(encoder)
+    moments = {"feature_mean": features.mean(0), "feature_std": features.std(0)}
+    return {"encoder_mean": mean, "encoder_std": std, "encoder_size": size, **moments}
+
+
 def distill(args: DistillArgs) -> None:
     """`sssd distill`."""
     tune_cpu()
@@ -336,6 +359,10 @@ def distill(args: DistillArgs) -> None:
     if args.method == "clusterfit" and args.exits != "plain":
         raise UserError(f"--method clusterfit trains a network without exits: drop --exits {args.exits}")
     artefact = None if args.labels in ("random", "true", "own") else PseudoLabels.load(args.labels)
+    if args.method == "clusterfit" and args.anchor:
+        raise UserError("--method clusterfit has no anchor: drop --anchor")
+    if args.anchor and args.encoder is None:
+        raise UserError("--anchor wants the network whose features the exits predict: give --encoder")
     if artefact is None and args.soft is not None:
         raise UserError(f"--soft is of pseudo labels with distances to centroids, not of labels '{args.labels}'")
     data = load_images(
@@ -361,7 +388,7 @@ def distill(args: DistillArgs) -> None:
     measured = distill_network(
         data,
         labels,
-        part(args, SelfDistillationConfig),
+        part(args, AnchoredConfig),
         runtime,
         arch=arch,
         size=size,
@@ -369,6 +396,7 @@ def distill(args: DistillArgs) -> None:
         labels_digest=f"own, K = {labels}" if isinstance(labels, int) else digest(labels, args.soft),
         soft=soft,
         init=args.init,
+        encoder=args.encoder,
         method=args.method,
         arguments=args,
     )

@@ -50,7 +50,7 @@ def test_hue_keeps_greys_and_full_turns():
 
 def test_jitter_draws_per_image_and_in_every_order():
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(64, 1, 1, 1)
-    jittered = augment.colour_jitter(image.clone(), BatchRandom(0, 0))
+    jittered = augment.colour_jitter(image.clone(), *augment.draw_jitter(BatchRandom(0, 0), 64))
     changed = (jittered != image).flatten(1).any(1)
     assert 0.6 < changed.float().mean() < 0.97, "p = 0.8 of the images change"
     assert len(torch.unique(jittered[changed].flatten(1), dim=0)) == changed.sum(), "one draw per image, not per batch"
@@ -150,3 +150,20 @@ def test_supervised_view_has_the_asked_size(crop):
     view = augment.supervised_view(images, BatchRandom(0, 0), 64, crop=crop)
     assert view.shape == (4, 3, 64, 64)
     assert 0 <= view.min() <= view.max() <= 1
+
+
+def test_dense_jitter_of_accelerators_equals_that_of_cpus():
+    images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    numbers = augment.draw_jitter(BatchRandom(3, 1), 64)
+    sparse = augment.colour_jitter(images.clone(), *numbers)
+    assert torch.equal(augment.colour_jitter_dense(images, *numbers), sparse)
+    assert not torch.equal(sparse, images)
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.5])
+def test_contrastive_view_on_another_device(blur):
+    """The meta device has no numbers, but refuses a tensor of another device, as a GPU does."""
+    images = torch.zeros(6, 3, 40, 40, dtype=torch.uint8, device="meta")
+    view = augment.contrastive_view(images, BatchRandom(0, 0), 32, blur=blur)
+    assert view.device.type == "meta"
+    assert view.shape == (6, 3, 32, 32)

@@ -6,8 +6,10 @@ RandomResizedCrop, ColorJitter (ops in a random order per image, every result cl
 RandomHorizontalFlip and RandomCrop with padding. Images stay uint8 until they are augmented.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,15 +52,20 @@ class BatchRandom:
         return torch.randperm(batch * self.world, generator=self.generator)
 
 
+def put(tensor: Tensor, images: Tensor) -> Tensor:
+    """A small tensor on the device of `images`, without waiting for it: a GPU's queue of kernels stays full."""
+    return tensor.to(images.device, non_blocking=True)
+
+
 def to_float(images: Tensor) -> Tensor:
     """Uint8 [B, 3, H, W] to float32 in [0, 1]."""
     return images.to(torch.float32).div_(255.0)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Float32 [B, 3, H, W] in [0, 1] to zero mean and unit spread per channel, channels-last in memory."""
-    shift = images.new_tensor(mean).view(1, -1, 1, 1)
-    scale = images.new_tensor(std).view(1, -1, 1, 1)
+    """Float32 [B, 3, H, W] in [0, 1] to zero mean and unit std per channel, channels-last in memory."""
+    shift = put(torch.tensor(mean, dtype=images.dtype), images).view(1, -1, 1, 1)
+    scale = put(torch.tensor(std, dtype=images.dtype), images).view(1, -1, 1, 1)
     return ((images - shift) / scale).contiguous(memory_format=torch.channels_last)
 
 
@@ -103,15 +110,14 @@ def crop_resize(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tenso
 
     Args:
         images: float [B, 3, S, S].
-        boxes: float [B, 4]: left, top, width, height in pixels.
-        flip: bool [B].
+        boxes: float [B, 4]: left, top, width, height in pixels; on the images' device.
+        flip: bool [B], likewise.
         size: side of the result in pixels.
 
     Returns:
         Float [B, 3, size, size].
     """
     side = images.shape[-1]
-    boxes, flip = boxes.to(images.device), flip.to(images.device)
     scale = boxes[:, 2:] / side
     centre = (2 * boxes[:, :2] + boxes[:, 2:]) / side - 1
     theta = images.new_zeros(len(images), 2, 3)
@@ -157,41 +163,70 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     )
     hue = hue + 6 * shift
     # HSV to RGB in closed form: channel n = V - C max(0, min(k, 4 - k, 1)) with k = (n + hue) mod 6, n = 5, 3, 1.
-    k = torch.remainder(hue + hue.new_tensor([5.0, 3.0, 1.0]).view(1, 3, 1, 1), 6)
+    offsets = torch.arange(5, 0, -2, dtype=hue.dtype, device=hue.device).view(1, 3, 1, 1)
+    k = torch.remainder(hue + offsets, 6)
     return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
 
 
-def colour_jitter(
-    images: Tensor,
+OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def draw_jitter(
     random: BatchRandom,
+    batch: int,
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
     probability: float = 0.8,
-) -> Tensor:
-    """RandomApply([ColorJitter(*strength)], probability) of torchvision, the four ops in a random order per image.
+) -> tuple[Tensor, Tensor]:
+    """The random numbers of RandomApply([ColorJitter(*strength)], probability) of torchvision, per image.
 
     Args:
-        images: float [B, 3, H, W] in [0, 1]; changed in place.
         random: the step's random numbers.
+        batch: number of images.
         strength: of brightness, contrast, saturation and hue.
         probability: of jittering an image at all.
 
     Returns:
-        Float [B, 3, H, W] in [0, 1].
+        The amounts, float32 [batch, 4], one for each of `OPERATIONS`; and their order, int64 [batch, 4]: which one
+        comes in each turn, -1 for none.
     """
-    batch = len(images)
     low = torch.tensor([1 - strength[0], 1 - strength[1], 1 - strength[2], -strength[3]])
     high = torch.tensor([1 + strength[0], 1 + strength[1], 1 + strength[2], strength[3]])
     amounts = low + random.uniform(batch, 4) * (high - low)
-    order = random.uniform(batch, 4).argsort(dim=1)  # order[b, turn] = op
+    order = random.uniform(batch, 4).argsort(dim=1)
     order[random.uniform(batch) >= probability] = -1
-    operations = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    return amounts, order
+
+
+def colour_jitter(images: Tensor, amounts: Tensor, order: Tensor) -> Tensor:
+    """Jitters each image by the operations of its own order; computes only what is chosen, which is fast on a CPU.
+
+    Args:
+        images: float [B, 3, H, W] in [0, 1]; changed in place.
+        amounts: float32 [B, 4], of `draw_jitter`.
+        order: int64 [B, 4], of `draw_jitter`.
+
+    Returns:
+        Float [B, 3, H, W] in [0, 1].
+    """
     for turn in range(4):
-        for number, operation in enumerate(operations):
+        for number, operation in enumerate(OPERATIONS):
             chosen = (order[:, turn] == number).nonzero().squeeze(1)
             if len(chosen):
-                amount = amounts[chosen, number].view(-1, 1, 1, 1).to(images.device)
-                chosen = chosen.to(images.device)
-                images[chosen] = operation(images[chosen], amount)
+                images[chosen] = operation(images[chosen], amounts[chosen, number].view(-1, 1, 1, 1))
+    return images
+
+
+def colour_jitter_dense(images: Tensor, amounts: Tensor, order: Tensor) -> Tensor:
+    """`colour_jitter` of shapes that do not depend on the numbers: computes every operation for every image.
+
+    That is four times the arithmetic, but a GPU never has to wait for a count, and torch.compile fuses it.
+    """
+    for turn in range(4):
+        changed = images
+        for number, operation in enumerate(OPERATIONS):
+            chosen = (order[:, turn] == number).view(-1, 1, 1, 1)
+            changed = torch.where(chosen, operation(images, amounts[:, number].view(-1, 1, 1, 1)), changed)
+        images = changed
     return images
 
 
@@ -215,8 +250,8 @@ def gaussian_blur(images: Tensor, random: BatchRandom, probability: float, sigma
     radius = min(math.ceil(3 * sigma[1]), height - 1, width - 1)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernels = torch.exp(-0.5 * (offsets / widths[chosen]) ** 2)
-    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0).to(images)
-    chosen = chosen.to(images.device)
+    kernels = put((kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0).to(images.dtype), images)
+    chosen = put(chosen, images)
     planes = images[chosen].reshape(1, -1, height, width)
     planes = F.pad(planes, (radius,) * 4, mode="reflect")
     planes = F.conv2d(planes, kernels[:, None, None, :], groups=len(kernels))
@@ -232,6 +267,7 @@ def contrastive_view(
     *,
     scale: tuple[float, float] = (0.2, 1.0),
     blur: float = 0.0,
+    compiled: bool = False,
 ) -> Tensor:
     """One MoCo v2 view: resized crop, flip, colour jitter (0.4, 0.4, 0.4, 0.1; p = 0.8), greyscale (p = 0.2), blur.
 
@@ -239,22 +275,42 @@ def contrastive_view(
         images: uint8 [B, 3, S, S].
         random: the step's random numbers; two calls with the same object give two different views.
         size: side of the view in pixels.
-        scale: share of the area that a crop keeps.
+        scale: fraction of the area that a crop keeps.
         blur: probability of a Gaussian blur, sigma 0.1 to 2 pixels at 224 px (MoCo v2: 0.5; at 32 px: 0).
+        compiled: compile the view of an accelerator by torch.compile.
 
     Returns:
         Float32 [B, 3, size, size] in [0, 1]. Source: Chen et al., arXiv:2003.04297, and its reference code.
     """
     batch = len(images)
-    boxes = crop_boxes(random, batch, images.shape[-1], scale)
-    flip = random.uniform(batch) < 0.5
-    view = crop_resize(to_float(images), boxes, flip, size)
-    view = colour_jitter(view, random)
-    to_grey = (random.uniform(batch) < 0.2).nonzero().squeeze(1).to(view.device)
-    view[to_grey] = grey(view[to_grey]).expand(-1, 3, -1, -1)
+    boxes = put(crop_boxes(random, batch, images.shape[-1], scale), images)
+    flip = put(random.uniform(batch) < 0.5, images)
+    amounts, order = draw_jitter(random, batch)
+    to_grey = random.uniform(batch) < 0.2
+    if images.device.type == "cpu":
+        view = colour_jitter(crop_resize(to_float(images), boxes, flip, size), amounts, order)
+        chosen = to_grey.nonzero().squeeze(1)
+        view[chosen] = grey(view[chosen]).expand(-1, 3, -1, -1)
+    else:
+        make = compiled_function(_dense_view) if compiled else _dense_view
+        view = make(images, boxes, flip, put(amounts, images), put(order, images), put(to_grey, images), size)
     if blur > 0:
         view = gaussian_blur(view, random, blur, (0.1, 2.0))
     return view
+
+
+def _dense_view(
+    images: Tensor, boxes: Tensor, flip: Tensor, amounts: Tensor, order: Tensor, to_grey: Tensor, size: int
+) -> Tensor:
+    """`contrastive_view` before the blur, of shapes that do not depend on the random numbers."""
+    view = colour_jitter_dense(crop_resize(to_float(images), boxes, flip, size), amounts, order)
+    return torch.where(to_grey.view(-1, 1, 1, 1), grey(view), view)
+
+
+@functools.cache
+def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled by torch.compile for fixed shapes, once per process."""
+    return torch.compile(function, dynamic=False)
 
 
 def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor:
@@ -276,7 +332,7 @@ def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor
     columns = start[:, 1:] + torch.where(flip, steps.flip(0), steps)
     padded = F.pad(images, (padding,) * 4)
     wide = side + 2 * padding
-    index = (rows[:, :, None] * wide + columns[:, None, :]).view(batch, 1, -1).to(images.device)
+    index = put((rows[:, :, None] * wide + columns[:, None, :]).view(batch, 1, -1), images)
     return padded.flatten(2).gather(2, index.expand(-1, channels, -1)).view(batch, channels, side, side)
 
 
@@ -298,6 +354,6 @@ def supervised_view(
     """
     if crop == "pad":
         return resize(to_float(padded_crop(images, random, padding=max(1, images.shape[-1] // 8))), size)
-    boxes = crop_boxes(random, len(images), images.shape[-1], scale)
-    flip = random.uniform(len(images)) < 0.5
+    boxes = put(crop_boxes(random, len(images), images.shape[-1], scale), images)
+    flip = put(random.uniform(len(images)) < 0.5, images)
     return crop_resize(to_float(images), boxes, flip, size)

@@ -147,10 +147,15 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def move(self, device: torch.device) -> None:
+        """Keeps the decoded images on a GPU, where they fit; they never come back from it."""
+        if self._pixels is not None and not self._pixels.is_cuda and fits_on_gpu(self._pixels, device):
+            self._pixels = self._pixels.to(device)
+
     def gather(self, index: Tensor) -> Tensor:
         """The images at `index`, int64 [B] positions, as uint8 [B, 3, S, S]; decodes them now if not in memory."""
         if self._pixels is not None:
-            return self._pixels[index]
+            return self._pixels[index.to(self._pixels.device)].cpu()
         _, images, corrupt = self._decoder[index.numpy()]
         self._tally.add(corrupt, len(index))
         return images
@@ -163,15 +168,15 @@ class ImageData:
             workers: DataLoader processes when the images are not in memory; by default as configured.
 
         Yields:
-            The positions, int64 [B], and their images, uint8 [B, 3, S, S]. An image that turns out to be corrupt is
-            replaced, in both, by another of its batch.
+            The positions, int64 [B], and their images, uint8 [B, 3, S, S], on the device that `move` put them on. An
+            image that turns out to be corrupt is replaced, in both, by another of its batch.
 
         Raises:
             UserError: when more images have turned out to be corrupt than `max_corrupt`.
         """
         if self._pixels is not None:
             for index in order:
-                yield index, self._pixels[index]
+                yield index, self._pixels[index.to(self._pixels.device, non_blocking=True)]
             return
         loader: DataLoader[tuple[Tensor, Tensor, list[Corrupt]]] = DataLoader(
             self._decoder,
@@ -343,6 +348,11 @@ def fits_in_memory(wanted: int) -> bool:
         # All processes must take the same way: corrupt images shorten the set in memory, but not the other.
         dist.broadcast_object_list(fits)
     return fits[0]
+
+
+def fits_on_gpu(tensor: Tensor, device: torch.device) -> bool:
+    """Whether `device` is a GPU and `tensor` would take at most a quarter of its free memory."""
+    return device.type == "cuda" and tensor.nbytes <= torch.cuda.mem_get_info(device)[0] // 4
 
 
 def _named(corrupt: list[Corrupt]) -> str:

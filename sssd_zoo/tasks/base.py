@@ -21,9 +21,11 @@ class Task(nn.Module):
 
     Attributes:
         global_batchnorm: whether BatchNorm's statistics are to be those of the global batch, of all processes.
+        compiled: whether to compile what `views` computes on an accelerator.
     """
 
     global_batchnorm = True
+    compiled = False
 
     def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -113,5 +115,8 @@ class LabelTask(Task):
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """One view, float32 [B, 3, size, size]."""
-        view = supervised_view(images, random, self.size, crop=self.crop, scale=self.scale)
-        return {"images": normalise(view, self.mean, self.std)}
+        return {"images": normalise(self.view(images, random), self.mean, self.std)}
+
+    def view(self, images: Tensor, random: BatchRandom) -> Tensor:
+        """The view before normalisation, float32 [B, 3, size, size] in [0, 1]."""
+        return supervised_view(images, random, self.size, crop=self.crop, scale=self.scale)

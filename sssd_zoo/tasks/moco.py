@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise
+from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise, put
 from sssd_zoo.distributed import gather, rank, world_size
 from sssd_zoo.tasks.base import Task
 from sssd_zoo.tasks.queue import enqueue
@@ -104,13 +104,12 @@ class MoCo(Task):
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """Two views, float32 [B, 3, size, size], and the shuffles of the keys, int64 [global batch] each."""
-        views = [
-            normalise(
-                contrastive_view(images, random, self.size, scale=self.scale, blur=self.blur), self.mean, self.std
-            )
-            for _ in range(2)
-        ]
-        return {"views": views, "shuffles": [random.permutation(len(images)) for _ in range(2)]}
+        settings: dict[str, Any] = {"scale": self.scale, "blur": self.blur, "compiled": self.compiled}
+        views = [contrastive_view(images, random, self.size, **settings) for _ in range(2)]
+        return {
+            "views": [normalise(view, self.mean, self.std) for view in views],
+            "shuffles": [put(random.permutation(len(images)), images) for _ in range(2)],
+        }
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -125,15 +124,15 @@ class MoCo(Task):
 
         Args:
             images: float32 [B, 3, size, size], this process's.
-            shuffle: int64 [B * world], a permutation, the same in every process.
+            shuffle: int64 [B * world], a permutation, the same in every process; on the images' device.
 
         Returns:
             Float32 [B * world, dim], in the order of the global batch.
         """
-        mine = shuffle.chunk(world_size())[rank()].to(images.device)
+        mine = shuffle.chunk(world_size())[rank()]
         shuffled = gather(images)[mine].contiguous(memory_format=torch.channels_last)
         embeddings = gather(self.key_encoder(shuffled))
-        return embeddings[shuffle.argsort().to(images.device)]
+        return embeddings[shuffle.argsort()]
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss; queues the batch's keys when it trains."""

@@ -99,7 +99,8 @@ class SEED(Task):
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """The view as the student and as the teacher wants it, float32 [B, 3, side, side] each."""
-        view = contrastive_view(images, random, self.size, scale=self.scale, blur=self.blur)
+        settings: dict[str, Any] = {"scale": self.scale, "blur": self.blur, "compiled": self.compiled}
+        view = contrastive_view(images, random, self.size, **settings)
         larger = normalise(resize(view, self.teacher_size), self.teacher_mean, self.teacher_std)
         return {"student": normalise(view, self.mean, self.std), "teacher": larger}
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sssd_zoo.models.exits import Exits
 from sssd_zoo.tasks.base import LabelTask, top1
 
 
@@ -77,9 +78,11 @@ class SelfDistillation(LabelTask):
         self.alpha, self.lam, self.temperature = alpha, lam, temperature
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Equation 4 on a batch, and the share of images whose label each of the deepest exit's answers is."""
-        exits = self.model.forward_exits(batch["images"])  # type: ignore[operator]
-        labels = batch["labels"]
+        """Equation 4 on a batch; see `distil`."""
+        return self.distil(self.model.forward_exits(batch["images"]), batch["labels"])  # type: ignore[operator]
+
+    def distil(self, exits: Exits, labels: Tensor) -> dict[str, Tensor]:
+        """Equation 4, and the fraction of images whose label each of the deepest exit's answers is."""
         parts = self_distillation_loss(
             exits.logits, exits.features, labels, alpha=self.alpha, lam=self.lam, temperature=self.temperature
         )

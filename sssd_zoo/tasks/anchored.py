@@ -1,0 +1,92 @@
+"""Anchored self distillation, beyond the paper: every exit also predicts the features of a frozen encoder.
+
+Clusters alone lose what the encoder that made them knew within and between clusters. The anchor keeps it: equation 4 of
+the paper plus w sum_i (1 - cos(P_i F_i, z)), where z are the encoder's features of the same view, standardised per
+dimension, F_i the features of exit i and P_i a linear predictor of its own, which is dropped after the training.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sssd_zoo.data.augment import BatchRandom, normalise, resize
+from sssd_zoo.tasks.sssd import SelfDistillation
+
+
+def anchor_loss(predictions: Sequence[Tensor], target: Tensor) -> Tensor:
+    """The sum over exits of 1 - cos(prediction, target), the mean over the batch.
+
+    Args:
+        predictions: of the exits, [B, D] each.
+        target: float32 [B, D].
+    """
+    cosines = [F.cosine_similarity(prediction.float(), target, dim=1).mean() for prediction in predictions]
+    return (1 - torch.stack(cosines)).sum()
+
+
+class AnchoredSelfDistillation(SelfDistillation):
+    """Self distillation whose exits also predict a frozen encoder's features of the view that they see.
+
+    Args:
+        model: see `SelfDistillation`.
+        encoder: a timm network with `num_classes=0`; it stays as it is, in eval mode.
+        encoder_size: side that the view is resized to for the encoder, in pixels.
+        encoder_mean: of the channels, for the encoder.
+        encoder_std: of the channels, for the encoder.
+        feature_mean: float32 [D], of the encoder's features over the data.
+        feature_std: float32 [D].
+        weight: w of the anchor.
+        others: the other arguments of `SelfDistillation`.
+    """
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        encoder: nn.Module,
+        *,
+        encoder_size: int,
+        encoder_mean: Sequence[float],
+        encoder_std: Sequence[float],
+        feature_mean: Tensor,
+        feature_std: Tensor,
+        weight: float,
+        **others: Any,
+    ) -> None:
+        super().__init__(model, **others)
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.encoder_size, self.encoder_mean, self.encoder_std = encoder_size, tuple(encoder_mean), tuple(encoder_std)
+        self.weight = weight
+        self.register_buffer("feature_mean", feature_mean)
+        self.register_buffer("feature_std", feature_std)
+        width = int(model.num_features)  # type: ignore[arg-type]
+        self.predictors = nn.ModuleList(nn.Linear(width, len(feature_mean)) for _ in range(4))
+
+    def train(self, mode: bool = True) -> "AnchoredSelfDistillation":
+        """As a module's; the encoder stays in eval mode, or its BatchNorm would move."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
+        """One view as the network and as the encoder wants it, float32 [B, 3, side, side] each."""
+        view = self.view(images, random)
+        larger = normalise(resize(view, self.encoder_size), self.encoder_mean, self.encoder_std)
+        return {"images": normalise(view, self.mean, self.std), "encoder": larger}
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Equation 4, with the weighted anchor added, and the `anchor` by itself."""
+        with torch.no_grad():
+            features = self.encoder(batch["encoder"]).float()
+            # A dimension that never moves, as of a dead ReLU, has nothing to predict.
+            target = (features - self.feature_mean) * torch.where(self.feature_std > 1e-6, 1 / self.feature_std, 0.0)
+        exits = self.model.forward_exits(batch["images"])  # type: ignore[operator]
+        parts = self.distil(exits, batch["labels"])
+        predictions = [predict(vectors) for predict, vectors in zip(self.predictors, exits.features, strict=True)]
+        anchor = anchor_loss(predictions, target)
+        return {**parts, "loss": parts["loss"] + self.weight * anchor, "anchor": anchor.detach()}

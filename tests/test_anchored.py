@@ -1,0 +1,82 @@
+"""Anchored self distillation against a slow manual version, and what of it may move."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import sssd_zoo  # noqa: F401  registers the models with timm
+from sssd_zoo.data.augment import BatchRandom
+from sssd_zoo.tasks import AnchoredSelfDistillation, SelfDistillation
+from sssd_zoo.tasks.anchored import anchor_loss
+
+SMALL = {"channels": (8, 16, 32, 64), "layers": (1, 1, 1, 1)}
+VIEWS = {"size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+
+
+def make(weight: float, **changes: object) -> AnchoredSelfDistillation:
+    torch.manual_seed(0)
+    model = timm.create_model("sssd_resnet18", num_classes=5, **SMALL)
+    encoder = timm.create_model("resnet18", num_classes=0, **SMALL)
+    settings = {
+        "encoder_size": 40,
+        "encoder_mean": (0.4, 0.4, 0.4),
+        "encoder_std": (0.3, 0.3, 0.3),
+        "feature_mean": torch.rand(64),
+        "feature_std": torch.rand(64) + 0.1,
+    }
+    return AnchoredSelfDistillation(model, encoder, weight=weight, **{**settings, **changes}, **VIEWS)
+
+
+def batch_of(task: AnchoredSelfDistillation, device: str = "cpu") -> dict[str, torch.Tensor]:
+    images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(6) % 5
+    return {**task.views(images.to(device), BatchRandom(0, 0)), "labels": labels.to(device)}
+
+
+def test_anchor_loss_against_a_slow_version():
+    generator = torch.Generator().manual_seed(0)
+    predictions = [torch.randn(4, 7, generator=generator) for _ in range(3)]
+    target = torch.randn(4, 7, generator=generator)
+    slow = 0.0
+    for prediction in predictions:
+        for ours, theirs in zip(prediction, target, strict=True):
+            slow += (1 - float(ours @ theirs) / float(ours.norm() * theirs.norm())) / 4
+    assert float(anchor_loss(predictions, target)) == pytest.approx(slow, abs=1e-5)
+
+
+def test_loss_is_that_of_the_paper_with_the_anchor_added():
+    task = make(weight=4.0)
+    batch = batch_of(task)
+    parts = task(batch)
+    plain = SelfDistillation(task.model, **VIEWS)({"images": batch["images"], "labels": batch["labels"]})
+    features = task.encoder(batch["encoder"])
+    target = (features - task.feature_mean) / task.feature_std
+    exits = task.model.forward_exits(batch["images"])
+    by_hand = sum(
+        (1 - F.cosine_similarity(F.linear(vectors, predict.weight, predict.bias), target)).mean()
+        for vectors, predict in zip(exits.features, task.predictors, strict=True)
+    )
+    torch.testing.assert_close(parts["anchor"], by_hand.detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(parts["loss"], plain["loss"] + 4 * by_hand, atol=1e-3, rtol=1e-4)
+
+
+def test_the_view_of_both_is_the_same_image():
+    task = make(weight=1.0, encoder_size=32)
+    batch = batch_of(task)
+    torch.testing.assert_close(batch["images"] * 0.2 + 0.5, batch["encoder"] * 0.3 + 0.4)
+
+
+def test_encoder_stays_as_it_is_and_every_exit_learns():
+    task = make(weight=4.0).train()
+    before = {name: value.clone() for name, value in task.encoder.state_dict().items()}
+    optimizer = torch.optim.SGD(task.parameter_groups(), lr=0.1)
+    task(batch_of(task))["loss"].backward()
+    assert all(predict.weight.grad.abs().sum() > 0 for predict in task.predictors)
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in task.encoder.state_dict().items())
+
+
+def test_a_dimension_that_never_moves_is_not_predicted():
+    task = make(weight=1.0, feature_std=torch.tensor([0.0] * 32 + [1.0] * 32))
+    assert task(batch_of(task))["loss"].isfinite()

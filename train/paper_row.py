@@ -1,0 +1,194 @@
+"""The paper's row "CIFAR-10, ResNet-18, 200 epochs" in a fixed wall time on one GPU, and its anchored form beside it.
+
+    python train/paper_row.py --data uoft-cs/cifar10 --out RUNS --minutes 9
+
+It measures the throughput of both trainings first, prints it beside the rate of bf16 matrix products and the time that
+is left, and chooses the longest schedule of `SCHEDULES` that fits. RUNS/sssd and RUNS/anchored are run folders of
+`sssd fit`; both use the same pretrained network and the same pseudo labels. Stopped or killed, the same command resumes.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from sssd_zoo.clustering import random_labels
+from sssd_zoo.config import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig, ProbeConfig
+from sssd_zoo.data.loading import DataConfig, load_images
+from sssd_zoo.engine import RuntimeConfig, machine, read_metrics, tune_cpu
+from sssd_zoo.files import read_json, write_json
+from sssd_zoo.fit import fit
+from sssd_zoo.steps import distill_network, pretrain_network
+
+ARCH, SIZE = "sssd_resnet18_cifar", 32
+# Longest first: whether MoCo's loss is symmetric, its epochs, and those of each distillation. A symmetric epoch costs two.
+SCHEDULES = (
+    (True, 200, 200),
+    (True, 200, 100),
+    (False, 200, 200),
+    (False, 200, 100),
+    (False, 200, 50),
+    (False, 100, 50),
+    (False, 50, 25),
+    (False, 20, 10),
+    (False, 2, 1),
+)
+# What one image costs in the anchored training, in units of the plain one: the frozen encoder's forward pass on top.
+ANCHORED_COST = 1.35
+OVERHEAD = 130.0  # seconds: reading the images, compiling, clusters, probes and figures of both runs
+
+
+def pretrain_config(epochs: int, symmetric: bool, batch: int, images: int) -> MoCoConfig:
+    """MoCo v2 of the recipe cifar10-r18-200ep.yaml."""
+    queue = min(4096, images // 2)
+    return MoCoConfig(epochs=epochs, batch_size=batch, symmetric=symmetric, queue_size=queue, lr=0.06 * batch / 512)
+
+
+def distill_config(epochs: int, batch: int) -> AnchoredConfig:
+    """That recipe's self distillation with four times the batch and the rate, for a GPU's sake, after a warm-up."""
+    return AnchoredConfig(epochs=epochs, batch_size=batch, lr=0.4 * batch / 512, warmup_epochs=min(5, epochs / 10))
+
+
+def product_rate(device: torch.device) -> float:
+    """Floating-point operations a second of a large bf16 matrix product on random numbers."""
+    side = 8192 if device.type == "cuda" else 1024
+    factors = [torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    seconds = []
+    for _ in range(8):
+        began = time.perf_counter()
+        product = factors[0] @ factors[1]
+        float(product[0, 0])  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return float(2 * side**3 / min(seconds))
+
+
+def measure(args: argparse.Namespace, runtime: RuntimeConfig) -> tuple[float, float]:
+    """Images a second of MoCo with the asymmetric loss and of self distillation, each over its second half."""
+    images = args.steps * args.batch_size
+    config = DataConfig(data=args.data, split=f"train[:{images}]", workers=args.workers)
+    data = load_images(config, default_size=SIZE)
+    folder = Path(args.out) / "throughput"
+    shutil.rmtree(folder, ignore_errors=True)
+    short = dataclasses.replace(runtime, log_every=args.steps, checkpoint_epochs=2)
+    pretrain = pretrain_config(2, False, args.batch_size, images)
+    pretrain_network(data, pretrain, short, arch=ARCH, size=SIZE, out=folder / "moco")
+    labels = random_labels(len(data), min(1000, len(data) // 4), 0)
+    distill = distill_config(2, args.batch_size)
+    distill_network(data, labels, distill, short, arch=ARCH, size=SIZE, out=folder / "sssd", labels_digest="random")
+    rates = [read_metrics(folder / name / "metrics.jsonl")[-1]["images_per_second"] for name in ("moco", "sssd")]
+    shutil.rmtree(folder)
+    return rates[0], rates[1]
+
+
+def seconds_of(schedule: tuple[bool, int, int], images: int, moco: float, sssd: float) -> float:
+    """What a schedule takes at these images a second, with both distillations."""
+    symmetric, pretrain, distill = schedule
+    return images * (pretrain * (1 + symmetric) / moco + distill * (1 + ANCHORED_COST) / sssd) + OVERHEAD
+
+
+def main() -> None:
+    """Measures, chooses, runs."""
+    began = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CIFAR-10, as for sssd fit")
+    parser.add_argument("--out", required=True, help="folder for the two run folders")
+    parser.add_argument("--minutes", type=float, default=9.0, help="wall time for everything")
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--batch_size", type=int, default=512)
+    parser.add_argument("--split", default="train", help="a part of the training images, to try it: 'train[:2000]'")
+    parser.add_argument("--k", type=int, default=1000, help="number of clusters")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20, help="of each half of a measurement; the first half warms up")
+    parser.add_argument("--workers", type=int, default=8, help="threads that decode")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    tune_cpu()
+    runtime = RuntimeConfig(
+        seed=args.seed, device=args.device, compile=args.compile, log_every=50, checkpoint_epochs=20, keep_best=0
+    )
+    out = Path(args.out)
+
+    def say(text: str) -> None:
+        spent = time.perf_counter() - began
+        print(f"[{spent:5.0f} s, {60 * args.minutes - spent:5.0f} s left] {text}", flush=True)
+
+    say(str(machine()))
+    record = out / "schedule.json"
+    if not record.exists():
+        device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
+        rate = product_rate(device)
+        try:
+            moco, sssd = measure(args, runtime)
+        except Exception:
+            if not runtime.compile:
+                raise
+            traceback.print_exc()
+            say("the compiled training failed, see above: going on without --compile")
+            runtime = dataclasses.replace(runtime, compile=False)
+            moco, sssd = measure(args, runtime)
+        images = len(load_images(DataConfig(data=args.data, split=args.split, workers=args.workers), default_size=SIZE))
+        forward = 2 * 0.5554e9  # floating-point operations of ResNet-18 at 32 px
+        say(f"bf16 products: {rate / 1e12:.0f} TFLOP/s")
+        say(f"MoCo (asymmetric): {moco:,.0f} img/s, {4 * forward * moco / rate:.2f} of that rate")
+        say(f"self distillation: {sssd:,.0f} img/s, {3 * 1.062 * forward * sssd / rate:.2f} of that rate")
+        left = 60 * args.minutes - (time.perf_counter() - began)
+        for schedule in SCHEDULES:
+            say(f"{schedule}: {seconds_of(schedule, images, moco, sssd):.0f} s")
+        chosen = next((s for s in SCHEDULES if seconds_of(s, images, moco, sssd) < left), SCHEDULES[-1])
+        write_json(
+            record,
+            {
+                "symmetric": chosen[0],
+                "pretrain": chosen[1],
+                "distill": chosen[2],
+                "images": images,
+                "compile": runtime.compile,
+                "moco_images_per_second": moco,
+                "sssd_images_per_second": sssd,
+                "bf16_flops": rate,
+                "machine": machine(),
+            },
+        )
+    plan = read_json(record)
+    say(f"schedule: {plan}")
+    plain = FitArgs(
+        data=args.data,
+        split=args.split,
+        workers=args.workers,
+        out=str(out / "sssd"),
+        model=ARCH,
+        image_size=SIZE,
+        seed=args.seed,
+        device=args.device,
+        compile=plan["compile"],
+        log_every=runtime.log_every,
+        checkpoint_epochs=runtime.checkpoint_epochs,
+        keep_best=0,
+        pretrain=pretrain_config(plan["pretrain"], plan["symmetric"], args.batch_size, plan["images"]),
+        cluster=ClusterConfig(k=args.k),
+        distill=distill_config(plan["distill"], args.batch_size),
+        probe=ProbeConfig(probe_epochs=100, probe_weight_decay=0.01),
+        baseline=False,
+    )
+    fit(plain)
+    say("the paper's row is done")
+    for name in ("pretrain", "labels", "steps/pretrain.json", "steps/labels.json"):
+        source, target = out / "sssd" / name, out / "anchored" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoints"))
+        else:
+            shutil.copy2(source, target)
+    anchored = dataclasses.replace(
+        plain.distill, anchor=4.0, lr=0.1 * args.batch_size / 512, warmup_epochs=min(2, plan["distill"] / 10)
+    )
+    fit(dataclasses.replace(plain, out=str(out / "anchored"), distill=anchored, warm_start=True))
+    say("the anchored form is done")
+
+
+if __name__ == "__main__":
+    main()
