@@ -1,4 +1,4 @@
-"""Every method's step on torch's meta device, which has no numbers but refuses tensors of two devices, as a GPU does."""
+"""Every method's step on torch's meta device: it has no numbers, but refuses tensors of two devices, as a GPU does."""
 
 import pytest
 import timm

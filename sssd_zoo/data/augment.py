@@ -328,11 +328,12 @@ def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor
     start = random.integers(batch, 2, high=2 * padding + 1)
     flip = (random.uniform(batch) < 0.5).unsqueeze(1)
     steps = torch.arange(side)
-    rows = start[:, :1] + steps
-    columns = start[:, 1:] + torch.where(flip, steps.flip(0), steps)
+    rows = put(start[:, :1] + steps, images)
+    columns = put(start[:, 1:] + torch.where(flip, steps.flip(0), steps), images)
     padded = F.pad(images, (padding,) * 4)
     wide = side + 2 * padding
-    index = put((rows[:, :, None] * wide + columns[:, None, :]).view(batch, 1, -1), images)
+    # Multiplied out on the images' device: at 32 px this index is 32 times what it is made of, too much to send.
+    index = (rows[:, :, None] * wide + columns[:, None, :]).view(batch, 1, -1)
     return padded.flatten(2).gather(2, index.expand(-1, channels, -1)).view(batch, channels, side, side)
 
 
