@@ -213,8 +213,10 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
         pretext += f" on `{recipe['pretrain_data']}`"
     if recipe["pretrain"].get("init") and not recipe.get("features"):
         pretext += f", started from the weights of `{recipe['pretrain']['init']}`"
+    anchor = recipe["distill"].get("anchor")
+    distillation = f"anchored self distillation (weight {anchor:g})" if anchor else "self distillation"
     return [
-        f"**Training**: {pretext}, then self distillation for {recipe['distill']['epochs']} epochs, from {start}; "
+        f"**Training**: {pretext}, then {distillation} for {recipe['distill']['epochs']} epochs, from {start}; "
         "`recipe.yaml` has all settings",
         f"**Time**: {duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
     ]

@@ -108,7 +108,7 @@ def fit(args: FitArgs) -> None:
         after=("labels",),
         all_processes=True,
     )
-    networks = {"SSSD": "distill"}
+    networks = {"anchored SSSD" if args.distill.anchor else "SSSD": "distill"}
     if labelled and args.baseline:
         random = random_labels(len(data), args.cluster.k, runtime.seed)
         plain = part(args.distill, SelfDistillationConfig)  # an anchor would teach it what the labels do not say

@@ -39,7 +39,8 @@ SCHEDULES = (
 )
 # What one image costs in the anchored training, in units of the plain one: the frozen encoder's forward pass on top.
 ANCHORED_COST = 1.35
-# Sustained over that of a short measurement: 0.65 to 0.95 on an H200 whose host was shared, in windows of 50 steps.
+# Sustained throughput over that of a short measurement: on an H200 0.91 for MoCo and 0.59 for self distillation, which
+# had a slower crop then (medians over windows of 50 steps).
 SUSTAINED = 0.75
 OVERHEAD = 130.0  # seconds: reading the images, compiling, clusters, probes and figures of both runs
 
