@@ -56,7 +56,12 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Float32 [B, 3, H, W] in [0, 1] to zero mean and unit spread per channel, channels-last in memory."""
+    """Float32 [B, 3, H, W] in [0, 1] to zero mean and unit std per channel, channels-last in memory.
+
+    With the mean and std of a single channel, as networks for grey images have, the images become grey: [B, 1, H, W].
+    """
+    if len(mean) == 1:
+        images = grey(images)
     shift = images.new_tensor(mean).view(1, -1, 1, 1)
     scale = images.new_tensor(std).view(1, -1, 1, 1)
     return ((images - shift) / scale).contiguous(memory_format=torch.channels_last)
