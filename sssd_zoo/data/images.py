@@ -162,7 +162,9 @@ def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[n
     except CorruptImageError:
         raise
     except UnidentifiedImageError:
-        raise CorruptImageError("it is not an image of a known format") from None
+        raise CorruptImageError(
+            "it is not an image of a known format, or of pixels that Pillow does not read"
+        ) from None
     except Exception as error:  # Pillow's plugins raise whatever their parsers run into
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
     return np.frombuffer(rgb.tobytes(), np.uint8).reshape(size, size, 3).transpose(2, 0, 1)
