@@ -121,7 +121,11 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
     wrong += sorted(trunk - weights.keys())
     if wrong:
-        raise UserError(f"the weights to start from do not fit the trunk ({wrong[0]}); give a network of its own kind")
+        there, here = (list(own[wrong[0]].shape) if wrong[0] in own else "missing" for own in (weights, ours))
+        raise UserError(
+            f"the weights to start from do not fit the trunk ({wrong[0]} is {there} there, {here} here); give a "
+            "network of the same architecture and channels"
+        )
     model.load_state_dict(weights, strict=False)
 
 
