@@ -205,6 +205,12 @@ class TestPixelLimit:
         with pytest.raises(CorruptImageError, match=r"40 x 30 pixels.*--max_pixels 1199"):
             decode(Encoded(0, data, None), 8, max_pixels=1199)
 
+    def test_a_format_whose_header_lies_is_not_read(self):
+        inner = png_bomb(9400, 9400, 8, 6, 4)  # in an icon of 16 x 16
+        entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(inner), 22)
+        with pytest.raises(CorruptImageError, match="not an image of a known format"):
+            stored(struct.pack("<HHH", 0, 1, 1) + entry + inner)
+
     @pytest.mark.parametrize("progressive", [False, True])
     def test_a_jpeg_counts_as_what_is_decoded_of_it(self, progressive):
         buffer = io.BytesIO()

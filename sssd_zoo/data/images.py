@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs; decoding that many takes up to 1 GB
+# Formats whose header does not tell what decoding takes: they hold files of others, or are programs for Ghostscript.
+UNBOUNDED = frozenset(("BLP", "DCX", "EPS", "FPX", "ICNS", "ICO", "IPTC", "MIC"))
 LARGE = 2**24  # pixels; larger images are decoded one at a time in a process, however many threads it has
 STRIP = 2**20  # pixels of a deep image that are scaled at a time
 # The greatest of what deep pixels usually span, and the factor to 0..255: the first range that holds them is taken.
@@ -98,6 +100,11 @@ def encoded(name: int | str, image: dict[str, Any] | None) -> Encoded:
         return Encoded(path, b"", error.strerror or str(error))
 
 
+def _open(data: bytes) -> Image.Image:
+    Image.init()  # all formats that Pillow and its plugins know
+    return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in UNBOUNDED])
+
+
 @contextmanager
 def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = None) -> Iterator[Image.Image]:
     """Opens an encoded image, of which nothing is decoded yet: what its header says decides whether it may be.
@@ -116,7 +123,7 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = No
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # else Pillow itself would refuse what the user allows
     try:
-        picture = Image.open(io.BytesIO(data))
+        picture = _open(data)
     except Image.DecompressionBombError:
         raise CorruptImageError(f"it has more pixels than --max_pixels {max_pixels} allows") from None
     with picture:
@@ -244,7 +251,7 @@ def natural_size(images: Sequence[Encoded]) -> int | None:
     sizes = set()
     for image in images:
         try:
-            with Image.open(io.BytesIO(image.data)) as picture:
+            with _open(image.data) as picture:
                 sizes.add(picture.size)
         except Exception:  # decoding will name it
             continue
