@@ -54,12 +54,18 @@ def float_bomb(side: int) -> bytes:
 
 
 def png_bomb(width: int, height: int, bits: int, colour: int, bytes_per_pixel: int) -> bytes:
+    return png(width, height, bits, colour, zeros(height * (1 + width * bytes_per_pixel)))
+
+
+def png(width: int, height: int, bits: int, colour: int, deflated: bytes) -> bytes:
+    """A PNG of pixels that are deflated already; Pillow writes no 16-bit colour."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     palette = chunk(b"PLTE", bytes(3)) if colour == 3 else b""
-    pixels = chunk(b"IDAT", zeros(height * (1 + width * bytes_per_pixel)))
+    pixels = chunk(b"IDAT", deflated)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + palette + pixels + chunk(b"IEND", b"")
 
 
@@ -170,6 +176,20 @@ class TestDeepPixels:
         expected = (values - 300) / 3795 * 255
         levels = decode(Encoded(0, tiff(values), None), 1000)[0]
         assert np.abs(levels.astype(int) - expected[100:1100].astype(int)).max() <= 1
+
+    @pytest.mark.parametrize("bands", [2, 3, 4])
+    def test_16_bit_colour(self, bands):
+        def image(greatest: int) -> bytes:
+            values = np.repeat(ramp(0, greatest, np.uint16)[..., None], bands, -1).astype(">u2")
+            if bands != 3:
+                values[..., -1] = 65535  # alpha
+            rows = b"".join(b"\0" + row.tobytes() for row in values)
+            return png(32, 32, 16, {2: 4, 3: 2, 4: 6}[bands], zlib.compress(rows))
+
+        np.testing.assert_allclose(stored(image(65535))[0], np.linspace(0, 255, 32), atol=1)
+        for greatest in (255, 4095):
+            with pytest.raises(CorruptImageError, match="16-bit colours use less than a tenth"):
+                stored(image(greatest))
 
     def test_a_turned_float_tiff(self):
         values = np.zeros((16, 32), np.float32)

@@ -184,12 +184,15 @@ def to_rgb(picture: Image.Image, *, upright: bool = True) -> Image.Image:
     in 0..1 (floats), else in 0..255, else in 0..65535 (integers), that range becomes 0..255; but values that use less
     than a tenth of it, or lie in none, are scaled from their own least to their greatest, as ImageJ and matplotlib show
     them. NaN and what a GeoTIFF calls "no data" become 0, infinities 0 or 255; they do not count for the range. Of
-    16-bit colour Pillow keeps the upper 8 bits.
+    16-bit colour Pillow keeps the upper 8 bits, which has to be more than a tenth of their range.
 
     Raises:
-        CorruptImageError: if no value is a finite number.
+        CorruptImageError: if no value is a finite number, or 16-bit colour would become next to black.
     """
+    deep_colour = len(picture.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
     picture.load()
+    if deep_colour and _brightest(picture) < 255 / 10:
+        raise CorruptImageError("its 16-bit colours use less than a tenth of their range: save it in 8 bits")
     # Of EXIF the orientation matters only; looking for it in images without EXIF would cost a tenth of the decoding.
     if upright and (picture.info.get("exif") or picture.format == "TIFF"):
         ImageOps.exif_transpose(picture, in_place=True)
@@ -200,6 +203,12 @@ def to_rgb(picture: Image.Image, *, upright: bool = True) -> Image.Image:
     elif picture.mode == "P":
         picture = picture.convert("RGBA")  # straight to RGB, Pillow would warn of palettes with transparency
     return picture.convert("RGB")
+
+
+def _brightest(picture: Image.Image) -> float:
+    """The greatest value of its colours."""
+    extrema: Any = picture.getextrema()  # of several bands
+    return max(float(greatest) for band, (_, greatest) in zip(picture.getbands(), extrema, strict=True) if band != "A")
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
