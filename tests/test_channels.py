@@ -94,6 +94,7 @@ def test_the_page_prepares_grey_images(grey, folder_of_images):
 
 
 class TestExport:
+    @pytest.mark.slow
     def test_torch_export(self, grey, tmp_path):
         assert sssd("export", grey, "--format", "torch-export", "--out", tmp_path / "grey.pt2") == 0
         facts = {"metadata.json": ""}
@@ -156,6 +157,7 @@ def test_the_check_of_a_card(grey):
     assert 0 <= check(load_network(str(grey)))["knn"] <= 100
 
 
+@pytest.mark.slow
 def test_fine_tuning_keeps_the_channel(grey, images, tmp_path, capsys):
     words = ["--data", images, "--workers", "1", "--fractions", "[0.5]", "--seeds", "[0]", "--epochs", "1"]
     words += ["--batch_size", "8", "--device", "cpu"]
