@@ -28,7 +28,7 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import ANSWERS, eval_result_files, model_card, network_weights
-from sssd_zoo.networks import load_network
+from sssd_zoo.networks import load_network, statistics
 from sssd_zoo.paper import named_rows
 from sssd_zoo.probe import extract_features, knn
 from sssd_zoo.report import AccuracyRow, Results, duration
@@ -51,7 +51,7 @@ def card(args: CardArgs) -> None:
     calibrated = check_calibrated(run, args.calibrated)
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} is there already; give --overwrite to replace it")
-    network = timm.create_model(f"local-dir:{calibrated or run / 'model'}", pretrained=True).eval()
+    network = load_network(str(calibrated or run / "model")).eval()
     # The weights that ship are rounded: what follows is measured on those.
     checked = check(network.half().float())
     with atomic_dir(out) as folder:
@@ -246,7 +246,7 @@ def check(network: Any) -> dict[str, float]:
         else "knn", the weighted 20-nearest-neighbour accuracy of its last features, the neighbours being
         the first 2,000 training images.
     """
-    size, mean, std = (network.pretrained_cfg[name] for name in ("input_size", "mean", "std"))
+    mean, std, size = statistics(network)
     network = network.eval()
     splits = {
         name: load_images(DataConfig(data="cifar10-sample", split=name), progress=False) for name in ("test", "train")
@@ -255,7 +255,7 @@ def check(network: Any) -> dict[str, float]:
 
     def features(split: str, count: int) -> torch.Tensor:
         batches = splits[split].batches(torch.arange(count).split(250))
-        return extract_features(network, batches, count=count, mean=mean, std=std, device="cpu", size=int(size[-1]))
+        return extract_features(network, batches, count=count, mean=mean, std=std, device="cpu", size=size)
 
     test, truth = features("test", CHECK_IMAGES), labels["test"][:CHECK_IMAGES]
     if list(network.pretrained_cfg.get("label_names") or []) != splits["test"].class_names:

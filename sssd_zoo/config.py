@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sssd_zoo.data.detection import DetectionDataConfig
+from sssd_zoo.data.images import MAX_PIXELS
 from sssd_zoo.data.loading import DataConfig
 from sssd_zoo.engine import OptimConfig, RuntimeConfig
 
@@ -464,6 +465,8 @@ class PredictArgs(ForwardConfig):
         thresholds: of early exit; by default those stored with the network.
         format: 'table', or 'jsonl' for a line of JSON per image.
         max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
+        max_pixels: images of more cannot be decoded: a small file may hold a picture that takes gigabytes. JPEG is
+            decoded at a fraction of its size and counts as that.
     """
 
     model: str
@@ -472,6 +475,7 @@ class PredictArgs(ForwardConfig):
     thresholds: list[float] | None = None
     format: Literal["table", "jsonl"] = "table"
     max_corrupt: int = 0
+    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sssd_zoo import report
 from sssd_zoo.average_precision import coco_average_precision, coco_backend, voc_average_precision
 from sssd_zoo.config import DetectArgs, DetectEvalArgs, DetectorConfig, ForwardConfig
-from sssd_zoo.data.augment import to_float
+from sssd_zoo.data.augment import grey, to_float
 from sssd_zoo.data.detection import DetectionData, DetectionDataConfig, DetectionLoader, has_split, load_detection
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import (
@@ -40,7 +40,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluate import DTYPES
 from sssd_zoo.files import atomic_write_bytes, read_json, write_json
 from sssd_zoo.hub import network_weights
-from sssd_zoo.networks import load_network
+from sssd_zoo.networks import channels, load_network, statistics
 from sssd_zoo.runs import announce, begin, part, prepare_out
 from sssd_zoo.tasks.detection import Detection
 
@@ -53,16 +53,18 @@ class Pyramid(nn.Module):
 
     Args:
         body: a timm network made with `features_only=True`.
-        channels: of every map of the pyramid.
+        out_channels: of every map of the pyramid.
     """
 
-    def __init__(self, body: Any, channels: int) -> None:
+    def __init__(self, body: Any, out_channels: int) -> None:
         super().__init__()
-        self.body, self.out_channels = body, channels
-        self.fpn = FeaturePyramidNetwork(body.feature_info.channels()[-4:], channels, LastLevelMaxPool())
+        self.body, self.out_channels, self.grey = body, out_channels, channels(body) == 1
+        self.fpn = FeaturePyramidNetwork(body.feature_info.channels()[-4:], out_channels, LastLevelMaxPool())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images, float32 [B, 3, H, W], to maps [B, channels, h, w], '0' the finest, 'pool' the coarsest."""
+        if self.grey:
+            images = grey(images)
         # The memory format of the weights: otherwise every convolution on a CPU converts its input.
         stages = self.body(images.contiguous(memory_format=torch.channels_last))[-4:]
         maps: dict[str, Tensor] = self.fpn({str(i): each for i, each in enumerate(stages)})
@@ -84,14 +86,14 @@ def build_detector(body: Any, num_classes: int, config: DetectorConfig) -> Faste
         UserError: if the trunk does not give maps of growing strides.
     """
     reductions = body.feature_info.reduction()[-4:]
-    channels = body.feature_info.channels()[-4:]
+    widths = body.feature_info.channels()[-4:]
     # An odd size tells a network that takes any from one built for a single one.
     try:
         with torch.no_grad():
-            maps = [tuple(each.shape) for each in body.eval()(torch.zeros(1, 3, 96, 160))[-4:]]
+            maps = [tuple(each.shape) for each in body.eval()(torch.zeros(1, channels(body), 96, 160))[-4:]]
     except (RuntimeError, AssertionError, ValueError):
         maps = []
-    wanted = [(1, count, 96 // step, 160 // step) for count, step in zip(channels, reductions, strict=True)]
+    wanted = [(1, count, 96 // step, 160 // step) for count, step in zip(widths, reductions, strict=True)]
     if maps != wanted or len(set(reductions)) < len(reductions):
         raise UserError(
             f"'{config.model}' does not give maps [B, C, H, W] of growing strides for images of any size; take a "
@@ -100,13 +102,15 @@ def build_detector(body: Any, num_classes: int, config: DetectorConfig) -> Faste
     steps = [*reductions, 2 * reductions[-1]]
     sizes = tuple((round(config.anchor_scale * step),) for step in steps)
     levels = [str(number) for number in range(len(reductions))]
+    mean, std, _ = statistics(body)
+    per_channel = 3 // len(mean)  # images stay RGB until `Pyramid` makes them grey for a network that wants that
     return FasterRCNN(
         Pyramid(body, config.fpn_channels),
         num_classes + 1,
         min_size=config.short_side,
         max_size=config.long_side or round(config.short_side * 5 / 3),
-        image_mean=list(body.pretrained_cfg["mean"]),
-        image_std=list(body.pretrained_cfg["std"]),
+        image_mean=list(mean) * per_channel,
+        image_std=list(std) * per_channel,
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
         box_roi_pool=MultiScaleRoIAlign(levels, output_size=7, sampling_ratio=2),
         box_batch_size_per_image=config.regions,

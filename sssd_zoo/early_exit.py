@@ -36,7 +36,7 @@ from sssd_zoo.evaluate import network_features
 from sssd_zoo.files import atomic_dir, atomic_write_text, read_json, write_json
 from sssd_zoo.hub import save_network
 from sssd_zoo.models import SSSDResNet, StageCosts, ensemble_logits, stage_costs
-from sssd_zoo.networks import load_network, statistics, storage_default
+from sssd_zoo.networks import channels, load_network, statistics, storage_default
 from sssd_zoo.runs import part, prepare_out
 from sssd_zoo.stages import machine_words
 
@@ -482,7 +482,7 @@ def early_exit(args: EarlyExitArgs) -> None:
 
     device = next(model.parameters()).device
     size = statistics(model)[2]
-    macs = stage_costs(model, (3, size, size))
+    macs = stage_costs(model, (channels(model), size, size))
     sample = prepared(held_out.data.gather(held_out.positions[: 2 * ONE_BY_ONE]), model).to(device)
     costs = macs if args.latency is None else measure_stages(model, sample, args.runs)
     thresholds = choose(all_rules(calibrated, held_out.labels, costs), args)

@@ -8,7 +8,8 @@
     torch-export    OUT, which `torch.export.load` reads; its extra file metadata.json has the same metadata
     safetensors     OUT/model.safetensors and OUT/config.json, which timm loads by `local-dir:OUT`
 
-The graphs take images as float32 [B, 3, S, S], normalised by mean and std, and give logits.
+The graphs take images as float32 [B, C, S, S], normalised by mean and std, and give logits. C is 3 for RGB, or 1 for a
+network for grey images; `input_size` in the metadata is [C, S, S].
 """
 
 import io
@@ -32,7 +33,7 @@ from sssd_zoo.files import atomic_dir, atomic_write_bytes, write_json
 from sssd_zoo.hub import save_network
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.models.resnet import check_thresholds
-from sssd_zoo.networks import load_network, statistics, storage_default
+from sssd_zoo.networks import channels, load_network, statistics, storage_default
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 Arrays = list[NDArray[np.float32]]
@@ -46,7 +47,7 @@ class AllExits(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Images [B, 3, S, S] to four logits [B, num_classes]."""
+        """Images [B, C, S, S] to four logits [B, num_classes]."""
         return tuple(self.network.forward_exits(images).logits)
 
 
@@ -81,7 +82,7 @@ def metadata(model: Any, output: str) -> dict[str, Any]:
     return {
         "architecture": str(model.pretrained_cfg["architecture"]),
         "output": output,
-        "input_size": [3, size, size],
+        "input_size": [channels(model), size, size],
         "mean": list(mean),
         "std": list(std),
         "class_names": None if names is None else list(names),
@@ -220,8 +221,7 @@ def export(args: ExportArgs) -> None:
         import_onnxruntime()
     model = load_output(args)
     facts = metadata(model, args.output)
-    _, _, size = statistics(model)
-    example = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    example = torch.randn(2, *facts["input_size"], generator=torch.Generator().manual_seed(0))
     if args.format == "safetensors":
         with atomic_dir(out) as temporary:
             save_network(temporary, model, facts["architecture"], label_names=facts["class_names"])

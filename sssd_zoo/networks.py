@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models._input import get_model_args
 from torch import nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
@@ -69,7 +70,7 @@ def load_network(name: str, **kwargs: Any) -> Any:
         kwargs: of `timm.create_model`; `pretrained=False` gives the network with new weights.
 
     Raises:
-        UserError: if there is neither, or the weights do not fit.
+        UserError: if there is neither, the weights do not fit, or its images are neither RGB nor grey.
     """
     folder = Path(name)
     source = name
@@ -89,9 +90,15 @@ def load_network(name: str, **kwargs: Any) -> Any:
         repo = config.hf_hub_id
     try:
         with cache_if_unreachable(repo):
-            return timm.create_model(source, **options)
+            network = timm.create_model(source, **options)
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
+    if channels(network) not in (1, 3):
+        raise UserError(
+            f"'{name}' takes images of {channels(network)} channels, but images are read as RGB, for 3 channels, "
+            "or made grey, for 1: give a network of 3 or 1"
+        )
+    return network
 
 
 def load_trunk_of(name: str) -> Any:
@@ -114,7 +121,11 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
     wrong += sorted(trunk - weights.keys())
     if wrong:
-        raise UserError(f"the weights to start from do not fit the trunk ({wrong[0]}); give a network of its own kind")
+        there, here = (list(own[wrong[0]].shape) if wrong[0] in own else "missing" for own in (weights, ours))
+        raise UserError(
+            f"the weights to start from do not fit the trunk ({wrong[0]} is {there} there, {here} here); give a "
+            "network of the same architecture and channels"
+        )
     model.load_state_dict(weights, strict=False)
 
 
@@ -124,10 +135,21 @@ def new_trunk(arch: str, num_classes: int = 0) -> Any:
     return timm.create_model(arch, num_classes=num_classes, **own)
 
 
+def channels(model: Any) -> int:
+    """How many channels the images of a timm network have."""
+    return int(get_model_args(model).get("in_chans", 3))
+
+
 def statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Mean and spread of the channels and the side of the images that a timm network was trained with."""
+    """Mean and std of the channels and the side of the images that a timm network was trained with.
+
+    Of a network for grey images they are of one channel, from which `normalise` knows to make images grey.
+    """
     config = model.pretrained_cfg
-    return tuple(config["mean"]), tuple(config["std"]), int(config["input_size"][-1])
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if channels(model) == 1:  # its configuration may still be that of the RGB network it was made from
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return mean, std, int(config["input_size"][-1])
 
 
 def models(args: ModelsArgs) -> None:

@@ -91,7 +91,7 @@ def predict(args: PredictArgs) -> None:
                 image = encoded(0, {"bytes": None, "path": str(file)})
                 try:
                     # Stored and resized as for evaluation, so that the answers are those that were measured.
-                    stored = decode(image, natural_size([image]) or storage_default(size))
+                    stored = decode(image, natural_size([image]) or storage_default(size), args.max_pixels)
                     pixels.append(prepared(torch.from_numpy(stored.copy()).unsqueeze(0), model))
                     good.append(file)
                 except CorruptImageError as error:

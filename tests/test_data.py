@@ -175,7 +175,7 @@ class TestDecode:
         grey = Image.fromarray(np.full((8, 8), 0x8042, np.uint16))
         assert (decode(Encoded(0, file_bytes(grey, kind), None), 8) == 0x80).all()
 
-    @pytest.mark.parametrize(("value", "stored"), [(0.5, 127), (200.0, 200), (1000.0, 255), (np.nan, 0)])
+    @pytest.mark.parametrize(("value", "stored"), [(0.5, 127), (200.0, 200), (1000.0, 255), (-5.0, 0)])
     def test_floats(self, value, stored):
         grey = Image.fromarray(np.full((8, 8), value, np.float32))
         assert (decode(Encoded(0, file_bytes(grey, "TIFF"), None), 8) == stored).all()
@@ -549,7 +549,9 @@ class TestCorrupt:
         file = write_parquet(tmp_path / "my.parquet", [file_bytes(picture(0)), b"x", file_bytes(picture(1))])
         with pytest.raises(UserError, match=r"1 images .*\(row 1: it is not an image"):
             load(file)
-        assert load(file, max_corrupt=1).corrupt == [(1, "it is not an image of a known format")]
+        assert load(file, max_corrupt=1).corrupt == [
+            (1, "it is not an image of a known format, or of pixels that Pillow does not read")
+        ]
 
     @pytest.mark.parametrize("in_memory", [True, False])
     def test_all_corrupt(self, tmp_path, in_memory):

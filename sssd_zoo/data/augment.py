@@ -63,7 +63,12 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Float32 [B, 3, H, W] in [0, 1] to zero mean and unit std per channel, channels-last in memory."""
+    """Float32 [B, 3, H, W] in [0, 1] to zero mean and unit std per channel, channels-last in memory.
+
+    With the mean and std of a single channel, as networks for grey images have, the images become grey: [B, 1, H, W].
+    """
+    if len(mean) == 1:
+        images = grey(images)
     shift = put(torch.tensor(mean, dtype=images.dtype), images).view(1, -1, 1, 1)
     scale = put(torch.tensor(std, dtype=images.dtype), images).view(1, -1, 1, 1)
     return ((images - shift) / scale).contiguous(memory_format=torch.channels_last)

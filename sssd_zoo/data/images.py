@@ -10,8 +10,9 @@ import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,10 +25,20 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs; decoding that many takes up to 1 GB
+# Formats whose header does not tell what decoding takes: they hold files of others, or are programs for Ghostscript.
+UNBOUNDED = frozenset(("BLP", "DCX", "EPS", "FPX", "ICNS", "ICO", "IPTC", "MIC"))
+LARGE = 2**24  # pixels; larger images are decoded one at a time in a process, however many threads it has
+STRIP = 2**20  # pixels of a deep image that are scaled at a time
+# The greatest of what deep pixels usually span, and the factor to 0..255: the first range that holds them is taken.
+USUAL = {"float": ((1.0, 255.0), (255.0, 1.0)), "integer": ((255.0, 1.0), (65535.0, 1 / 256))}
 LARGEST_NATURAL = 96  # images up to this side are kept as they are, larger ones are resized to what the caller asks
+GDAL_NODATA, SAMPLE_FORMAT = 42113, 339  # tags of TIFF
 CHUNK = 64  # images that a thread decodes at a time
 FULL_FINGERPRINT = 200_000  # rows up to which the fingerprint covers all of them
 SAMPLED_FINGERPRINT = 20_000  # rows of larger sets that it covers
+
+_one_large = Lock()
 
 Corrupt = tuple[int | str, str]  # row number, or path where the image is a file; and the reason
 
@@ -81,64 +92,167 @@ def encoded(name: int | str, image: dict[str, Any] | None) -> Encoded:
 
             with xopen(path, "rb") as file:
                 return Encoded(path, file.read(), None)
-        return Encoded(path, Path(path).read_bytes(), None)
+        file = Path(path)
+        if file.exists() and not file.is_file():  # a pipe or a device under an image's name would be read for ever
+            return Encoded(path, b"", "it is not a regular file")
+        return Encoded(path, file.read_bytes(), None)
     except OSError as error:
         return Encoded(path, b"", error.strerror or str(error))
 
 
-def decode(image: Encoded, size: int) -> NDArray[np.uint8]:
+def _open(data: bytes) -> Image.Image:
+    Image.init()  # all formats that Pillow and its plugins know
+    return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in UNBOUNDED])
+
+
+@contextmanager
+def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = None) -> Iterator[Image.Image]:
+    """Opens an encoded image, of which nothing is decoded yet: what its header says decides whether it may be.
+
+    So a small file never takes the memory of a huge picture, whatever its format and mode.
+
+    Args:
+        data: the encoded image.
+        max_pixels: that may be decoded.
+        shrink_to: where the format can be decoded at a fraction of its size, as JPEG can, the shorter side may shrink
+            to twice this; pixels are counted after that.
+
+    Raises:
+        CorruptImageError: if it has more pixels.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # else Pillow itself would refuse what the user allows
+    try:
+        picture = _open(data)
+    except Image.DecompressionBombError:
+        raise CorruptImageError(f"it has more pixels than --max_pixels {max_pixels} allows") from None
+    with picture:
+        width, height = picture.size
+        # A JPEG decoder can halve the image up to three times for free; twice the size leaves the filter its part.
+        if shrink_to is not None and min(picture.size) > 2 * shrink_to:
+            picture.draft("RGB", (2 * shrink_to, 2 * shrink_to))
+        # A progressive JPEG is held whole before it shrinks.
+        pixels = width * height if picture.info.get("progressive") else picture.width * picture.height
+        if pixels > max_pixels:
+            raise CorruptImageError(f"its {width} x {height} pixels are more than --max_pixels {max_pixels} allows")
+        with _one_large if pixels > LARGE else nullcontext():
+            yield picture
+
+
+def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decodes an image to the stored form: RGB, upright by its EXIF tag, a centred square resized to size x size.
 
     Of an image that is not square, the middle is kept: the shorter side becomes `size` (bilinear, antialiased), the
-    longer one is cropped. Alpha is dropped, grey is repeated, 16-bit grey keeps its upper 8 bits, of several frames the
-    first is taken.
+    longer one is cropped. Alpha is dropped, grey is repeated, of several frames the first is taken. Pixels of more than
+    8 bits are scaled, see `to_rgb`.
 
     Args:
         image: the encoded image.
         size: side of the result in pixels.
+        max_pixels: that may be decoded, see `opened`.
 
     Returns:
         uint8 [3, size, size].
 
     Raises:
-        CorruptImageError: if it cannot be read or decoded whole.
+        CorruptImageError: if it cannot be read or decoded whole, or has too many pixels.
     """
     if image.error is not None:
         raise CorruptImageError(image.error)
     if not image.data:
         raise CorruptImageError("it is empty")
     try:
-        with Image.open(io.BytesIO(image.data)) as picture:
-            # A JPEG decoder can halve the image up to three times for free; twice the size leaves the filter its part.
-            if min(picture.size) > 2 * size:
-                picture.draft("RGB", (2 * size, 2 * size))
+        with opened(image.data, max_pixels, shrink_to=size) as picture:
             rgb = to_rgb(picture)
-        if rgb.size != (size, size):
-            rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
+            if rgb.size != (size, size):
+                rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
+    except CorruptImageError:
+        raise
     except UnidentifiedImageError:
-        raise CorruptImageError("it is not an image of a known format") from None
+        raise CorruptImageError(
+            "it is not an image of a known format, or of pixels that Pillow does not read"
+        ) from None
     except Exception as error:  # Pillow's plugins raise whatever their parsers run into
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
     return np.frombuffer(rgb.tobytes(), np.uint8).reshape(size, size, 3).transpose(2, 0, 1)
 
 
 def to_rgb(picture: Image.Image, *, upright: bool = True) -> Image.Image:
-    """Decodes an opened picture to RGB, see `decode`; `upright` turns it as its EXIF tag says."""
+    """Decodes an opened picture to RGB; `upright` turns it as its EXIF tag says (Pillow always turns TIFF).
+
+    Deep pixels, that is 16- and 32-bit integers and floats, have no black and white of their own. Where all values lie
+    in 0..1 (floats), else in 0..255, else in 0..65535 (integers), that range becomes 0..255; but values that use less
+    than a tenth of it, or lie in none, are scaled from their own least to their greatest, as ImageJ and matplotlib show
+    them. NaN and what a GeoTIFF calls "no data" become 0, infinities 0 or 255; they do not count for the range. Of
+    16-bit colour Pillow keeps the upper 8 bits, which has to be more than a tenth of their range.
+
+    Raises:
+        CorruptImageError: if no value is a finite number, or 16-bit colour would become next to black.
+    """
+    deep_colour = len(picture.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
     picture.load()
+    if deep_colour and _brightest(picture) < 255 / 10:
+        raise CorruptImageError("its 16-bit colours use less than a tenth of their range: save it in 8 bits")
     # Of EXIF the orientation matters only; looking for it in images without EXIF would cost a tenth of the decoding.
     if upright and (picture.info.get("exif") or picture.format == "TIFF"):
-        picture = ImageOps.exif_transpose(picture)
+        ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode == "RGB":
         return picture
-    if picture.mode.startswith("I"):  # 16 bit: Pillow's own conversion clips all above 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) >> 8).astype(np.uint8))
-    elif picture.mode == "F":
-        values = np.nan_to_num(np.asarray(picture))
-        scale = 255.0 if values.size and values.max() <= 1.0 else 1.0
-        picture = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = _scaled(picture)
     elif picture.mode == "P":
         picture = picture.convert("RGBA")  # straight to RGB, Pillow would warn of palettes with transparency
     return picture.convert("RGB")
+
+
+def _brightest(picture: Image.Image) -> float:
+    """The greatest value of its colours."""
+    extrema: Any = picture.getextrema()  # of several bands
+    return max(float(greatest) for band, (_, greatest) in zip(picture.getbands(), extrema, strict=True) if band != "A")
+
+
+def _scaled(picture: Image.Image) -> Image.Image:
+    """A deep picture in 8 bits, see `to_rgb`; strip by strip, as NumPy's copies of a whole one take many times it."""
+    tags = getattr(picture, "tag_v2", {})
+    no_data = _number(tags.get(GDAL_NODATA))
+    # Pillow reads uint32, which a TIFF holds where it does not say otherwise, as if it were int32.
+    unsigned = picture.mode == "I" and bool(tags) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
+
+    def strips() -> Iterator[NDArray[np.float64]]:
+        rows = max(1, STRIP // picture.width)
+        for top in range(0, picture.height, rows):
+            strip = np.asarray(picture.crop((0, top, picture.width, min(top + rows, picture.height))))
+            values = (strip.view(np.uint32) if unsigned else strip).astype(np.float64)
+            if no_data is not None:
+                values[strip == no_data] = np.nan
+            yield values
+
+    least, greatest = np.inf, -np.inf
+    for values in strips():
+        finite = values[np.isfinite(values)]
+        least, greatest = min(least, finite.min(initial=np.inf)), max(greatest, finite.max(initial=-np.inf))
+    if least > greatest:
+        raise CorruptImageError("none of its values is a finite number")
+    usual = USUAL["float" if picture.mode == "F" else "integer"]
+    top, factor = next(((top, factor) for top, factor in usual if least >= 0 and greatest <= top), (None, usual[-1][1]))
+    span = greatest - least
+    own_range = span > 0 and (top is None or span < top / 10)
+    result = Image.new("L", picture.size)
+    line = 0
+    for values in strips():
+        levels = (values - least) / span * 255 if own_range else values * factor
+        levels = np.nan_to_num(levels, nan=0, posinf=255, neginf=0).clip(0, 255).astype(np.uint8)
+        result.paste(Image.fromarray(levels), (0, line))
+        line += len(levels)
+    return result
+
+
+def _number(text: Any) -> np.float32 | None:
+    """What the text of a GeoTIFF's "no data" tag says, as the picture's own values are rounded."""
+    try:
+        return np.float32(text)
+    except (TypeError, ValueError):
+        return None
 
 
 def natural_size(images: Sequence[Encoded]) -> int | None:
@@ -146,7 +260,7 @@ def natural_size(images: Sequence[Encoded]) -> int | None:
     sizes = set()
     for image in images:
         try:
-            with Image.open(io.BytesIO(image.data)) as picture:
+            with _open(image.data) as picture:
                 sizes.add(picture.size)
         except Exception:  # decoding will name it
             continue
@@ -186,7 +300,7 @@ def spaced(count: int, wanted: int) -> NDArray[np.int64]:
 
 
 def decode_all(
-    images: EncodedImages, size: int, *, keep: bool, workers: int, progress: bool
+    images: EncodedImages, size: int, *, keep: bool, workers: int, progress: bool, max_pixels: int = MAX_PIXELS
 ) -> tuple[Tensor | None, NDArray[np.int64], list[Corrupt]]:
     """Decodes a whole split in threads, to keep its images or only to find the corrupt ones.
 
@@ -196,6 +310,7 @@ def decode_all(
         keep: whether to return the images.
         workers: threads.
         progress: show a bar.
+        max_pixels: of an image, see `decode`.
 
     Returns:
         The images that could be decoded, uint8 [M, 3, S, S], if kept; their row numbers, int64 [M]; the corrupt ones.
@@ -210,9 +325,9 @@ def decode_all(
         for row, image in enumerate(chunk, start):
             try:
                 if into is None:
-                    decode(image, 1)
+                    decode(image, 1, max_pixels)
                 else:
-                    into[row] = decode(image, size)
+                    into[row] = decode(image, size, max_pixels)
             except CorruptImageError as error:
                 good[row] = False
                 corrupt.append((image.name, str(error)))
@@ -235,6 +350,7 @@ def decode_batch(
     images: Sequence[Encoded],
     size: int,
     run: Callable[[Callable[[Encoded], Any], Iterable[Encoded]], Iterable[Any]] = map,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[Tensor, NDArray[np.int64], list[Corrupt]]:
     """Decodes a batch; each corrupt image is replaced by a good one of the batch.
 
@@ -242,6 +358,7 @@ def decode_batch(
         images: the B encoded images.
         size: side S of the result.
         run: `map`, or that of an executor.
+        max_pixels: of an image, see `decode`.
 
     Returns:
         uint8 [B, 3, S, S]; int64 [B], which image of the batch lies in each place; the corrupt ones. If all are
@@ -250,7 +367,7 @@ def decode_batch(
 
     def attempt(image: Encoded) -> NDArray[np.uint8] | CorruptImageError:
         try:
-            return decode(image, size)
+            return decode(image, size, max_pixels)
         except CorruptImageError as error:
             return error
 

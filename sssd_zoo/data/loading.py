@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import (
+    MAX_PIXELS,
     Corrupt,
     EncodedImages,
     decode_all,
@@ -54,6 +55,8 @@ class DataConfig:
         storage_size: side in pixels of the square that each image is stored as; by default the images' own if all are
             square, alike and at most 96 px, otherwise a size that fits the model.
         max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
+        max_pixels: images of more cannot be decoded: a small file may hold a picture that takes gigabytes. JPEG is
+            decoded at a fraction of its size and counts as that.
         in_memory: decode all images once and keep them; by default if they take at most half of the free memory.
         streaming: never hold the whole set, not even on disk: for pretraining on sets of the Hub.
         workers: threads or processes that decode.
@@ -66,6 +69,7 @@ class DataConfig:
     label_column: str | None = None
     storage_size: int | None = None
     max_corrupt: int = 0
+    max_pixels: int = MAX_PIXELS
     in_memory: bool | None = None
     streaming: bool = False
     workers: int = 2
@@ -135,6 +139,7 @@ class ImageData:
         tally: "CorruptTally",
         pixels: Tensor | None,
         workers: int,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.name, self.split, self.fingerprint, self.rows, self.size = name, split, fingerprint, rows, size
         self.labels = None if labels is None else labels.values[rows]
@@ -142,7 +147,7 @@ class ImageData:
         self.corrupt = tally.corrupt
         self.in_memory = pixels is not None
         self._tally, self._workers, self._pixels = tally, workers, pixels
-        self._decoder = _Decoder(encoded, rows, size)
+        self._decoder = _Decoder(encoded, rows, size, max_pixels)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -195,6 +200,8 @@ def check_config(config: DataConfig) -> None:
     """Raises `UserError` for numbers out of range."""
     if config.storage_size is not None and config.storage_size < 1:
         raise UserError(f"storage_size {config.storage_size} must be at least 1")
+    if config.max_pixels < 1:
+        raise UserError(f"max_pixels {config.max_pixels} must be at least 1")
     if config.max_corrupt < 0 or config.workers < 0:
         raise UserError("max_corrupt and workers must not be negative")
 
@@ -244,7 +251,9 @@ def load_images(
     pixels: Tensor | None = None
     tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
     if keep or verify:
-        pixels, rows, corrupt = decode_all(encoded, size, keep=keep, workers=config.workers, progress=progress)
+        pixels, rows, corrupt = decode_all(
+            encoded, size, keep=keep, workers=config.workers, progress=progress, max_pixels=config.max_pixels
+        )
         tally.add(corrupt, len(encoded), shared=True)
     return ImageData(
         name=name,
@@ -257,6 +266,7 @@ def load_images(
         tally=tally,
         pixels=pixels,
         workers=config.workers,
+        max_pixels=config.max_pixels,
     )
 
 
@@ -324,12 +334,14 @@ class GlobalBatches:
 class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
     """Batches as items: positions in; positions, images and corrupt images out. It is what DataLoader workers run."""
 
-    def __init__(self, encoded: EncodedImages, rows: NDArray[np.int64], size: int) -> None:
-        self.encoded, self.rows, self.size = encoded, rows, size
+    def __init__(self, encoded: EncodedImages, rows: NDArray[np.int64], size: int, max_pixels: int) -> None:
+        self.encoded, self.rows, self.size, self.max_pixels = encoded, rows, size, max_pixels
 
     def __getitem__(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor, list[Corrupt]]:
         with quiet_pillow():
-            images, places, corrupt = decode_batch(self.encoded.read(self.rows[positions]), self.size)
+            images, places, corrupt = decode_batch(
+                self.encoded.read(self.rows[positions]), self.size, max_pixels=self.max_pixels
+            )
         return torch.from_numpy(positions[places]), images, corrupt
 
 

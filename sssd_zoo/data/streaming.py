@@ -37,6 +37,7 @@ class StreamingImages:
     def __init__(self, rows: Any, column: str, config: DataConfig, name: str, split: str, default_size: int) -> None:
         self.name, self.split = name, split
         self._rows, self._column, self._workers = rows, column, max(1, config.workers)
+        self._max_pixels = config.max_pixels
         self._tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
         first = [_encoded(row[column]) for row in rows.take(LOOKED_AT)]
         if not first:
@@ -79,7 +80,9 @@ class StreamingImages:
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(self._workers) as pool:
 
             def read() -> tuple[Tensor, Any, list[Corrupt]]:
-                return decode_batch([_encoded(row) for row in islice(rows, part)], self.size, pool.map)
+                return decode_batch(
+                    [_encoded(row) for row in islice(rows, part)], self.size, pool.map, self._max_pixels
+                )
 
             ahead = reader.submit(read)
             for step in count(start):
