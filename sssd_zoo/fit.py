@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from sssd_zoo import report
-from sssd_zoo.clustering import PseudoLabels, random_labels
+from sssd_zoo.clustering import PseudoLabels, quality, random_labels
 from sssd_zoo.config import FitArgs
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import barrier, rank
@@ -44,7 +44,7 @@ from sssd_zoo.steps import distill_network
 def fit(args: FitArgs) -> None:
     """`sssd fit`."""
     began = time.perf_counter()
-    setup = set_up(args, [args.distill], warm=args.warm_start)
+    setup = set_up(args, "fit", [args.distill], warm=args.warm_start)
     if args.soft is not None:
         check_soft(args.soft)
     if args.soft is not None and args.cluster.nearest < 2:
@@ -57,9 +57,9 @@ def fit(args: FitArgs) -> None:
         evaluation = evaluation_data(
             data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed
         )
-    if rank() == 0:
+    if rank() == 0 and not (out / "config.yaml").exists():  # an older one describes what is there until the end
         save_config(out, args)
-    stages = Stages(out, {**setup.inputs, "seed": runtime.seed})
+    stages = Stages(out, {**setup.inputs, "seed": runtime.seed}, overwrite=args.overwrite)
     say(
         f"{len(data)} images of {data.name}, {'labelled for evaluation' if labelled else 'without labels'}; "
         f"{arch} at {size} px, {machine_words(stages.common['precision'])}"
@@ -69,6 +69,8 @@ def fit(args: FitArgs) -> None:
     pretext.label(stages, data, args.cluster, forward, runtime.seed)
     pseudo = PseudoLabels.load(out / "labels")
     pseudo.check(data.fingerprint)
+    if rank() == 0:
+        update_quality(pseudo, out / "labels", data)
     soft = None if args.soft is None else SoftLabels(pseudo, data.rows, args.soft)
 
     init = pretext.network(out) if args.warm_start else None
@@ -139,7 +141,8 @@ def fit(args: FitArgs) -> None:
             "networks": list(networks),
             "test": evaluation.test.fingerprint if evaluation else None,
         }
-        stages.run("probe", measure, settings, after=tuple(networks.values()))
+        measured_on = evaluation.digest() if evaluation else None
+        stages.run("probe", measure, settings, after=tuple(networks.values()), measured_on=measured_on)
     if rank() == 0:
         finish(args, data, pseudo, stages, networks, arch=arch, size=size, pretext=pretext.words)
         report_words = out / "report.md"
@@ -222,6 +225,15 @@ def finish(
         metrics=measured,
         card_context=results,
     )
+    save_config(out, args)
+
+
+def update_quality(pseudo: PseudoLabels, folder: Path, data: ImageData) -> None:
+    """Compares the clusters with the true labels as they are now, which may have changed since they were made."""
+    now = None if data.labels is None else quality(pseudo.labels_of(data.rows), data.labels)
+    if now != pseudo.meta["quality"]:
+        pseudo.meta["quality"] = now
+        write_json(folder / "pseudo_labels.json", pseudo.meta)
 
 
 def sheet(data: ImageData, pseudo: PseudoLabels, clusters: int = 12, columns: int = 12) -> tuple[Any, list[str]]:

@@ -28,7 +28,8 @@ from sssd_zoo.networks import (
     storage_default,
     weights_digest,
 )
-from sssd_zoo.runs import check_queue, part, run_folder
+from sssd_zoo.run_folder import open_out
+from sssd_zoo.runs import check_queue, part
 from sssd_zoo.stages import Stages
 from sssd_zoo.steps import check_cluster, cluster_images, describe_labels, pretrain_network
 
@@ -151,11 +152,12 @@ class Setup:
     inputs: dict[str, Any]
 
 
-def set_up(args: Any, trained: list[OptimConfig], *, warm: bool, require_labels: bool = False) -> Setup:
+def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, require_labels: bool = False) -> Setup:
     """Opens the data, chooses the networks, and checks now all that would fail an hour in.
 
     Args:
         args: of `sssd fit` or `sssd compare`.
+        kind: of folder, that the command writes.
         trained: the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
         require_labels: see `load_images`.
@@ -166,7 +168,7 @@ def set_up(args: Any, trained: list[OptimConfig], *, warm: bool, require_labels:
     tune_cpu()
     runtime = part(args, RuntimeConfig)
     processes = make_accelerator(runtime).num_processes
-    out = run_folder(args.out)
+    out = open_out(args, kind)
     config = part(args, DataConfig)
     # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
     default_size = storage_default(args.image_size)

@@ -259,12 +259,17 @@ def test_a_second_call_does_nothing_and_a_change_runs_what_depends_on_it(finishe
     assert capsys.readouterr().out.count("done before") == 5
     after = {path: path.stat().st_mtime_ns for path in before}
     assert before == after
-    assert sssd(*words, "--cluster.k", "5") == 0
+    assert sssd(*words, "--cluster.k", "5") == 2
+    line = one_line(capsys)
+    assert "labels was made with other settings or data (k: 4 there, 5 now)" in line
+    assert "--overwrite" in line
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert sssd(*words, "--cluster.k", "5", "--overwrite") == 0
     out = capsys.readouterr().out
     assert "[pretrain] done before" in out
     assert "[labels] done again, for other k" in out
     assert "[distill] done again" in out
-    assert sssd(*words) == 0  # back, for the tests that come after
+    assert sssd(*words, "--overwrite") == 0  # back, for the tests that come after
 
 
 def test_card_of_a_run(finished, tmp_path, capsys):
