@@ -62,12 +62,16 @@ KINDS = {
         "a network with its card",
         (
             *(*NETWORK, *EARLY_EXIT, "README.md", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl"),
-            *("figures/*.png", ".eval_results/*.yaml"),
+            *(f"figures/{name}.png" for name in ("accuracy", "clusters", "cluster_sizes", "curves", "early_exit")),
+            ".eval_results/*.yaml",
         ),
     ),
     "graphs": Kind("graphs of `sssd export`", ("stage[1-4].onnx", "early_exit.json")),
     # A step of fit, compare or finetune whose folder is not marked more closely.
-    "step": Kind("a step of a run", (*TRAINING, *LABELS, "network", "metrics.json")),
+    "step": Kind(
+        "a step of a run",
+        (*TRAINING, *LABELS, "metrics.json", *(f"network/{name}" for name in (*NETWORK, "README.md", RUN_MARK))),
+    ),
 }
 # By what config.yaml holds: folders from before there were marks.
 BEFORE_MARKS = {

@@ -464,7 +464,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(folder_of_images, tmp_
         assert "disk is full" in done.stderr
         assert "Traceback" not in done.stderr
         left = [path for path in disk.rglob("*") if path.is_file()]
-        assert {path.name for path in left} <= {"config.yaml", "metrics.jsonl"}, left
+        assert {path.name for path in left} <= {"config.yaml", "metrics.jsonl", ".sssd-zoo.json"}, left
     finally:
         subprocess.run(["umount", disk], check=True)
 
