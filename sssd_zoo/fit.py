@@ -1,6 +1,7 @@
-"""`sssd fit`: every step in turn, each skipped when its result is there and its inputs have not changed.
+"""`sssd fit`: every step in turn, each skipped when its result is there; other inputs need --overwrite.
 
 RUN/
+    .sssd-zoo.json  marks the folder as this package's, see `run_folder`
     config.yaml     the arguments as resolved
     pretrain/       the pretrained trunk, its log, curves and checkpoints (not with --features)
     labels/         the pseudo labels
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from sssd_zoo import report
-from sssd_zoo.clustering import PseudoLabels, quality, random_labels
+from sssd_zoo.clustering import PseudoLabels, random_labels
 from sssd_zoo.config import FitArgs
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import barrier, rank
@@ -69,8 +70,6 @@ def fit(args: FitArgs) -> None:
     pretext.label(stages, data, args.cluster, forward, runtime.seed)
     pseudo = PseudoLabels.load(out / "labels")
     pseudo.check(data.fingerprint)
-    if rank() == 0:
-        update_quality(pseudo, out / "labels", data)
     soft = None if args.soft is None else SoftLabels(pseudo, data.rows, args.soft)
 
     init = pretext.network(out) if args.warm_start else None
@@ -226,14 +225,6 @@ def finish(
         card_context=results,
     )
     save_config(out, args)
-
-
-def update_quality(pseudo: PseudoLabels, folder: Path, data: ImageData) -> None:
-    """Compares the clusters with the true labels as they are now, which may have changed since they were made."""
-    now = None if data.labels is None else quality(pseudo.labels_of(data.rows), data.labels)
-    if now != pseudo.meta["quality"]:
-        pseudo.meta["quality"] = now
-        write_json(folder / "pseudo_labels.json", pseudo.meta)
 
 
 def sheet(data: ImageData, pseudo: PseudoLabels, clusters: int = 12, columns: int = 12) -> tuple[Any, list[str]]:

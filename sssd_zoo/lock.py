@@ -88,6 +88,8 @@ def _runs(pid: int, started: float, **_: Any) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2)
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's
+        return True
 
 
 def _read(path: Path) -> dict[str, Any] | None:
