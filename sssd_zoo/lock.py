@@ -23,17 +23,19 @@ def take(folder: Path) -> None:
         UserError: that names the process holding this folder, one above it or one in it.
     """
     path = folder / LOCK
-    while True:
+    for _ in range(100):
         # The file itself is locked only for as long as it is looked at, so that two commands cannot both take over.
         with path.open("a+", encoding="utf-8") as file:
             with suppress(OSError):  # file systems without such locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink == 0:
-                continue  # its holder has just released it
+                continue  # its holder has just released it: this is no longer the file of that name
             refuse_if_held(path)
             file.truncate(0)
             file.write(json.dumps(_this_process()))
         break
+    else:
+        raise UserError(f"cannot lock {path}")
     try:
         for other in (*(above / LOCK for above in folder.absolute().parents), *folder.rglob(f"*/{LOCK}")):
             refuse_if_held(other)

@@ -45,6 +45,7 @@ from sssd_zoo.config import PublishArgs, PublishLabelsArgs, PullArgs, RepoConfig
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import hub_cards
+from sssd_zoo.lock import LOCK
 from sssd_zoo.run_folder import atomic_dir, open_out
 
 NETWORK_FILES = (
@@ -266,7 +267,9 @@ def include(run: Path, folder: Path, patterns: list[str] | str) -> None:
     """
     wanted = [patterns] if isinstance(patterns, str) else patterns
     others = {path.relative_to(run).as_posix(): path for path in sorted(run.rglob("*")) if path.is_file()}
-    others = {name: path for name, path in others.items() if path.name != RUN_MARK and not (folder / name).exists()}
+    others = {
+        name: path for name, path in others.items() if not (path.name in (RUN_MARK, LOCK) or (folder / name).exists())
+    }
     for pattern in wanted:
         named = [name for name in others if fnmatch(name, pattern)]
         if not named:

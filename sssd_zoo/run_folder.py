@@ -105,11 +105,18 @@ def open_out(args: Any, kind: str) -> Path:
         UserError: unless the folder is new, empty, or one of this kind that may be written into.
     """
     folder = Path(expand_home(args.out))
-    on_main(lambda: _open(folder, kind, args))
+
+    def make() -> None:
+        with disk_errors(folder):
+            check_out(folder, kind, args)
+            claim(folder, kind)
+
+    on_main(make)
     return folder
 
 
-def _open(folder: Path, kind: str, args: Any) -> None:
+def check_out(folder: Path, kind: str, args: Any) -> None:
+    """Refuses what `open_out` refuses, once it has put back what a kill left aside."""
     restore(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; give a folder")
@@ -127,7 +134,6 @@ def _open(folder: Path, kind: str, args: Any) -> None:
     if held and not resume and not overwrite:
         ways = "--overwrite to replace it" if resume is None else "--resume to go on, or --overwrite to drop it"
         raise UserError(f"{folder} already holds {KINDS[kind].words} ({held}); give {ways}")
-    claim(folder, kind)
 
 
 def contains(folder: Path, source: str) -> bool:
@@ -160,8 +166,8 @@ def check_writable(folder: Path, kind: str | None = None) -> None:
     if found is None:
         named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise UserError(
-            f"{folder} holds files that sssd-zoo did not write ({named}); they stay: give a new folder, such as "
-            f"{folder / 'run'}"
+            f"{folder} was not made by sssd-zoo and holds {named}; nothing in it is touched: give a new folder, such "
+            f"as {folder / 'run'}"
         )
     if kind is not None and found != kind:
         words = KINDS[found].words if found in KINDS else f"'{found}' of another version"
@@ -213,15 +219,14 @@ def adopt(folder: Path, kind: str) -> None:
 def claim(folder: Path, kind: str) -> None:
     """Makes, marks and locks a folder for this process until `release_all`, and tidies it up."""
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        marked = (folder / RUN_MARK).exists()
-        try:
-            lock.take(folder)
-            if not marked:
-                mark(folder, kind)
-        finally:
-            _at_exit.callback(_let_go, folder, made, marked)
+    folder.mkdir(parents=True, exist_ok=True)
+    marked = (folder / RUN_MARK).exists()
+    try:
+        lock.take(folder)
+        if not marked:
+            mark(folder, kind)
+    finally:
+        _at_exit.callback(_let_go, folder, made, marked)
     tidy(folder)
 
 
@@ -245,9 +250,10 @@ atexit.register(release_all)
 
 def restore(folder: Path) -> None:
     """Puts a folder back that a command was killed while it replaced, between its two renames."""
+    folder = folder.resolve()
     if folder.exists() or not folder.parent.is_dir():
         return
-    for path in folder.absolute().parent.glob(f".{_escaped(folder.absolute().name)}.old-*"):
+    for path in folder.parent.glob(f".{_escaped(folder.name)}.old-*"):
         found = LITTER.fullmatch(path.name)
         if found and not lock.alive(int(found["pid"])) and kind_of(path):
             path.rename(folder)
@@ -256,8 +262,9 @@ def restore(folder: Path) -> None:
 
 def tidy(folder: Path) -> None:
     """Removes what killed commands left half written in a folder of this package, and of it beside it."""
-    name = _escaped(folder.absolute().name)
-    beside = [path for dots in (".", "..") for path in folder.absolute().parent.glob(f"{dots}{name}.*")]
+    folder = folder.resolve()
+    name = _escaped(folder.name)
+    beside = [path for dots in (".", "..") for path in folder.parent.glob(f"{dots}{name}.*")]
     for path in [*(path for path in beside if path.is_file() or kind_of(path)), *folder.rglob(".*")]:
         found = LITTER.fullmatch(path.name)
         if found is None or not path.exists() or (found["pid"] and lock.alive(int(found["pid"]))):

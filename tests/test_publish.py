@@ -318,7 +318,7 @@ def test_mistakes_are_one_line(empty, sssd, run, tmp_path):
     assert "fits no file" in sssd("publish", run, "--repo", REPO, "--include", "*.gif").error
     assert "no weights ship as 'resnet'" in sssd("pull", "resnet", "--out", tmp_path / "x").error
     (tmp_path / "mine").write_text("mine")
-    assert "did not write (mine)" in sssd("pull", REPO, "--out", tmp_path, "--overwrite").error
+    assert "holds mine;" in sssd("pull", REPO, "--out", tmp_path, "--overwrite").error
     assert not writes(empty)
 
 

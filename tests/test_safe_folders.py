@@ -75,7 +75,7 @@ def test_a_folder_of_the_users_is_refused(command, overwrite, mine, folder_of_im
     before = contents(mine)
     words = words_of(command, folder_of_images)
     assert sssd(*words, "--out", mine, *(["--overwrite"] if overwrite else [])) == 2
-    assert "did not write (checkpoints, figures, labels, ...)" in one_line(capsys)
+    assert "holds checkpoints, figures, labels, ...; nothing in it" in one_line(capsys)
     assert contents(mine) == before
 
 
@@ -146,7 +146,7 @@ def test_a_folder_that_is_replaced_keeps_what_others_put_into_it(tmp_path):
 
 def test_a_library_call_replaces_no_folder_of_the_users(mine):
     before = contents(mine)
-    with pytest.raises(UserError, match="did not write"), atomic_dir(mine, "labels") as temporary:
+    with pytest.raises(UserError, match="not made by sssd-zoo"), atomic_dir(mine, "labels") as temporary:
         (temporary / "labels.parquet").write_bytes(b"")
     assert contents(mine) == before
 
@@ -327,13 +327,13 @@ def test_a_step_does_not_take_a_folder_of_the_users(tmp_path):
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "annotations.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"did not write \(annotations.txt\)"):
+        with pytest.raises(UserError, match=r"holds annotations\.txt;"):
             Stages(tmp_path, {}, overwrite=overwrite).run("labels", step("1"), {})
     Stages(tmp_path, {}).run("probe", step("1"), {"lr": 1})
     shutil.rmtree(tmp_path / "probe")
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe" / "photo.png").write_text("mine")
-    with pytest.raises(UserError, match=r"did not write \(photo.png\)"):
+    with pytest.raises(UserError, match=r"holds photo\.png;"):
         Stages(tmp_path, {}, overwrite=True).run("probe", step("2"), {"lr": 2})
     assert (tmp_path / "probe" / "photo.png").read_text() == "mine"
 
