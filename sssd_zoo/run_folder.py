@@ -260,12 +260,11 @@ def restore(folder: Path) -> None:
             return
 
 
-def tidy(folder: Path) -> None:
-    """Removes what killed commands left half written in a folder of this package, and of it beside it."""
-    folder = folder.resolve()
-    name = _escaped(folder.name)
-    beside = [path for dots in (".", "..") for path in folder.parent.glob(f"{dots}{name}.*")]
-    for path in [*(path for path in beside if path.is_file() or kind_of(path)), *folder.rglob(".*")]:
+def tidy(out: Path) -> None:
+    """Removes what killed commands left half written in a folder of this package, and beside it or a file."""
+    out = out.resolve()
+    beside = [path for dots in (".", "..") for path in out.parent.glob(f"{dots}{_escaped(out.name)}.*")]
+    for path in [*(path for path in beside if path.is_file() or kind_of(path)), *out.rglob(".*")]:
         found = LITTER.fullmatch(path.name)
         if found is None or not path.exists() or (found["pid"] and lock.alive(int(found["pid"]))):
             continue
@@ -360,7 +359,7 @@ def atomic_dir(path: str | Path, kind: str) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, overwrite: bool, words: str, known: Callable[[Path], bool]) -> None:
-    """Refuses to write a file over another, unless it is told to and that is of the kind that it writes.
+    """Refuses to write a file over another, unless told to and if that is of the kind; removes a killed one's half.
 
     Args:
         path: of the file to write.
@@ -371,10 +370,11 @@ def check_replaceable(path: Path, overwrite: bool, words: str, known: Callable[[
     Raises:
         UserError: that says what is there.
     """
-    if not path.exists():
-        return
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file")
+    tidy(path)
+    if not path.exists():
+        return
     if not overwrite:
         raise UserError(f"{path} is there already; give --overwrite to replace it")
     if not known(path):

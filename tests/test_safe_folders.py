@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,10 +14,12 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import ROOT, command
 from test_cli import TINY, one_line, sssd
 
 from sssd_zoo import config as arguments
 from sssd_zoo.cli import COMMANDS, PATHS
+from sssd_zoo.engine import read_metrics
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK, expand_home
 from sssd_zoo.hub import save_model_folder, save_network
@@ -176,7 +179,10 @@ def test_export_replaces_only_an_export(suffix, tmp_path, capsys):
     assert "it stays" in one_line(capsys)
     assert out.read_text() == "a photo"
     out.unlink()
+    half = tmp_path / f".{out.name}.tmp-{dead()}"
+    half.write_text("half an export")
     assert sssd(*words) == 0
+    assert not half.exists()
     assert sssd(*words) == 0
     (tmp_path / "photo.int8.onnx").write_text("mine")
     if suffix == "onnx":
@@ -455,3 +461,30 @@ def test_other_labels_of_the_same_images_change_the_figures_alone(tmp_path, caps
         assert ours[name] == theirs[name], name
     labels = json.loads((tmp_path / "run" / "labels" / "pseudo_labels.json").read_text())
     assert labels["quality"] == theirs["quality"]
+
+
+@pytest.mark.slow
+def test_a_kill_while_a_step_is_made_anew_costs_nothing_and_resumes_to_equal_weights(folder_of_images, tmp_path):
+    words = ["-m", "sssd_zoo.cli", "fit", "--data", str(folder_of_images), *TINY, "--baseline", "false"]
+    words += ["--log_every", "1", "--checkpoint_every", "1", "--out"]
+    other = ["--distill.epochs", "3"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert command(*words, str(whole), *other).returncode == 0
+    assert command(*words, str(run)).returncode == 0
+    old = (run / "distill" / "model.safetensors").read_bytes()
+    refused = command(*words, str(run), *other)
+    assert refused.returncode == 2
+    assert "epochs: 1 there, 3 now" in refused.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    again = [sys.executable, *words, str(run), *other, "--overwrite"]
+    with subprocess.Popen(again, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(read_metrics(run / ".distill.new" / "metrics.jsonl")) < 4:
+            time.sleep(0.01)
+        process.kill()
+    assert (run / "distill" / "model.safetensors").read_bytes() == old
+    assert command(*words, str(run)).returncode == 0, "the run is what it was"
+    assert command(*again[1:]).returncode == 0
+    for name in ("distill", "model"):
+        ours, theirs = ((folder / name / "model.safetensors").read_bytes() for folder in (run, whole))
+        assert ours == theirs
+    assert not (run / ".distill.new").exists()
