@@ -40,7 +40,7 @@ from sssd_zoo.networks import (
 from sssd_zoo.paper import TABLE_4
 from sssd_zoo.probe import accuracies, exit_logits
 from sssd_zoo.run_folder import open_out, remove
-from sssd_zoo.runs import EpochLoader, digest, part, run_training, save_config
+from sssd_zoo.runs import EpochLoader, part, run_training, save_config
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.tables import spread
 from sssd_zoo.tasks import ClusterFit, SelfDistillation, Task
@@ -220,7 +220,7 @@ def finetune(args: FinetuneArgs) -> None:
         "data": data.fingerprint,
         "test": evaluation.test.fingerprint,
         "test_positions": hashlib.sha256(evaluation.test_positions.numpy().tobytes()).hexdigest()[:16],
-        "true_labels": digest(data.labels),
+        "true_labels": evaluation.digest(),
         "storage_size": data.size,
         "image_size": size,
         "method": args.method,

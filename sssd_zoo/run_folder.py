@@ -212,8 +212,9 @@ def mark(folder: Path, kind: str) -> None:
 
 def adopt(folder: Path, kind: str) -> None:
     """Marks a folder that a record tells of and that holds what a kind holds: one from before there were marks."""
-    if kind_of(folder) is None and _own(folder, kind):
-        mark(folder, kind)
+    found = kind_of(folder) or (kind if _own(folder, kind) else None)
+    if found is not None and not (folder / RUN_MARK).exists():
+        mark(folder, found)
 
 
 def claim(folder: Path, kind: str) -> None:
