@@ -21,17 +21,19 @@ from typing import Any
 import timm
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from sssd_zoo.config import CardArgs
 from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import ANSWERS, eval_result_files, model_card, network_weights
 from sssd_zoo.networks import load_network, statistics
 from sssd_zoo.paper import named_rows
 from sssd_zoo.probe import extract_features, knn
 from sssd_zoo.report import AccuracyRow, Results, duration
+from sssd_zoo.run_folder import atomic_dir, check_replaceable, open_out
 
 CHECK_IMAGES = 1000  # of the shipped sample's test split, which no network was trained on
 SHOWN = {  # the figures in the card's text, and what they are called where the run does not say
@@ -47,14 +49,14 @@ CALIBRATED = (
 
 def card(args: CardArgs) -> None:
     """`sssd card`."""
-    run, out = Path(args.run), Path(args.out)
+    run, out = Path(args.run), open_out(args, "card")
     calibrated = check_calibrated(run, args.calibrated)
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out} is there already; give --overwrite to replace it")
+    if args.weights is not None:
+        check_replaceable(Path(args.weights), args.overwrite, "a safetensors file", is_safetensors)
     network = load_network(str(calibrated or run / "model")).eval()
     # The weights that ship are rounded: what follows is measured on those.
     checked = check(network.half().float())
-    with atomic_dir(out) as folder:
+    with atomic_dir(out, "card") as folder:
         weights = write_card(
             run,
             folder,
@@ -72,6 +74,15 @@ def card(args: CardArgs) -> None:
         atomic_write_bytes(args.weights, weights)
     model = read_json(out / "config.json")["architecture"]
     print(f"{out}: card of {args.name or model}; weights {len(weights) / 1e6:.1f} MB in half precision")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file holds tensors as safetensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(file.keys())
+    except SafetensorError:
+        return False
 
 
 def check_run(run: Path) -> None:

@@ -6,7 +6,7 @@ import re
 import socket
 import subprocess
 import sys
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -15,6 +15,7 @@ from docstring_parser import parse as parse_docstring  # what jsonargparse reads
 from jsonargparse import ArgumentParser
 
 from sssd_zoo.errors import UserError
+from sssd_zoo.files import expand_home
 
 # Subcommand: the dataclass of its arguments in sssd_zoo.config, its module and function, a line for --help.
 COMMANDS = {
@@ -77,6 +78,11 @@ POSITIONAL: dict[str, dict[str, str | None]] = {
     "pull": {"name": None},
     "space": {"run": None},
 }
+# Arguments that are paths, or may be: a `~` in front of them is expanded, wherever they were given.
+PATHS = (
+    *("data", "pretrain_data", "test_data", "image_folder", "images", "out", "weights", "run", "calibrated", "also"),
+    *("model", "models", "features", "teacher", "init", "labels"),
+)
 
 
 class Parser(ArgumentParser):
@@ -154,6 +160,19 @@ def spell_out(arguments: list[str], config: Any) -> list[str]:
     return words
 
 
+def expand_paths(config: Any) -> Any:
+    """Expands `~` in the paths of a dataclass, and of the dataclasses in it; raises `UserError` if it is nobody's."""
+    for place in fields(config):
+        value = getattr(config, place.name)
+        if is_dataclass(value):
+            expand_paths(value)
+        elif place.name in PATHS and isinstance(value, str):
+            setattr(config, place.name, expand_home(value))
+        elif place.name in PATHS and isinstance(value, list):
+            setattr(config, place.name, [expand_home(path) for path in value])
+    return config
+
+
 def run(name: str, arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Parses the arguments of one subcommand and runs its step; what a user can mend exits with status 2 and a line.
 
@@ -168,10 +187,12 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
     module, function = COMMANDS[name][1].split(".")
+    from sssd_zoo.run_folder import release_all
+
     step: Any = getattr(importlib.import_module(f"sssd_zoo.{module}"), function)
     others = start_other_processes()
     try:
-        step(config(**values))
+        step(expand_paths(config(**values)))
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -181,6 +202,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         )
         raise SystemExit(130) from None
     finally:
+        release_all()
         for process in others:
             process.wait()
 

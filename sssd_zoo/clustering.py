@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_dir, atomic_write_bytes, read_json, write_json
+from sssd_zoo.files import atomic_write_bytes, read_json, write_json
+from sssd_zoo.run_folder import atomic_dir
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -326,7 +327,7 @@ class PseudoLabels:
         table = pa.table(columns)
         parquet = pa.BufferOutputStream()
         pq.write_table(table, parquet)
-        with atomic_dir(folder) as temporary:
+        with atomic_dir(folder, "labels") as temporary:
             atomic_write_bytes(temporary / "labels.parquet", parquet.getvalue().to_pybytes())
             centroids = safetensors.numpy.save({"centroids": np.ascontiguousarray(self.centroids)})
             atomic_write_bytes(temporary / "centroids.safetensors", centroids)

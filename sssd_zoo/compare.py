@@ -60,7 +60,7 @@ def compare(args: CompareArgs) -> None:
     others = [result for folder in args.also for result in read_results(Path(folder))]
     trained: list[OptimConfig] = [args.distill]
     trained += [args.seed_method] if "seed" in args.methods else []
-    setup = set_up(args, trained, warm="sssd-warm" in args.methods, require_labels=True)
+    setup = set_up(args, "compare", trained, warm="sssd-warm" in args.methods, require_labels=True)
     out, runtime, forward = setup.out, setup.runtime, setup.forward
     data, size, arch, pretext = setup.data, setup.size, setup.arch, setup.pretext
     if "seed" in args.methods:
@@ -68,7 +68,7 @@ def compare(args: CompareArgs) -> None:
     evaluation = evaluation_data(
         data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seeds[0]
     )
-    if rank() == 0:
+    if rank() == 0 and not (out / "config.yaml").exists():  # an older one describes what is there until the end
         save_config(out, args)
     machine = machine_words(setup.inputs["precision"])
     say(f"{len(data)} images of {data.name}; {arch} at {size} px, {machine}")
@@ -91,7 +91,7 @@ def compare(args: CompareArgs) -> None:
     results: list[Result] = []
     for seed in args.seeds:
         runtime.seed = seed
-        stages = Stages(out / f"seed-{seed}", {**setup.inputs, "seed": seed})
+        stages = Stages(out / f"seed-{seed}", {**setup.inputs, "seed": seed}, overwrite=args.overwrite)
         folder = stages.out
         if set(TAUGHT) & set(args.methods):
             pretext.pretrain(stages, settings_of(args.pretrain), runtime)
@@ -121,7 +121,11 @@ def compare(args: CompareArgs) -> None:
                 return found
 
             probed = stages.run(
-                f"{method}-probe", measure, {**asdict(args.probe), "test": evaluation.test.fingerprint}, after=(method,)
+                f"{method}-probe",
+                measure,
+                {**asdict(args.probe), "test": evaluation.test.fingerprint},
+                after=(method,),
+                measured_on=evaluation.digest(),
             )
             earlier = [*((labels,) if labels else ()), *(pretext.after if method in TAUGHT else ())]
             results.append(
@@ -138,6 +142,7 @@ def compare(args: CompareArgs) -> None:
             )
     if rank() == 0:
         _write(args, results, others, out, pretext=pretext.words, test=evaluation.describe())
+        save_config(out, args)
         say(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report: {out / 'report.md'}")
     barrier()
 

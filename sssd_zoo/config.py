@@ -180,7 +180,7 @@ class PretrainArgs(DataConfig, RuntimeConfig, MoCoConfig):
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
         steps_per_epoch: for a stream whose data set does not tell its length.
         resume: go on from the newest checkpoint in `out`.
-        overwrite: drop what `out` holds and start anew.
+        overwrite: drop the run that `out` holds and start anew.
     """
 
     out: str
@@ -199,7 +199,7 @@ class PseudoLabelArgs(DataConfig, ForwardConfig, ClusterConfig):
         model: run folder of the pretraining, or any timm model's name.
         out: folder of the labels to write.
         seed: of k-means.
-        overwrite: replace what `out` holds.
+        overwrite: replace what such a command wrote into `out`; other files stay.
     """
 
     model: str
@@ -226,7 +226,7 @@ class DistillArgs(DataConfig, RuntimeConfig, AnchoredConfig):
         soft: temperature of soft labels by the distances to the nearest centroids, in units of the images' mean squared
             distance to their own; by default the labels are hard, as in the paper. Needs labels with --nearest over 1.
         resume: go on from the newest checkpoint in `out`.
-        overwrite: drop what `out` holds and start anew.
+        overwrite: drop the run that `out` holds and start anew.
     """
 
     labels: str
@@ -253,7 +253,7 @@ class SEEDArgs(DataConfig, RuntimeConfig, SEEDConfig):
         image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
         teacher_size: side that the views are resized to for the teacher; by default what it was trained with.
         resume: go on from the newest checkpoint in `out`.
-        overwrite: drop what `out` holds and start anew.
+        overwrite: drop the run that `out` holds and start anew.
     """
 
     teacher: str
@@ -274,7 +274,7 @@ class LinearArgs(DataConfig, ForwardConfig, ProbeConfig):
         out: folder to write: metrics.json, and the network with the probes as its heads; by default only prints.
         test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
         seed: of the probes.
-        overwrite: replace what `out` holds.
+        overwrite: replace what such a command wrote into `out`; other files stay.
     """
 
     model: str
@@ -322,6 +322,7 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
         soft: temperature of soft labels, see `sssd distill`; wants `cluster.nearest` over 1, such as 8.
         probe: linear probes, where there are labels.
         baseline: also distil on random labels, where there are true ones to compare by.
+        overwrite: make anew what `out` holds of other settings or data; what does not depend on them is reused.
     """
 
     out: str
@@ -335,6 +336,7 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
     soft: float | None = None
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     baseline: bool = True
+    overwrite: bool = False
 
 
 @dataclass(kw_only=True)
@@ -358,6 +360,7 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
         soft: temperature of the labels of 'sssd-soft', which are over each image's 8 nearest centroids.
         probe: linear probes.
         also: folders of other comparisons, with other data or pretexts, whose rows are to stand in the same tables.
+        overwrite: make anew what `out` holds of other settings or data; what does not depend on them is reused.
     """
 
     out: str
@@ -376,6 +379,7 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     soft: float = 0.2
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     also: list[str] = field(default_factory=list)
+    overwrite: bool = False
 
 
 @dataclass(kw_only=True)
@@ -399,7 +403,7 @@ class EarlyExitArgs(DataConfig):
         device: 'auto' takes the GPU if there is one.
         runs: timed runs of every network, in turn.
         seed: of the calibrating part and of the timed images.
-        overwrite: replace what `out` holds.
+        overwrite: replace what such a command wrote into `out`; other files stay.
     """
 
     model: str
@@ -434,7 +438,7 @@ class ExportArgs:
         calibration_images: that many images of `split` calibrate.
         batch_size: images per forward pass of those.
         seed: of the choice of calibrating images.
-        overwrite: replace `out`.
+        overwrite: replace `out`, where it is an older export.
     """
 
     model: str
@@ -502,6 +506,7 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
         trunk_lr: learning rate at its height of the rest of it.
         scratch_lr: learning rate at its height of a network from scratch, for all of it.
         weight_decay: of all parameters; the paper fine-tunes without regularisation.
+        overwrite: make anew what `out` holds of other settings or data; what does not depend on them is reused.
     """
 
     out: str
@@ -519,6 +524,7 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     trunk_lr: float = 0.01
     scratch_lr: float = 0.1
     weight_decay: float = 0.0
+    overwrite: bool = False
 
 
 @dataclass(kw_only=True)
@@ -571,7 +577,7 @@ class DetectArgs(DetectionDataConfig, DetectorConfig, RuntimeConfig, OptimConfig
         test_split: to measure on; by default 'test' or 'val' where there is one.
         voc: also measure VOC2007's AP50, of 11 points.
         resume: go on from the newest checkpoint in `out`.
-        overwrite: drop what `out` holds and start anew.
+        overwrite: drop the run that `out` holds and start anew.
     """
 
     out: str
@@ -602,7 +608,7 @@ class DetectEvalArgs(DetectionDataConfig, ForwardConfig):
         short_side: of the images in pixels; by default as in training.
         voc: also measure VOC2007's AP50, of 11 points.
         out: folder to write: metrics.json, and pictures of detections beside the truth; by default only prints.
-        overwrite: replace what `out` holds.
+        overwrite: replace what such a command wrote into `out`; other files stay.
     """
 
     model: str
@@ -659,7 +665,7 @@ class CardArgs:
         paper: row of the paper's tables to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
         license: of the weights, as the Hub names it.
         remarks: sentences for the card that no file of the run tells, such as where the images come from.
-        overwrite: replace what `out` holds.
+        overwrite: replace what such a command wrote into `out`; other files stay.
     """
 
     run: str
@@ -739,7 +745,7 @@ class PullArgs:
         out: folder to write.
         labels: the repository holds pseudo labels.
         revision: branch, tag or commit of the repository.
-        overwrite: replace what `out` holds.
+        overwrite: replace what such a command wrote into `out`; other files stay.
     """
 
     name: str

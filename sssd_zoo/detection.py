@@ -41,7 +41,8 @@ from sssd_zoo.evaluate import DTYPES
 from sssd_zoo.files import atomic_write_bytes, read_json, write_json
 from sssd_zoo.hub import network_weights
 from sssd_zoo.networks import channels, load_network, statistics
-from sssd_zoo.runs import announce, begin, part, prepare_out
+from sssd_zoo.run_folder import open_out
+from sssd_zoo.runs import announce, begin, part
 from sssd_zoo.tasks.detection import Detection
 
 SHOWN = 6  # test images in detections.png
@@ -255,7 +256,7 @@ def detect(args: DetectArgs) -> None:
     tune_cpu()
     runtime, optim = part(args, RuntimeConfig), part(args, OptimConfig)
     processes = make_accelerator(runtime).num_processes
-    out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
+    out = open_out(args, "detector")
     coco_backend()
     config, settings = part(args, DetectionDataConfig), part(args, DetectorConfig)
     data = load_detection(config)
@@ -289,7 +290,7 @@ def detect(args: DetectArgs) -> None:
 def detect_eval(args: DetectEvalArgs) -> None:
     """`sssd detect-eval`."""
     tune_cpu()
-    out = None if args.out is None else prepare_out(args.out, resume=False, overwrite=args.overwrite)
+    out = None if args.out is None else open_out(args, "detections")
     coco_backend()
     detector, classes = load_detector(args.model)
     config = part(args, DetectionDataConfig)

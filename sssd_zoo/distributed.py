@@ -1,9 +1,16 @@
 """What several processes must agree on for a run to equal that of one process with the same global batch."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
+
+from sssd_zoo.errors import UserError
+
+Result = TypeVar("Result")
 
 
 def world_size() -> int:
@@ -20,6 +27,23 @@ def barrier() -> None:
     """Waits for all processes."""
     if world_size() > 1:
         dist.barrier()
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """Runs `action` in the main process; its result, or its `UserError`, is that of every process."""
+    if world_size() == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    result: Result = outcome[0]
+    return result
 
 
 @torch.no_grad()

@@ -33,11 +33,12 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.engine import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluate import network_features
-from sssd_zoo.files import atomic_dir, atomic_write_text, read_json, write_json
+from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.hub import save_network
 from sssd_zoo.models import SSSDResNet, StageCosts, ensemble_logits, stage_costs
 from sssd_zoo.networks import channels, load_network, statistics, storage_default
-from sssd_zoo.runs import part, prepare_out
+from sssd_zoo.run_folder import atomic_dir, open_out
+from sssd_zoo.runs import part
 from sssd_zoo.stages import machine_words
 
 BINS = 15  # of the expected calibration error, as in Guo et al.
@@ -467,7 +468,7 @@ def early_exit(args: EarlyExitArgs) -> None:
         raise UserError("give one budget: --points_lost, --multiply_adds or --latency")
     if args.runs < 1:
         raise UserError(f"runs {args.runs} must be at least 1")
-    out = prepare_out(args.out, resume=False, overwrite=args.overwrite)
+    out = open_out(args, "early-exit")
     model = load_calibrated(args)
     held_out, measured = calibration_data(args, model)
     logits = exit_logits(model, held_out.data, args)
@@ -523,7 +524,7 @@ def early_exit(args: EarlyExitArgs) -> None:
         "curve": curve(calibrated, held_out.labels, test_calibrated, labels, macs),
     }
     arch = str(model.pretrained_cfg["architecture"])
-    with atomic_dir(out) as folder:
+    with atomic_dir(out, "early-exit") as folder:
         save_network(folder, model, arch, label_names=model.pretrained_cfg.get("label_names"))
         images = measured.data.gather(measured.positions[torch.randperm(len(labels))[: 20 * BATCH]])
         results |= measure(model, str(folder), prepared(images, model).to(device), table, args)

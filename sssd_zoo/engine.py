@@ -234,7 +234,7 @@ class Checkpoints:
         Raises:
             UserError: if it was written by a run of other settings, data or architecture.
         """
-        for litter in self.folder.glob(".step-*"):  # of a run killed while it wrote a checkpoint
+        for litter in self.folder.glob(".step-*.partial"):  # of a run killed while it wrote a checkpoint
             shutil.rmtree(litter, ignore_errors=True)
         saved = self.saved()
         if not saved:

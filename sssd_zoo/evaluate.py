@@ -1,5 +1,7 @@
 """Measuring frozen networks: features of every exit, linear probes and nearest neighbours."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,7 +21,8 @@ from sssd_zoo.hub import save_network
 from sssd_zoo.networks import load_network, statistics, storage_default
 from sssd_zoo.probe import Probe, check_labels, linear_probe, pooled_batches, stack_features
 from sssd_zoo.probe import knn as knn_accuracy
-from sssd_zoo.runs import begin, part, prepare_out
+from sssd_zoo.run_folder import open_out
+from sssd_zoo.runs import begin, part
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -109,6 +112,14 @@ class Evaluation:
     def describe(self) -> str:
         """How many test images, and where they come from."""
         return f"{len(self.test_positions)} images, {self.words}"
+
+    def digest(self) -> str:
+        """A short fingerprint of the true labels, the names of their classes, and which images are measured."""
+        parts = (self.train_positions, self.train_labels, self.test_positions, self.test_labels)
+        digest = hashlib.sha256(json.dumps(self.train.class_names).encode())
+        for tensor in parts:
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def evaluation_data(
@@ -255,7 +266,7 @@ def frozen(args: LinearArgs | KNNArgs) -> tuple[Any, Evaluation, Features]:
 def linear(args: LinearArgs) -> None:
     """`sssd linear`."""
     tune_cpu()
-    out = None if args.out is None else prepare_out(args.out, resume=False, overwrite=args.overwrite)
+    out = None if args.out is None else open_out(args, "probe")
     model, evaluation, features = frozen(args)
     probe = probe_features(features, part(args, ProbeConfig), args.seed)
     print(f"linear probes on {args.model}, accuracy in percent on {evaluation.describe()}:")

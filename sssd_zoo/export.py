@@ -14,6 +14,7 @@ network for grey images; `input_size` in the metadata is [C, S, S].
 
 import io
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,11 +30,12 @@ from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.early_exit import check_classes, prepared
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluate import Evaluation, evaluation_data
-from sssd_zoo.files import atomic_dir, atomic_write_bytes, write_json
+from sssd_zoo.files import atomic_write_bytes, write_json
 from sssd_zoo.hub import save_network
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.models.resnet import check_thresholds
 from sssd_zoo.networks import channels, load_network, statistics, storage_default
+from sssd_zoo.run_folder import atomic_dir, check_replaceable, open_out
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 Arrays = list[NDArray[np.float32]]
@@ -208,8 +210,6 @@ def load_output(args: ExportArgs) -> SSSDResNet:
 def export(args: ExportArgs) -> None:
     """`sssd export`."""
     out = Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out} is there already; give --overwrite to replace it")
     folder = args.format == "safetensors" or (args.format, args.output) == ("onnx", "early-exit")
     if out.exists() and out.is_dir() != folder:
         raise UserError(f"--out {out} must be a {'folder' if folder else 'file'} for this format, and is not")
@@ -219,11 +219,17 @@ def export(args: ExportArgs) -> None:
         raise UserError("early exit is exported in stages as --format onnx; torch-export has one graph per file")
     if args.format == "onnx":
         import_onnxruntime()
+    if folder:
+        open_out(args, "network" if args.format == "safetensors" else "graphs")
+    else:
+        for file in (out, *([out.with_suffix(".int8.onnx")] if args.int8 else [])):
+            known = is_graph if args.format == "onnx" else is_program
+            check_replaceable(file, args.overwrite, f"a network exported as {args.format}", known)
     model = load_output(args)
     facts = metadata(model, args.output)
     example = torch.randn(2, *facts["input_size"], generator=torch.Generator().manual_seed(0))
     if args.format == "safetensors":
-        with atomic_dir(out) as temporary:
+        with atomic_dir(out, "network") as temporary:
             save_network(temporary, model, facts["architecture"], label_names=facts["class_names"])
     elif args.output == "early-exit":
         export_stages(model, args, facts, example, out)
@@ -240,6 +246,26 @@ def export(args: ExportArgs) -> None:
     print(f"{args.model}, output {args.output}, as {args.format}: {out}")
 
 
+def is_program(path: Path) -> bool:
+    """Whether a file is a torch.export program with the facts that `sssd export` puts into one."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/metadata.json") for name in archive.namelist())
+
+
+def is_graph(path: Path) -> bool:
+    """Whether a file is an ONNX graph with the facts that `sssd export` puts into one."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        graph = onnx.load(path, load_external_data=False)
+    except DecodeError:
+        return False
+    return {"architecture", "output"} <= {prop.key for prop in graph.metadata_props}
+
+
 def export_stages(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], example: Tensor, out: Path) -> None:
     """Writes the folder of early exit's stages.
 
@@ -251,7 +277,7 @@ def export_stages(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], ex
     if model.thresholds is None:
         raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
     files = []
-    with atomic_dir(out) as temporary:
+    with atomic_dir(out, "graphs") as temporary:
         for number in range(1, 5):
             stage = Stage(model, number).eval()
             names = [

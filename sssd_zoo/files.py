@@ -7,6 +7,7 @@ user's to mend, so it surfaces as a `UserError`, with nothing left behind.
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,23 @@ from pathlib import Path
 from typing import Any
 
 from sssd_zoo.errors import UserError
+
+RUN_MARK = ".sssd-zoo.json"  # in every folder that a command creates: what it holds is never read as data
+# What a killed writer leaves: half of a file or folder, the one that it was about to replace, or its features.
+LITTER = re.compile(r"\.(?P<name>.+)\.((tmp|old)-(?P<pid>\d+)|features\.npy(\.partial)?)")
+
+
+def expand_home(path: str) -> str:
+    """A path with its `~` or `~user`, behind `local-dir:` too, as the shell would expand it.
+
+    Raises:
+        UserError: if there is no such user.
+    """
+    prefix, path = ("local-dir:", path[10:]) if path.startswith("local-dir:") else ("", path)
+    expanded = os.path.expanduser(path)  # noqa: PTH111  Path.expanduser raises RuntimeError, and drops a last slash
+    if expanded.startswith("~"):
+        raise UserError(f"{path}: there is no user '{path[1:].split('/')[0]}' here; a file of that name is ./{path}")
+    return prefix + expanded
 
 
 @contextmanager
@@ -44,7 +62,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"cannot write {path}: {reasons[number]}; nothing half written was left") from error
 
 
-def _temporary(path: Path) -> Path:
+def temporary_name(path: Path) -> Path:
+    """Where this process writes what is to become `path`."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
@@ -60,7 +79,7 @@ def _sync(path: Path) -> None:
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     """Writes `data` to `path`, whole or not at all; makes the parent folders."""
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -96,7 +115,10 @@ def read_json(path: str | Path) -> Any:
 
 
 def publish_dir(temporary: Path, path: Path) -> None:
-    """Renames the complete folder `temporary` onto `path`, its files safely on disk first; an old `path` is removed."""
+    """Renames the complete folder `temporary` onto `path`, its files safely on disk first; an old `path` is removed.
+
+    It is for folders that hold nothing of others'; see `run_folder.replace` for those that may.
+    """
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
             _sync(file)
@@ -108,22 +130,3 @@ def publish_dir(temporary: Path, path: Path) -> None:
         _sync(path.parent)
     finally:
         shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def atomic_dir(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `path` when the block ends well, and is removed when it does not.
-
-    An older folder at `path` is replaced; for an instant between two renames neither is there, so readers that must
-    always find one keep more than one (checkpoints do).
-    """
-    path = Path(path)
-    temporary = _temporary(path)
-    with disk_errors(path):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            yield temporary
-            publish_dir(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)

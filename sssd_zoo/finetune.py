@@ -9,7 +9,6 @@ import hashlib
 import io
 import math
 import re
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,8 @@ from sssd_zoo.networks import (
 )
 from sssd_zoo.paper import TABLE_4
 from sssd_zoo.probe import accuracies, exit_logits
-from sssd_zoo.runs import EpochLoader, part, run_folder, run_training, save_config
+from sssd_zoo.run_folder import open_out, remove
+from sssd_zoo.runs import EpochLoader, part, run_training, save_config
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.tables import spread
 from sssd_zoo.tasks import ClusterFit, SelfDistillation, Task
@@ -159,7 +159,7 @@ def train_and_measure(
     forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
     logits = network_features(load_network(str(out)), test, forward, read=exit_logits)[:, evaluation.test_positions]
     exits, ensemble = accuracies(logits, evaluation.test_labels)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)  # it is done, and they are many times its size
+    remove(out, ("checkpoints/step-*",))  # it is done, and they are many times its size
     return {"exits": exits, "ensemble": ensemble, "loss": trained["loss"], "steps": trained_steps(optim, positions)}
 
 
@@ -178,7 +178,7 @@ def finetune(args: FinetuneArgs) -> None:
     tune_cpu()
     runtime = part(args, RuntimeConfig)
     processes = make_accelerator(runtime).num_processes
-    out = run_folder(args.out)
+    out = open_out(args, "finetune")
     amounts: list[tuple[float, dict[str, Any]]] = [(n, {"per_class": n}) for n in args.per_class]
     amounts = amounts or [(100 * share, {"fraction": share}) for share in args.fractions]
     if not args.models or not args.seeds or not amounts:
@@ -207,7 +207,7 @@ def finetune(args: FinetuneArgs) -> None:
     for _, how in amounts:
         count = len(labelled_subset(data.labels[known], args.seeds[0], **how))
         check(step_plan(args, args.models[0], count, processes), processes, count)
-    if rank() == 0:
+    if rank() == 0 and not (out / "config.yaml").exists():  # an older one describes what is there until the end
         save_config(out, args)
     precision = resolve_precision(runtime.precision, runtime.device)
     say(
@@ -220,6 +220,7 @@ def finetune(args: FinetuneArgs) -> None:
         "data": data.fingerprint,
         "test": evaluation.test.fingerprint,
         "test_positions": hashlib.sha256(evaluation.test_positions.numpy().tobytes()).hexdigest()[:16],
+        "true_labels": evaluation.digest(),
         "storage_size": data.size,
         "image_size": size,
         "method": args.method,
@@ -233,7 +234,7 @@ def finetune(args: FinetuneArgs) -> None:
         start = first_model(args, size) if name == SCRATCH else weights_digest(load_network(name, num_classes=0))
         for amount, how in amounts:
             folder = out / places[name] / f"{amount:g}{'-per-class' if args.per_class else '%'}"
-            stages = Stages(folder, {**common, "model": name, "start": start})
+            stages = Stages(folder, {**common, "model": name, "start": start}, overwrite=args.overwrite)
             for seed in args.seeds:
                 positions = known[labelled_subset(data.labels[known], seed, **how)]
                 optim = step_plan(args, name, len(positions), processes)
@@ -255,6 +256,7 @@ def finetune(args: FinetuneArgs) -> None:
                 rows.append(row)
     if rank() == 0:
         write(args, rows, out, data_name=data.name, test=evaluation.describe(), size=size)
+        save_config(out, args)
         say(f"report: {out / 'report.md'}")
     barrier()
 

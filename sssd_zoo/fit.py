@@ -1,6 +1,7 @@
-"""`sssd fit`: every step in turn, each skipped when its result is there and its inputs have not changed.
+"""`sssd fit`: every step in turn, each skipped when its result is there; other inputs need --overwrite.
 
 RUN/
+    .sssd-zoo.json  marks the folder as this package's, see `run_folder`
     config.yaml     the arguments as resolved
     pretrain/       the pretrained trunk, its log, curves and checkpoints (not with --features)
     labels/         the pseudo labels
@@ -44,7 +45,7 @@ from sssd_zoo.steps import distill_network
 def fit(args: FitArgs) -> None:
     """`sssd fit`."""
     began = time.perf_counter()
-    setup = set_up(args, [args.distill], warm=args.warm_start)
+    setup = set_up(args, "fit", [args.distill], warm=args.warm_start)
     if args.soft is not None:
         check_soft(args.soft)
     if args.soft is not None and args.cluster.nearest < 2:
@@ -57,9 +58,9 @@ def fit(args: FitArgs) -> None:
         evaluation = evaluation_data(
             data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed
         )
-    if rank() == 0:
+    if rank() == 0 and not (out / "config.yaml").exists():  # an older one describes what is there until the end
         save_config(out, args)
-    stages = Stages(out, {**setup.inputs, "seed": runtime.seed})
+    stages = Stages(out, {**setup.inputs, "seed": runtime.seed}, overwrite=args.overwrite)
     say(
         f"{len(data)} images of {data.name}, {'labelled for evaluation' if labelled else 'without labels'}; "
         f"{arch} at {size} px, {machine_words(stages.common['precision'])}"
@@ -146,7 +147,8 @@ def fit(args: FitArgs) -> None:
             "networks": list(networks),
             "test": evaluation.test.fingerprint if evaluation else None,
         }
-        stages.run("probe", measure, settings, after=tuple(networks.values()))
+        measured_on = evaluation.digest() if evaluation else None
+        stages.run("probe", measure, settings, after=tuple(networks.values()), measured_on=measured_on)
     if rank() == 0:
         finish(args, data, pseudo, stages, networks, arch=arch, size=size, pretext=pretext.words)
         report_words = out / "report.md"
@@ -229,6 +231,7 @@ def finish(
         metrics=measured,
         card_context=results,
     )
+    save_config(out, args)
 
 
 def sheet(data: ImageData, pseudo: PseudoLabels, clusters: int = 12, columns: int = 12) -> tuple[Any, list[str]]:

@@ -29,8 +29,9 @@ from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writ
 from torch import nn
 
 from sssd_zoo.data.sources import HUB_TIMEOUT
-from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.report import Results, describe, table
+from sssd_zoo.run_folder import atomic_dir
 
 TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]
 ANSWERS = ("1", "2", "3", "4", "ensemble")
@@ -118,7 +119,7 @@ def save_model_folder(
     Raises:
         UserError: if the disk is full or not writable.
     """
-    with atomic_dir(folder) as temporary:
+    with atomic_dir(folder, "network") as temporary:
         save_network(temporary, model, arch, input_size=input_size, label_names=label_names)
         config = read_json(temporary / "config.json")
         parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -10,12 +10,14 @@ from typing import Any
 
 import timm
 
+from sssd_zoo.clustering import PseudoLabels, quality
 from sssd_zoo.config import ClusterConfig, ForwardConfig, MoCoConfig, PretextConfig
 from sssd_zoo.data.loading import DataConfig, ImageData, load_images
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import rank
 from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.files import write_json
 from sssd_zoo.networks import (
     check_sizes,
     choose_model,
@@ -28,7 +30,8 @@ from sssd_zoo.networks import (
     storage_default,
     weights_digest,
 )
-from sssd_zoo.runs import check_queue, part, run_folder
+from sssd_zoo.run_folder import open_out
+from sssd_zoo.runs import check_queue, part
 from sssd_zoo.stages import Stages
 from sssd_zoo.steps import check_cluster, cluster_images, describe_labels, pretrain_network
 
@@ -110,13 +113,16 @@ class Pretext:
             if found is None:
                 return {}
             print(describe_labels(found, folder))
-            return {"k": found.meta["k"], "quality": found.meta["quality"]}
+            return {"k": found.meta["k"]}
 
         # Where the features lie does not change the labels.
         settings = {"k": config.k, "iterations": config.iterations, "redos": config.redos}
         settings |= {"nearest": config.nearest} if config.nearest > 1 else {}
         own = {} if self.after else self.inputs()
-        return stages.run(stage, label, {**settings, **own}, after=self.after, all_processes=True)
+        result = stages.run(stage, label, {**settings, **own}, after=self.after, all_processes=True)
+        if rank() == 0:
+            update_quality(stages.out / stage, data)
+        return result
 
     def check_warm_start(self, arch: str) -> None:
         """Raises `UserError` unless the trunk of the student `arch` can start from its weights."""
@@ -151,11 +157,12 @@ class Setup:
     inputs: dict[str, Any]
 
 
-def set_up(args: Any, trained: list[OptimConfig], *, warm: bool, require_labels: bool = False) -> Setup:
+def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, require_labels: bool = False) -> Setup:
     """Opens the data, chooses the networks, and checks now all that would fail an hour in.
 
     Args:
         args: of `sssd fit` or `sssd compare`.
+        kind: of folder, that the command writes.
         trained: the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
         require_labels: see `load_images`.
@@ -166,7 +173,7 @@ def set_up(args: Any, trained: list[OptimConfig], *, warm: bool, require_labels:
     tune_cpu()
     runtime = part(args, RuntimeConfig)
     processes = make_accelerator(runtime).num_processes
-    out = run_folder(args.out)
+    out = open_out(args, kind)
     config = part(args, DataConfig)
     # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
     default_size = storage_default(args.image_size)
@@ -248,3 +255,11 @@ def choose_pretext(
         load_trunk(new_trunk(pretrain_arch), network)
         start = weights_digest(network)
     return Pretext(pretrain_arch, source, source is data, size, moco, start)
+
+
+def update_quality(folder: Path, data: ImageData) -> None:
+    """Compares clusters with the true labels as they are now: they may have changed since, and the images not."""
+    pseudo = PseudoLabels.load(folder)
+    now = None if data.labels is None else quality(pseudo.labels_of(data.rows), data.labels)
+    if now != pseudo.meta["quality"]:
+        write_json(folder / "pseudo_labels.json", {**pseudo.meta, "quality": now})

@@ -43,8 +43,10 @@ from sssd_zoo.cards import check_calibrated, write_card
 from sssd_zoo.clustering import PseudoLabels
 from sssd_zoo.config import PublishArgs, PublishLabelsArgs, PullArgs, RepoConfig
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.files import RUN_MARK, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import hub_cards
+from sssd_zoo.lock import LOCK
+from sssd_zoo.run_folder import atomic_dir, open_out
 
 NETWORK_FILES = (
     *("README.md", "config.json", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl"),
@@ -109,10 +111,9 @@ def publish_labels(args: PublishLabelsArgs) -> None:
 
 def pull(args: PullArgs) -> None:
     """`sssd pull`."""
-    out = Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise UserError(f"{out} is there already; give --overwrite to replace it")
-    with atomic_dir(out) as folder:
+    kind = "pulled-labels" if args.labels else "card"
+    out = open_out(args, kind)
+    with atomic_dir(out, kind) as folder:
         if "/" not in args.name:
             copy_card(hub_cards() / shipped_name(args.name), folder)
             verify_network(folder, args.name)
@@ -266,7 +267,9 @@ def include(run: Path, folder: Path, patterns: list[str] | str) -> None:
     """
     wanted = [patterns] if isinstance(patterns, str) else patterns
     others = {path.relative_to(run).as_posix(): path for path in sorted(run.rglob("*")) if path.is_file()}
-    others = {name: path for name, path in others.items() if not (folder / name).exists()}
+    others = {
+        name: path for name, path in others.items() if not (path.name in (RUN_MARK, LOCK) or (folder / name).exists())
+    }
     for pattern in wanted:
         named = [name for name in others if fnmatch(name, pattern)]
         if not named:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from itertools import islice
@@ -24,6 +23,7 @@ from sssd_zoo.files import atomic_write_text
 from sssd_zoo.hub import save_network
 from sssd_zoo.networks import check_sizes
 from sssd_zoo.own_labels import OwnLabels
+from sssd_zoo.run_folder import drop, kind_of, mark
 from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.tasks import Task
 
@@ -37,43 +37,25 @@ def part(config: Any, kind: type[Config]) -> Config:
     return kind(**{field.name: getattr(config, field.name) for field in fields(kind)})  # type: ignore[arg-type]
 
 
-def run_folder(out: str) -> Path:
-    """The folder to write into; raises `UserError` if a file is in its place."""
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is a file; give a folder")
-    return folder
-
-
-def prepare_out(out: str, *, resume: bool, overwrite: bool) -> Path:
-    """The run folder, or a clear refusal to mix a new run into an old one.
-
-    Raises:
-        UserError: if it holds a run and neither flag says what to do, or it is a file.
-    """
-    folder = run_folder(out)
-    held = [
-        name
-        for name in ("checkpoints", "config.json", "pseudo_labels.json", "metrics.json")
-        if (folder / name).exists()
-    ]
-    if held and not resume and not overwrite:
-        raise UserError(f"{folder} already holds a run ({held[0]}); give --resume to go on, or --overwrite to drop it")
-    return folder
-
-
 def begin(folder: Path, config: Any) -> None:
-    """Drops what `--overwrite` is to drop, once nothing can be wrong with the arguments, and writes them resolved."""
+    """Drops what `--overwrite` is to drop, once nothing can be wrong with the arguments, and writes them resolved.
+
+    Args:
+        folder: of `open_out`.
+        config: the arguments.
+    """
     if rank() == 0:
-        if config.overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
+        kind = kind_of(folder)
+        if config.overwrite and kind is not None:
+            drop(folder, kind)
         save_config(folder, config)
     barrier()
 
 
 def save_config(folder: Path, config: Any) -> None:
-    """Writes the resolved arguments as config.yaml."""
-    atomic_write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False))
+    """Writes the resolved arguments as config.yaml, a recipe: what to do with an older run is no part of it."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite")}
+    atomic_write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -189,6 +171,8 @@ def run_training(
     check_sizes(arch, [size, *optim.sizes])
     if arguments is not None:
         begin(out, arguments)
+    elif rank() == 0:
+        mark(out, "training")
     data = loader.data
     if isinstance(data, ImageData):
         data.move(make_accelerator(runtime).device)

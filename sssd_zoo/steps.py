@@ -45,6 +45,7 @@ from sssd_zoo.networks import (
     weights_digest,
 )
 from sssd_zoo.own_labels import OwnLabels
+from sssd_zoo.run_folder import open_out
 from sssd_zoo.runs import (
     EpochLoader,
     StreamLoader,
@@ -53,7 +54,6 @@ from sssd_zoo.runs import (
     digest,
     method_settings,
     part,
-    prepare_out,
     run_training,
 )
 from sssd_zoo.soft_labels import SoftLabels, nearest_centroids
@@ -133,7 +133,7 @@ def pretrain(args: PretrainArgs) -> None:
     tune_cpu()
     runtime = part(args, RuntimeConfig)
     make_accelerator(runtime)
-    out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
+    out = open_out(args, "training")
     config = part(args, DataConfig)
     default_size = storage_default(args.image_size)
     data: ImageData | StreamingImages
@@ -234,7 +234,7 @@ def pseudo_label(args: PseudoLabelArgs) -> None:
     """`sssd pseudo-label`."""
     tune_cpu()
     make_accelerator(RuntimeConfig(precision=args.precision, device=args.device))
-    out = prepare_out(args.out, resume=False, overwrite=args.overwrite)
+    out = open_out(args, "labels")
     model = load_network(args.model, num_classes=0)
     data = load_images(part(args, DataConfig), default_size=storage_default(statistics(model)[2]))
     if args.k > len(data) or args.k < 2:
@@ -355,7 +355,7 @@ def distill(args: DistillArgs) -> None:
     tune_cpu()
     runtime = part(args, RuntimeConfig)
     make_accelerator(runtime)
-    out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
+    out = open_out(args, "training")
     if args.method == "clusterfit" and args.exits != "plain":
         raise UserError(f"--method clusterfit trains a network without exits: drop --exits {args.exits}")
     artefact = None if args.labels in ("random", "true", "own") else PseudoLabels.load(args.labels)
@@ -474,7 +474,7 @@ def seed(args: SEEDArgs) -> None:
     tune_cpu()
     runtime = part(args, RuntimeConfig)
     make_accelerator(runtime)
-    out = prepare_out(args.out, resume=args.resume, overwrite=args.overwrite)
+    out = open_out(args, "training")
     data = load_images(part(args, DataConfig), default_size=storage_default(args.image_size))
     size = choose_size(data, args.image_size)
     arch = choose_model(args.model, size)

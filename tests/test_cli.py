@@ -23,6 +23,7 @@ from sssd_zoo.cli import COMMANDS, main, run
 from sssd_zoo.data.augment import normalise, resize, to_float
 from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.evaluate import evaluation_data
+from sssd_zoo.files import RUN_MARK
 
 SCRIPTS = [
     "train/pretrain.py",
@@ -254,17 +255,24 @@ def test_the_saved_heads_have_the_reported_accuracy(finished, folder_of_images):
 def test_a_second_call_does_nothing_and_a_change_runs_what_depends_on_it(finished, folder_of_images, capsys):
     words = ["fit", "--data", folder_of_images, "--out", finished, *TINY]
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors") if "model" not in path.parts}
+    for path in list(finished.rglob(RUN_MARK)):  # as a run of version 0.1
+        path.unlink()
     capsys.readouterr()
     assert sssd(*words) == 0
     assert capsys.readouterr().out.count("done before") == 5
     after = {path: path.stat().st_mtime_ns for path in before}
     assert before == after
-    assert sssd(*words, "--cluster.k", "5") == 0
+    assert sssd(*words, "--cluster.k", "5") == 2
+    line = one_line(capsys)
+    assert "labels was made with other settings or data (k: 4 there, 5 now)" in line
+    assert "--overwrite" in line
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert sssd(*words, "--cluster.k", "5", "--overwrite") == 0
     out = capsys.readouterr().out
     assert "[pretrain] done before" in out
     assert "[labels] done again, for other k" in out
     assert "[distill] done again" in out
-    assert sssd(*words) == 0  # back, for the tests that come after
+    assert sssd(*words, "--overwrite") == 0  # back, for the tests that come after
 
 
 def test_card_of_a_run(finished, tmp_path, capsys):
@@ -459,7 +467,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(folder_of_images, tmp_
         assert "disk is full" in done.stderr
         assert "Traceback" not in done.stderr
         left = [path for path in disk.rglob("*") if path.is_file()]
-        assert {path.name for path in left} <= {"config.yaml", "metrics.jsonl"}, left
+        assert {path.name for path in left} <= {"config.yaml", "metrics.jsonl", ".sssd-zoo.json"}, left
     finally:
         subprocess.run(["umount", disk], check=True)
 

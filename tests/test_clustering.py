@@ -270,6 +270,7 @@ def artefact():
 def test_artefact_round_trip(artefact, tmp_path):
     artefact.save(tmp_path / "labels")
     assert sorted(file.name for file in tmp_path.rglob("*")) == [
+        ".sssd-zoo.json",
         "centroids.safetensors",
         "labels",
         "labels.parquet",

@@ -176,8 +176,11 @@ def test_the_sweep_reuses_what_is_there_and_draws(folder_of_images, distilled, t
     save_network(
         distilled, timm.create_model("sssd_resnet18_cifar", num_classes=5), "sssd_resnet18_cifar", input_size=16
     )
+    words += ["--models", f"[{distilled}, scratch]", "--fractions", "[0.2, 0.5]", "--seeds", "[0]"]
     capsys.readouterr()
-    assert sssd(*words, "--models", f"[{distilled}, scratch]", "--fractions", "[0.2, 0.5]", "--seeds", "[0]") == 0
+    assert sssd(*words) == 2
+    assert "--overwrite" in one_line(capsys)
+    assert sssd(*words, "--overwrite") == 0
     printed = capsys.readouterr().out
     assert printed.count("done before") == 2, (
         "a change of the first network is one of scratch's weights only by its name"

@@ -109,6 +109,7 @@ def test_weights_are_safetensors_in_float32(tmp_path: Path, images: Tensor) -> N
     model = network().to(torch.bfloat16).to(memory_format=torch.channels_last)
     save_model_folder(tmp_path / "model", model, arch=ARCH)
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        ".sssd-zoo.json",
         "README.md",
         "config.json",
         "model.safetensors",

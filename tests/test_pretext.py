@@ -65,7 +65,9 @@ def test_labels_of_any_timm_network_and_nothing_pretrained(folder_of_images, tmp
     assert sssd(*words) == 0
     assert set(ran(capsys).values()) == {"before"}
     encoder(network, 1)  # other weights at the same place
-    assert sssd(*words) == 0
+    assert sssd(*words) == 2
+    assert "features" in one_line(capsys)
+    assert sssd(*words, "--overwrite") == 0
     steps = ran(capsys)
     assert {name: steps[name] for name in ("labels", "distill", "baseline")} == {
         "labels": "again",
@@ -94,6 +96,7 @@ def test_a_pretext_of_another_network_on_other_data(folder_of_images, other_imag
     assert labels["pretrain.data"] == record["data"] != labels["data"]
     assert f"on `{other_images.name}`, 36 images" in (tmp_path / "report.md").read_text()
 
+    words = ["fit", "--overwrite", *words[1:]]
     assert sssd(*words, "--model", "sssd_resnet34") == 0  # another student: the pretext stays
     steps = ran(capsys)
     assert (steps["pretrain"], steps["distill"]) == ("before", "again")

@@ -29,6 +29,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json, write_json
 from sssd_zoo.hub import save_model_folder, save_network
 from sssd_zoo.publish import pull
+from sssd_zoo.run_folder import mark
 
 TOKEN = "hf_" + "Tr0ub4dor" * 4  # no login: the only server that takes it is the one below
 NAMES = ["cat", "dog", "frog"]
@@ -316,7 +317,8 @@ def test_mistakes_are_one_line(empty, sssd, run, tmp_path):
     assert "ORG/NAME" in sssd("publish", run, "--repo", "a/b/c").error
     assert "fits no file" in sssd("publish", run, "--repo", REPO, "--include", "*.gif").error
     assert "no weights ship as 'resnet'" in sssd("pull", "resnet", "--out", tmp_path / "x").error
-    assert "--overwrite" in sssd("pull", REPO, "--out", tmp_path).error
+    (tmp_path / "mine").write_text("mine")
+    assert "holds mine;" in sssd("pull", REPO, "--out", tmp_path, "--overwrite").error
     assert not writes(empty)
 
 
@@ -459,8 +461,9 @@ def test_pull_gives_what_was_published(published, sssd, tmp_path):
     assert done.status == 0, done
     files = published.files(REPO)
     found = {path.relative_to(tmp_path / "net").as_posix() for path in (tmp_path / "net").rglob("*") if path.is_file()}
-    assert found == FILES - {".gitattributes"}
-    assert all((tmp_path / "net" / name).read_bytes() == files[name] for name in found)
+    assert found == FILES - {".gitattributes"} | {".sssd-zoo.json"}
+    assert all((tmp_path / "net" / name).read_bytes() == files[name] for name in found - {".sssd-zoo.json"})
+    assert "--overwrite" in sssd("pull", REPO, "--out", tmp_path / "net").error
     model = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True, output=2)
     assert model.pretrained_cfg["label_names"] == NAMES
     assert next(model.parameters()).dtype == torch.float32
@@ -480,14 +483,21 @@ PULL_FAULTS = [
 
 @pytest.mark.parametrize(("fault", "words"), PULL_FAULTS, ids=name_of)
 def test_pull_hands_over_nothing_damaged(fault, words, published, sssd, tmp_path):
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "keep").write_text("this")
+    old = tmp_path / "old"
+    old.mkdir()
+    for name, content in published.files(REPO).items():
+        (old / name).parent.mkdir(exist_ok=True)
+        (old / name).write_bytes(content)
+    mark(old, "card")
+    (old / "keep").write_text("this")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with published.faulty(fault):
         for out, more in (("new", ()), ("old", ("--overwrite",))):
             done = sssd("pull", REPO, "--out", tmp_path / out, *more)
             assert words in done.error
             assert done.seconds < 10
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["old", "old/keep"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == [old]
 
 
 @pytest.mark.slow  # the client tries for a while
