@@ -13,6 +13,7 @@ import shutil
 import time
 import traceback
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -20,7 +21,7 @@ from sssd_zoo.clustering import random_labels
 from sssd_zoo.config import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig, ProbeConfig
 from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.engine import RuntimeConfig, machine, read_metrics, tune_cpu
-from sssd_zoo.files import read_json, write_json
+from sssd_zoo.files import RUN_MARK, read_json, write_json
 from sssd_zoo.fit import fit
 from sssd_zoo.steps import distill_network, pretrain_network
 
@@ -74,16 +75,15 @@ def measure(args: argparse.Namespace, runtime: RuntimeConfig) -> tuple[float, fl
     images = args.steps * args.batch_size
     config = DataConfig(data=args.data, split=f"train[:{images}]", workers=args.workers)
     data = load_images(config, default_size=SIZE)
-    folder = Path(args.out) / "throughput"
-    shutil.rmtree(folder, ignore_errors=True)
     short = dataclasses.replace(runtime, log_every=args.steps, checkpoint_epochs=2)
     pretrain = pretrain_config(2, False, args.batch_size, images)
-    pretrain_network(data, pretrain, short, arch=ARCH, size=SIZE, out=folder / "moco")
     labels = random_labels(len(data), min(1000, len(data) // 4), 0)
     distill = distill_config(2, args.batch_size)
-    distill_network(data, labels, distill, short, arch=ARCH, size=SIZE, out=folder / "sssd", labels_digest="random")
-    rates = [read_metrics(folder / name / "metrics.jsonl")[-1]["images_per_second"] for name in ("moco", "sssd")]
-    shutil.rmtree(folder)
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        pretrain_network(data, pretrain, short, arch=ARCH, size=SIZE, out=folder / "moco")
+        distill_network(data, labels, distill, short, arch=ARCH, size=SIZE, out=folder / "sssd", labels_digest="random")
+        rates = [read_metrics(folder / name / "metrics.jsonl")[-1]["images_per_second"] for name in ("moco", "sssd")]
     return rates[0], rates[1]
 
 
@@ -180,7 +180,7 @@ def main() -> None:
     )
     fit(plain)
     say("the paper's row is done")
-    for name in ("pretrain", "labels", "steps/pretrain.json", "steps/labels.json"):
+    for name in (RUN_MARK, "pretrain", "labels", "steps/pretrain.json", "steps/labels.json"):
         source, target = out / "sssd" / name, out / "anchored" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
