@@ -15,6 +15,8 @@ from typing import Any
 
 from sssd_zoo.errors import UserError
 
+RUN_MARK = ".sssd-zoo.json"
+
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:

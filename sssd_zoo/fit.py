@@ -26,6 +26,7 @@ from sssd_zoo import report
 from sssd_zoo.clustering import PseudoLabels, random_labels
 from sssd_zoo.config import FitArgs
 from sssd_zoo.data.loading import ImageData
+from sssd_zoo.data.walk import listed
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import read_metrics
 from sssd_zoo.errors import UserError
@@ -61,7 +62,7 @@ def fit(args: FitArgs) -> None:
         save_config(out, args)
     stages = Stages(out, {**setup.inputs, "seed": runtime.seed})
     say(
-        f"{len(data)} images of {data.name}, {'labelled for evaluation' if labelled else 'without labels'}; "
+        f"{len(data)} images of {data.name}, {labels_in_words(data)}; "
         f"{arch} at {size} px, {machine_words(stages.common['precision'])}"
     )
     say(f"labels from {pretext.words.replace('`', '')}")
@@ -118,7 +119,7 @@ def fit(args: FitArgs) -> None:
             probe = probe_features(evaluation_features(network, evaluation, forward), args.probe, runtime.seed)
             accuracy.append({"name": title, "exits": probe.exits, "ensemble": probe.ensemble})
             if name == "distill":
-                put_heads(network, probe)
+                put_heads(network, probe, data.size)
                 save_model_folder(folder / "network", network, arch=arch, label_names=data.class_names, input_size=size)
         trunk = load_network(pretext.network(out), num_classes=0)
         found = evaluation_features(trunk, evaluation, forward)
@@ -221,6 +222,16 @@ def finish(
         label_names=data.class_names if probe else [f"cluster {number}" for number in range(len(pseudo.meta["sizes"]))],
         metrics=measured,
         card_context=results,
+    )
+
+
+def labels_in_words(data: ImageData) -> str:
+    """Whether the images are labelled, and by what: sub-folders may be dates or cameras."""
+    if data.class_names is None:
+        return "without labels"
+    return (
+        f"labelled for evaluation by {len(data.class_names)} classes ({listed(data.class_names)}; give --unlabelled if "
+        "these are none)"
     )
 
 

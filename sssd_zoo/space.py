@@ -49,7 +49,9 @@ PAGE_CODE = (
     "models/*.py",
     "data/__init__.py",
     "data/augment.py",
+    "data/formats.py",
     "data/images.py",
+    "data/inputs.py",
 )
 
 
@@ -186,10 +188,11 @@ def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
     """
     try:
         recipe: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig)})
+        config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from error
-    return recipe, config, sources.open_splits(config.data, revision=config.revision)
+    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled)
+    return recipe, config, splits
 
 
 def run_examples(run: Path) -> list[Any]:
