@@ -65,7 +65,28 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
         raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
     if args.thresholds is not None and output != "early-exit":
         raise UserError(f"--thresholds are of early exit, and --output {output} has none")
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and name.endswith("fc"):
+            model.set_submodule(name, Float32Classifier(module))
     return model.eval(), "4" if output == "final" else output
+
+
+class Float32Classifier(torch.nn.Module):
+    """A classifier that computes in float32 under autocast, too: so it was trained and measured, as a probe.
+
+    Args:
+        linear: the classifier.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Pooled features [B, D] of any floating type to logits, float32 [B, num_classes]."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.linear(features.float())
+        return logits
 
 
 def predict(args: PredictArgs) -> None:
@@ -78,7 +99,9 @@ def predict(args: PredictArgs) -> None:
     names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
     model.to(device, memory_format=torch.channels_last)
-    autocast = DTYPES[resolve_precision(args.precision, args.device)]
+    # Early exit is calibrated and measured in fp32, all else in the precision that 'auto' stands for.
+    fp32 = output == "early-exit" and args.precision == "auto"
+    autocast = None if fp32 else DTYPES[resolve_precision(args.precision, args.device)]
     words = class_descriptions(names)  # of WordNet's ids, which say nothing to a person
     shown = [words.get(name, name).split(",")[0] for name in names] if words else names
     width = max(len("class"), *map(len, shown))
@@ -97,7 +120,7 @@ def predict(args: PredictArgs) -> None:
                     corrupt.append((str(file), str(error)))
         if not good:
             continue
-        images = torch.cat(pixels).to(device)
+        images = torch.cat(pixels)
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits, exits = answer(model, images, output, args.thresholds)
         confidences, classes = logits.float().softmax(1).max(1)

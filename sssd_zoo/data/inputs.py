@@ -21,7 +21,7 @@ def prepared(stored: Tensor, network: Any) -> Tensor:
 
 
 def prepare(image: Encoded, network: Any) -> Tensor:
-    """Decodes one image to a network's input, float32 [1, 3, size, size].
+    """Decodes one image to a network's input, float32 [1, 3, size, size] on its device.
 
     It is stored at the size at which the network's accuracy was measured. Networks that do not tell it (those saved by
     versions before 0.2, and the bundled ones) were measured on small square images as they are, on others at
@@ -32,4 +32,5 @@ def prepare(image: Encoded, network: Any) -> Tensor:
     """
     default = storage_default(int(network.pretrained_cfg["input_size"][-1]))
     side = getattr(network, "storage_size", None) or natural_size([image]) or default
-    return prepared(torch.from_numpy(decode(image, side).copy()).unsqueeze(0), network)
+    stored = torch.from_numpy(decode(image, side).copy()).unsqueeze(0)
+    return prepared(stored.to(next(network.parameters()).device), network)

@@ -61,7 +61,7 @@ class Found:
             return UserError(
                 f"{self.root} holds no images: none of its {self.others} files ends in {' '.join(EXTENSIONS)}"
             )
-        return UserError(f"{self.root} is empty: give a folder with images or parquet files")
+        return UserError(f"{self.root} is empty, it holds no images: give a folder with images or parquet files")
 
 
 def walk(root: Path) -> Found:
