@@ -449,8 +449,8 @@ class PredictArgs(ForwardConfig):
         thresholds: of early exit; by default those stored with the network.
         format: 'table', or 'jsonl' for a line of JSON per image.
         max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
-        precision: of the trunk; 'auto' takes fp32 for early exit, which is calibrated in it, else bf16 where the hardware
-            has it.
+        precision: of the trunk; 'auto' takes fp32 for early exit, which is calibrated in it, else bf16 where the
+            hardware has it.
     """
 
     model: str

@@ -4,7 +4,6 @@ The rules are those of `datasets` (its data_files.py and folder_based_builder.py
 same splits and classes in both. Where they would leave the user guessing, the folder is refused.
 """
 
-import logging
 import re
 import unicodedata
 from collections import defaultdict
@@ -12,11 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from sssd_zoo.data.walk import listed
-from sssd_zoo.distributed import rank
+from sssd_zoo.data.walk import listed, warn_once
 from sssd_zoo.errors import UserError
-
-logger = logging.getLogger("sssd_zoo")
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -99,14 +95,12 @@ def image_layout(root: Path, images: list[PurePath], *, unlabelled: bool = False
         else:
             splits[split].append(image)
     if beside:
-        _warn(f"left out {len(beside)} images of {root} that lie beside the folders of its splits ({listed(beside)})")
+        warn_once(
+            f"left out {len(beside)} images of {root} that lie beside the folders of its splits ({listed(beside)})"
+        )
     depth = base
     if by_folder:
-        depth = (
-            base
-            + 1
-            + _shared_depth([PurePath(*image.parts[base + 1 :]) for group in splits.values() for image in group])
-        )
+        depth = _shared_depth([image for group in splits.values() for image in group], base + 1)
     _refuse_splits_below(root, images, base)
     if unlabelled:
         return Layout(splits, depth, set(), [])
@@ -123,9 +117,8 @@ def _folder(image: PurePath, depth: int) -> str:
     return image.parts[depth] if len(image.parts) > depth + 1 else ""
 
 
-def _shared_depth(images: list[PurePath]) -> int:
-    """How many folders all images share which hold folders only, and no split has the name of."""
-    depth = 0
+def _shared_depth(images: list[PurePath], depth: int = 0) -> int:
+    """The depth below the folders, from `depth` on, that all images share: they hold one folder each, and no split."""
     while all(len(image.parts) > depth + 2 for image in images):
         names = {image.parts[depth] for image in images}
         if len(names) != 1 or split_word(names.pop()) is not None:
@@ -196,9 +189,9 @@ def _split_files(root: Path, images: list[PurePath]) -> dict[str, str]:
 def _refuse_splits_below(root: Path, images: list[PurePath], base: int) -> None:
     """Raises `UserError` where splits lie deeper than they are looked for: they would be taken for images alike."""
     children: dict[PurePath, set[str]] = defaultdict(set)
-    for folder in {image.parent for image in images}:
-        for depth in range(base + 1, len(folder.parts)):
-            children[PurePath(*folder.parts[:depth])].add(folder.parts[depth])
+    for parts in {image.parts[:-1] for image in images}:
+        for depth in range(base + 1, len(parts)):
+            children[PurePath(*parts[:depth])].add(parts[depth])
     for folder, names in sorted(children.items()):
         if len(set(_sure_splits(names, alone=True).values())) > 1:
             raise UserError(
@@ -215,7 +208,7 @@ def _labelled(root: Path, splits: Mapping[str, list[PurePath]], depth: int) -> s
         if not loose:
             labelled.add(split)
         elif len(loose) < len(images):
-            _warn(
+            warn_once(
                 f"{root} ({split}) has no labels: {len(loose)} of its images lie beside the sub-folders "
                 f"({listed(loose)}); move them to give it classes, or tell by --unlabelled that it has none"
             )
@@ -223,24 +216,17 @@ def _labelled(root: Path, splits: Mapping[str, list[PurePath]], depth: int) -> s
     for split in sorted(labelled - {"train"} if known else ()):
         names = {composed(image.parts[depth]) for image in splits[split]}
         if names.isdisjoint(known):
-            _warn(f"{root} ({split}) has no labels: its folders ({listed(sorted(names))}) are no classes of train")
+            warn_once(f"{root} ({split}) has no labels: its folders ({listed(sorted(names))}) are no classes of train")
             labelled.discard(split)
     return labelled
 
 
 def _refuse_nested_classes(root: Path, layout: Layout) -> None:
     """Raises `UserError` where class folders hold folders of different names: which are the classes is not clear."""
-    below = {
-        image.parent.parts[layout.depth + 1 :]: image for split in layout.labelled for image in layout.splits[split]
-    }
+    below = {image.parts[layout.depth + 1 : -1]: image for split in layout.labelled for image in layout.splits[split]}
     if len(below) > 1:
         examples = sorted(image.parent.as_posix() for image in below.values())
         raise UserError(
             f"the images of {root} lie in sub-folders of sub-folders ({listed(examples)}), so which folders are its "
             "classes is not clear: give --unlabelled if none are, or put the images of each class into one folder"
         )
-
-
-def _warn(text: str) -> None:
-    if rank() == 0:
-        logger.warning("%s", text)

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sssd_zoo.data.layout import image_layout, split_of_parquet
-from sssd_zoo.data.walk import Found, refuse_pointers, walk
+from sssd_zoo.data.walk import Found, refuse_pointers, walk, warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import disk_errors
@@ -97,12 +97,10 @@ def _parquet_folder(found: Found, streaming: bool) -> Splits:
         files[split_of_parquet(file)].append(str(found.root / file))
     if not files:
         raise found.no_images()
-    if found.images and rank() == 0:
-        logger.warning(
-            "%s holds parquet files and images: the %d images, %s first, are not read",
-            found.root,
-            len(found.images),
-            found.images[0],
+    if found.images:
+        warn_once(
+            f"{found.root} holds parquet files and images: the {len(found.images)} images, {found.images[0]} first, "
+            "are not read"
         )
     return _parquet(files, found.root, streaming)
 
@@ -157,13 +155,10 @@ def _described_folder(found: Found, images: Mapping[str, list[PurePath]]) -> Spl
 
     splits: Splits = _load(load, found.root)
     for split, rows in splits.items():
-        if len(rows) != len(images[split]) and rank() == 0:
-            logger.warning(
-                "%s (%s) has %d images, but its metadata list %d: only those are read",
-                found.root,
-                split,
-                len(images[split]),
-                len(rows),
+        if len(rows) != len(images[split]):
+            warn_once(
+                f"{found.root} ({split}) has {len(images[split])} images, but its metadata list {len(rows)}: only "
+                "those are read"
             )
     return splits
 
@@ -202,6 +197,9 @@ def _stamped(files: list[str]) -> Any:
     """
     from datasets.data_files import DataFilesList
 
+    chained = next((file for file in files if "::" in file), None)
+    if chained is not None:
+        raise UserError(f"the path {chained} has '::', which `datasets` takes for a file in an archive: rename it")
     stamps = [Path(file).stat() for file in files]
     return DataFilesList(
         [str(Path(file).absolute()) for file in files],

@@ -5,6 +5,7 @@ import os
 import stat
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePath
 
 from sssd_zoo.data.formats import EXTENSIONS, LFS_POINTER, UNREAD
@@ -44,8 +45,8 @@ class Found:
 
     def warn(self) -> None:
         """Names and counts, in the main process, what looks like data and is not read."""
-        if rank() == 0 and (self.left_out or self.unread):
-            logger.warning("not read in %s: %s", self.root, self.describe())
+        if self.left_out or self.unread:
+            warn_once(f"not read in {self.root}: {self.describe()}")
 
     def describe(self) -> str:
         """What looks like data and is not read, on one line; '' where there is nothing."""
@@ -88,34 +89,39 @@ def walk(root: Path) -> Found:
         # Links come last, so that what can be reached both ways is taken under its own name.
         if not folders:
             link = links.popleft()
-            if _take(link, found, seen, linked=True):
+            if _take(link, root / link, found, seen, linked=True):
                 folders.append(link)
             continue
-        for path in _entries(folders.pop(), found):
-            if (root / path).is_symlink():
+        folder = folders.pop()
+        for entry in _entries(folder, found):
+            path = folder / entry.name
+            if entry.is_symlink():
                 links.append(path)
-            elif _take(path, found, seen, linked=False):
+            elif _take(path, entry, found, seen, linked=False):
                 folders.append(path)
     for files in (found.images, found.parquet, found.metadata):
         files.sort(key=PurePath.as_posix)
     return found
 
 
-def _entries(folder: PurePath, found: Found) -> list[PurePath]:
+def _entries(folder: PurePath, found: Found) -> list["os.DirEntry[str]"]:
     """What lies in a folder, sorted; nothing of a run folder."""
     try:
-        names = sorted(entry.name for entry in (found.root / folder).iterdir())
+        with os.scandir(found.root / folder) as opened:
+            entries = {entry.name: entry for entry in opened}
     except OSError as error:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     # Runs of earlier versions have no mark.
-    old_run = folder.parts and "config.yaml" in names and not {"steps", "checkpoints"}.isdisjoint(names)
-    if RUN_MARK in names or old_run:
+    old_run = folder.parts and "config.yaml" in entries and not {"steps", "checkpoints"}.isdisjoint(entries)
+    if RUN_MARK in entries or old_run:
         found.left_out["run folders of this package"].append(folder.as_posix())
         return []
-    return [folder / name for name in names if not name.startswith(".") and name not in SYSTEM_FOLDERS]
+    return [entries[name] for name in sorted(entries) if not name.startswith(".") and name not in SYSTEM_FOLDERS]
 
 
-def _take(path: PurePath, found: Found, seen: set[tuple[int, int]], *, linked: bool) -> bool:
+def _take(
+    path: PurePath, entry: "Path | os.DirEntry[str]", found: Found, seen: set[tuple[int, int]], *, linked: bool
+) -> bool:
     """Sorts a file into `found`; True of a folder that is to be looked through."""
     ending = path.suffix.lower()
     files = (
@@ -129,7 +135,7 @@ def _take(path: PurePath, found: Found, seen: set[tuple[int, int]], *, linked: b
     )
     status: os.stat_result | None
     try:
-        status = (found.root / path).stat()
+        status = entry.stat()
     except OSError:  # a broken link, or a file that has just gone
         status = None
     folder = status is not None and stat.S_ISDIR(status.st_mode)
@@ -168,6 +174,13 @@ def refuse_pointers(files: list[Path], origin: Path) -> None:
             f"{len(pointers)} of {len(files)} files of {origin} are git-lfs pointers, not data ({listed(pointers)}): "
             "run `git lfs pull` in the data set's folder"
         )
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Warns in the main process, once: a command opens its data set for each split."""
+    if rank() == 0:
+        logger.warning("%s", text)
 
 
 def listed(names: list[str]) -> str:
