@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.config import ForwardConfig, KNNArgs, LinearArgs, ProbeConfig
@@ -48,6 +48,32 @@ def feature_batches(
         progress=rank() == 0,
         read=read,
     )
+
+
+class Float32Classifier(nn.Module):
+    """A classifier that computes in float32 under autocast, too: so it was trained and measured, as a probe.
+
+    Args:
+        linear: the classifier.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Pooled features [B, D] of any floating type to logits, float32 [B, num_classes]."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.linear(features.float())
+        return logits
+
+
+def float32_classifiers(model: Any) -> Any:
+    """Makes a network's classifiers compute in float32 under autocast, too, and returns it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith("fc"):
+            model.set_submodule(name, Float32Classifier(module))
+    return model
 
 
 def network_features(

@@ -14,7 +14,7 @@ from sssd_zoo.data.loading import CorruptTally
 from sssd_zoo.data.walk import printable, walk
 from sssd_zoo.engine import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluate import DTYPES
+from sssd_zoo.evaluate import DTYPES, float32_classifiers
 from sssd_zoo.hub import class_descriptions
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.networks import load_network
@@ -65,28 +65,7 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
         raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
     if args.thresholds is not None and output != "early-exit":
         raise UserError(f"--thresholds are of early exit, and --output {output} has none")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name.endswith("fc"):
-            model.set_submodule(name, Float32Classifier(module))
-    return model.eval(), "4" if output == "final" else output
-
-
-class Float32Classifier(torch.nn.Module):
-    """A classifier that computes in float32 under autocast, too: so it was trained and measured, as a probe.
-
-    Args:
-        linear: the classifier.
-    """
-
-    def __init__(self, linear: torch.nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Pooled features [B, D] of any floating type to logits, float32 [B, num_classes]."""
-        with torch.autocast(features.device.type, enabled=False):
-            logits: Tensor = self.linear(features.float())
-        return logits
+    return float32_classifiers(model).eval(), "4" if output == "final" else output
 
 
 def predict(args: PredictArgs) -> None:

@@ -452,11 +452,16 @@ class TestTables:
     def test_fractions_are_no_classes(self, tmp_path, caplog):
         file = self.rows(tmp_path / "a.parquet", [0.25, 2.0, 0.5])
         assert load(file).labels is None
-        assert "column 'label' of a.parquet (train) holds fractions, which are no classes" in caplog.text
+        assert "column 'label' of a.parquet (train) holds fractions, not one class per row" in caplog.text
         with pytest.raises(UserError, match="has no labels, which this step needs"):
             load(file, require_labels=True)
         with pytest.raises(UserError, match=r"'label' of .* holds float64, not one class per row"):
             load(file, label_column="label")
+
+    def test_what_names_no_classes_is_told_of(self, tmp_path, caplog):
+        for name, labels, kind in (("bytes", [b"a", b"b"], "binary"), ("lists", [[0], [1]], "List")):
+            assert load(self.rows(tmp_path / f"{name}.parquet", labels)).labels is None
+            assert f"column 'label' of {name}.parquet (train) holds {kind}, not one class per row" in caplog.text
 
     @pytest.mark.parametrize("test", [[None, None], [float("nan"), float("nan")], [-1, -1]])
     def test_test_split_without_labels(self, tmp_path, test):

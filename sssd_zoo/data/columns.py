@@ -191,22 +191,24 @@ def _kind(feature: Any) -> str:
 def _label_column(rows: Any, wanted: str | None, name: str) -> str | None:
     from datasets import ClassLabel
 
-    features = rows.features
+    features: dict[str, Any] = rows.features
     if wanted is not None:
         if wanted not in features:
             raise UserError(f"{name} has no column {wanted!r} for label_column: it has {', '.join(features)}")
         if not _holds_classes(rows, wanted):
             raise UserError(f"column {wanted!r} of {name} holds {_kind(features[wanted])}, not one class per row")
         return wanted
-    for column in LABEL_COLUMNS:
-        if column not in features:
-            continue
+    usual = [column for column in LABEL_COLUMNS if column in features]
+    for column in usual:
         if _holds_classes(rows, column):
             return column
-        if _is_float(features[column]) and rank() == 0:
-            logger.warning("column %r of %s holds fractions, which are no classes: it is not used", column, name)
     found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    return found[0] if len(found) == 1 else None
+    if len(found) == 1:
+        return found[0]
+    if usual and rank() == 0:
+        kind = "fractions" if _is_float(features[usual[0]]) else _kind(features[usual[0]])
+        logger.warning("column %r of %s holds %s, not one class per row: it is not used", usual[0], name, kind)
+    return None
 
 
 def _class_numbers(splits: Splits, split: str, column: str, name: str) -> tuple[NDArray[np.int64], list[str]]:

@@ -58,10 +58,8 @@ class Found:
         """The error to raise where there is nothing to read."""
         if self.unread or self.left_out:
             return UserError(f"{self.root} holds no images that can be read: {self.describe()}")
-        if self.others:
-            return UserError(
-                f"{self.root} holds no images: none of its {self.others} files ends in {' '.join(EXTENSIONS)}"
-            )
+        if others := self.others + len(self.parquet) + len(self.metadata):
+            return UserError(f"{self.root} holds no images: none of its {others} files ends in {' '.join(EXTENSIONS)}")
         return UserError(f"{self.root} is empty, it holds no images: give a folder with images or parquet files")
 
 
@@ -81,7 +79,7 @@ def walk(root: Path) -> Found:
     if not _is_text(str(root)):
         raise UserError(f"the name of {printable(root)} is not UTF-8: rename it")
     if (root / RUN_MARK).exists():
-        raise UserError(f"{root} is a run folder of this package, not data: keep images and runs (--out) apart")
+        raise UserError(f"{root} is a run folder of this package ({RUN_MARK} marks it), not data: keep the two apart")
     inside = root.resolve()
     seen = {_identity(folder.stat()) for folder in (inside, *inside.parents)}
     folders, links = [PurePath()], deque[PurePath]()
