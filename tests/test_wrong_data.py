@@ -150,7 +150,9 @@ class TestWalk:
         data = tree(tmp_path / "run", _here=3)
         (data / RUN_MARK).write_text("{}")
         for read in (load, lambda folder: find_images([str(folder)])):
-            with pytest.raises(UserError, match=r"run is a run folder of this package \(\.sssd-zoo\.json marks it\), not data"):
+            with pytest.raises(
+                UserError, match=r"run is a run folder of this package \(\.sssd-zoo\.json marks it\), not data"
+            ):
                 read(data)
 
     def test_kinds_that_are_not_read(self, tmp_path, caplog):
