@@ -24,7 +24,7 @@ def prepare(image: Encoded, network: Any) -> Tensor:
     """Decodes one image to a network's input, float32 [1, 3, size, size] on its device.
 
     It is stored at the size at which the network's accuracy was measured. Networks that do not tell it (those saved by
-    versions before 0.2, and the bundled ones) were measured on small square images as they are, on others at
+    earlier versions, and the bundled ones) were measured on small square images as they are, on others at
     `storage_default`.
 
     Raises:
