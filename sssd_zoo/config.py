@@ -471,6 +471,8 @@ class PredictArgs(ForwardConfig):
         max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
         max_pixels: images of more cannot be decoded: a small file may hold a picture that takes gigabytes. JPEG is
             decoded at a fraction of its size and counts as that.
+        precision: of the trunk; 'auto' takes fp32 for early exit, which is calibrated in it, else bf16 where the
+            hardware has it.
     """
 
     model: str

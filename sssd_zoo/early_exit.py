@@ -27,7 +27,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from sssd_zoo import report
 from sssd_zoo.config import EarlyExitArgs, ForwardConfig
-from sssd_zoo.data.augment import normalise, resize, to_float
+from sssd_zoo.data.inputs import prepared as prepared  # callers find it here
+from sssd_zoo.data.layout import composed
 from sssd_zoo.data.loading import DataConfig, ImageData, load_images, split_names
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.engine import tune_cpu
@@ -387,6 +388,7 @@ def calibration_data(args: EarlyExitArgs, model: Any) -> tuple[Part, Part]:
                 "that the classifiers were not trained on, and name them by --split"
             )
         config = replace(config, split=held)
+    config = replace(config, storage_size=config.storage_size or model.storage_size)
     size = storage_default(statistics(model)[2])
     test = load_images(config, default_size=size, require_labels=True)
     check_classes(test, model, args.model)
@@ -421,7 +423,7 @@ def check_classes(data: ImageData, model: Any, name: str) -> None:
         UserError: naming both.
     """
     assert data.class_names is not None  # callers load with require_labels
-    known = list(model.pretrained_cfg.get("label_names") or data.class_names)
+    known = [composed(name) for name in model.pretrained_cfg.get("label_names") or data.class_names]
     if len(data.class_names) != model.num_classes or known != data.class_names:
         raise UserError(
             f"the {len(data.class_names)} classes of {data.name} ({data.split}) are not the {model.num_classes} of "
@@ -452,12 +454,6 @@ def run_early(model: Any, data: Part, thresholds: Sequence[float], device: torch
         answers.append(early.logits.argmax(1).cpu())
         taken.append(early.exit.cpu())
     return torch.cat(answers), torch.cat(taken)
-
-
-def prepared(stored: Tensor, model: Any) -> Tensor:
-    """Stored images, uint8 [B, 3, S, S], as the network's input."""
-    mean, std, size = statistics(model)
-    return normalise(resize(to_float(stored), size), mean, std)
 
 
 def early_exit(args: EarlyExitArgs) -> None:

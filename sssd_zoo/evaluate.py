@@ -8,16 +8,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.config import ForwardConfig, KNNArgs, LinearArgs, ProbeConfig
 from sssd_zoo.data.loading import DataConfig, ImageData, fits_on_gpu, load_images, split_names
+from sssd_zoo.data.walk import listed
 from sssd_zoo.distributed import rank
 from sssd_zoo.engine import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import write_json
 from sssd_zoo.hub import save_network
+from sssd_zoo.models import SSSDResNet
 from sssd_zoo.networks import load_network, statistics, storage_default
 from sssd_zoo.probe import Probe, check_labels, linear_probe, pooled_batches, stack_features
 from sssd_zoo.probe import knn as knn_accuracy
@@ -55,6 +57,32 @@ def feature_batches(
         progress=rank() == 0,
         read=read,
     )
+
+
+class Float32Classifier(nn.Module):
+    """A classifier that computes in float32 under autocast, too: so it was trained and measured, as a probe.
+
+    Args:
+        linear: the classifier.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Pooled features [B, D] of any floating type to logits, float32 [B, num_classes]."""
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.linear(features.float())
+        return logits
+
+
+def float32_classifiers(model: Any) -> Any:
+    """Makes a network's classifiers compute in float32 under autocast, too, and returns it."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith("fc"):
+            model.set_submodule(name, Float32Classifier(module))
+    return model
 
 
 def network_features(
@@ -95,7 +123,8 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         """Checks the labels here, before a day of training, which the probes would do after it."""
-        check_labels(self.train_labels, self.test_labels, len(self.train.class_names or []))
+        names = self.train.class_names or []
+        check_labels(self.train_labels, self.test_labels, len(names), names)
 
     @property
     def train_labels(self) -> Tensor:
@@ -144,8 +173,10 @@ def evaluation_data(
         if test.labels is None:
             continue
         if test.class_names != data.class_names:
+            different = sorted(set(test.class_names or []) ^ set(data.class_names or []))
             raise UserError(
-                f"the splits {data.split} and {name} of {data.name} have different classes; give another --test_split"
+                f"the splits {data.split} and {name} of {data.name} have different classes ({listed(different)} in one "
+                "of them only); give another --test_split"
             )
         return Evaluation(data, torch.arange(len(data)), test, torch.arange(len(test)), f"split {name}")
     from sklearn.model_selection import train_test_split
@@ -155,7 +186,13 @@ def evaluation_data(
     try:
         kept, held = train_test_split(np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed)
     except ValueError as error:
-        raise UserError(f"cannot hold images of every class out of {data.name} to measure on: {error}") from error
+        counts = np.bincount(data.labels)
+        single = [data.class_names[number] for number in np.flatnonzero(counts == 1)] if data.class_names else []
+        reason = f"{len(single)} of them have one image only ({listed(single)})" if single else str(error)
+        raise UserError(
+            f"cannot hold images of each of the {len(counts)} classes of {data.name} out to measure on: {reason}; add "
+            "images, or give --unlabelled if these are no classes (but dates or cameras, say)"
+        ) from error
     words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"
     return Evaluation(data, torch.from_numpy(np.sort(kept)), data, torch.from_numpy(np.sort(held)), words)
 
@@ -214,8 +251,10 @@ def probe_features(features: Features, config: ProbeConfig, seed: int) -> Probe:
     )
 
 
-def put_heads(model: Any, probe: Probe) -> None:
-    """Makes the probes the network's classifiers."""
+def put_heads(model: Any, probe: Probe, storage_size: int) -> None:
+    """Makes the probes, measured on images stored at this size, the network's classifiers."""
+    if isinstance(model, SSSDResNet):
+        model.storage_size = storage_size
     classes = probe.weights.shape[1]
     model.reset_classifier(classes)
     heads = (
@@ -273,7 +312,7 @@ def linear(args: LinearArgs) -> None:
     print(accuracy_table(probe.exits, probe.ensemble))
     if out is not None:
         begin(out, args)
-        put_heads(model, probe)
+        put_heads(model, probe, evaluation.train.size)
         metrics = {
             "data": evaluation.train.name,
             "test": evaluation.words,

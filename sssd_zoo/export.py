@@ -297,7 +297,7 @@ def export_stages(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], ex
 def export_int8(model: SSSDResNet, args: ExportArgs, graph: bytes, outputs: list[str], out: Path) -> None:
     """Writes the int8 form of a graph beside it, and says what it is worth."""
     assert args.data is not None  # `export` saw to it
-    config = DataConfig(data=args.data, split=args.split)
+    config = DataConfig(data=args.data, split=args.split, storage_size=model.storage_size)
     data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
     check_classes(data, model, args.model)
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=0.5, seed=args.seed)

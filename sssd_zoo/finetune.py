@@ -24,7 +24,7 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluate import Evaluation, evaluation_data, network_features
+from sssd_zoo.evaluate import Evaluation, evaluation_data, float32_classifiers, network_features
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.models.resnet import SSSDResNet
 from sssd_zoo.networks import (
@@ -157,7 +157,8 @@ def train_and_measure(
     if rank() != 0:
         return {}
     forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
-    logits = network_features(load_network(str(out)), test, forward, read=exit_logits)[:, evaluation.test_positions]
+    trained_network = float32_classifiers(load_network(str(out)))  # measured as `sssd predict` answers
+    logits = network_features(trained_network, test, forward, read=exit_logits)[:, evaluation.test_positions]
     exits, ensemble = accuracies(logits, evaluation.test_labels)
     remove(out, ("checkpoints/step-*",))  # it is done, and they are many times its size
     return {"exits": exits, "ensemble": ensemble, "loss": trained["loss"], "steps": trained_steps(optim, positions)}

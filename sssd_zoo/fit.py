@@ -27,6 +27,7 @@ from sssd_zoo import report
 from sssd_zoo.clustering import PseudoLabels, random_labels
 from sssd_zoo.config import FitArgs, SelfDistillationConfig
 from sssd_zoo.data.loading import ImageData
+from sssd_zoo.data.walk import listed
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import read_metrics
 from sssd_zoo.errors import UserError
@@ -62,7 +63,7 @@ def fit(args: FitArgs) -> None:
         save_config(out, args)
     stages = Stages(out, {**setup.inputs, "seed": runtime.seed}, overwrite=args.overwrite)
     say(
-        f"{len(data)} images of {data.name}, {'labelled for evaluation' if labelled else 'without labels'}; "
+        f"{len(data)} images of {data.name}, {labels_in_words(data)}; "
         f"{arch} at {size} px, {machine_words(stages.common['precision'])}"
     )
     say(f"labels from {pretext.words.replace('`', '')}")
@@ -126,7 +127,7 @@ def fit(args: FitArgs) -> None:
             probe = probe_features(evaluation_features(network, evaluation, forward), args.probe, runtime.seed)
             accuracy.append({"name": title, "exits": probe.exits, "ensemble": probe.ensemble})
             if name == "distill":
-                put_heads(network, probe)
+                put_heads(network, probe, data.size)
                 save_model_folder(folder / "network", network, arch=arch, label_names=data.class_names, input_size=size)
         trunk = load_network(pretext.network(out), num_classes=0)
         found = evaluation_features(trunk, evaluation, forward)
@@ -232,6 +233,16 @@ def finish(
         card_context=results,
     )
     save_config(out, args)
+
+
+def labels_in_words(data: ImageData) -> str:
+    """Whether the images are labelled, and by what: sub-folders may be dates or cameras."""
+    if data.class_names is None:
+        return "without labels"
+    return (
+        f"labelled for evaluation by {len(data.class_names)} classes ({listed(data.class_names)}; give --unlabelled if "
+        "these are none)"
+    )
 
 
 def sheet(data: ImageData, pseudo: PseudoLabels, clusters: int = 12, columns: int = 12) -> tuple[Any, list[str]]:

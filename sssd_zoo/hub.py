@@ -158,6 +158,8 @@ def network_config(
     config["model_args"].pop("thresholds", None)
     if getattr(model, "thresholds", None) is not None:
         config["model_args"]["thresholds"] = model.thresholds
+    if getattr(model, "storage_size", None) is not None:
+        config["model_args"]["storage_size"] = model.storage_size
     # These tell of the weights that the network's default configuration is about, not of the ones saved.
     for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"):
         config["pretrained_cfg"].pop(name, None)

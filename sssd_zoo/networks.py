@@ -11,6 +11,7 @@ from torch import nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.config import ModelsArgs
+from sssd_zoo.data.inputs import storage_default as storage_default  # callers find it here
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.errors import UserError
@@ -35,11 +36,6 @@ def choose_model(name: str | None, size: int) -> str:
         close = ", ".join(timm.list_models("sssd_*"))
         raise UserError(f"timm has no model '{name}'; this package's are {close}")
     return name
-
-
-def storage_default(image_size: int | None) -> int:
-    """The side that larger images are stored at: an eighth more than the views' 224 px, or than what is asked for."""
-    return round((image_size or 224) * 8 / 7)
 
 
 def check_sizes(arch: str, sizes: list[int]) -> None:

@@ -32,8 +32,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sssd_zoo.data.augment import normalise, resize, to_float
-from sssd_zoo.data.images import CorruptImageError, Encoded, decode, natural_size
+from sssd_zoo.data import inputs
+from sssd_zoo.data.images import CorruptImageError, Encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.models import SSSDResNet, ensemble_logits, multiply_adds
 
@@ -144,12 +144,7 @@ def prepare(image: bytes, network: Any) -> Tensor:
     Raises:
         CorruptImageError: if it cannot be decoded.
     """
-    config = network.pretrained_cfg
-    size = int(config["input_size"][-1])
-    encoded = Encoded("the image", image, None)
-    stored = natural_size([encoded]) or round(size * 8 / 7)
-    pixels = torch.from_numpy(decode(encoded, stored).copy())
-    return normalise(resize(to_float(pixels[None]), size), config["mean"], config["std"])
+    return inputs.prepare(Encoded("the image", image, None), network)
 
 
 class Demo:

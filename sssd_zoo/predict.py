@@ -8,38 +8,40 @@ import torch
 from torch import Tensor
 
 from sssd_zoo.config import PredictArgs
-from sssd_zoo.data.images import Corrupt, CorruptImageError, decode, encoded, natural_size, quiet_pillow
+from sssd_zoo.data.images import Corrupt, CorruptImageError, encoded, quiet_pillow
+from sssd_zoo.data.inputs import prepare
 from sssd_zoo.data.loading import CorruptTally
-from sssd_zoo.data.sources import EXTENSIONS
-from sssd_zoo.early_exit import prepared
+from sssd_zoo.data.walk import printable, walk
 from sssd_zoo.engine import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluate import DTYPES
+from sssd_zoo.evaluate import DTYPES, float32_classifiers
 from sssd_zoo.hub import class_descriptions
 from sssd_zoo.models import SSSDResNet
-from sssd_zoo.networks import load_network, statistics, storage_default
+from sssd_zoo.networks import load_network
 
 
 def find_images(names: list[str]) -> list[Path]:
-    """The files named, and the images below the folders named, in their order.
+    """The files named, and the images below the folders named, which are those that training would read.
 
     Raises:
-        UserError: for a name that is not there, or a folder without images.
+        UserError: for a name that is not there or no regular file, or a folder without images.
     """
-    found: list[Path] = []
+    files: list[Path] = []
     for name in names:
-        path = Path(name)
+        path = Path(name).expanduser()
         if path.is_dir():
-            below = [file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file()]
-            below = sorted(file for file in below if not file.name.startswith("."))
-            if not below:
-                raise UserError(f"{path} holds no images: no file in it ends in {' '.join(EXTENSIONS)}")
-            found += below
+            found = walk(path)
+            if not found.images:
+                raise found.no_images()
+            found.warn()
+            files += [path / image for image in found.images]
+        elif path.is_file():
+            files.append(path)
         elif path.exists():
-            found.append(path)
+            raise UserError(f"{printable(path)} is no regular file: give image files, or folders of them")
         else:
-            raise UserError(f"there is no file or folder '{name}'")
-    return found
+            raise UserError(f"there is no file or folder '{printable(path)}'")
+    return files
 
 
 def load_answering(args: PredictArgs) -> tuple[Any, str]:
@@ -63,7 +65,7 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
         raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
     if args.thresholds is not None and output != "early-exit":
         raise UserError(f"--thresholds are of early exit, and --output {output} has none")
-    return model.eval(), "4" if output == "final" else output
+    return float32_classifiers(model).eval(), "4" if output == "final" else output
 
 
 def predict(args: PredictArgs) -> None:
@@ -76,8 +78,9 @@ def predict(args: PredictArgs) -> None:
     names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
     device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
     model.to(device, memory_format=torch.channels_last)
-    autocast = DTYPES[resolve_precision(args.precision, args.device)]
-    size = statistics(model)[2]
+    # Early exit is calibrated and measured in fp32, all else in the precision that 'auto' stands for.
+    fp32 = output == "early-exit" and args.precision == "auto"
+    autocast = None if fp32 else DTYPES[resolve_precision(args.precision, args.device)]
     words = class_descriptions(names)  # of WordNet's ids, which say nothing to a person
     shown = [words.get(name, name).split(",")[0] for name in names] if words else names
     width = max(len("class"), *map(len, shown))
@@ -90,15 +93,13 @@ def predict(args: PredictArgs) -> None:
             for file in files[start : start + args.batch_size]:
                 image = encoded(0, {"bytes": None, "path": str(file)})
                 try:
-                    # Stored and resized as for evaluation, so that the answers are those that were measured.
-                    stored = decode(image, natural_size([image]) or storage_default(size), args.max_pixels)
-                    pixels.append(prepared(torch.from_numpy(stored.copy()).unsqueeze(0), model))
+                    pixels.append(prepare(image, model, args.max_pixels))
                     good.append(file)
                 except CorruptImageError as error:
                     corrupt.append((str(file), str(error)))
         if not good:
             continue
-        images = torch.cat(pixels).to(device)
+        images = torch.cat(pixels)
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits, exits = answer(model, images, output, args.thresholds)
         confidences, classes = logits.float().softmax(1).max(1)

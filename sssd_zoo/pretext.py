@@ -243,6 +243,7 @@ def choose_pretext(
             split=args.pretrain_split,
             image_column=None,
             label_column=None,
+            unlabelled=True,
             revision=None,
         )
         source = load_images(other, default_size=data.size, progress=rank() == 0)

@@ -278,8 +278,11 @@ def knn(
     return 100 * hits / len(test_y)
 
 
-def check_labels(train_y: Tensor, test_y: Tensor, num_classes: int) -> None:
-    """Raises `UserError` unless a probe of these labels, int64 [N] and [M], can be trained and measured."""
+def check_labels(train_y: Tensor, test_y: Tensor, num_classes: int, names: Sequence[str] | None = None) -> None:
+    """Raises `UserError` unless a probe of these labels, int64 [N] and [M], can be trained and measured.
+
+    The error says which class has no images, by its name where `names` are given.
+    """
     for name, labels in (("training", train_y), ("test", test_y)):
         if not len(labels):
             raise UserError(f"the {name} split has no images")
@@ -288,6 +291,8 @@ def check_labels(train_y: Tensor, test_y: Tensor, num_classes: int) -> None:
             raise UserError(f"the {name} labels run from {low} to {high}, but there are {num_classes} classes")
     empty = (torch.bincount(train_y, minlength=num_classes) == 0).nonzero().flatten().tolist()
     if empty:
+        class_name = empty[0] if names is None else f"'{names[empty[0]]}'"
         raise UserError(
-            f"class {empty[0]} has no training images ({len(empty)} classes have none); use more images or labels"
+            f"class {class_name} has no training images ({len(empty)} of {num_classes} classes have none); use more "
+            "images or labels, or give --unlabelled where a command can do without"
         )

@@ -21,6 +21,7 @@ from sssd_zoo.engine import OptimConfig, RuntimeConfig, make_accelerator, read_m
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.hub import save_network
+from sssd_zoo.models import SSSDResNet
 from sssd_zoo.networks import check_sizes
 from sssd_zoo.own_labels import OwnLabels
 from sssd_zoo.run_folder import drop, kind_of, mark
@@ -169,6 +170,8 @@ def run_training(
         What `engine.train` measured.
     """
     check_sizes(arch, [size, *optim.sizes])
+    if isinstance(network, SSSDResNet):
+        network.storage_size = loader.data.size
     if arguments is not None:
         begin(out, arguments)
     elif rank() == 0:

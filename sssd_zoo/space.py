@@ -49,7 +49,9 @@ PAGE_CODE = (
     "models/*.py",
     "data/__init__.py",
     "data/augment.py",
+    "data/formats.py",
     "data/images.py",
+    "data/inputs.py",
 )
 
 
@@ -186,10 +188,11 @@ def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
     """
     try:
         recipe: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig)})
+        config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from error
-    return recipe, config, sources.open_splits(config.data, revision=config.revision)
+    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled)
+    return recipe, config, splits
 
 
 def run_examples(run: Path) -> list[Any]:
@@ -213,18 +216,18 @@ def pick_examples(splits: sources.Splits, split: str, config: DataConfig) -> lis
         shown = spaced(len(labels.names), EXAMPLES)
         members = [np.flatnonzero(labels.values == label).tolist() for label in shown]
         rows = (row for row in chain.from_iterable(zip_longest(*members)) if row is not None)
-    images = list(islice(decodable(encoded, rows, EXAMPLE_SIDE), EXAMPLES))
+    images = list(islice(decodable(encoded, rows, EXAMPLE_SIDE, config.max_pixels), EXAMPLES))
     if not images:
         raise UserError(f"no image of {name} ({split}) can be decoded")
     return images
 
 
-def decodable(encoded: EncodedImages, rows: Iterator[int], largest: int) -> Iterator[Any]:
+def decodable(encoded: EncodedImages, rows: Iterator[int], largest: int, max_pixels: int) -> Iterator[Any]:
     """The images of these rows that can be decoded, as squares of at most `largest` pixels a side."""
     side = min(natural_size(encoded.read(spaced(len(encoded), EXAMPLES))) or largest, largest)
     for row in rows:
         try:
-            yield decode(encoded.read([row])[0], side)
+            yield decode(encoded.read([row])[0], side, max_pixels)
         except CorruptImageError:
             continue  # the run skipped it too
 
@@ -252,7 +255,7 @@ def copy_clusters(run: Path, folder: Path) -> str:
     )
     side = min(natural_size(encoded.read(spaced(len(encoded), EXAMPLES))) or THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     images = [
-        encode(decode(encoded.read([row])[0], side), "WEBP")
+        encode(decode(encoded.read([row])[0], side, config.max_pixels), "WEBP")
         for row in tqdm(pseudo.rows[shown].tolist(), desc="thumbnails", unit="img", leave=False)
     ]
     copy_network(run / "pretrain", folder)

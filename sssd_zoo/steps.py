@@ -4,6 +4,7 @@ Data flows one way: data -> tasks over models -> engine -> clustering -> tasks -
 writes folders only, so each can be run, resumed and replaced on its own.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,7 +135,7 @@ def pretrain(args: PretrainArgs) -> None:
     runtime = part(args, RuntimeConfig)
     make_accelerator(runtime)
     out = open_out(args, "training")
-    config = part(args, DataConfig)
+    config = replace(part(args, DataConfig), unlabelled=True, label_column=None)
     default_size = storage_default(args.image_size)
     data: ImageData | StreamingImages
     if config.streaming:
@@ -475,7 +476,8 @@ def seed(args: SEEDArgs) -> None:
     runtime = part(args, RuntimeConfig)
     make_accelerator(runtime)
     out = open_out(args, "training")
-    data = load_images(part(args, DataConfig), default_size=storage_default(args.image_size))
+    config = replace(part(args, DataConfig), unlabelled=True, label_column=None)
+    data = load_images(config, default_size=storage_default(args.image_size))
     size = choose_size(data, args.image_size)
     arch = choose_model(args.model, size)
     measured = seed_network(

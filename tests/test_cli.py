@@ -141,7 +141,7 @@ def test_shipped_recipes_parse(monkeypatch):
         (["--image_column", "picture"], "picture"),
         (["--label_column", "kind"], "kind"),
         (["--split", "holidays"], "holidays"),
-        (["--split", "train[:32]"], "class 2 has no training images"),
+        (["--split", "train[:32]"], "class 'red' has no training images"),
         (["--model", "resnet_of_dreams"], "resnet_of_dreams"),
         (["--pretrain.queue_size", "999"], "queue_size 999"),
         (["--pretrain.splits", "3"], "splits 3"),

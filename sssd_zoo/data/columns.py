@@ -1,6 +1,7 @@
 """Finds a data set's split, image column and label column, and reads the labels."""
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sssd_zoo.data.sources import SPLIT_NAMES, Splits
+from sssd_zoo.data.layout import SPLIT_NAMES, composed
+from sssd_zoo.data.sources import Splits
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 
@@ -107,7 +109,8 @@ def read_labels(splits: Splits, split: str, wanted: str | None, name: str, *, re
     """Reads the labels of a split: integers as they are named by the data set, or else numbered in sorted order.
 
     Names and numbers are those of all splits together, so that they mean the same in each. A negative label, or none,
-    says that the row is not labelled, as the Hub's test splits do.
+    says that the row is not labelled, as the Hub's test splits do. Whole numbers may be stored as floats, which one
+    missing label makes pandas do. Names are in Unicode's composed form (NFC).
 
     Args:
         splits: all splits.
@@ -123,13 +126,13 @@ def read_labels(splits: Splits, split: str, wanted: str | None, name: str, *, re
         UserError: if the column asked for is not there or holds no classes; if labels are required and some row has
             none, or some class has no row.
     """
-    features = splits[split].features
-    column = _label_column(features, wanted, name)
+    column = _label_column(splits[split], wanted, f"{name} ({split})")
     if column is None:
         if required:
+            held = ", ".join(splits[split].features)
             raise UserError(
                 f"{name} ({split}) has no labels, which this step needs: name the column with label_column "
-                f"(columns: {', '.join(features)}), or put the images of each class into a sub-folder of its own"
+                f"(columns: {held}), or put the images of each class into a sub-folder of its own"
             )
         return None
     values, names = _class_numbers(splits, split, column, name)
@@ -164,28 +167,48 @@ def _may_hold_classes(feature: Any) -> bool:
     from datasets import ClassLabel, Value
 
     if isinstance(feature, Value):
-        return feature.dtype in ("string", "large_string", "bool") or "int" in feature.dtype
+        return feature.dtype in ("string", "large_string", "bool") or "int" in feature.dtype or _is_float(feature)
     return isinstance(feature, ClassLabel)
+
+
+def _is_float(feature: Any) -> bool:
+    return "float" in _kind(feature)
+
+
+def _holds_classes(rows: Any, column: str) -> bool:
+    """Whether a column may hold classes, and numbers stored as floats are all whole, or not there."""
+    feature = rows.features[column]
+    if not _is_float(feature):
+        return _may_hold_classes(feature)
+    values = _column(rows, column)
+    return all(value is None or math.isnan(value) or value.is_integer() for value in values)
 
 
 def _kind(feature: Any) -> str:
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
-def _label_column(features: Mapping[str, Any], wanted: str | None, name: str) -> str | None:
+def _label_column(rows: Any, wanted: str | None, name: str) -> str | None:
     from datasets import ClassLabel
 
+    features: dict[str, Any] = rows.features
     if wanted is not None:
         if wanted not in features:
             raise UserError(f"{name} has no column {wanted!r} for label_column: it has {', '.join(features)}")
-        if not _may_hold_classes(features[wanted]):
+        if not _holds_classes(rows, wanted):
             raise UserError(f"column {wanted!r} of {name} holds {_kind(features[wanted])}, not one class per row")
         return wanted
-    for column in LABEL_COLUMNS:
-        if column in features and _may_hold_classes(features[column]):
+    usual = [column for column in LABEL_COLUMNS if column in features]
+    for column in usual:
+        if _holds_classes(rows, column):
             return column
     found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    return found[0] if len(found) == 1 else None
+    if len(found) == 1:
+        return found[0]
+    if usual and rank() == 0:
+        kind = "fractions" if _is_float(features[usual[0]]) else _kind(features[usual[0]])
+        logger.warning("column %r of %s holds %s, not one class per row: it is not used", usual[0], name, kind)
+    return None
 
 
 def _class_numbers(splits: Splits, split: str, column: str, name: str) -> tuple[NDArray[np.int64], list[str]]:
@@ -193,21 +216,39 @@ def _class_numbers(splits: Splits, split: str, column: str, name: str) -> tuple[
     from datasets import ClassLabel
 
     feature = splits[split].features[column]
-    values = _column(splits[split], column)
+    values = _values(splits[split], column)
     if isinstance(feature, ClassLabel):
         numbers = np.array([-1 if value is None else value for value in values], dtype=np.int64)
         if numbers.max(initial=-1) >= len(feature.names):
             raise UserError(f"column {column!r} of {name} ({split}) has label {numbers.max()}, beyond its class names")
-        return numbers, list(feature.names)
+        # Two spellings of a name in Unicode are one class.
+        names = list(dict.fromkeys(map(composed, feature.names)))
+        classes = np.array([names.index(composed(spelt)) for spelt in feature.names] + [-1], dtype=np.int64)
+        return classes[np.maximum(numbers, -1)], names
     everywhere = {
         value
         for rows in splits.values()
-        if column in rows.features and rows.features[column] == feature
-        for value in _column(rows, column)
+        if column in rows.features
+        and _is_text(rows.features[column]) == _is_text(feature)
+        and not isinstance(rows.features[column], ClassLabel)
+        and _holds_classes(rows, column)
+        for value in _values(rows, column)
     }
     kept = sorted(value for value in everywhere if value is not None and (isinstance(value, str) or value >= 0))
     number = {value: label for label, value in enumerate(kept)}
     return np.array([number.get(value, -1) for value in values], dtype=np.int64), [str(value) for value in kept]
+
+
+def _is_text(feature: Any) -> bool:
+    return "string" in _kind(feature)
+
+
+def _values(rows: Any, column: str) -> list[Any]:
+    """The values of a label column as they name classes: whole numbers as int, None where there is no label."""
+    values = _column(rows, column)
+    if _is_float(rows.features[column]):
+        return [None if value is None or math.isnan(value) else int(value) for value in values]
+    return [composed(value) if isinstance(value, str) else value for value in values]
 
 
 def _column(rows: Any, column: str) -> list[Any]:

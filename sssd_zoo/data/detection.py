@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sssd_zoo.data import sources
 from sssd_zoo.data.columns import pick_split
+from sssd_zoo.data.formats import EXTENSIONS
 from sssd_zoo.data.images import (
     MAX_PIXELS,
     CorruptImageError,
@@ -498,7 +499,7 @@ def _read_voc(root: Path, split: str) -> Found:
                 continue
             names |= {thing.name for thing in objects if thing.name}
             stated = (tree.findtext("filename") or "").replace("\\", "/").rsplit("/", 1)[-1].strip()
-            suffixes = [suffix for known in sources.EXTENSIONS for suffix in (known, known.upper())]
+            suffixes = [suffix for known in EXTENSIONS for suffix in (known, known.upper())]
             image = _find(root / "JPEGImages", [*(f"{identifier}{suffix}" for suffix in suffixes), stated])
             found.images.append(
                 Annotated(

@@ -22,6 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from sssd_zoo.data.formats import LFS_POINTER, regular_file
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -92,12 +94,12 @@ def encoded(name: int | str, image: dict[str, Any] | None) -> Encoded:
 
             with xopen(path, "rb") as file:
                 return Encoded(path, file.read(), None)
-        file = Path(path)
-        if file.exists() and not file.is_file():  # a pipe or a device under an image's name would be read for ever
-            return Encoded(path, b"", "it is not a regular file")
-        return Encoded(path, file.read_bytes(), None)
+        data = regular_file(Path(path)).read_bytes()
     except OSError as error:
         return Encoded(path, b"", error.strerror or str(error))
+    if data.startswith(LFS_POINTER):
+        return Encoded(path, b"", "it is a git-lfs pointer, not an image: run `git lfs pull`")
+    return Encoded(path, data, None)
 
 
 def _open(data: bytes) -> Image.Image:

@@ -52,6 +52,8 @@ class DataConfig:
             it by rows, where nothing streams.
         image_column: of the data set; by default found by its type or name.
         label_column: of the data set; by default found by its type or name, and labels are optional.
+        unlabelled: use no labels, whatever the data have: for images in sub-folders that are no classes, such as dates
+            or cameras.
         storage_size: side in pixels of the square that each image is stored as; by default the images' own if all are
             square, alike and at most 96 px, otherwise a size that fits the model.
         max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
@@ -67,6 +69,7 @@ class DataConfig:
     split: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    unlabelled: bool = False
     storage_size: int | None = None
     max_corrupt: int = 0
     max_pixels: int = MAX_PIXELS
@@ -234,14 +237,18 @@ def load_images(
     check_config(config)
     if config.streaming:
         raise UserError("streaming serves pretraining only: every other step needs the rows by number")
+    if config.unlabelled and (require_labels or config.label_column is not None):
+        raise UserError("--unlabelled leaves out the labels, which this step or --label_column asks for: drop one")
     progress = progress and rank() == 0
     name = sources.short_name(config.data)
-    splits = sources.open_splits(config.data, revision=config.revision, progress=progress)
+    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled, progress=progress)
     splits, split = columns.take_split(splits, config.split, name)
     if len(splits[split]) == 0:
         raise UserError(f"{name} ({split}) has no rows")
     encoded = open_encoded(splits[split], config.image_column, name)
-    labels = columns.read_labels(splits, split, config.label_column, name, required=require_labels)
+    labels = None
+    if not config.unlabelled:
+        labels = columns.read_labels(splits, split, config.label_column, name, required=require_labels)
     size = config.storage_size or natural_size(encoded.read(spaced(len(encoded), LOOKED_AT))) or default_size
     digest = fingerprint(encoded, progress=progress)
     keep = config.in_memory
@@ -272,7 +279,9 @@ def load_images(
 
 def split_names(config: DataConfig) -> list[str]:
     """The splits that the data set has, in its order; raises `UserError` as `load_images` does."""
-    return list(sources.open_splits(config.data, revision=config.revision, progress=rank() == 0))
+    return list(
+        sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled, progress=rank() == 0)
+    )
 
 
 def open_encoded(rows: Any, wanted: str | None, name: str) -> EncodedImages:

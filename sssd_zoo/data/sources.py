@@ -4,7 +4,6 @@ Each becomes splits of Hugging Face `datasets`, whose columns `columns.py` then 
 """
 
 import logging
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+from sssd_zoo.data.layout import image_layout, split_of_parquet
+from sssd_zoo.data.walk import Found, refuse_pointers, walk, warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import disk_errors
@@ -20,17 +21,6 @@ logger = logging.getLogger("sssd_zoo")
 
 SAMPLE_NAME = "cifar10-sample"
 SAMPLE_FOLDER = Path(__file__).with_name("sample")
-EXTENSIONS = tuple(
-    f".{kind}"
-    for kind in ("jpg", "jpeg", "jfif", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm", "pnm", "jp2")
-)
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("unlabeled", "unlabelled", "unsupervised"), "unlabeled"),
-    "extra": "extra",
-}
 HUB_TIMEOUT = 10.0  # seconds: without a first short look, `datasets` retries an unreachable Hub for half a minute
 
 Splits = Mapping[str, Any]  # split name -> Dataset or IterableDataset
@@ -42,7 +32,14 @@ def short_name(data: str) -> str:
     return path.resolve().name if path.exists() else data
 
 
-def open_splits(data: str, *, revision: str | None = None, streaming: bool = False, progress: bool = True) -> Splits:
+def open_splits(
+    data: str,
+    *,
+    revision: str | None = None,
+    streaming: bool = False,
+    unlabelled: bool = False,
+    progress: bool = True,
+) -> Splits:
     """Opens the splits of a data set.
 
     Args:
@@ -50,6 +47,7 @@ def open_splits(data: str, *, revision: str | None = None, streaming: bool = Fal
             `save_to_disk` folder; or a Hub id, with `:configuration` behind it where the data set has several.
         revision: commit or branch, for the Hub.
         streaming: read rows as they are asked for.
+        unlabelled: the sub-folders of an image folder are no classes.
         progress: show the bars of downloads.
 
     Returns:
@@ -63,98 +61,105 @@ def open_splits(data: str, *, revision: str | None = None, streaming: bool = Fal
         return _parquet(files, SAMPLE_FOLDER, streaming)
     path = Path(data).expanduser()
     if path.exists():
-        return _open_path(path, streaming)
+        return _open_path(path, streaming, unlabelled)
     name, _, configuration = data.partition(":")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix == ".parquet":
         raise UserError(f"no file or folder {data}: give an image folder, parquet, a Hub id or {SAMPLE_NAME}")
     return _open_hub(name, configuration or None, revision, streaming, progress)
 
 
-def _open_path(path: Path, streaming: bool) -> Splits:
+def _open_path(path: Path, streaming: bool, unlabelled: bool) -> Splits:
     from datasets import Dataset, load_from_disk
 
     if path.is_file():
         if path.suffix != ".parquet":
             raise UserError(f"{path} is a file of another kind: give a parquet file or a folder")
-        return _parquet({_split_of(PurePath(path.name)): [str(path)]}, path, streaming)
+        return _parquet({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
+    if not path.is_dir():
+        raise UserError(f"{path} is neither a file nor a folder: give a parquet file or a folder")
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        refuse_pointers(sorted(path.rglob("*.arrow")), path)
         splits = _load(lambda: load_from_disk(str(path)), path)
         return {str(splits.split or "train"): splits} if isinstance(splits, Dataset) else splits
-    images, parquet, others, folders = _walk(path)
-    if parquet:
-        files = defaultdict(list)
-        for file in parquet:
-            files[_split_of(file)].append(str(path / file))
-        return _parquet(files, path, streaming)
-    if images:
-        return _image_folder(path, images, folders)
-    if others:
-        raise UserError(f"{path} holds no images: none of its {others} files ends in {' '.join(EXTENSIONS)}")
-    raise UserError(f"{path} is empty: give a folder with images or parquet files")
+    found = walk(path)
+    if found.parquet or (found.metadata and not found.images):
+        return _parquet_folder(found, streaming)
+    if not found.images:
+        raise found.no_images()
+    found.warn()
+    return _image_folder(found, unlabelled)
 
 
-def _walk(root: Path) -> tuple[list[PurePath], list[PurePath], int, list[PurePath]]:
-    """Image and parquet files below `root` as sorted relative paths, the number of other files, and the folders."""
-    images, parquet, others, visited = [], [], 0, []
-    for folder, folders, files in os.walk(root, onerror=_unreadable, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        visited.append(PurePath(folder).relative_to(root))
-        for name in files:
-            path = visited[-1] / name
-            if name.startswith("."):
-                continue
-            if path.suffix.lower() in EXTENSIONS:
-                images.append(path)
-            elif path.suffix == ".parquet":
-                parquet.append(path)
-            else:
-                others += 1
-    return sorted(images, key=PurePath.as_posix), sorted(parquet, key=PurePath.as_posix), others, visited
+def _parquet_folder(found: Found, streaming: bool) -> Splits:
+    """Splits of parquet files; a metadata.parquet without images beside it is one of them."""
+    files = defaultdict(list)
+    for file in sorted([*found.parquet, *(file for file in found.metadata if file.suffix == ".parquet")]):
+        files[split_of_parquet(file)].append(str(found.root / file))
+    if not files:
+        raise found.no_images()
+    if found.images:
+        warn_once(
+            f"{found.root} holds parquet files and images: the {len(found.images)} images, {found.images[0]} first, "
+            "are not read"
+        )
+    return _parquet(files, found.root, streaming)
 
 
-def _unreadable(error: OSError) -> None:
-    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-
-def _split_of(path: PurePath) -> str:
-    """The split that a file's folders or the words of its name tell of; 'train' if none does."""
-    for part in (*path.parts[:-1], *re.split(r"[-_.\s]", path.stem)):
-        if part.lower() in SPLIT_NAMES:
-            return SPLIT_NAMES[part.lower()]
-    return "train"
-
-
-def _image_folder(root: Path, files: list[PurePath], folders: list[PurePath]) -> Splits:
-    """Splits of an image folder: `split/class/...`, `class/...`, `split/...` or images alone.
-
-    The sub-folders are splits if all that hold images have names of splits. Below, the first sub-folder is the class,
-    and an empty one is a class without rows. Images beside class folders, or a single class folder, leave the split
-    without labels.
-    """
+def _image_folder(found: Found, unlabelled: bool) -> Splits:
+    """Splits of an image folder: `split/class/...`, `class/...`, `split/...` or images alone, see `image_layout`."""
     from datasets import ClassLabel, Dataset, Features, Image
 
-    split_folders = all(len(file.parts) > 1 and file.parts[0].lower() in SPLIT_NAMES for file in files)
-
-    def split_of(path: PurePath) -> str | None:
-        return SPLIT_NAMES.get(path.parts[0].lower()) if split_folders else "train"
-
-    depth = 1 if split_folders else 0  # of the class among the parts of a path
-    groups = defaultdict(list)
-    for file in files:
-        groups[split_of(file)].append(file)
-    labelled = {split for split, group in groups.items() if all(len(file.parts) > depth + 1 for file in group)}
-    names = sorted(
-        {path.parts[depth] for path in folders if len(path.parts) == depth + 1 and split_of(path) in labelled}
-    )
-    number = {name: label for label, name in enumerate(names)}
+    layout = image_layout(found.root, found.images, unlabelled=unlabelled or bool(found.metadata))
+    if found.metadata:
+        return _described_folder(found, layout.splits)
+    number = {name: label for label, name in enumerate(layout.classes)}
     splits = {}
-    for split, group in groups.items():
-        columns: dict[str, list[Any]] = {"image": [str(root / file) for file in group]}
+    for split, images in layout.splits.items():
+        columns: dict[str, list[Any]] = {"image": [str(found.root / image) for image in images]}
         features = Features(image=Image(decode=False))
-        if split in labelled and len(names) > 1:
-            columns["label"] = [number[file.parts[depth]] for file in group]
-            features["label"] = ClassLabel(names=names)
-        splits[str(split)] = Dataset.from_dict(columns, features=features)
+        if split in layout.labelled and layout.classes:
+            columns["label"] = [number[layout.class_of(image)] for image in images]
+            features["label"] = ClassLabel(names=layout.classes)
+        splits[split] = Dataset.from_dict(columns, features=features)
+    return splits
+
+
+def _described_folder(found: Found, images: Mapping[str, list[PurePath]]) -> Splits:
+    """Splits of images that metadata files list, with the columns of these: as `datasets` reads them."""
+    from datasets import load_dataset
+
+    below: dict[PurePath, set[str]] = defaultdict(set)
+    for split, group in images.items():
+        for folder in {image.parent for image in group}:
+            for parent in (folder, *folder.parents):
+                below[parent].add(split)
+    files = defaultdict(list)
+    for file in found.metadata:
+        if len(below[file.parent]) > 1:
+            raise UserError(
+                f"{found.root / file} lies above the splits {', '.join(sorted(below[file.parent]))}: put one with the "
+                "images of each split into its folder"
+            )
+        for split in below[file.parent]:
+            files[split].append(str(found.root / file))
+    without = sorted(images.keys() - files.keys())
+    if without:
+        raise UserError(f"{found.root} has metadata files, but none for its split {without[0]}: add one, or remove all")
+    refuse_pointers([found.root / file for file in found.metadata], found.root)
+
+    def load() -> Any:
+        return {
+            split: load_dataset("imagefolder", data_files={split: _stamped(files[split])}, split=split)
+            for split in images
+        }
+
+    splits: Splits = _load(load, found.root)
+    for split, rows in splits.items():
+        if len(rows) != len(images[split]):
+            warn_once(
+                f"{found.root} ({split}) has {len(images[split])} images, but its metadata list {len(rows)}: only "
+                "those are read"
+            )
     return splits
 
 
@@ -168,10 +173,56 @@ def _parquet(files: Mapping[str, list[str]], origin: Path, streaming: bool) -> S
         filled = {split: paths for split, paths in filled.items() if paths}
         if not filled:
             raise UserError(f"{origin} has no rows")
-        return load_dataset("parquet", data_files=filled, streaming=streaming)
+        # Each split by itself: read together, all would have to have the columns and types of the first.
+        return {
+            split: load_dataset(
+                "parquet",
+                data_files={split: _stamped(paths)},
+                features=_common_features(paths),
+                split=split,
+                streaming=streaming,
+            )
+            for split, paths in filled.items()
+        }
 
+    refuse_pointers([Path(file) for paths in files.values() for file in paths], origin)
     splits: Splits = _load(load, origin)
     return splits
+
+
+def _stamped(files: list[str]) -> Any:
+    """Files by name, so that no sign in a path is taken for a pattern, and with what tells whether they have changed.
+
+    `datasets` itself looks at the time of the last change alone, which copying tools set back.
+    """
+    from datasets.data_files import DataFilesList
+
+    chained = next((file for file in files if "::" in file), None)
+    if chained is not None:
+        raise UserError(f"the path {chained} has '::', which `datasets` takes for a file in an archive: rename it")
+    stamps = [Path(file).stat() for file in files]
+    return DataFilesList(
+        [str(Path(file).absolute()) for file in files],
+        [(f"{stamp.st_ino} {stamp.st_size} {stamp.st_mtime_ns} {stamp.st_ctime_ns}",) for stamp in stamps],
+    )
+
+
+def _common_features(files: list[str]) -> Any:
+    """The columns of parquet files that differ in them: one whose labels are all missing has no type for them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets import Features, Value
+
+    schemas = [pq.read_schema(file) for file in files]
+    if all(schema.equals(schemas[0]) for schema in schemas):
+        return None
+    common = pa.unify_schemas([schema.remove_metadata() for schema in schemas], promote_options="permissive")
+    features = Features.from_arrow_schema(common)
+    for schema in schemas:
+        for name, feature in Features.from_arrow_schema(schema).items():
+            if not isinstance(feature, Value):
+                features[name] = feature
+    return features
 
 
 def _load(load: Callable[[], Any], origin: Path) -> Any:

@@ -109,7 +109,7 @@ def load_streaming(config: DataConfig, *, default_size: int = 224, progress: boo
     """Opens a split as a stream.
 
     Args:
-        config: which images; `in_memory` and `label_column` do not matter.
+        config: which images; `in_memory`, `label_column` and `unlabelled` do not matter.
         default_size: storage size of images that are not small, square and alike.
         progress: show the bars of downloads.
 
@@ -123,7 +123,11 @@ def load_streaming(config: DataConfig, *, default_size: int = 224, progress: boo
         raise UserError(f"split {config.split!r}: a stream has no row numbers, so no part of a split; drop --streaming")
     name = sources.short_name(config.data)
     splits = sources.open_splits(
-        config.data, revision=config.revision, streaming=True, progress=progress and rank() == 0
+        config.data,
+        revision=config.revision,
+        streaming=True,
+        unlabelled=True,
+        progress=progress and rank() == 0,
     )
     split = columns.pick_split(splits, config.split, name)
     rows = splits[split]

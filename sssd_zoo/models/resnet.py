@@ -53,6 +53,8 @@ class SSSDResNet(ResNet):
         cifar_stem: a 3x3 stride-1 first convolution and no max-pool, for images of about 32 px.
         thresholds: of the exits 1 to 3, which `forward_early` takes by default: `sssd early-exit` calibrates them and
             stores them in config.json, so that timm gives them here. New classifiers drop them.
+        storage_size: side in pixels of the square that images were stored as before they were resized to the input, in
+            training and where accuracy was measured; config.json keeps it for `sssd predict`. No part of the network.
         act_layer: as timm's.
         norm_layer: as timm's.
         device: of the parameters.
@@ -86,6 +88,7 @@ class SSSDResNet(ResNet):
         exits: str = "plain",
         cifar_stem: bool = False,
         thresholds: Sequence[float] | None = None,
+        storage_size: int | None = None,
         act_layer: Any = nn.ReLU,
         norm_layer: Any = nn.BatchNorm2d,
         device: Any = None,
@@ -103,6 +106,7 @@ class SSSDResNet(ResNet):
             raise UserError(f"there are no exits={exits!r}: choose 'plain' or 'attention'")
         self.ensemble = self.output == "ensemble"
         self.thresholds = check_thresholds(thresholds) if self.ensemble and thresholds is not None else None
+        self.storage_size = storage_size
         feature_info: list[dict[str, Any]] = self.feature_info
 
         if cifar_stem:

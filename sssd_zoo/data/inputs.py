@@ -1,0 +1,36 @@
+"""From an encoded image to a network's input, in the one way in which accuracy is measured: stored, then resized."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sssd_zoo.data.augment import normalise, resize, to_float
+from sssd_zoo.data.images import MAX_PIXELS, Encoded, decode, natural_size
+
+
+def storage_default(image_size: int | None) -> int:
+    """The side that larger images are stored at: an eighth more than the views' 224 px, or than what is asked for."""
+    return round((image_size or 224) * 8 / 7)
+
+
+def prepared(stored: Tensor, network: Any) -> Tensor:
+    """Stored images, uint8 [B, 3, S, S], as a network's input: float32 [B, 3, size, size], by its mean and std."""
+    config = network.pretrained_cfg
+    return normalise(resize(to_float(stored), int(config["input_size"][-1])), config["mean"], config["std"])
+
+
+def prepare(image: Encoded, network: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Decodes one image to a network's input, float32 [1, 3, size, size] on its device.
+
+    It is stored at the size at which the network's accuracy was measured. Networks that do not tell it (those saved by
+    earlier versions, and the bundled ones) were measured on small square images as they are, on others at
+    `storage_default`.
+
+    Raises:
+        CorruptImageError: if it cannot be decoded, or its header tells of more than `max_pixels` pixels.
+    """
+    default = storage_default(int(network.pretrained_cfg["input_size"][-1]))
+    side = getattr(network, "storage_size", None) or natural_size([image]) or default
+    stored = torch.from_numpy(decode(image, side, max_pixels).copy()).unsqueeze(0)
+    return prepared(stored.to(next(network.parameters()).device), network)

@@ -1,0 +1,203 @@
+"""One walk over a folder of images, for training as for `sssd predict`: each regular file once, whatever links say."""
+
+import logging
+import os
+import stat
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path, PurePath
+
+from sssd_zoo.data.formats import EXTENSIONS, LFS_POINTER, UNREAD
+from sssd_zoo.distributed import rank
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import RUN_MARK
+
+logger = logging.getLogger("sssd_zoo")
+
+NAMED = 5  # files of a kind that a message names
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of the Hub's image folders
+# Folders that systems leave behind: they hold thumbnails, deleted images, or what nobody may read.
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+
+
+@dataclass
+class Found:
+    """What lies below a folder: paths relative to it, in order.
+
+    Attributes:
+        root: the folder.
+        images: files with an image's ending, also where they cannot be opened: decoding names those.
+        parquet: parquet files, without `metadata`.
+        metadata: files of `METADATA_NAMES`.
+        unread: images of kinds that are not read, by ending.
+        others: the number of other files.
+        left_out: what was not followed or taken, by the reason.
+    """
+
+    root: Path
+    images: list[PurePath] = field(default_factory=list)
+    parquet: list[PurePath] = field(default_factory=list)
+    metadata: list[PurePath] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    others: int = 0
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def warn(self) -> None:
+        """Names and counts, in the main process, what looks like data and is not read."""
+        if self.left_out or self.unread:
+            warn_once(f"not read in {self.root}: {self.describe()}")
+
+    def describe(self) -> str:
+        """What looks like data and is not read, on one line; '' where there is nothing."""
+        parts = [f"{count} {ending} files ({UNREAD[ending]})" for ending, count in self.unread.most_common()]
+        parts += [f"{len(names)} {reason} ({listed(names)})" for reason, names in self.left_out.items()]
+        return "; ".join(parts)
+
+    def no_images(self) -> UserError:
+        """The error to raise where there is nothing to read."""
+        if self.unread or self.left_out:
+            return UserError(f"{self.root} holds no images that can be read: {self.describe()}")
+        if others := self.others + len(self.parquet) + len(self.metadata):
+            return UserError(f"{self.root} holds no images: none of its {others} files ends in {' '.join(EXTENSIONS)}")
+        return UserError(f"{self.root} is empty, it holds no images: give a folder with images or parquet files")
+
+
+def walk(root: Path) -> Found:
+    """Looks through a folder and all below it, hidden files and folders left out.
+
+    Each file and folder is taken once, by device and inode: under its own name where links lead to it, too. Links out
+    of the folder are followed, but not to a folder above it. Run folders of this package are not data.
+
+    Args:
+        root: the folder.
+
+    Raises:
+        UserError: if it, or a folder below it, cannot be read, or if it is a run folder.
+    """
+    found = Found(root)
+    if not _is_text(str(root)):
+        raise UserError(f"the name of {printable(root)} is not UTF-8: rename it")
+    if (root / RUN_MARK).exists():
+        raise UserError(f"{root} is a run folder of this package ({RUN_MARK} marks it), not data: keep the two apart")
+    inside = root.resolve()
+    seen = {_identity(folder.stat()) for folder in (inside, *inside.parents)}
+    folders, links = [PurePath()], deque[PurePath]()
+    while folders or links:
+        # Links come last, so that what can be reached both ways is taken under its own name.
+        if not folders:
+            link = links.popleft()
+            if _take(link, root / link, found, seen, linked=True):
+                folders.append(link)
+            continue
+        folder = folders.pop()
+        for entry in _entries(folder, found):
+            path = folder / entry.name
+            if entry.is_symlink():
+                links.append(path)
+            elif _take(path, entry, found, seen, linked=False):
+                folders.append(path)
+    for files in (found.images, found.parquet, found.metadata):
+        files.sort(key=PurePath.as_posix)
+    return found
+
+
+def _entries(folder: PurePath, found: Found) -> list["os.DirEntry[str]"]:
+    """What lies in a folder, sorted; nothing of a run folder."""
+    try:
+        with os.scandir(found.root / folder) as opened:
+            entries = {entry.name: entry for entry in opened}
+    except OSError as error:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+    # Runs of earlier versions have no mark.
+    old_run = folder.parts and "config.yaml" in entries and not {"steps", "checkpoints"}.isdisjoint(entries)
+    if RUN_MARK in entries or old_run:
+        found.left_out["run folders of this package"].append(folder.as_posix())
+        return []
+    return [entries[name] for name in sorted(entries) if not name.startswith(".") and name not in SYSTEM_FOLDERS]
+
+
+def _take(
+    path: PurePath, entry: "Path | os.DirEntry[str]", found: Found, seen: set[tuple[int, int]], *, linked: bool
+) -> bool:
+    """Sorts a file into `found`; True of a folder that is to be looked through."""
+    ending = path.suffix.lower()
+    files = (
+        found.metadata
+        if path.name in METADATA_NAMES
+        else found.images
+        if ending in EXTENSIONS
+        else found.parquet
+        if ending == ".parquet"
+        else None
+    )
+    status: os.stat_result | None
+    try:
+        status = entry.stat()
+    except OSError:  # a broken link, or a file that has just gone
+        status = None
+    folder = status is not None and stat.S_ISDIR(status.st_mode)
+    if not folder and files is None:
+        if ending in UNREAD:
+            found.unread[ending] += 1
+        else:
+            found.others += 1
+    elif not _is_text(path.name):
+        found.left_out["names that are not UTF-8, rename them"].append(printable(path))
+    elif status is None and files is found.images:
+        files.append(path)  # decoding names it and gives the reason
+    elif status is None:
+        found.left_out["broken links"].append(path.as_posix())
+    elif not folder and not stat.S_ISREG(status.st_mode):
+        found.left_out["pipes, sockets or devices"].append(path.as_posix())
+    elif _identity(status) in seen and (folder or linked or status.st_nlink > 1):
+        found.left_out["links to what is read already"].append(path.as_posix())
+    else:
+        seen.add(_identity(status))
+        if files is not None and not folder:
+            files.append(path)
+        return folder
+    return False
+
+
+def refuse_pointers(files: list[Path], origin: Path) -> None:
+    """Raises `UserError` where files are still git-lfs pointers."""
+    pointers = []
+    for file in files:
+        with file.open("rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                pointers.append(file.name)
+    if pointers:
+        raise UserError(
+            f"{len(pointers)} of {len(files)} files of {origin} are git-lfs pointers, not data ({listed(pointers)}): "
+            "run `git lfs pull` in the data set's folder"
+        )
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Warns in the main process, once: a command opens its data set for each split."""
+    if rank() == 0:
+        logger.warning("%s", text)
+
+
+def listed(names: list[str]) -> str:
+    """A few names for a message."""
+    return ", ".join(names[:NAMED] + ([f"and {len(names) - NAMED} more"] if len(names) > NAMED else []))
+
+
+def printable(path: PurePath) -> str:
+    """A path with the bytes that are no UTF-8 escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
