@@ -5,13 +5,17 @@ user's to mend, so it surfaces as a `UserError`, with nothing left behind.
 """
 
 import errno
+import glob
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from sssd_zoo.errors import UserError
 
@@ -37,8 +41,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         if number is None:
             # safetensors and torch.save raise exceptions of their own, with the system's error in the text.
             number = next((code for code in reasons if f"os error {code})" in str(error)), None)
-        if number is None and "PytorchStreamWriter failed" in str(error):
+        if number is None and any(words in str(error) for words in ("PytorchStreamWriter failed", "unexpected pos")):
             number = errno.ENOSPC
+        if number == errno.ENOENT and not path.parent.exists():
+            raise UserError(f"cannot write {path}: its folder was removed while the command ran") from error
         if number not in reasons:
             raise
         raise UserError(f"cannot write {path}: {reasons[number]}; nothing half written was left") from error
@@ -46,6 +52,15 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def _remove_litter(path: Path, kind: str) -> None:
+    """Removes what killed writers of `path` left beside it: 'tmp', half written, or 'old', about to be replaced."""
+    start = f".{path.name}.{kind}-"
+    for litter in path.parent.glob(f"{glob.escape(start)}*"):
+        process = litter.name.removeprefix(start)
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(litter) if litter.is_dir() else litter.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -63,6 +78,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     temporary = _temporary(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_litter(path, "tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -95,6 +111,35 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"cannot read {path} as JSON: {error}") from error
 
 
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """The sha256 of files in a folder, by their paths in it: what a record keeps for `damage` to compare with."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+
+
+def damage(folder: Path, recorded: Mapping[str, str]) -> str | None:
+    """What is wrong with the files of a folder whose sha256 a record tells: the first of them, or None.
+
+    Args:
+        folder: that holds them.
+        recorded: see `sha256_of`; empty for a record from before there were any.
+    """
+    for name, expected in recorded.items():
+        try:
+            if sha256(folder / name) != expected:
+                return f"{name} is not as it was written (its sha256 differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
 def publish_dir(temporary: Path, path: Path) -> None:
     """Renames the complete folder `temporary` onto `path`, its files safely on disk first; an old `path` is removed."""
     for file in sorted(temporary.rglob("*")):
@@ -106,6 +151,7 @@ def publish_dir(temporary: Path, path: Path) -> None:
             path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
+        _remove_litter(path, "old")
     finally:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -122,6 +168,7 @@ def atomic_dir(path: str | Path) -> Iterator[Path]:
     with disk_errors(path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
+            _remove_litter(path, "tmp")
             temporary.mkdir(parents=True)
             yield temporary
             publish_dir(temporary, path)

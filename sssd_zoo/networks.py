@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
@@ -13,7 +14,7 @@ from sssd_zoo.config import ModelsArgs
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import read_json
+from sssd_zoo.files import damage, read_json
 from sssd_zoo.hub import cache_if_unreachable, hub_cards
 from sssd_zoo.models import multiply_adds
 
@@ -71,7 +72,7 @@ def load_network(name: str, **kwargs: Any) -> Any:
     Raises:
         UserError: if there is neither, or the weights do not fit.
     """
-    folder = Path(name)
+    folder = Path(name.removeprefix("local-dir:"))
     source = name
     if folder.is_dir():
         if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
@@ -79,6 +80,7 @@ def load_network(name: str, **kwargs: Any) -> Any:
         missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
         if missing:
             raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run end?")
+        check_weights(folder, read_json(folder / "config.json"))
         source = f"local-dir:{folder}"
     elif not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
         raise UserError(f"there is no folder '{name}', and timm has no model of that name")
@@ -90,8 +92,19 @@ def load_network(name: str, **kwargs: Any) -> Any:
     try:
         with cache_if_unreachable(repo):
             return timm.create_model(source, **options)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
+
+
+def check_weights(folder: Path, record: Any) -> None:
+    """Refuses a folder whose weights are not those that its record, config.json or the like, tells the sha256 of.
+
+    Raises:
+        UserError: if they are others, cut short or missing.
+    """
+    wrong = damage(folder, record.get("sha256", {}) if isinstance(record, dict) else {})
+    if wrong:
+        raise UserError(f"the network in {folder} is damaged: {wrong}; run again, or fetch, what made it")
 
 
 def load_trunk_of(name: str) -> Any:

@@ -7,16 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sssd_zoo.distributed import barrier, rank
+from sssd_zoo.distributed import barrier, from_main, rank
 from sssd_zoo.engine import machine
-from sssd_zoo.files import read_json, write_json
+from sssd_zoo.files import damage, read_json, sha256_of, write_json
 
 
 class Stages:
     """Runs steps once: a step that has a result of the same inputs is skipped.
 
     The inputs of a step are its settings and the inputs of all steps before it, so a change runs it and all after it
-    again, and what does not depend on it stays.
+    again, and what does not depend on it stays. A result whose files are damaged is made again, too.
 
     Args:
         out: the run folder.
@@ -57,7 +57,10 @@ class Stages:
         self.inputs[name] = inputs = json.loads(json.dumps(inputs))
         before = read_json(record) if record.exists() and folder.exists() else None
         barrier()
-        if before is not None and before["inputs"] == inputs and before["result"] is not None:
+        wrong = from_main(lambda: damage(folder, before.get("sha256", {})) if before else None)
+        if wrong:
+            say(f"[{name}] done again, for {folder} is damaged: {wrong}")
+        elif before is not None and before["inputs"] == inputs and before["result"] is not None:
             say(f"[{name}] done before")
             self.results[name] = before["result"]
             return self.results[name]
@@ -76,7 +79,11 @@ class Stages:
         barrier()
         if rank() == 0:
             seconds = round(time.perf_counter() - began, 1)
-            write_json(record, {"inputs": inputs, "result": {"seconds": seconds, **result}})
+            # What later steps read. Training's checkpoints have records of their own.
+            files = [path for kind in ("safetensors", "json", "parquet") for path in folder.rglob(f"*.{kind}")]
+            files = [path for path in files if path.relative_to(folder).parts[0] != "checkpoints"]
+            sums = sha256_of(folder, files)
+            write_json(record, {"inputs": inputs, "result": {"seconds": seconds, **result}, "sha256": sums})
         barrier()
         self.results[name] = read_json(record)["result"]
         return self.results[name]
