@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
 from jsonargparse import ArgumentParser
 
-from sssd_zoo.distributed import end_other_processes, start_other_processes
+from sssd_zoo.distributed import end_other_processes, others_tell_first, start_other_processes
 from sssd_zoo.errors import UserError
 
 # Subcommand: the dataclass of its arguments in sssd_zoo.config, its module and function, a line for --help.
@@ -145,7 +145,8 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     step: Any = getattr(importlib.import_module(f"sssd_zoo.{module}"), function)
     others = start_other_processes()
     try:
-        step(config(**values))
+        with others_tell_first():
+            step(config(**values))
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:

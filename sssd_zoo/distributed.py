@@ -6,8 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from threading import Thread
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
+
+from sssd_zoo.errors import UserError
 
 T = TypeVar("T")
 _POLL = 0.5  # seconds between looks at the other processes
@@ -59,6 +61,22 @@ def start_other_processes() -> list[subprocess.Popen[bytes]]:
     others = [subprocess.Popen(command, env={**environment, **own}) for own in ranks[1:]]
     Thread(target=_watch, args=(launcher.pid, others), daemon=True).start()
     return others
+
+
+@contextmanager
+def others_tell_first() -> Iterator[None]:
+    """Delays errors that nobody foresaw: of a lost process, a collective tells that a connection was closed.
+
+    Until then the watch, or the launcher, has ended this process, too, and what is printed is the cause.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception:
+        if world_size() > 1:
+            time.sleep(6 * _POLL)
+        raise
 
 
 def end_other_processes(others: list[subprocess.Popen[bytes]], error: BaseException | None) -> None:
