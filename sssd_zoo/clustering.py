@@ -360,8 +360,9 @@ class PseudoLabels:
                 for name in ("near", "near_distance")
             )
             centroids = safetensors.numpy.load_file(folder / "centroids.safetensors")["centroids"]
-            found = np.unique(labels)
+            found, sizes = np.unique(labels, return_counts=True)
             whole = np.array_equal(found, np.arange(len(centroids))) and "fingerprint" in meta
+            whole = whole and meta.get("sizes", sizes.tolist()) == sizes.tolist()
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, SafetensorError) as error:
             raise UserError(f"cannot read the pseudo labels in {folder}: {error}; make them again") from error
         if not whole:

@@ -6,6 +6,7 @@ processes see the samples and the views that one process with the same global ba
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -191,7 +192,8 @@ class Checkpoints:
     """The checkpoints of a run: folders `step-00000123`, complete or absent.
 
     Each holds what the accelerator saves and checkpoint.json: the record that `save` was given, the run's identity, the
-    sha256 of the other files, and in `not_finite_at` the step whose loss was not finite in a run that came from it.
+    sha256 of the other files, in `not_finite_at` the step whose loss was not finite in a run that came from it, and in
+    `seal` the sha256 of all this.
 
     Args:
         folder: that holds them.
@@ -234,7 +236,7 @@ class Checkpoints:
             if accelerator.is_main_process:
                 with disk_errors(self.folder):
                     sums = sha256_of(partial, partial.iterdir())
-                    write_json(partial / "checkpoint.json", {**record, "identity": self.identity, "sha256": sums})
+                    _write_record(partial, {**record, "identity": self.identity, "sha256": sums})
                     publish_dir(partial, target)
         finally:
             if accelerator.is_main_process:
@@ -315,7 +317,7 @@ class Checkpoints:
         good = [path for path, record in saved if record["step"] < step]
         if saved and rank() == 0:
             path, record = saved[-1]
-            write_json(path / "checkpoint.json", {**record, "not_finite_at": step})
+            _write_record(path, {**record, "not_finite_at": step})
         kept = f"the last good checkpoint is {good[-1]}" if good else "without a good checkpoint it starts anew"
         return UserError(f"{what}; resume the run with a lower lr, warmup_epochs, clip_grad or precision fp32 ({kept})")
 
@@ -327,7 +329,18 @@ def _record(checkpoint: Path) -> dict[str, Any] | None:
     except UserError:
         return None
     whole = isinstance(content, dict) and {"step", "epoch_sum", "epoch_count", "seconds", "identity"} <= content.keys()
-    return content if whole else None
+    if whole and content.pop("seal", None) in (None, _seal(content)):  # none in those of earlier versions
+        return dict(content)
+    return None
+
+
+def _write_record(checkpoint: Path, record: dict[str, Any]) -> None:
+    write_json(checkpoint / "checkpoint.json", {**record, "seal": _seal(record)})
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """The sha256 of a record, which is in it, as it tells those of the other files."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 class Log:
@@ -380,10 +393,10 @@ class Log:
             self.trackio.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path, key: str = "step") -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, [] if there is none; a half line at its end, left by a kill, is ignored.
 
-    A line that is damaged is named on stderr and left out: it is worth less than the run.
+    A line that is damaged, or tells no `key`, is named on stderr and left out: it is worth less than the run.
     """
     if not path.exists():
         return []
@@ -392,7 +405,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         values = None
         with suppress(ValueError):
             values = json.loads(line)
-        if isinstance(values, dict) and "step" in values:
+        if isinstance(values, dict) and key in values:
             metrics.append(values)
         elif line:
             print(f"warning: line {number} of {path} is damaged and left out", file=sys.stderr)

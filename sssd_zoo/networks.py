@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import sssd_zoo  # noqa: F401  registers the models with timm
+import sssd_zoo  # registers the models with timm
 from sssd_zoo.config import ModelsArgs
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
@@ -89,6 +89,8 @@ def load_network(name: str, **kwargs: Any) -> Any:
     repo = source.removeprefix("hf-hub:").split("@")[0] if source.startswith("hf-hub:") else None
     if config is not None and options["pretrained"]:
         repo = config.hf_hub_id
+        if (bundled := Path(config.file or "")).parent == Path(sssd_zoo.__file__).parent / "weights":
+            check_bundled(bundled)
     try:
         with cache_if_unreachable(repo):
             return timm.create_model(source, **options)
@@ -105,6 +107,17 @@ def check_weights(folder: Path, record: Any) -> None:
     wrong = damage(folder, record.get("sha256", {}) if isinstance(record, dict) else {})
     if wrong:
         raise UserError(f"the network in {folder} is damaged: {wrong}; run again, or fetch, what made it")
+
+
+def check_bundled(weights: Path) -> None:
+    """Refuses weights of this package that are not those that their card tells the sha256 of.
+
+    Raises:
+        UserError: if they are others, cut short or missing.
+    """
+    card = read_json(hub_cards() / weights.stem / "metrics.json")
+    if wrong := damage(weights.parent, {weights.name: card["weights"]["sha256"]}):
+        raise UserError(f"the bundled weights in {weights.parent} are damaged: {wrong}; reinstall sssd-zoo")
 
 
 def load_trunk_of(name: str) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sssd_zoo.clustering import IntArray, kmeans, match_labels, normalise
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank, world_size
+from sssd_zoo.engine import read_metrics
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text
 from sssd_zoo.probe import extract_features
@@ -129,5 +130,4 @@ class OwnLabels:
 
     def _lines(self) -> list[dict[str, Any]]:
         """What own_labels.jsonl tells of each epoch so far."""
-        log = self.out / LOG
-        return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+        return read_metrics(self.out / LOG, "epoch")
