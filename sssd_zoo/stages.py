@@ -9,6 +9,7 @@ from typing import Any
 
 from sssd_zoo.distributed import barrier, from_main, rank
 from sssd_zoo.engine import machine
+from sssd_zoo.errors import UserError
 from sssd_zoo.files import damage, read_json, sha256_of, write_json
 
 
@@ -78,6 +79,8 @@ class Stages:
         result = step(folder) if all_processes or rank() == 0 else {}
         barrier()
         if rank() == 0:
+            if not record.exists():
+                raise UserError(f"{self.out} was removed while [{name}] ran, and what earlier steps made with it")
             seconds = round(time.perf_counter() - began, 1)
             # What later steps read. Training's checkpoints have records of their own.
             files = [path for kind in ("safetensors", "json", "parquet") for path in folder.rglob(f"*.{kind}")]

@@ -189,7 +189,7 @@ def test_a_disk_that_is_full_at_any_byte_of_a_checkpoint(tmp_path):
             assert not [path for path in out.rglob("*") if path.name.startswith((".", "step"))], free
             filler.unlink()
     finally:
-        subprocess.run(["umount", tmp_path], check=True)
+        subprocess.run(["umount", "-l", tmp_path], check=True)  # lazily, for the same reason
 
 
 class Diverges(Regression):
@@ -391,6 +391,15 @@ class TestStages:
         assert len(done) == 2
         assert f"is damaged: {file}" in capsys.readouterr().out
         assert (tmp_path / "step" / file).read_text() == "a result of some length"
+
+    def test_a_run_folder_that_goes_is_one_line(self, tmp_path):
+        def step(folder: Path) -> dict[str, Any]:
+            shutil.rmtree(tmp_path / "run")
+            atomic_write_text(folder / "a.json", "{}")
+            return {}
+
+        with pytest.raises(UserError, match=r"run was removed while \[step\] ran"):
+            Stages(tmp_path / "run", {}).run("step", step, {})
 
     def test_of_earlier_versions(self, tmp_path):
         Stages(tmp_path, {}).run("step", lambda folder: atomic_write_text(folder / "a.json", "{}") or {}, {})

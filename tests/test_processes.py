@@ -16,25 +16,19 @@ from sssd_zoo.engine import read_metrics
 LIMIT = 30  # seconds in which all processes must end
 LAUNCHERS = {
     "accelerate": ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"],
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
 }
 PRETRAIN = [
-    "train/pretrain.py",
-    *["--model", "sssd_resnet18", "--image_size", "32", "--queue_size", "32", "--splits", "2"],
+    *("train/pretrain.py", "--model", "sssd_resnet18", "--image_size", "32", "--queue_size", "32", "--splits", "2"),
+    *("--epochs", "500", "--batch_size", "16", "--log_every", "1", "--checkpoint_epochs", "500", "--device", "cpu"),
+    *("--precision", "fp32"),
 ]
-PRETRAIN += [
-    "--epochs",
-    "500",
-    "--batch_size",
-    "16",
-    "--log_every",
-    "1",
-    "--checkpoint_epochs",
-    "500",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
+FIT = [
+    *("-m", "sssd_zoo.cli", "fit", "--model", "sssd_resnet18", "--image_size", "32", "--device", "cpu"),
+    *("--precision", "fp32", "--log_every", "1", "--pretrain.epochs", "2", "--pretrain.batch_size", "16"),
+    *("--pretrain.queue_size", "16", "--pretrain.splits", "2", "--cluster.k", "4", "--distill.epochs", "2"),
+    *("--distill.batch_size", "16", "--baseline", "false"),
+    *("--probe.probe_epochs", "100000"),  # alone in the main process, for longer than the test waits
 ]
 
 
@@ -177,34 +171,7 @@ def test_a_launcher_that_is_killed_takes_all_with_it(launcher, start, folder_of_
 @pytest.mark.parametrize("stage", ["pretrain", "labels", "distill", "probe"])
 def test_sssd_fit_ends_in_every_stage(stage, start, folder_of_images, tmp_path):
     out = tmp_path / "run"
-    fit = [
-        "-m",
-        "sssd_zoo.cli",
-        "fit",
-        "--model",
-        "sssd_resnet18",
-        "--image_size",
-        "32",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--log_every",
-        "1",
-    ]
-    fit += [
-        "--pretrain.epochs",
-        "2",
-        "--pretrain.batch_size",
-        "16",
-        "--pretrain.queue_size",
-        "16",
-        "--pretrain.splits",
-        "2",
-    ]
-    fit += ["--cluster.k", "4", "--distill.epochs", "2", "--distill.batch_size", "16", "--baseline", "false"]
-    fit += ["--probe.probe_epochs", "100000"]  # alone in the main process, for longer than the test waits
-    run = start("accelerate", [*fit, "--data", str(folder_of_images), "--out", str(out)])
+    run = start("accelerate", [*FIT, "--data", str(folder_of_images), "--out", str(out)])
     run.wait_for(lambda: f"[{stage}]" in run.text())
     time.sleep(1)
     run.rank(1).kill()
