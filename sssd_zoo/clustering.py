@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_dir, atomic_write_bytes, damage, read_json, sha256_of, write_json
+from sssd_zoo.files import atomic_dir, atomic_write_bytes, damage, read_json, recorded_sha256, sha256_of, write_json
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -347,8 +347,7 @@ class PseudoLabels:
                     f"{folder} is no folder of pseudo labels: {name} is missing; make one by pseudo_label.py"
                 )
         meta = read_json(folder / "pseudo_labels.json")
-        recorded = meta.pop("sha256", {}) if isinstance(meta, dict) else {}
-        if wrong := damage(folder, recorded):
+        if wrong := damage(folder, recorded_sha256(meta, ("labels.parquet", "centroids.safetensors"))):
             raise UserError(f"the pseudo labels in {folder} are damaged: {wrong}; make them again")
         try:
             table = pq.read_table(folder / "labels.parquet")
@@ -363,6 +362,7 @@ class PseudoLabels:
             found, sizes = np.unique(labels, return_counts=True)
             whole = np.array_equal(found, np.arange(len(centroids))) and "fingerprint" in meta
             whole = whole and meta.get("sizes", sizes.tolist()) == sizes.tolist()
+            meta.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, SafetensorError) as error:
             raise UserError(f"cannot read the pseudo labels in {folder}: {error}; make them again") from error
         if not whole:

@@ -122,6 +122,12 @@ def sha256_of(folder: Path, files: Iterable[Path]) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
 
 
+def recorded_sha256(record: Any, names: Iterable[str]) -> dict[str, str]:
+    """What a record that may be a stranger's, of any shape and naming any files, tells of these files."""
+    told = record.get("sha256") if isinstance(record, dict) else None
+    return {name: str(told[name]) for name in names if name in told} if isinstance(told, dict) else {}
+
+
 def damage(folder: Path, recorded: Mapping[str, str]) -> str | None:
     """What is wrong with the files of a folder whose sha256 a record tells: the first of them, or None.
 

@@ -14,7 +14,7 @@ from sssd_zoo.config import ModelsArgs
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import damage, read_json
+from sssd_zoo.files import damage, read_json, recorded_sha256
 from sssd_zoo.hub import cache_if_unreachable, hub_cards
 from sssd_zoo.models import multiply_adds
 
@@ -104,8 +104,7 @@ def check_weights(folder: Path, record: Any) -> None:
     Raises:
         UserError: if they are others, cut short or missing.
     """
-    wrong = damage(folder, record.get("sha256", {}) if isinstance(record, dict) else {})
-    if wrong:
+    if wrong := damage(folder, recorded_sha256(record, ["model.safetensors"])):
         raise UserError(f"the network in {folder} is damaged: {wrong}; run again, or fetch, what made it")
 
 

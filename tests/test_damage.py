@@ -225,6 +225,15 @@ class TestLossNotFinite:
         with pytest.raises(UserError, match=r"optim\.lr: 0\.01 there, 0\.005 now"):
             self.train(tmp_path, 0.005)
 
+    def test_a_damaged_one_beside_it(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Diverges, "at", 16)
+        self.train(tmp_path, 0.03)
+        flip(checkpoint(tmp_path, 16) / "model.safetensors")
+        monkeypatch.setattr(Diverges, "at", 13)
+        with pytest.raises(UserError, match=r"at step 13 of 16 .*step-00000012"):
+            self.train(tmp_path, 0.03)
+        assert self.train(tmp_path, 0.01)[0] == (3, 0)
+
     def test_one_that_itself_leads_to_it_is_passed_over(self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(Diverges, "at", 8)
         with pytest.raises(UserError, match=r"at step 8 of 16 .*step-00000004"):
@@ -344,6 +353,16 @@ class TestNetworks:
         cut(tmp_path / "copy" / "model.safetensors")
         with pytest.raises(UserError, match="damaged"):
             load_network(str(tmp_path / "copy"))
+
+    @pytest.mark.parametrize("told", [None, [], "x", {"model.safetensors": 1, "/dev/zero": "x"}, {"/dev/zero": "x"}])
+    def test_a_record_of_another_shape(self, network, told, tmp_path):
+        shutil.copytree(network, tmp_path / "copy")
+        edit_json(tmp_path / "copy" / "config.json", sha256=told)
+        if isinstance(told, dict) and "model.safetensors" in told:
+            with pytest.raises(UserError, match=r"damaged: model\.safetensors"):
+                load_network(str(tmp_path / "copy"))
+        else:
+            assert load_network(str(tmp_path / "copy")).num_classes == 3
 
     def test_bundled_weights(self, tmp_path, monkeypatch):
         shutil.copytree(Path(timm.get_pretrained_cfg("sssd_resnet18_cifar").file).parent, tmp_path / "weights")
