@@ -120,7 +120,7 @@ def _end_for(number: int, process: subprocess.Popen[bytes]) -> NoReturn:
 def _end(status: int, message: str | None = None) -> NoReturn:
     """Ends this process and all that it started, whatever its threads wait for."""
     if message is not None:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"\nerror: {message}", file=sys.stderr)  # below the progress bar of the main thread
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # a closed terminal or pipe
             stream.flush()

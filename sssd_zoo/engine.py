@@ -313,9 +313,8 @@ class Checkpoints:
             what: is not finite, and where.
             step: whose loss it is, counted from 0, so that of a checkpoint of that step it was the first.
         """
-        saved = [
-            item for item in self.saved() if item[1]["step"] <= step
-        ]  # not a damaged one that it did not come from
+        # A later one is damaged: the run did not come from it.
+        saved = [item for item in self.saved() if item[1]["step"] <= step]
         good = [path for path, record in saved if record["step"] < step]
         if saved and rank() == 0:
             path, record = saved[-1]
