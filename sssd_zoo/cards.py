@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -155,12 +154,13 @@ def write_card(
     """
     results: Results = read_json(run / "metrics.json")
     source = calibrated or run / "model"
-    network = timm.create_model(f"local-dir:{source}", pretrained=True)
+    network = load_network(str(source))
     weights = network_weights(network, torch.float16)
     # transformers would compute in the precision of the file.
-    config = {**read_json(source / "config.json"), "dtype": "float32"}
+    digest = hashlib.sha256(weights).hexdigest()
+    config = {**read_json(source / "config.json"), "dtype": "float32", "sha256": {"model.safetensors": digest}}
     results["data"] = Path(results["data"]).name if Path(results["data"]).exists() else results["data"]
-    shipped: dict[str, Any] = {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)}
+    shipped: dict[str, Any] = {"sha256": digest, "bytes": len(weights)}
     if checked is not None:
         shipped["check"] = checked
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))

@@ -3,17 +3,15 @@
 import importlib
 import os
 import re
-import socket
-import subprocess
 import sys
 from dataclasses import fields, is_dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
 from jsonargparse import ArgumentParser
 
+from sssd_zoo.distributed import end_other_processes, others_tell_first, start_other_processes
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import expand_home
 
@@ -114,30 +112,6 @@ def _parser(name: str, prog: str) -> Parser:
     return parser
 
 
-def start_other_processes() -> list[subprocess.Popen[bytes]]:
-    """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for; this one is the first.
-
-    Without MPI, Accelerate's launcher (seen in 1.15) starts a single process for `--cpu`, whatever N, which would then
-    train on alone without a word. It leaves MASTER_PORT in the environment, but no rank; N stands on its command line.
-    Other launchers (torchrun, MPI, Accelerate's own for GPUs) set the ranks themselves and are left alone.
-    """
-    ranked = {"RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"} & os.environ.keys()
-    if ranked or "MASTER_PORT" not in os.environ or "ACCELERATE_USE_CPU" not in os.environ:
-        return []
-    import psutil
-
-    words = [part for word in psutil.Process().parent().cmdline() for part in word.split("=", 1)]
-    names = ("--num_processes", "--num-processes")
-    asked = next((int(value) for name, value in pairwise(words) if name in names), 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(asked), "LOCAL_WORLD_SIZE": str(asked), "MASTER_PORT": str(port)}
-    ranks = [{**common, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(asked)]
-    os.environ.update(ranks[0])
-    return [subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, **own}) for own in ranks[1:]]
-
-
 def switches(config: Any, prefix: str = "--") -> set[str]:
     """The options of a dataclass, and of the dataclasses in it, that are true or false."""
     found: set[str] = set()
@@ -192,7 +166,8 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     step: Any = getattr(importlib.import_module(f"sssd_zoo.{module}"), function)
     others = start_other_processes()
     try:
-        step(expand_paths(config(**values)))
+        with others_tell_first():
+            step(expand_paths(config(**values)))
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -203,8 +178,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         raise SystemExit(130) from None
     finally:
         release_all()
-        for process in others:
-            process.wait()
+        end_other_processes(others, sys.exception())
 
 
 def main() -> None:

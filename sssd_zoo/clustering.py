@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_write_bytes, read_json, write_json
+from sssd_zoo.files import atomic_write_bytes, damage, read_json, recorded_sha256, sha256_of, write_json
 from sssd_zoo.run_folder import atomic_dir
 
 FloatArray = npt.NDArray[np.float32]
@@ -237,7 +237,7 @@ class PseudoLabels:
     """Pseudo labels and the data they belong to; on disk a folder.
 
     The folder holds labels.parquet (columns row, label, distance, and for soft labels near and near_distance),
-    centroids.safetensors (tensor ``centroids``) and pseudo_labels.json (`meta`).
+    centroids.safetensors (tensor ``centroids``) and pseudo_labels.json (`meta` and the sha256 of the other two).
 
     Attributes:
         rows: int64 [N], each image's row number in the data set, corrupt ones left out.
@@ -331,7 +331,8 @@ class PseudoLabels:
             atomic_write_bytes(temporary / "labels.parquet", parquet.getvalue().to_pybytes())
             centroids = safetensors.numpy.save({"centroids": np.ascontiguousarray(self.centroids)})
             atomic_write_bytes(temporary / "centroids.safetensors", centroids)
-            write_json(temporary / "pseudo_labels.json", self.meta)
+            sums = sha256_of(temporary, temporary.iterdir())
+            write_json(temporary / "pseudo_labels.json", {**self.meta, "sha256": sums})
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -347,6 +348,8 @@ class PseudoLabels:
                     f"{folder} is no folder of pseudo labels: {name} is missing; make one by pseudo_label.py"
                 )
         meta = read_json(folder / "pseudo_labels.json")
+        if wrong := damage(folder, recorded_sha256(meta, ("labels.parquet", "centroids.safetensors"))):
+            raise UserError(f"the pseudo labels in {folder} are damaged: {wrong}; make them again")
         try:
             table = pq.read_table(folder / "labels.parquet")
             rows, labels, distances = (table[name].to_numpy() for name in ("row", "label", "distance"))
@@ -357,8 +360,10 @@ class PseudoLabels:
                 for name in ("near", "near_distance")
             )
             centroids = safetensors.numpy.load_file(folder / "centroids.safetensors")["centroids"]
-            found = np.unique(labels)
+            found, sizes = np.unique(labels, return_counts=True)
             whole = np.array_equal(found, np.arange(len(centroids))) and "fingerprint" in meta
+            whole = whole and meta.get("sizes", sizes.tolist()) == sizes.tolist()
+            meta.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, SafetensorError) as error:
             raise UserError(f"cannot read the pseudo labels in {folder}: {error}; make them again") from error
         if not whole:

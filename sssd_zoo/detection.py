@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models._input import get_model_args
 from torch import Tensor, nn
@@ -38,9 +39,9 @@ from sssd_zoo.engine import (
 )
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluate import DTYPES
-from sssd_zoo.files import atomic_write_bytes, read_json, write_json
+from sssd_zoo.files import atomic_write_bytes, read_json, sha256_of, write_json
 from sssd_zoo.hub import network_weights
-from sssd_zoo.networks import channels, load_network, statistics
+from sssd_zoo.networks import channels, check_weights, load_network, statistics
 from sssd_zoo.run_folder import open_out
 from sssd_zoo.runs import announce, begin, part
 from sssd_zoo.tasks.detection import Detection
@@ -143,6 +144,7 @@ def save_detector(folder: Path, detector: FasterRCNN, config: DetectorConfig, cl
     (folder / "detector.json").unlink(missing_ok=True)  # it comes last, so that it never describes other weights
     atomic_write_bytes(folder / "model.safetensors", network_weights(detector))
     content = {
+        "sha256": sha256_of(folder, [folder / "model.safetensors"]),
         "architecture": body.pretrained_cfg["architecture"],
         "model_args": arguments,
         "mean": list(body.pretrained_cfg["mean"]),
@@ -164,13 +166,14 @@ def load_detector(folder: str | Path) -> tuple[FasterRCNN, list[str]]:
     if missing:
         raise UserError(f"{folder} holds no detector: {' and '.join(missing)} missing; did its run end?")
     content = read_json(folder / "detector.json")
+    check_weights(folder, content)
     try:
         body = load_network(content["architecture"], pretrained=False, features_only=True, **content["model_args"])
         body.pretrained_cfg.update(mean=content["mean"], std=content["std"])
         config = DetectorConfig(**content["detector"])
         detector = build_detector(body, len(content["classes"]), config)
         detector.load_state_dict(load_file(folder / "model.safetensors"))
-    except (KeyError, TypeError, RuntimeError, OSError) as error:
+    except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
         raise UserError(f"cannot load the detector in {folder}: {str(error)[:300]}") from error
     return detector.eval(), content["classes"]
 

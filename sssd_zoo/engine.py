@@ -6,6 +6,7 @@ processes see the samples and the views that one process with the same global ba
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,16 +24,16 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sssd_zoo.data.augment import BatchRandom
-from sssd_zoo.distributed import average_batchnorm, rank, synchronise_batchnorm, world_size
+from sssd_zoo.distributed import average_batchnorm, on_main, rank, synchronise_batchnorm, world_size
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_write_text, disk_errors, publish_dir, read_json, write_json
+from sssd_zoo.files import atomic_write_text, damage, disk_errors, publish_dir, read_json, sha256_of, write_json
 from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.tasks import Task
 
@@ -183,8 +184,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+# What a run may go on with otherwise after a loss that was not finite, and what its message says to try.
+CURES = ("optim.lr", "optim.warmup_epochs", "optim.clip_grad", "precision")
+
+
 class Checkpoints:
     """The checkpoints of a run: folders `step-00000123`, complete or absent.
+
+    Each holds what the accelerator saves and checkpoint.json: the record that `save` was given, the run's identity, the
+    sha256 of the other files, in `not_finite_at` the step whose loss was not finite in a run that came from it, and in
+    `seal` the sha256 of all this.
 
     Args:
         folder: that holds them.
@@ -196,12 +205,16 @@ class Checkpoints:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
     def saved(self) -> list[tuple[Path, dict[str, Any]]]:
-        """All complete checkpoints with their records, oldest first."""
-        found = [(path, read_json(path / "checkpoint.json")) for path in sorted(self.folder.glob("step-*"))]
-        return sorted(found, key=lambda item: item[1]["step"])
+        """All complete checkpoints whose records can be read, with those, oldest first."""
+        found = [(path, _record(path)) for path in sorted(self.folder.glob("step-*"))]
+        return sorted(((path, record) for path, record in found if record), key=lambda item: item[1]["step"])
 
     def save(self, accelerator: Accelerator, record: dict[str, Any], keep_last: int, keep_best: int) -> None:
-        """Writes a checkpoint of all that the accelerator prepared and drops those no longer wanted."""
+        """Writes a checkpoint of all that the accelerator prepared and drops those no longer wanted.
+
+        Raises:
+            UserError: in every process if one of them cannot write its part; nothing is left of it.
+        """
         target = self.folder / f"step-{record['step']:08d}"
         # All processes write into one folder (each its own random state), so it cannot be a temporary of one of them.
         partial = self.folder / f".{target.name}.partial"
@@ -209,41 +222,69 @@ class Checkpoints:
             with disk_errors(self.folder):
                 if accelerator.is_main_process:
                     shutil.rmtree(partial, ignore_errors=True)
-                    partial.mkdir(parents=True)
-                accelerator.wait_for_everyone()
-                accelerator.save_state(str(partial))
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    write_json(partial / "checkpoint.json", {**record, "identity": self.identity})
+                    self.folder.mkdir(exist_ok=True)  # not its parent: a run folder that was removed stays so
+                    partial.mkdir()
+            accelerator.wait_for_everyone()
+            errors: list[UserError] = []
+            try:
+                with disk_errors(self.folder):
+                    accelerator.save_state(str(partial))
+            except UserError as error:
+                errors = [error]
+            for first in gather_object(errors):
+                raise first
+            if accelerator.is_main_process:
+                with disk_errors(self.folder):
+                    sums = sha256_of(partial, partial.iterdir())
+                    _write_record(partial, {**record, "identity": self.identity, "sha256": sums})
                     publish_dir(partial, target)
         finally:
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
         if accelerator.is_main_process:
-            saved = self.saved()
+            # Later ones are damaged, or of a course that the run has left: it came from an earlier one.
+            saved = [item for item in self.saved() if item[1]["step"] <= record["step"]]
             by_loss = sorted(saved, key=lambda item: item[1].get("epoch_loss", math.inf))
             wanted = {path for path, _ in saved[-max(1, keep_last) :]} | {path for path, _ in by_loss[:keep_best]}
-            for path, _ in saved:
+            for path in self.folder.glob("step-*"):
                 if path not in wanted:
                     shutil.rmtree(path)
         accelerator.wait_for_everyone()
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint, or none.
+        """The newest checkpoint that is whole and led to a finite loss, or none; those passed over are named.
 
         Raises:
-            UserError: if it was written by a run of other settings, data or architecture.
+            UserError: if it was written by a run of other settings, data or architecture, or all are damaged.
         """
         for litter in self.folder.glob(".step-*.partial"):  # of a run killed while it wrote a checkpoint
             shutil.rmtree(litter, ignore_errors=True)
-        saved = self.saved()
-        if not saved:
-            return None
-        path, record = saved[-1]
-        theirs = record["identity"]
-        different = sorted(
-            key for key in theirs.keys() | self.identity.keys() if theirs.get(key) != self.identity.get(key)
-        )
+        cures: tuple[str, ...] = ()
+        damaged = False
+        for path in sorted(self.folder.glob("step-*"), reverse=True):
+            record = _record(path)
+            wrong = damage(path, record.get("sha256", {})) if record else "checkpoint.json cannot be read"
+            if wrong or not record:
+                damaged = True
+                print(f"warning: the checkpoint {path} is damaged and passed over: {wrong}", file=sys.stderr)
+                continue
+            if "not_finite_at" in record:
+                cures = CURES
+                if record["not_finite_at"] == record["step"]:
+                    print(f"the checkpoint {path} led to a loss that is not finite: it is passed over", file=sys.stderr)
+                    continue
+            self._check_identity(path, record["identity"], cures)
+            return path, record
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.folder} is whole, so the run cannot be resumed: remove that folder to train "
+                "from the beginning"
+            )
+        return None
+
+    def _check_identity(self, path: Path, theirs: dict[str, Any], cures: tuple[str, ...]) -> None:
+        keys = (theirs.keys() | self.identity.keys()) - set(cures)
+        different = sorted(key for key in keys if theirs.get(key) != self.identity.get(key))
         if different:
             changes = "; ".join(
                 f"{key}: {theirs.get(key)!r} there, {self.identity.get(key)!r} now" for key in different[:4]
@@ -251,7 +292,62 @@ class Checkpoints:
             raise UserError(
                 f"cannot resume from {path}: it is of another run ({changes}); use a new --out, or --overwrite"
             )
-        return path, record
+
+    def load(self, accelerator: Accelerator, path: Path) -> None:
+        """Reads a checkpoint into all that the accelerator prepared.
+
+        Raises:
+            UserError: if it cannot be read, as one from before there was a sha256 to tell that it is damaged.
+        """
+        try:
+            accelerator.load_state(str(path))
+        except Exception as error:  # whatever the formats' readers make of bytes that they did not write
+            raise UserError(
+                f"cannot read the checkpoint {path} ({str(error)[:200]}): remove it to resume from the one before it"
+            ) from error
+
+    def not_finite(self, what: str, step: int) -> UserError:
+        """Notes in the newest checkpoint that training from it failed, and gives the error that says how to go on.
+
+        Args:
+            what: is not finite, and where.
+            step: whose loss it is, counted from 0, so that of a checkpoint of that step it was the first.
+        """
+        # A later one is damaged: the run did not come from it.
+        saved = [item for item in self.saved() if item[1]["step"] <= step]
+        good = [path for path, record in saved if record["step"] < step]
+        if saved and rank() == 0:
+            path, record = saved[-1]
+            _write_record(path, {**record, "not_finite_at": step})
+        kept = f"the last good checkpoint is {good[-1]}" if good else "without a good checkpoint it starts anew"
+        return UserError(f"{what}; resume the run with a lower lr, warmup_epochs, clip_grad or precision fp32 ({kept})")
+
+
+def diverged(checkpoints: Path) -> bool:
+    """Whether a training with this folder of checkpoints ended in a loss that is not finite, by its newest record."""
+    records = [_record(path) for path in sorted(checkpoints.glob("step-*"))]
+    return bool(records) and "not_finite_at" in (records[-1] or {})
+
+
+def _record(checkpoint: Path) -> dict[str, Any] | None:
+    """The content of a checkpoint's record, None if it is damaged."""
+    try:
+        content = read_json(checkpoint / "checkpoint.json")
+    except UserError:
+        return None
+    whole = isinstance(content, dict) and {"step", "epoch_sum", "epoch_count", "seconds", "identity"} <= content.keys()
+    if whole and content.pop("seal", None) in (None, _seal(content)):  # none in those of earlier versions
+        return dict(content)
+    return None
+
+
+def _write_record(checkpoint: Path, record: dict[str, Any]) -> None:
+    write_json(checkpoint / "checkpoint.json", {**record, "seal": _seal(record)})
+
+
+def _seal(record: dict[str, Any]) -> str:
+    """The sha256 of a record, which is in it, as it tells those of the other files."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 class Log:
@@ -284,11 +380,12 @@ class Log:
         """Appends one line; `values` holds `step` and numbers."""
         if not self.main:
             return
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
-        for writer in self.trackers:
-            for name, value in values.items():
-                writer.add_scalar(name, value, int(values["step"]))
+        with disk_errors(self.path):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+            for writer in self.trackers:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, int(values["step"]))
         if self.trackio is not None:
             self.trackio.log(
                 {name: value for name, value in values.items() if name != "step"}, step=int(values["step"])
@@ -296,18 +393,30 @@ class Log:
 
     def close(self) -> None:
         """Flushes the trackers."""
-        for writer in self.trackers:
-            writer.close()
+        with disk_errors(self.path):
+            for writer in self.trackers:
+                writer.close()
         if self.main and self.trackio is not None:
             self.trackio.finish()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, [] if there is none; a half line at its end, left by a kill, is ignored."""
+def read_metrics(path: Path, key: str = "step") -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, [] if there is none; a half line at its end, left by a kill, is ignored.
+
+    A line that is damaged, or tells no `key`, is named on stderr and left out: it is worth less than the run.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    metrics = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+        values = None
+        with suppress(ValueError):
+            values = json.loads(line)
+        if isinstance(values, dict) and key in values:
+            metrics.append(values)
+        elif line:
+            print(f"warning: line {number} of {path} is damaged and left out", file=sys.stderr)
+    return metrics
 
 
 def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> Any:
@@ -320,6 +429,13 @@ def schedule(config: OptimConfig, optimizer: torch.optim.Optimizer, steps_per_ep
         return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=config.gamma, **common)
     total = config.epochs * steps_per_epoch - warmup
     return CosineLRScheduler(optimizer, t_initial=max(1, total), **common)
+
+
+def is_finite(module: nn.Module, optimizer: Any) -> bool:
+    """Whether all that training goes on from is finite: weights, buffers and the optimiser's state."""
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    tensors = [value for value in (*module.state_dict().values(), *states) if value.is_floating_point()]
+    return bool(torch.stack([value.isfinite().all().to(tensors[0].device) for value in tensors]).all())
 
 
 def check(config: OptimConfig, processes: int, images: int | None) -> None:
@@ -413,9 +529,9 @@ def train(
     }
     checkpoints = Checkpoints(out / "checkpoints", identity)
     step, epoch_loss, epoch_count, earlier_seconds = 0, 0.0, 0, 0.0
-    found = checkpoints.newest()
+    found = on_main(checkpoints.newest)
     if found:
-        accelerator.load_state(str(found[0]))
+        checkpoints.load(accelerator, found[0])
         step, epoch_loss, epoch_count = (found[1][name] for name in ("step", "epoch_sum", "epoch_count"))
         earlier_seconds = found[1]["seconds"]
     log = Log(out, runtime, step, accelerator.is_main_process)
@@ -446,10 +562,8 @@ def train(
         lr = optimizer.param_groups[0]["lr"]
         if len(bad):
             at = step - len(pending) + int(bad[0])
-            raise UserError(
-                f"the loss became {losses[int(bad[0])].item()} at step {at} of {total} (lr {lr:.3g}); the last good "
-                f"checkpoint is kept in {out / 'checkpoints'}: try a lower lr, warmup, clip_grad or precision fp32"
-            )
+            what = f"the loss became {losses[int(bad[0])].item()} at step {at} of {total} (lr {lr:.3g})"
+            raise checkpoints.not_finite(what, at)
         now = time.perf_counter()
         rate = len(pending) * optim.batch_size / (now - waited)
         waited = now
@@ -464,6 +578,10 @@ def train(
     def save() -> None:
         flush()
         average_batchnorm(task)
+        if not is_finite(task, optimizer):
+            lr = optimizer.param_groups[0]["lr"]
+            what = f"the weights became infinite or NaN before step {step} of {total} (lr {lr:.3g})"
+            raise checkpoints.not_finite(what, step)
         seconds = earlier_seconds + time.perf_counter() - began
         record = {"step": step, "epoch_sum": epoch_loss, "epoch_count": epoch_count, "seconds": seconds}
         if epoch_count:

@@ -43,7 +43,7 @@ def write_features(path: Path, count: int, batches: Iterator[tuple[Tensor, Tenso
     Raises:
         UserError: if the disk is full or not writable, or a process does not see the file of the main one.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     first = next(batches, None)
     with disk_errors(path):
         try:
@@ -63,6 +63,16 @@ def write_features(path: Path, count: int, batches: Iterator[tuple[Tensor, Tenso
         finally:
             if rank() == 0:
                 partial.unlink(missing_ok=True)
+
+
+def remove_features(path: Path) -> None:
+    """Removes a file of features, and what a killed run left half written of it."""
+    path.unlink(missing_ok=True)
+    _partial(path).unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _reserve(path: Path, shape: tuple[int, int]) -> None:

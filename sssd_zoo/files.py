@@ -5,14 +5,18 @@ user's to mend, so it surfaces as a `UserError`, with nothing left behind.
 """
 
 import errno
+import glob
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from sssd_zoo.errors import UserError
 
@@ -55,8 +59,10 @@ def disk_errors(path: Path) -> Iterator[None]:
         if number is None:
             # safetensors and torch.save raise exceptions of their own, with the system's error in the text.
             number = next((code for code in reasons if f"os error {code})" in str(error)), None)
-        if number is None and "PytorchStreamWriter failed" in str(error):
+        if number is None and any(words in str(error) for words in ("PytorchStreamWriter failed", "unexpected pos")):
             number = errno.ENOSPC
+        if number == errno.ENOENT and not path.parent.exists():
+            raise UserError(f"cannot write {path}: its folder was removed while the command ran") from error
         if number not in reasons:
             raise
         raise UserError(f"cannot write {path}: {reasons[number]}; nothing half written was left") from error
@@ -65,6 +71,15 @@ def disk_errors(path: Path) -> Iterator[None]:
 def temporary_name(path: Path) -> Path:
     """Where this process writes what is to become `path`."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def _remove_litter(path: Path, kind: str) -> None:
+    """Removes what killed writers of `path` left beside it: 'tmp', half written, or 'old', about to be replaced."""
+    start = f".{path.name}.{kind}-"
+    for litter in path.parent.glob(f"{glob.escape(start)}*"):
+        process = litter.name.removeprefix(start)
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(litter) if litter.is_dir() else litter.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -82,6 +97,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     temporary = temporary_name(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_litter(path, "tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -114,6 +130,41 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"cannot read {path} as JSON: {error}") from error
 
 
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """The sha256 of files in a folder, by their paths in it: what a record keeps for `damage` to compare with."""
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+
+
+def recorded_sha256(record: Any, names: Iterable[str]) -> dict[str, str]:
+    """What a record that may be a stranger's, of any shape and naming any files, tells of these files."""
+    told = record.get("sha256") if isinstance(record, dict) else None
+    return {name: str(told[name]) for name in names if name in told} if isinstance(told, dict) else {}
+
+
+def damage(folder: Path, recorded: Mapping[str, str]) -> str | None:
+    """What is wrong with the files of a folder whose sha256 a record tells: the first of them, or None.
+
+    Args:
+        folder: that holds them.
+        recorded: see `sha256_of`; empty for a record from before there were any.
+    """
+    for name, expected in recorded.items():
+        try:
+            if sha256(folder / name) != expected:
+                return f"{name} is not as it was written (its sha256 differs)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
 def publish_dir(temporary: Path, path: Path) -> None:
     """Renames the complete folder `temporary` onto `path`, its files safely on disk first; an old `path` is removed.
 
@@ -128,5 +179,6 @@ def publish_dir(temporary: Path, path: Path) -> None:
             path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
+        _remove_litter(path, "old")
     finally:
         shutil.rmtree(old, ignore_errors=True)

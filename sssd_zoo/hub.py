@@ -29,7 +29,7 @@ from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writ
 from torch import nn
 
 from sssd_zoo.data.sources import HUB_TIMEOUT
-from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, sha256_of, write_json
 from sssd_zoo.report import Results, describe, table
 from sssd_zoo.run_folder import atomic_dir
 
@@ -74,6 +74,8 @@ def save_network(
 ) -> None:
     """Writes model.safetensors and config.json into a folder that may hold other things; then timm loads it.
 
+    config.json also tells the weights' sha256, which `load_network` compares and timm passes over.
+
     Args:
         folder: made if it is not there. An older network in it is replaced.
         model: made by `timm.create_model`, which noted its arguments; not wrapped or compiled.
@@ -90,8 +92,9 @@ def save_network(
     # config.json is what makes the folder a network: it goes first and comes last, so that it never describes others.
     with disk_errors(folder):
         (folder / "config.json").unlink(missing_ok=True)
-    atomic_write_bytes(folder / "model.safetensors", network_weights(model))
-    write_json(folder / "config.json", config)
+    weights = folder / "model.safetensors"
+    atomic_write_bytes(weights, network_weights(model))
+    write_json(folder / "config.json", {**config, "sha256": sha256_of(folder, [weights])})
 
 
 def save_model_folder(

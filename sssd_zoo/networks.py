@@ -6,16 +6,17 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.models._input import get_model_args
 from torch import nn
 
-import sssd_zoo  # noqa: F401  registers the models with timm
+import sssd_zoo  # registers the models with timm
 from sssd_zoo.config import ModelsArgs
 from sssd_zoo.data.inputs import storage_default as storage_default  # callers find it here
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import read_json
+from sssd_zoo.files import damage, read_json, recorded_sha256
 from sssd_zoo.hub import cache_if_unreachable, hub_cards
 from sssd_zoo.models import multiply_adds
 
@@ -68,7 +69,7 @@ def load_network(name: str, **kwargs: Any) -> Any:
     Raises:
         UserError: if there is neither, the weights do not fit, or its images are neither RGB nor grey.
     """
-    folder = Path(name)
+    folder = Path(name.removeprefix("local-dir:"))
     source = name
     if folder.is_dir():
         if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
@@ -76,6 +77,7 @@ def load_network(name: str, **kwargs: Any) -> Any:
         missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
         if missing:
             raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run end?")
+        check_weights(folder, read_json(folder / "config.json"))
         source = f"local-dir:{folder}"
     elif not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
         raise UserError(f"there is no folder '{name}', and timm has no model of that name")
@@ -84,10 +86,12 @@ def load_network(name: str, **kwargs: Any) -> Any:
     repo = source.removeprefix("hf-hub:").split("@")[0] if source.startswith("hf-hub:") else None
     if config is not None and options["pretrained"]:
         repo = config.hf_hub_id
+        if (bundled := Path(config.file or "")).parent == Path(sssd_zoo.__file__).parent / "weights":
+            check_bundled(bundled)
     try:
         with cache_if_unreachable(repo):
             network = timm.create_model(source, **options)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
     if channels(network) not in (1, 3):
         raise UserError(
@@ -95,6 +99,27 @@ def load_network(name: str, **kwargs: Any) -> Any:
             "or made grey, for 1: give a network of 3 or 1"
         )
     return network
+
+
+def check_weights(folder: Path, record: Any) -> None:
+    """Refuses a folder whose weights are not those that its record, config.json or the like, tells the sha256 of.
+
+    Raises:
+        UserError: if they are others, cut short or missing.
+    """
+    if wrong := damage(folder, recorded_sha256(record, ["model.safetensors"])):
+        raise UserError(f"the network in {folder} is damaged: {wrong}; run again, or fetch, what made it")
+
+
+def check_bundled(weights: Path) -> None:
+    """Refuses weights of this package that are not those that their card tells the sha256 of.
+
+    Raises:
+        UserError: if they are others, cut short or missing.
+    """
+    card = read_json(hub_cards() / weights.stem / "metrics.json")
+    if wrong := damage(weights.parent, {weights.name: card["weights"]["sha256"]}):
+        raise UserError(f"the bundled weights in {weights.parent} are damaged: {wrong}; reinstall sssd-zoo")
 
 
 def load_trunk_of(name: str) -> Any:

@@ -1,5 +1,6 @@
 """DACSD's pseudo labels: clusters of the features that the network itself has before each epoch."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from io import BytesIO
@@ -15,10 +16,12 @@ from torch import Tensor
 from sssd_zoo.clustering import IntArray, kmeans, match_labels, normalise
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank, world_size
+from sssd_zoo.engine import read_metrics
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text
 from sssd_zoo.probe import extract_features
 
+LOG = "own_labels.jsonl"
 KEPT = 3  # the labels of so many epochs stay on disk: a resume needs the checkpoint's epoch and the one before
 
 
@@ -80,7 +83,11 @@ class OwnLabels:
 
     def _load(self, epoch: int) -> IntArray:
         try:
-            labels: IntArray = np.load(self._file(epoch))
+            content = self._file(epoch).read_bytes()
+            recorded = next((line.get("sha256") for line in self._lines() if line["epoch"] == epoch), None)
+            if recorded is not None and hashlib.sha256(content).hexdigest() != recorded:
+                raise ValueError("it is not as it was written (its sha256 differs)")
+            labels: IntArray = np.load(BytesIO(content))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot go on in the middle of epoch {epoch} without its labels, {self._file(epoch)}: {error}; start "
@@ -101,7 +108,7 @@ class OwnLabels:
             autocast=self.autocast,
         )[-1]
         labels = kmeans(normalise(features.numpy()), self.k, seed=self.seed + epoch, iterations=self.iterations).labels
-        line: dict[str, float] = {"epoch": epoch, "clusters": len(np.unique(labels))}
+        line: dict[str, Any] = {"epoch": epoch, "clusters": len(np.unique(labels))}
         if epoch:
             last = self._load(epoch - 1)
             labels = match_labels(labels, last, self.k)
@@ -111,12 +118,16 @@ class OwnLabels:
         self._save(epoch, labels, line)
         return labels
 
-    def _save(self, epoch: int, labels: IntArray, line: dict[str, float]) -> None:
-        content = BytesIO()
-        np.save(content, labels)
-        atomic_write_bytes(self._file(epoch), content.getvalue())
+    def _save(self, epoch: int, labels: IntArray, line: dict[str, Any]) -> None:
+        buffer = BytesIO()
+        np.save(buffer, labels)
+        content = buffer.getvalue()
+        atomic_write_bytes(self._file(epoch), content)
         self._file(epoch - KEPT).unlink(missing_ok=True)
-        log = self.out / "own_labels.jsonl"
-        before = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        kept = [text for text in before if json.loads(text)["epoch"] < epoch]  # a resume may make an epoch's again
-        atomic_write_text(log, "\n".join([*kept, json.dumps(line)]) + "\n")
+        line["sha256"] = hashlib.sha256(content).hexdigest()
+        lines = [kept for kept in self._lines() if kept["epoch"] < epoch]  # a resume may make an epoch's again
+        atomic_write_text(self.out / LOG, "".join(json.dumps(kept) + "\n" for kept in [*lines, line]))
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """What own_labels.jsonl tells of each epoch so far."""
+        return read_metrics(self.out / LOG, "epoch")

@@ -6,7 +6,6 @@ a download: what comes down is compared with the sha256 in the repository's metr
 are huggingface_hub's business: its login or HF_TOKEN.
 """
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +42,16 @@ from sssd_zoo.cards import check_calibrated, write_card
 from sssd_zoo.clustering import PseudoLabels
 from sssd_zoo.config import PublishArgs, PublishLabelsArgs, PullArgs, RepoConfig
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import RUN_MARK, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.files import (
+    RUN_MARK,
+    atomic_write_bytes,
+    atomic_write_text,
+    disk_errors,
+    read_json,
+    sha256,
+    sha256_of,
+    write_json,
+)
 from sssd_zoo.hub import hub_cards
 from sssd_zoo.lock import LOCK
 from sssd_zoo.run_folder import atomic_dir, open_out
@@ -102,7 +110,7 @@ def publish_labels(args: PublishLabelsArgs) -> None:
             **labels.meta,
             # A folder's path means nothing elsewhere; hf-hub:ORG/NAME does.
             "model": model if ":" in model else Path(model).name,
-            "sha256": {name: sha256(folder / name) for name in ("labels.parquet", "centroids.safetensors")},
+            "sha256": sha256_of(folder, folder.iterdir()),
         }
         write_json(folder / "pseudo_labels.json", meta)
         atomic_write_text(folder / "README.md", labels_card(meta, args.repo, args.license))
@@ -331,12 +339,6 @@ def check_sha256(path: Path, said: str | None, where: str) -> None:
             f"{path.name} of {where} is damaged: its sha256 is {found[:12]}..., "
             f"not {str(said)[:12]}...; run the command again"
         )
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @torch.inference_mode()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sssd_zoo.distributed import barrier, on_main, rank
-from sssd_zoo.engine import machine
+from sssd_zoo.engine import diverged, machine
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import read_json, write_json
+from sssd_zoo.files import damage, read_json, sha256_of, write_json
 from sssd_zoo.run_folder import adopt, check_writable, drop, kind_of, mark, replace
 
 # Inputs that came after the first release: of a step done before there were any, they are as they are now.
@@ -23,6 +23,7 @@ class Stages:
     The inputs of a step are its settings and the inputs of all steps before it, so a change concerns it and all after
     it, and what does not depend on it stays. What was made with other inputs is replaced if `overwrite` says so, and
     not before the new result is complete: until then it is made in a folder beside, from which a killed run resumes.
+    A result whose files are damaged is made again, too.
 
     Args:
         out: the run folder.
@@ -71,7 +72,10 @@ class Stages:
         wanted = inputs if measured_on is None else {**inputs, "measured_on": measured_on}
         folder, before = on_main(lambda: self._found(name))
         changed = [] if before is None else _differences(before["inputs"], wanted)
-        if before is not None and not changed and before["result"] is not None:
+        wrong = on_main(lambda: damage(folder, before.get("sha256", {})) if before else None)
+        if wrong:
+            say(f"[{name}] done again, for {folder} is damaged: {wrong}")
+        elif before is not None and not changed and before["result"] is not None:
             say(f"[{name}] done before")
             self.results[name] = before["result"]
             return self.results[name]
@@ -91,8 +95,14 @@ class Stages:
         result = step(folder) if all_processes or rank() == 0 else {}
         barrier()
         if rank() == 0:
+            if not record.exists():
+                raise UserError(f"{self.out} was removed while [{name}] ran, and what earlier steps made with it")
             seconds = round(time.perf_counter() - began, 1)
-            write_json(record, {"inputs": wanted, "result": {"seconds": seconds, **result}})
+            # What later steps read. Training's checkpoints have records of their own.
+            files = [path for kind in ("safetensors", "json", "parquet") for path in folder.rglob(f"*.{kind}")]
+            files = [path for path in files if path.relative_to(folder).parts[0] != "checkpoints"]
+            result = {"seconds": seconds, **result}
+            write_json(record, {"inputs": wanted, "result": result, "sha256": sha256_of(folder, files)})
             self._finish_replacing(name)
         barrier()
         self.results[name] = read_json(self._places(name)[1])["result"]
@@ -117,7 +127,8 @@ class Stages:
         if not record.exists() or not folder.exists():
             return folder, None
         before = read_json(record)
-        begun = before["result"] is not None or any(folder.glob("checkpoints/step-*"))
+        checkpoints = folder / "checkpoints"
+        begun = before["result"] is not None or (any(checkpoints.glob("step-*")) and not diverged(checkpoints))
         return folder, before if begun else None
 
     def _finish_replacing(self, name: str) -> None:

@@ -33,7 +33,7 @@ from sssd_zoo.distributed import barrier, rank, world_size
 from sssd_zoo.engine import OptimConfig, RuntimeConfig, check, make_accelerator, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluate import DTYPES, feature_batches, network_features
-from sssd_zoo.feature_file import FeatureFile, shard, write_features
+from sssd_zoo.feature_file import FeatureFile, remove_features, shard, write_features
 from sssd_zoo.networks import (
     choose_model,
     choose_size,
@@ -192,13 +192,15 @@ def cluster_images(
     on_disk = not fits_in_memory(wanted) if config.on_disk is None else config.on_disk
     clustering: Clustering | None = None
     near = None
+    file = out.with_name(f".{out.name}.features.npy")
+    if rank() == 0:
+        remove_features(file)  # of a run killed while it clustered
     if world_size() == 1 and not on_disk:
         features = normalise(network_features(network, data, forward)[-1].numpy())
         clustering = kmeans(features, config.k, **settings)
         if config.nearest > 1:
             near = nearest_centroids([features], clustering.centroids, config.nearest)
     else:
-        file = out.with_name(f".{out.name}.features.npy")
         try:
             order = shard(torch.arange(len(data)).split(forward.batch_size))
             write_features(file, len(data), feature_batches(network, data, forward, order))
@@ -211,7 +213,7 @@ def cluster_images(
                 near = nearest_centroids(parts, clustering.centroids, config.nearest)
         finally:
             if rank() == 0:
-                file.unlink(missing_ok=True)
+                remove_features(file)
     if clustering is None:
         return None
     labels = PseudoLabels.from_clustering(

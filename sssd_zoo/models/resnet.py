@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import create_classifier, get_act_layer, get_norm_layer
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
@@ -437,6 +438,11 @@ def _create_sssd_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -
         raise UserError(
             f"the pretrained weights of {variant} are not where they should be: reinstall sssd-zoo with its weights, "
             "or load a folder of your own by local-dir:FOLDER"
+        ) from error
+    except SafetensorError as error:
+        raise UserError(
+            f"the weights of {variant} are damaged ({error}): make or fetch them again; reinstall sssd-zoo if they are "
+            "its own"
         ) from error
 
 
