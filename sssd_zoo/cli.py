@@ -15,6 +15,7 @@ from docstring_parser import parse as parse_docstring  # what jsonargparse reads
 from jsonargparse import ArgumentParser
 
 from sssd_zoo.errors import UserError
+from sssd_zoo.text import safe_terminal
 
 # Subcommand: the dataclass of its arguments in sssd_zoo.config, its module and function, a line for --help.
 COMMANDS = {
@@ -154,6 +155,7 @@ def spell_out(arguments: list[str], config: Any) -> list[str]:
     return words
 
 
+@safe_terminal()
 def run(name: str, arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Parses the arguments of one subcommand and runs its step; what a user can mend exits with status 2 and a line.
 
@@ -185,6 +187,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
             process.wait()
 
 
+@safe_terminal()
 def main() -> None:
     """Entry point of the `sssd` command."""
     arguments = sys.argv[1:]

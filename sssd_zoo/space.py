@@ -46,6 +46,7 @@ PAGE_CODE = (
     "__init__.py",
     "errors.py",
     "page.py",
+    "text.py",
     "models/*.py",
     "data/__init__.py",
     "data/augment.py",
