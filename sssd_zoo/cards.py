@@ -14,8 +14,10 @@ FOLDER/
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -32,7 +34,17 @@ from sssd_zoo.networks import load_network
 from sssd_zoo.paper import named_rows
 from sssd_zoo.probe import extract_features, knn
 from sssd_zoo.report import AccuracyRow, Results, duration
+from sssd_zoo.untrusted import copy_files, read_yaml
 
+# What of a run, and of a folder of `sssd early-exit`, a card is made of. Nothing else of them is read or copied.
+RUN_FILES = (
+    *("model/config.json", "model/model.safetensors", "metrics.json", "config.yaml"),
+    *("pretrain/metrics.jsonl", "distill/metrics.jsonl", "figures/*.png"),
+)
+CALIBRATED_FILES = (
+    *("config.json", "model.safetensors"),
+    *("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png"),
+)
 CHECK_IMAGES = 1000  # of the shipped sample's test split, which no network was trained on
 SHOWN = {  # the figures in the card's text, and what they are called where the run does not say
     "accuracy.png": "Accuracy against cost, exit by exit.",
@@ -51,27 +63,47 @@ def card(args: CardArgs) -> None:
     calibrated = check_calibrated(run, args.calibrated)
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} is there already; give --overwrite to replace it")
-    network = timm.create_model(f"local-dir:{calibrated or run / 'model'}", pretrained=True).eval()
-    # The weights that ship are rounded: what follows is measured on those.
-    checked = check(network.half().float())
-    with atomic_dir(out) as folder:
-        weights = write_card(
-            run,
-            folder,
-            calibrated=calibrated,
-            name=args.name,
-            paper=args.paper,
-            license_name=args.license,
-            checked=checked,
-            out=out,
-            remarks=args.remarks,
-        )
-        if args.weights is None:
-            atomic_write_bytes(folder / "model.safetensors", weights)
+    with own_copy(run, calibrated) as (copy, calibrated):
+        network = timm.create_model(f"local-dir:{calibrated or copy / 'model'}", pretrained=True).eval()
+        # The weights that ship are rounded: what follows is measured on those.
+        checked = check(network.half().float())
+        with atomic_dir(out) as folder:
+            weights = write_card(
+                copy,
+                folder,
+                calibrated=calibrated,
+                name=args.name,
+                paper=args.paper,
+                license_name=args.license,
+                checked=checked,
+                out=out,
+                remarks=args.remarks,
+            )
+            if args.weights is None:
+                atomic_write_bytes(folder / "model.safetensors", weights)
     if args.weights is not None:
         atomic_write_bytes(args.weights, weights)
     model = read_json(out / "config.json")["architecture"]
     print(f"{out}: card of {args.name or model}; weights {len(weights) / 1e6:.1f} MB in half precision")
+
+
+@contextmanager
+def own_copy(run: Path, calibrated: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    """Copies what a card is made of, without what links lead to, and yields the copies for `write_card`.
+
+    Args:
+        run: a finished run of `sssd fit`.
+        calibrated: see `check_calibrated`.
+
+    Raises:
+        UserError: if one of the files is a link.
+    """
+    with TemporaryDirectory(prefix="sssd-card-") as scratch:
+        copies = Path(scratch, "run"), None if calibrated is None else Path(scratch, "calibrated")
+        copy_files(run, RUN_FILES, copies[0])
+        if calibrated is not None and copies[1] is not None:
+            copy_files(calibrated, CALIBRATED_FILES, copies[1])
+        yield copies
 
 
 def check_run(run: Path) -> None:
@@ -152,7 +184,7 @@ def write_card(
     shipped: dict[str, Any] = {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)}
     if checked is not None:
         shipped["check"] = checked
-    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(run / "config.yaml")
     recipe["data"] = results["data"]
     for key in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
         if recipe.get(key):

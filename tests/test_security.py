@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import yaml
 from conftest import ROOT
 from PIL import Image
+
+from sssd_zoo.cli import run
+from sssd_zoo.errors import UserError
+from sssd_zoo.hub import save_network
+from sssd_zoo.space import assemble, push
+from sssd_zoo.untrusted import read_inside
 
 SHIPPED = "sssd_resnet18_cifar.cifar10"
 
@@ -181,3 +191,137 @@ def test_the_page_refuses_thresholds_that_are_none(address):
         done, said = visitor.look(file_data(path), threshold=threshold)
         assert not done, threshold
         assert "sssd_zoo" not in said
+
+
+NAMES = ["cat", "dog", "frog"]
+SMALL = {"channels": (8, 16, 32, 64), "layers": (1, 1, 1, 1)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `sssd fit` leaves, by hand."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    network = timm.create_model("sssd_resnet18", num_classes=3, **SMALL)
+    save_network(run / "model", network, "sssd_resnet18", input_size=32, label_names=NAMES)
+    for name in ("pretrain", "distill"):
+        (run / name).mkdir()
+        (run / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (run / "figures").mkdir()
+    (run / "figures/accuracy.png").write_bytes(picture((1, 1, 1)))
+    recipe = {"data": "owner/animals", "out": str(run), "warm_start": False}
+    (run / "config.yaml").write_text(yaml.safe_dump({**recipe, "pretrain": {"epochs": 1}, "distill": {"epochs": 1}}))
+    results = {"model": "sssd_resnet18", "data": "owner/animals", "images": 9, "seed": 0, "times": []}
+    (run / "metrics.json").write_text(json.dumps(results))
+    return run
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A run that a test may change, and beside it a folder `outside` with a secret."""
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/id_rsa").write_text("topsecret")
+    (tmp_path / "outside/a.png").write_text("topsecret")
+    (tmp_path / "outside/report.md").write_text("topsecret")
+    return tmp_path / "run"
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> set[str]:
+    """The files that `sssd publish` says it would send."""
+    run("publish", [*map(str, words), "--repo", "org/name", "--dry_run"])
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split("  ", 1)[-1].strip().split("  ")[-1] for line in lines if re.match(r"^ +[\d,]+  ", line)}
+
+
+def refusal(capsys: pytest.CaptureFixture[str], name: str, *words: str | Path) -> str:
+    """The one line with which a command ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(name, list(map(str, words)))
+    assert stop.value.code == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_what_is_published_is_on_a_list_at_every_depth(copied, capsys):
+    plain_list = dry_run(capsys, copied)
+    assert {"README.md", "config.json", "figures/accuracy.png"} <= plain_list
+    for name in (".env", "model/.env", "figures/.hidden.png", "figures/notes.txt", "figures/more/deep.png"):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_text("topsecret")
+    assert dry_run(capsys, copied) == plain_list
+    included = dry_run(capsys, copied, "--include", "*")
+    assert "figures/notes.txt" in included
+    assert not [name for name in included if "/." in f"/{name}" and not name.startswith(".eval_results")]
+    line = refusal(capsys, "publish", copied, "--repo", "org/name", "--dry_run", "--include", ".env")
+    assert "hidden files are never published" in line
+
+
+def test_a_card_is_published_by_a_list_too(copied, tmp_path, capsys):
+    run("card", ["--run", str(copied), "--out", str(tmp_path / "card")])
+    capsys.readouterr()
+    plain_list = dry_run(capsys, tmp_path / "card")
+    (tmp_path / "card/early_exit/more").mkdir(parents=True)
+    for name in ("early_exit/.env", "early_exit/notes.txt", "early_exit/more/report.md", ".eval_results/.env.yaml"):
+        (tmp_path / "card" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "card" / name).write_text("topsecret")
+    assert dry_run(capsys, tmp_path / "card") == plain_list
+    (tmp_path / "card/early_exit/report.md").symlink_to(tmp_path / "outside/report.md")
+    assert "is a symbolic link" in refusal(capsys, "publish", tmp_path / "card", "--repo", "org/name", "--dry_run")
+
+
+LINKS = {
+    "a file": ("figures/accuracy.png", "outside/a.png"),
+    "one more file": ("figures/more.png", "outside/a.png"),
+    "a folder": ("figures", "outside"),
+    "the network": ("model", "elsewhere/model"),
+    "the weights": ("model/model.safetensors", "elsewhere/model/model.safetensors"),
+    "a log's folder": ("distill", "elsewhere/distill"),
+    "nowhere": ("figures/lost.png", "nowhere"),
+}
+
+
+@pytest.mark.parametrize(("name", "kind"), [*(("publish", kind) for kind in LINKS), ("card", "a folder")])
+def test_links_out_of_a_run_are_not_followed(name, kind, copied, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "elsewhere")
+    place, target = copied / LINKS[kind][0], tmp_path / LINKS[kind][1]
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
+    words = {"publish": [copied, "--repo", "org/name", "--dry_run"], "card": ["--run", copied, "--out", tmp_path / "c"]}
+    line = refusal(capsys, name, *words[name])
+    assert f"{place}: it is a symbolic link" in line
+    assert not (tmp_path / "c").exists()
+
+
+def test_links_and_pipes_are_not_included(copied, tmp_path, capsys):
+    (copied / "keys").symlink_to(tmp_path / "outside")
+    (copied / "key.txt").symlink_to(tmp_path / "outside/id_rsa")
+    os.mkfifo(copied / "pipe.txt")
+    words = ["publish", copied, "--repo", "org/name", "--dry_run", "--include"]
+    assert "key.txt: it is a symbolic link" in refusal(capsys, *words, "key.txt")
+    assert "no regular file" in refusal(capsys, *words, "pipe.txt")
+    assert "keys: it is a symbolic link" in refusal(capsys, *words, "keys")
+    assert "fits no file" in refusal(capsys, *words, "keys/*")
+    assert not [name for name in dry_run(capsys, copied) if "key" in name or "pipe" in name]
+
+
+def test_a_space_takes_no_links(copied, finished, tmp_path):
+    assemble(str(copied), tmp_path / "space", run_images=False)
+    shutil.rmtree(copied / "model")
+    (copied / "model").symlink_to(finished / "model")
+    with pytest.raises(UserError, match="symbolic link"):
+        assemble(str(copied), tmp_path / "other", run_images=False)
+    (tmp_path / "space/model/.env").symlink_to(tmp_path / "outside/id_rsa")
+    with pytest.raises(UserError, match="symbolic link"):
+        push(tmp_path / "space", "org/name", private=False, dry_run=True)
+
+
+def test_a_file_exchanged_for_a_link_is_not_read(tmp_path):
+    (tmp_path / "run/figures").mkdir(parents=True)
+    (tmp_path / "run/figures/a.png").write_text("mine")
+    assert read_inside(tmp_path / "run", "figures/a.png") == b"mine"
+    (tmp_path / "run/figures").rename(tmp_path / "moved")
+    (tmp_path / "run/figures").symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match="symbolic link"):
+        read_inside(tmp_path / "run", "figures/a.png")
