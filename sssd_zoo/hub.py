@@ -30,6 +30,7 @@ from torch import nn
 
 from sssd_zoo.data.sources import HUB_TIMEOUT
 from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.hub_client import limited_waiting
 from sssd_zoo.report import Results, describe, table
 
 TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]
@@ -58,7 +59,8 @@ def cache_if_unreachable(repo: str | None) -> Iterator[None]:
         except Exception:  # its HTTP client's errors, which differ between versions
             constants.HF_HUB_OFFLINE = True
     try:
-        yield
+        with limited_waiting():
+            yield
     finally:
         constants.HF_HUB_OFFLINE = before
 

@@ -45,6 +45,7 @@ from sssd_zoo.config import PublishArgs, PublishLabelsArgs, PullArgs, RepoConfig
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import hub_cards
+from sssd_zoo.hub_client import SilentHubError, limited_waiting
 from sssd_zoo.text import plain
 from sssd_zoo.untrusted import copy_files, files_below, hidden, read_inside
 
@@ -412,7 +413,8 @@ def hub_errors(repo: str, state: str) -> Iterator[None]:
         UserError: for any of them; errors of the disk pass.
     """
     try:
-        yield
+        with limited_waiting():
+            yield
     except UserError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError, XetDownloadError) as error:
@@ -429,6 +431,8 @@ def reason(error: BaseException) -> str:
     for own in chain:
         if isinstance(own, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE keeps the Hub away: unset it, or use a folder that was pulled before"
+        if isinstance(own, SilentHubError):
+            return f"{own}, at {constants.ENDPOINT}: check the network, run the command again later"
         if isinstance(own, HfHubHTTPError):
             todo = {
                 401: "the Hub knows no such token, or no such repository: run `hf auth login`, or set HF_TOKEN",

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import pytest
 import timm
 import yaml
 from conftest import ROOT
+from hub_server import Fault, Hub
+from huggingface_hub.utils import _http
 from PIL import Image
 
 from sssd_zoo.cli import run
 from sssd_zoo.errors import UserError
 from sssd_zoo.hub import save_network
+from sssd_zoo.networks import load_network
 from sssd_zoo.space import assemble, push
 from sssd_zoo.untrusted import read_inside
 
@@ -325,3 +329,91 @@ def test_a_file_exchanged_for_a_link_is_not_read(tmp_path):
     (tmp_path / "run/figures").symlink_to(tmp_path / "moved")
     with pytest.raises(UserError, match="symbolic link"):
         read_inside(tmp_path / "run", "figures/a.png")
+
+
+TOKEN = "hf_" + "Tr0ub4dor" * 4  # no login: the only server that takes it is the one below
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub, and a client that waits for it for two seconds instead of thirty."""
+    hub = Hub(TOKEN)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in (
+        *(("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)),
+        *(("ENDPOINT", hub.url), ("HUGGINGFACE_CO_URL_TEMPLATE", files)),
+    ):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("sssd_zoo.hub_client.PATIENCE", 2.0)
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+SILENT = [
+    Fault("GET", "/api/models/", "silent"),
+    Fault("GET", "/refs$", "silent"),
+    Fault("POST", "/repos/create", "silent"),
+    Fault("POST", "/preupload/", "silent"),
+    Fault("POST", "/objects/batch", "silent"),
+    Fault("PUT", "/lfs/", "silent"),
+    Fault("POST", "/commit/", "silent"),
+    Fault("POST", "/validate-yaml", "silent"),
+]
+SILENT_PULLS = [
+    Fault("GET", "/api/models/", "silent"),
+    Fault("HEAD", "/resolve/", "silent"),
+    Fault("GET", "/resolve/", "silent"),
+    Fault("GET", "/resolve/.*safetensors", "stalled"),
+]
+
+
+def fault_name(fault: Fault) -> str:
+    return f"{fault.method}-{fault.path.strip('/')}-{fault.kind}"
+
+
+@pytest.mark.parametrize("fault", SILENT, ids=fault_name)
+def test_publish_gives_up_on_a_silent_hub(fault, hub, finished, capsys):
+    began = time.monotonic()
+    with hub.faulty(fault):
+        line = refusal(capsys, "publish", finished, "--repo", "someone/network")
+    assert time.monotonic() - began < 10
+    assert "the Hub has not answered for 2 seconds" in line
+    assert "nothing was committed" in line
+    assert TOKEN not in line
+
+
+@pytest.mark.parametrize("fault", SILENT_PULLS, ids=fault_name)
+def test_pull_gives_up_on_a_silent_hub(fault, hub, finished, tmp_path, capsys):
+    run("publish", [str(finished), "--repo", "someone/network"])
+    began = time.monotonic()
+    with hub.faulty(fault):
+        line = refusal(capsys, "pull", "someone/network", "--out", tmp_path / "out")
+    assert time.monotonic() - began < 10
+    assert "the Hub has not answered for 2 seconds" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["/resolve/.*safetensors", "/resolve/.*json"])
+def test_a_slow_hub_is_waited_for(path, hub, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("sssd_zoo.hub_client.PATIENCE", 0.8)  # the body takes 2 seconds
+    run("publish", [str(finished), "--repo", "someone/network"])
+    with hub.faulty(Fault("GET", path, "slow")):
+        run("pull", ["someone/network", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/model.safetensors").read_bytes() == hub.files("someone/network")["model.safetensors"]
+
+
+def test_the_client_of_others_is_left_as_it_was(hub, finished):
+    before = _http._GLOBAL_CLIENT_FACTORY
+    run("publish", [str(finished), "--repo", "someone/network"])
+    assert before is _http._GLOBAL_CLIENT_FACTORY
+
+
+def test_a_network_of_a_silent_hub_is_one_line(hub, finished):
+    run("publish", [str(finished), "--repo", "someone/network"])
+    for fault in (Fault("GET", "/resolve/", "silent"), Fault("HEAD", "/resolve/", "silent")):
+        began = time.monotonic()
+        with hub.faulty(fault), pytest.raises(UserError, match="cannot load the network"):
+            load_network("hf-hub:someone/network", cache_dir=finished.parent / f"cache-{fault.method}")
+        assert time.monotonic() - began < 10
