@@ -20,7 +20,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import timm
 import torch
 import yaml
 
@@ -34,6 +33,7 @@ from sssd_zoo.networks import load_network
 from sssd_zoo.paper import named_rows
 from sssd_zoo.probe import extract_features, knn
 from sssd_zoo.report import AccuracyRow, Results, duration
+from sssd_zoo.text import code, markdown
 from sssd_zoo.untrusted import copy_files, read_yaml
 
 # What of a run, and of a folder of `sssd early-exit`, a card is made of. Nothing else of them is read or copied.
@@ -64,7 +64,7 @@ def card(args: CardArgs) -> None:
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} is there already; give --overwrite to replace it")
     with own_copy(run, calibrated) as (copy, calibrated):
-        network = timm.create_model(f"local-dir:{calibrated or copy / 'model'}", pretrained=True).eval()
+        network = load_network(str(calibrated or copy / "model")).eval()
         # The weights that ship are rounded: what follows is measured on those.
         checked = check(network.half().float())
         with atomic_dir(out) as folder:
@@ -176,11 +176,11 @@ def write_card(
     """
     results: Results = read_json(run / "metrics.json")
     source = calibrated or run / "model"
-    network = timm.create_model(f"local-dir:{source}", pretrained=True)
+    network = load_network(str(source))
     weights = network_weights(network, torch.float16)
     # transformers would compute in the precision of the file.
     config = {**read_json(source / "config.json"), "dtype": "float32"}
-    results["data"] = Path(results["data"]).name if Path(results["data"]).exists() else results["data"]
+    results["data"] = short_name(results["data"])
     shipped: dict[str, Any] = {"sha256": hashlib.sha256(weights).hexdigest(), "bytes": len(weights)}
     if checked is not None:
         shipped["check"] = checked
@@ -237,17 +237,17 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
     """What was trained for how long, as facts of the card."""
     start = "the pretext's weights" if recipe["warm_start"] else "scratch"
     times = results["times"]
-    parts = ", ".join(f"{entry['step']} {duration(entry['seconds'])}" for entry in times)
-    pretext = f"MoCo v2 for {recipe['pretrain']['epochs']} epochs"
+    parts = ", ".join(f"{markdown(entry['step'])} {duration(entry['seconds'])}" for entry in times)
+    pretext = f"MoCo v2 for {markdown(recipe['pretrain']['epochs'])} epochs"
     if recipe.get("features"):
-        pretext = f"pseudo labels from the features of `{recipe['features']}`"
+        pretext = f"pseudo labels from the features of {code(recipe['features'])}"
     elif recipe.get("pretrain_data"):
-        pretext += f" on `{recipe['pretrain_data']}`"
+        pretext += f" on {code(recipe['pretrain_data'])}"
     if recipe["pretrain"].get("init") and not recipe.get("features"):
-        pretext += f", started from the weights of `{recipe['pretrain']['init']}`"
+        pretext += f", started from the weights of {code(recipe['pretrain']['init'])}"
     return [
-        f"**Training**: {pretext}, then self distillation for {recipe['distill']['epochs']} epochs, from {start}; "
-        "`recipe.yaml` has all settings",
+        f"**Training**: {pretext}, then self distillation for {markdown(recipe['distill']['epochs'])} epochs, from "
+        f"{start}; `recipe.yaml` has all settings",
         f"**Time**: {duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
     ]
 

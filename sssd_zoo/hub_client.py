@@ -21,7 +21,7 @@ PATIENCE = 30.0  # seconds of silence
 CONNECT = 5.0  # seconds to connect to one address; a host has several
 # The same for transfers by Xet, whose client is no Python and takes its settings from here.
 XET = {
-    "HF_XET_CLIENT_READ_TIMEOUT": "15s",
+    "HF_XET_CLIENT_READ_TIMEOUT": "10s",
     "HF_XET_CLIENT_CONNECT_TIMEOUT": "5s",
     "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1",
     "HF_XET_CLIENT_RETRY_MAX_DURATION": "30s",

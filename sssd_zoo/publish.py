@@ -7,6 +7,7 @@ repository's metrics.json or pseudo_labels.json. Tokens are huggingface_hub's bu
 """
 
 import hashlib
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +47,8 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import hub_cards
 from sssd_zoo.hub_client import SilentHubError, limited_waiting
-from sssd_zoo.text import plain
+from sssd_zoo.networks import load_network
+from sssd_zoo.text import code, markdown, plain
 from sssd_zoo.untrusted import copy_files, files_below, hidden, read_inside
 
 NETWORK_FILES = (
@@ -356,7 +358,7 @@ def sha256(path: Path) -> str:
 @torch.inference_mode()
 def answers(folder: Path) -> Tensor:
     """What a folder's network says to a fixed batch, [4, num_classes]; its features where it has no classes."""
-    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model: Any = load_network(str(folder)).eval()
     shape = model.pretrained_cfg["input_size"]
     result: Tensor = model(torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)))
     return result
@@ -368,12 +370,13 @@ def labels_card(meta: dict[str, Any], repo: str, license_name: str) -> str:
         license=license_name,
         task_categories=["image-classification"],
         tags=["sssd", "pseudo-labels"],
-        source_datasets=[meta["data"]] if "/" in meta["data"] else None,
-        pretty_name=f"Pseudo labels of {meta['data']}",
+        source_datasets=[plain(meta["data"])] if "/" in meta["data"] else None,
+        pretty_name=f"Pseudo labels of {plain(meta['data'])}",
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "labels.parquet"}]}],
     )
     template = (hub_cards() / "labels_card.md.jinja").read_text(encoding="utf-8")
-    return str(DatasetCard.from_template(data, template_str=template, meta=meta, repo=repo)).rstrip() + "\n"
+    words: Any = {"plain": plain, "markdown": markdown, "code": code, "quote": lambda name: shlex.quote(plain(name))}
+    return str(DatasetCard.from_template(data, template_str=template, meta=meta, repo=repo, **words)).rstrip() + "\n"
 
 
 def check_repo(config: RepoConfig) -> None:

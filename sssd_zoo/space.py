@@ -29,6 +29,7 @@ from sssd_zoo.data.loading import DataConfig, open_encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import hub_cards, save_network
+from sssd_zoo.network_checks import check_network, read_config
 from sssd_zoo.networks import load_network
 from sssd_zoo.page import serve
 from sssd_zoo.publish import announce, check_name, hub_errors
@@ -251,6 +252,7 @@ def copy_clusters(run: Path, folder: Path) -> str:
         for row in tqdm(pseudo.rows[shown].tolist(), desc="thumbnails", unit="img", leave=False)
     ]
     copy_network(run, "pretrain", folder)
+    check_network(read_config(folder / "config.json"), folder / "model.safetensors", str(run / "pretrain"))
     atomic_write_bytes(folder / "centroids.safetensors", read_inside(run, "labels/centroids.safetensors"))
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table({"cluster": pseudo.labels[shown], "image": pa.array(images, pa.binary())}), buffer)

@@ -26,9 +26,8 @@ UNSAFE = (
 )
 _HIDDEN = re.compile(f"[{UNSAFE}]")
 _HIDDEN_IN_A_NAME = re.compile(f"[{UNSAFE}\t\n]")
-# What has a meaning in CommonMark or on GitHub and the Hub: emphasis (not within words), code, links, tables,
-# mathematics, mentions and addresses that become links by themselves.
-_MARKDOWN = re.compile(r"[\\`*\[\]|~$]|(?<!\w)_|_(?!\w)|(?<=:)//|(?<=www)\.|^[-+#=>]|^\d+(?=[.)])", re.IGNORECASE)
+# Emphasis (an underscore within a word is none), code, links, strikethrough and mathematics.
+_MARKDOWN = re.compile(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)")
 _CURSOR = re.compile(r"(?:[\r\n]|\x1b\[A)*")  # what progress bars write between lines
 
 
@@ -49,17 +48,14 @@ def html(value: Any) -> str:
 
 
 def markdown(value: Any) -> str:
-    """A name in a line of Markdown, as it is: no tag, emphasis, link, mention, table cell or formula."""
-    words = _MARKDOWN.sub(lambda sign: "".join("\\" + part for part in sign[0]), plain(value))
-    return library.escape(words, quote=False).replace("@", "&#64;")
+    """A name in a line of Markdown, as it is: no tag, emphasis, link or formula. `report.table` sees to its bars."""
+    return library.escape(_MARKDOWN.sub(lambda sign: "\\" + sign[0], plain(value)), quote=False)
 
 
 def code(value: Any) -> str:
-    """A name between backticks in Markdown, more of them where the name has some."""
+    """A name between backticks in Markdown; without them where it could end them or, by a backslash, a table's cell."""
     words = plain(value)
-    fence = "`" * (1 + max((len(run) for run in re.findall("`+", words)), default=0))
-    space = " " if words[:1] in ("`", " ", "") or words[-1:] in ("`", " ") else ""
-    return f"{fence}{space}{words}{space}{fence}"
+    return markdown(words) if "`" in words or "\\" in words else f"`{words}`"
 
 
 class Terminal:

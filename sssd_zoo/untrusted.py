@@ -16,8 +16,8 @@ import yaml
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes
 
-LARGEST_TEXT = 1_000_000  # bytes of a recipe
-MOST_NODES = 100_000  # values of a recipe, an alias counted as all that it stands for
+LARGEST_TEXT = 100_000  # bytes of a recipe
+MOST_NODES = 10_000  # values of a recipe, an alias counted as all that it stands for
 DEEPEST = 50  # lists and mappings within each other
 
 
@@ -27,29 +27,31 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         UserError: if it cannot be read, is no YAML, or is too large, by aliases too.
     """
-    check_regular(path)
     try:
+        if not Path(path).is_file():  # of devices the end is not sure
+            raise UserError(f"{path} is no file: give a YAML file")
         with Path(path).open("rb") as file:
-            data = file.read(LARGEST_TEXT + 1)
-        text = data.decode()
-    except (OSError, ValueError) as error:
+            text = file.read(LARGEST_TEXT + 1).decode()
+    except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     check_yaml(text, str(path))
-    return yaml.safe_load(text)
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # tags of objects, dates that are none
+        raise UserError(f"cannot read {path} as YAML: {error}") from error
 
 
-def check_regular(path: str | Path) -> None:
-    """Refuses folders, and devices and sockets, which would be read for ever.
+def check_recipe(given: str) -> None:
+    """Checks what `--config` is given before jsonargparse parses it: a path, or the YAML itself.
 
     Raises:
-        UserError: that says so; not for what is not there.
+        UserError: see `check_yaml`; not for what does not exist.
     """
-    try:
-        mode = Path(path).stat().st_mode
-    except (OSError, ValueError):
-        return  # who opens it says why it cannot be read
-    if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-        raise UserError(f"{path} is no file: give a YAML file")
+    if os.path.lexists(given):
+        if not Path(given).is_fifo():  # of a shell, <(...), which can be read once
+            read_yaml(given)
+    else:
+        check_yaml(given, "--config")
 
 
 def check_yaml(text: str, where: str) -> None:
@@ -67,24 +69,26 @@ def check_yaml(text: str, where: str) -> None:
     depth = 0
     try:
         # Events come one by one, before anything is built of them.
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > DEEPEST:
-                raise UserError(f"{where} has lists or mappings more than {DEEPEST} deep: it is no recipe")
+            if number > MOST_NODES or depth > DEEPEST:
+                raise UserError(f"{where} has more than {MOST_NODES:,} values, or is more than {DEEPEST} lists deep")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"cannot read {where} as YAML: {error}") from error
-    if node is not None and _values(node, {}) > MOST_NODES:
-        raise UserError(f"{where} has more than {MOST_NODES:,} values, by aliases: write them out")
+    values, deep = (0.0, 0.0) if node is None else _extent(node, {})
+    if values > MOST_NODES or deep > DEEPEST:
+        raise UserError(f"{where} grows by its aliases to more than {MOST_NODES:,} values, or {DEEPEST} lists deep")
 
 
-def _values(node: yaml.Node, known: dict[int, float]) -> float:
-    """How many values a node and all in it have, aliases followed; infinitely many where it is in itself."""
+def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values a node and all in it have, aliases followed, and how deep; infinite where it is in itself."""
     if id(node) not in known:
-        known[id(node)] = float("inf")  # until it is known: an alias to itself finds this
+        known[id(node)] = float("inf"), float("inf")  # until it is known: an alias to itself finds this
         inner = [] if isinstance(node, yaml.ScalarNode) else node.value
         parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
-        known[id(node)] = 1 + sum(_values(part, known) for part in parts)
+        extents = [_extent(part, known) for part in parts]
+        known[id(node)] = 1 + sum(count for count, _ in extents), 1 + max((deep for _, deep in extents), default=0)
     return known[id(node)]
 
 

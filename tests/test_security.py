@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -24,9 +25,10 @@ from PIL import Image
 from sssd_zoo.cli import run
 from sssd_zoo.errors import UserError
 from sssd_zoo.hub import save_network
+from sssd_zoo.network_checks import built_sizes
 from sssd_zoo.networks import load_network
 from sssd_zoo.space import assemble, push
-from sssd_zoo.untrusted import read_inside
+from sssd_zoo.untrusted import read_inside, read_yaml
 
 SHIPPED = "sssd_resnet18_cifar.cifar10"
 
@@ -417,3 +419,122 @@ def test_a_network_of_a_silent_hub_is_one_line(hub, finished):
         with hub.faulty(fault), pytest.raises(UserError, match="cannot load the network"):
             load_network("hf-hub:someone/network", cache_dir=finished.parent / f"cache-{fault.method}")
         assert time.monotonic() - began < 10
+
+
+HUGE = {
+    "classes": {"num_classes": 10**9},
+    "channels": {"model_args": {**SMALL, "channels": [8, 16, 32, 10**9]}},
+    "many wide channels": {"model_args": {"channels": [2048, 2048, 2048, 2048], "layers": [1, 1, 1, 1]}},
+    "layers": {"model_args": {**SMALL, "layers": [1, 1, 1, 10**9]}},
+    "width": {"model_args": {**SMALL, "base_width": 10**9}},
+    "stem": {"model_args": {**SMALL, "stem_width": 10**12}},
+    "images": {"pretrained_cfg": {"input_size": [3, 10**6, 10**6]}},
+    "another architecture": {"architecture": "sssd_resnet101", "model_args": {"channels": [512, 1024, 2048, 2048]}},
+}
+REDIRECTED = {
+    "a file of pickles": {"model_args": {**SMALL, "checkpoint_path": "SECRET"}},
+    "other weights": {"model_args": {**SMALL, "pretrained_cfg": {"file": "SECRET"}}},
+    "an overlay": {"model_args": {**SMALL, "pretrained_cfg_overlay": {"file": "SECRET"}}},
+    "an address": {"pretrained_cfg": {"url": "http://127.0.0.1:9/x.pth", "input_size": [3, 32, 32]}},
+    "another file": {"pretrained_cfg": {"hf_hub_filename": "../x.bin", "input_size": [3, 32, 32]}},
+    "weights of its own kind": {"pretrained_cfg": {"custom_load": True, "input_size": [3, 32, 32]}},
+    "a state": {"pretrained_cfg": {"state_dict": {"a": 1}, "input_size": [3, 32, 32]}},
+    "another folder": {"architecture": "local-dir:SECRET"},
+    "the Hub": {"architecture": "hf-hub:someone/else"},
+    "a device": {"model_args": {**SMALL, "device": "meta"}},
+}
+WRONG = {
+    "an unknown argument": {"model_args": {**SMALL, "surprise": 1}},
+    "arguments that are none": {"model_args": [1]},
+    "an architecture that is none": {"architecture": ["resnet18"]},
+    "a fraction of a class": {"num_classes": 2.5},
+    "less than no class": {"num_classes": -1},
+    "names of more classes": {"label_names": ["a", "b"]},
+    "names that are none": {"label_names": [1, 2, 3]},
+    "a size that is none": {"pretrained_cfg": {"input_size": ["<b>", 1, 2]}},
+    "a mean that is none": {"pretrained_cfg": {"mean": ["a", "b", "c"]}},
+    "an infinite std": {"pretrained_cfg": {"std": [float("inf")] * 3}},
+}
+
+
+CONFIGS = {**HUGE, **REDIRECTED, **WRONG}
+
+
+@pytest.mark.parametrize("change", CONFIGS.values(), ids=CONFIGS)
+def test_a_config_that_asks_for_more_than_its_weights_is_refused(change, finished, tmp_path):
+    shutil.copytree(finished / "model", tmp_path / "net")
+    config = json.loads((tmp_path / "net/config.json").read_text())
+    described = {**config["pretrained_cfg"], **change.get("pretrained_cfg", {})}
+    changed = json.dumps({**config, **change, "pretrained_cfg": described}).replace("SECRET", str(tmp_path / "secret"))
+    (tmp_path / "net/config.json").write_text(changed)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.monotonic()
+    for name in (str(tmp_path / "net"), f"local-dir:{tmp_path / 'net'}"):
+        with pytest.raises(UserError, match="cannot load the network") as refused:
+            load_network(name)
+        assert len(str(refused.value)) < 1000
+    assert time.monotonic() - began < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+NO_CONFIGS = ["[" * 100_000, '{"a": ' * 100_000, "1" * 10_000, "[]", "null", '{"architecture": "x"}']
+
+
+@pytest.mark.parametrize("text", NO_CONFIGS, ids=lambda text: text[:6])
+def test_a_config_that_is_none_is_one_line(text, finished, tmp_path):
+    shutil.copytree(finished / "model", tmp_path / "net")
+    (tmp_path / "net/config.json").write_text(text)
+    with pytest.raises(UserError):
+        load_network(str(tmp_path / "net"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_atto", "sssd_resnet50"])
+def test_networks_of_all_kinds_pass_the_check(name, tmp_path):
+    network = timm.create_model(name, num_classes=7, in_chans=1)
+    save_network(tmp_path / "net", network, name)
+    assert load_network(str(tmp_path / "net")).num_classes == 7
+    assert load_network(str(tmp_path / "net"), num_classes=0, in_chans=3).num_classes == 0
+    assert built_sizes(name, {}, name)
+
+
+BOMBS = {
+    "laughs": "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30)),
+    "itself": "data: &a [*a]\n",
+    "a chain": "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 2000)),
+    "deep": "data: " + "[" * 3000,
+    "deep and closed": "data: " + "[" * 3000 + "]" * 3000,
+    "deep blocks": "\n".join("  " * depth + "a:" for depth in range(1500)),
+    "large": "data: " + "x" * 2_000_000,
+    "wide": "data: [" + "1," * 400_000 + "]",
+    "no YAML": "data: [1, 2\nb: }",
+    "no text": "data: \xff\xfe\x00",
+    "an object": "data: !!python/object/apply:os.system [echo owned]",
+    "a number": "seed: " + "9" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_recipes_that_grow_are_refused(kind, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(BOMBS[kind], encoding="latin-1")
+    began = time.monotonic()
+    line = refusal(capsys, "fit", "--config", recipe, "--out", tmp_path / "out")
+    assert len(line) < 3000
+    assert time.monotonic() - began < 20
+    if kind != "a number":
+        with pytest.raises(UserError):
+            read_yaml(recipe)
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "/dev/urandom"])
+def test_a_recipe_that_never_ends_is_refused(path, tmp_path, capsys):
+    assert "is no file" in refusal(capsys, "fit", "--config", path, "--out", tmp_path / "out")
+
+
+def test_recipes_may_have_aliases(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rates: &rates [0.1, 0.2]\nother: *rates\nbase: &base {a: 1}\nmore: {<<: *base, b: 2}\n")
+    assert read_yaml(recipe) == {"rates": [0.1, 0.2], "other": [0.1, 0.2], "base": {"a": 1}, "more": {"a": 1, "b": 2}}
+    for path in sorted(ROOT.glob("train/recipes/**/*.yaml")):
+        assert read_yaml(path)
