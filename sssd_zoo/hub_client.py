@@ -96,7 +96,7 @@ def _waited(error: Exception, seconds: float | None, limits: dict[str, float]) -
     """Adds a time-out to the silence, and ends it where that is too long."""
     kind = type(error).__name__.removesuffix("Timeout").lower()
     _silence.seconds += limits.get(kind, PATIENCE) if seconds is None else seconds
-    if _silence.seconds > PATIENCE - 1:
+    if _silence.seconds > 0.9 * PATIENCE:
         _silence.seconds = 0
         raise SilentHubError(f"the Hub has not answered for {PATIENCE:.0f} seconds") from error
 

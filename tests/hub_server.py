@@ -200,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.kind == "slow":
                 for start in range(0, len(body), 1 + len(body) // 20):
                     self.wfile.write(body[start : start + 1 + len(body) // 20])
-                    time.sleep(0.1)
+                    time.sleep(0.15)
                 return
             self.wfile.write(body[: len(body) // 2] if self.kind in ("short", "stalled") else body)
             if self.kind == "stalled":
