@@ -6,6 +6,7 @@ weights do not hold. Here a network is built without memory first, on torch's me
 with the header of the weights.
 """
 
+import itertools
 import json
 import math
 import re
@@ -62,65 +63,77 @@ def check_network(config: dict[str, Any], weights: Path, where: str) -> None:
     Raises:
         UserError: that says what is wrong.
     """
-
-    def refuse(reason: str) -> None:
-        raise UserError(f"cannot load the network '{where}': {reason}")
-
-    described = config.get("pretrained_cfg", config)
-    arguments = config.get("model_args") or {}
-    architecture: Any = config.get("architecture")
-    if not isinstance(described, dict) or not isinstance(arguments, dict):
-        refuse("pretrained_cfg and model_args of its config.json are to be JSON objects")
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        refuse(f"timm has no architecture {architecture!r}")
-    for name in REFUSED_SOURCES:
-        if described.get(name):
-            refuse(f"its config.json names other weights ({name}): drop that, and put the weights beside it")
-    for name in arguments:
-        if REFUSED_ARGUMENTS.fullmatch(name):
-            refuse(f"its config.json has a model argument that is not about the network: {name}")
-    classes = config.get("num_classes", described.get("num_classes"))
-    if classes is not None and (not isinstance(classes, int) or classes < 0):
-        refuse(f"its config.json has num_classes {classes!r}, which is to be a number from 0 on")
-    _check_images(described, refuse)
-    names = config.get("label_names", described.get("label_names"))
-    if isinstance(names, list) and (
-        len(names) != (classes or len(names)) or not all(isinstance(name, str) for name in names)
-    ):
-        refuse(f"its config.json has {len(names)} label_names, and num_classes {classes}")
     try:
+        check_words(config)
         with safe_open(weights, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        check_sizes(config, {name: shape for name, shape in shapes.items() if math.prod(shape)})
     except (SafetensorError, OSError) as error:
-        refuse(f"{weights.name} is damaged: {error}")
-    present = [shape for shape in shapes.values() if math.prod(shape)]
-    largest = max((side for shape in present for side in shape), default=0)
-    for name, number in _numbers("num_classes", classes) if classes else ():
-        _check_number(name, number, largest, len(present), refuse)
+        raise UserError(f"cannot load the network '{where}': {weights.name} is damaged: {error}") from error
+    except ValueError as error:
+        raise UserError(f"cannot load the network '{where}': its config.json {str(error)[:300]}") from error
+
+
+def check_words(config: dict[str, Any]) -> None:
+    """Refuses what is of the wrong kind, or is not about the network.
+
+    Raises:
+        ValueError: that says what.
+    """
+    described, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
+    if not isinstance(described, dict) or not isinstance(arguments, dict):
+        raise ValueError("has pretrained_cfg or model_args that are no JSON objects")
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ValueError(f"names an architecture that timm does not have: {architecture!r}")
+    for name in REFUSED_SOURCES:
+        if described.get(name):
+            raise ValueError(f"names other weights ({name}): remove that, and put the weights beside it")
+    for name in filter(REFUSED_ARGUMENTS.fullmatch, arguments):
+        raise ValueError(f"has a model argument that is not about the network: {name}")
+    classes = _classes(config)
+    if classes is not None and (not isinstance(classes, int) or classes < 0):
+        raise ValueError(f"has num_classes {classes!r}, which must be a whole number, at least 0")
+    names = config.get("label_names", described.get("label_names"))
+    if isinstance(names, list) and {*map(type, names)} - {str}:
+        raise ValueError("has label_names that are not text")
+    if isinstance(names, list) and classes and len(names) != classes:
+        raise ValueError(f"has {len(names)} label_names for num_classes {classes}")
+    for name in ("input_size", "test_input_size", "min_input_size"):
+        size = described.get(name, [1, 1, 1])
+        sides = isinstance(size, list) and len(size) == 3 and all(isinstance(side, int) for side in size)
+        if size is not None and not (sides and all(1 <= side <= LARGEST_SIDE for side in size)):
+            raise ValueError(f"has {name} {size!r}, which must be three numbers in 1..{LARGEST_SIDE}")
+    for name in ("mean", "std"):
+        values = described.get(name, [])
+        if not isinstance(values, list) or not all(isinstance(each, int | float) for each in values):
+            raise ValueError(f"has {name} {values!r}, which must be a list of numbers")
+        if not all(math.isfinite(each) for each in values):
+            raise ValueError(f"has {name} {values!r}, which must be finite")
+
+
+def _classes(config: dict[str, Any]) -> Any:
+    return config.get("num_classes", config.get("pretrained_cfg", config).get("num_classes"))
+
+
+def check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses a network that is larger than the weights with these shapes.
+
+    Raises:
+        ValueError: that says by what.
+    """
+    arguments = {**(config.get("model_args") or {}), "num_classes": _classes(config)}
+    largest = max(itertools.chain([LARGEST_SIDE], *shapes.values()))
     for name, number in _numbers("", arguments):
-        _check_number(name, number, largest, len(present), refuse)
-    total = sum(map(math.prod, present))
-    sizes = built_sizes(architecture, {"num_classes": classes, **arguments}, where)
+        limit = largest if SIZES.search(name) else max(len(shapes), SMALL)
+        if number > limit:
+            raise ValueError(f"has {name} {number:,}, and the weights hold no more than {limit:,}")
+    total = sum(map(math.prod, shapes.values()))
+    sizes = built_sizes(config["architecture"], arguments)
     asked = sum(sizes.values())
     if asked > 2 * total + SLACK:
         name = max(sizes, key=lambda name: sizes[name] - math.prod(shapes.get(name, (0,))))
-        refuse(f"its config.json asks for {asked:,} weights ({name} has the most), and {weights.name} has {total:,}")
-
-
-def _check_images(described: dict[str, Any], refuse: Any) -> None:
-    """Refuses sizes and statistics of images that are none."""
-    for name in ("input_size", "test_input_size", "min_input_size"):
-        size = described.get(name)
-        if size is None:
-            continue
-        sides = isinstance(size, list) and all(isinstance(side, int) for side in size)
-        if not sides or len(size) != 3 or not all(1 <= side <= LARGEST_SIDE for side in size):
-            refuse(f"its config.json has {name} {size!r}, which is to be three numbers in 1..{LARGEST_SIDE}")
-    for name in ("mean", "std"):
-        values = described.get(name)
-        numbers = isinstance(values, list) and all(isinstance(value, int | float) for value in values)
-        if values is not None and (not numbers or not all(abs(value) < math.inf for value in values)):
-            refuse(f"its config.json has {name} {values!r}, which is to be a list of numbers")
+        raise ValueError(f"asks for {asked:,} weights, {name} for the most, and there are {total:,}")
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
@@ -135,18 +148,11 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
         yield name, abs(value)
 
 
-def _check_number(name: str, number: int, largest: int, tensors: int, refuse: Any) -> None:
-    """Refuses sizes above the largest of the weights, and counts above the number of tensors."""
-    limit = max(largest, LARGEST_SIDE) if SIZES.search(name) else max(tensors, SMALL)
-    if number > limit:
-        refuse(f"its config.json has {name} {number:,}, and its weights hold no more than {limit:,}")
-
-
-def built_sizes(architecture: str, arguments: dict[str, Any], where: str) -> dict[str, int]:
+def built_sizes(architecture: str, arguments: dict[str, Any]) -> dict[str, int]:
     """How many numbers each tensor of a network has, built without memory for them; {} if it cannot be built so.
 
     Raises:
-        UserError: if its arguments are none of the architecture.
+        ValueError: if its arguments are none of the architecture.
     """
     try:
         with torch.device("meta"):
@@ -154,5 +160,5 @@ def built_sizes(architecture: str, arguments: dict[str, Any], where: str) -> dic
     except NotImplementedError:  # some networks compute with their weights when they are built
         return {}
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OverflowError) as error:
-        raise UserError(f"cannot load the network '{where}': {str(error)[:300]}") from error
+        raise ValueError(f"does not fit the architecture: {error}") from error
     return {name: tensor.numel() for name, tensor in network.state_dict().items()}

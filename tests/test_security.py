@@ -507,7 +507,7 @@ def test_networks_of_all_kinds_pass_the_check(name, tmp_path):
     save_network(tmp_path / "net", network, name)
     assert load_network(str(tmp_path / "net")).num_classes == 7
     assert load_network(str(tmp_path / "net"), num_classes=0, in_chans=3).num_classes == 0
-    assert built_sizes(name, {}, name)
+    assert built_sizes(name, {})
 
 
 BOMBS = {
