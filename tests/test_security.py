@@ -194,7 +194,7 @@ def test_the_page_refuses_large_pictures_and_says_so(address):
 def test_the_page_refuses_thresholds_that_are_none(address):
     visitor = Visitor(address, "numbers")
     path = visitor.upload(picture((4, 4, 4)))
-    for threshold in ("0.5", None, 2, -1, [0.5], {"a": 1}):
+    for threshold in ("0.5", None, 2, [0.5]):
         done, said = visitor.look(file_data(path), threshold=threshold)
         assert not done, threshold
         assert "sssd_zoo" not in said
