@@ -14,8 +14,10 @@ FOLDER/
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -33,7 +35,18 @@ from sssd_zoo.paper import named_rows
 from sssd_zoo.probe import extract_features, knn
 from sssd_zoo.report import AccuracyRow, Results, duration
 from sssd_zoo.run_folder import atomic_dir, check_replaceable, open_out
+from sssd_zoo.text import code, markdown
+from sssd_zoo.untrusted import copy_files, read_yaml
 
+# What of a run, and of a folder of `sssd early-exit`, a card is made of. Nothing else of them is read or copied.
+RUN_FILES = (
+    *("model/config.json", "model/model.safetensors", "metrics.json", "config.yaml"),
+    *("pretrain/metrics.jsonl", "distill/metrics.jsonl", "figures/*.png"),
+)
+CALIBRATED_FILES = (
+    *("config.json", "model.safetensors"),
+    *("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png"),
+)
 CHECK_IMAGES = 1000  # of the shipped sample's test split, which no network was trained on
 SHOWN = {  # the figures in the card's text, and what they are called where the run does not say
     "accuracy.png": "Accuracy against cost, exit by exit.",
@@ -52,23 +65,24 @@ def card(args: CardArgs) -> None:
     calibrated = check_calibrated(run, args.calibrated)
     if args.weights is not None:
         check_replaceable(Path(args.weights), args.overwrite, "a safetensors file", is_safetensors)
-    network = load_network(str(calibrated or run / "model")).eval()
-    # The weights that ship are rounded: what follows is measured on those.
-    checked = check(network.half().float())
-    with atomic_dir(out, "card") as folder:
-        weights = write_card(
-            run,
-            folder,
-            calibrated=calibrated,
-            name=args.name,
-            paper=args.paper,
-            license_name=args.license,
-            checked=checked,
-            out=out,
-            remarks=args.remarks,
-        )
-        if args.weights is None:
-            atomic_write_bytes(folder / "model.safetensors", weights)
+    with own_copy(run, calibrated) as (copy, calibrated):
+        network = load_network(str(calibrated or copy / "model")).eval()
+        # The bundled weights are rounded: what follows is measured on those.
+        checked = check(network.half().float())
+        with atomic_dir(out, "card") as folder:
+            weights = write_card(
+                copy,
+                folder,
+                calibrated=calibrated,
+                name=args.name,
+                paper=args.paper,
+                license_name=args.license,
+                checked=checked,
+                out=out,
+                remarks=args.remarks,
+            )
+            if args.weights is None:
+                atomic_write_bytes(folder / "model.safetensors", weights)
     if args.weights is not None:
         atomic_write_bytes(args.weights, weights)
     model = read_json(out / "config.json")["architecture"]
@@ -82,6 +96,25 @@ def is_safetensors(path: Path) -> bool:
             return bool(file.keys())
     except SafetensorError:
         return False
+
+
+@contextmanager
+def own_copy(run: Path, calibrated: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    """Copies what a card is made of, without what links lead to, and yields the copies for `write_card`.
+
+    Args:
+        run: a finished run of `sssd fit`.
+        calibrated: see `check_calibrated`.
+
+    Raises:
+        UserError: if one of the files is a link.
+    """
+    with TemporaryDirectory(prefix="sssd-card-") as scratch:
+        copies = Path(scratch, "run"), None if calibrated is None else Path(scratch, "calibrated")
+        copy_files(run, RUN_FILES, copies[0])
+        if calibrated is not None and copies[1] is not None:
+            copy_files(calibrated, CALIBRATED_FILES, copies[1])
+        yield copies
 
 
 def check_run(run: Path) -> None:
@@ -159,11 +192,11 @@ def write_card(
     # transformers would compute in the precision of the file.
     digest = hashlib.sha256(weights).hexdigest()
     config = {**read_json(source / "config.json"), "dtype": "float32", "sha256": {"model.safetensors": digest}}
-    results["data"] = Path(results["data"]).name if Path(results["data"]).exists() else results["data"]
+    results["data"] = short_name(results["data"])
     shipped: dict[str, Any] = {"sha256": digest, "bytes": len(weights)}
     if checked is not None:
         shipped["check"] = checked
-    recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    recipe = read_yaml(run / "config.yaml")
     recipe["data"] = results["data"]
     for key in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
         if recipe.get(key):
@@ -216,19 +249,19 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
     """What was trained for how long, as facts of the card."""
     start = "the pretext's weights" if recipe["warm_start"] else "scratch"
     times = results["times"]
-    parts = ", ".join(f"{entry['step']} {duration(entry['seconds'])}" for entry in times)
-    pretext = f"MoCo v2 for {recipe['pretrain']['epochs']} epochs"
+    parts = ", ".join(f"{markdown(entry['step'])} {duration(entry['seconds'])}" for entry in times)
+    pretext = f"MoCo v2 for {markdown(recipe['pretrain']['epochs'])} epochs"
     if recipe.get("features"):
-        pretext = f"pseudo labels from the features of `{recipe['features']}`"
+        pretext = f"pseudo labels from the features of {code(recipe['features'])}"
     elif recipe.get("pretrain_data"):
-        pretext += f" on `{recipe['pretrain_data']}`"
+        pretext += f" on {code(recipe['pretrain_data'])}"
     if recipe["pretrain"].get("init") and not recipe.get("features"):
-        pretext += f", started from the weights of `{recipe['pretrain']['init']}`"
+        pretext += f", started from the weights of {code(recipe['pretrain']['init'])}"
     anchor = recipe["distill"].get("anchor")
     distillation = f"anchored self distillation (weight {anchor:g})" if anchor else "self distillation"
     return [
-        f"**Training**: {pretext}, then {distillation} for {recipe['distill']['epochs']} epochs, from {start}; "
-        "`recipe.yaml` has all settings",
+        f"**Training**: {pretext}, then {distillation} for {markdown(recipe['distill']['epochs'])} epochs, from "
+        f"{start}; `recipe.yaml` has all settings",
         f"**Time**: {duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
     ]
 

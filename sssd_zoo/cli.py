@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -14,6 +15,8 @@ from jsonargparse import ArgumentParser
 from sssd_zoo.distributed import end_other_processes, others_tell_first, start_other_processes
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import expand_home
+from sssd_zoo.text import safe_terminal
+from sssd_zoo.untrusted import check_recipe
 
 # Subcommand: the dataclass of its arguments in sssd_zoo.config, its module and function, a line for --help.
 COMMANDS = {
@@ -147,6 +150,17 @@ def expand_paths(config: Any) -> Any:
     return config
 
 
+def check_recipes(words: list[str]) -> None:
+    """Ends with one line where `--config` is given what is large, or becomes so when it is parsed."""
+    pairs = (word.split("=", 1) if "=" in word else [word, after] for word, after in pairwise([*words, ""]))
+    try:
+        for recipe in (value for name, value in pairs if name == "--config"):
+            check_recipe(recipe)
+    except UserError as error:
+        fail(str(error))
+
+
+@safe_terminal()
 def run(name: str, arguments: list[str] | None = None, prog: str | None = None) -> None:
     """Parses the arguments of one subcommand and runs its step; what a user can mend exits with status 2 and a line.
 
@@ -158,6 +172,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
     parser = _parser(name, prog or Path(sys.argv[0]).name)
     config = getattr(importlib.import_module("sssd_zoo.config"), COMMANDS[name][0])
     words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
+    check_recipes(words)
     values = dict(vars(parser.instantiate(parser.parse_args(words))))
     values.pop("config", None)
     module, function = COMMANDS[name][1].split(".")
@@ -181,6 +196,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         end_other_processes(others, sys.exception())
 
 
+@safe_terminal()
 def main() -> None:
     """Entry point of the `sssd` command."""
     arguments = sys.argv[1:]

@@ -37,6 +37,7 @@ from sssd_zoo.tables import (
     paper_tables,
     results_csv,
 )
+from sssd_zoo.text import code, markdown
 
 LABELLED = {  # the methods that learn pseudo labels, and the stage that makes these
     "sssd": "labels",
@@ -224,14 +225,15 @@ def _write(
     lines = [
         "# Methods compared",
         "",
-        f"- **Data**: `{setting.data}`, {setting.images:,} images, whose labels serve the probes and true labels only",
-        f"- **Measured on**: {test}",
-        f"- **Network**: `{setting.model}` at {setting.image_size} px",
+        f"- **Data**: {code(setting.data)}, {setting.images:,} images, whose labels serve the probes and true labels "
+        "only",
+        f"- **Measured on**: {markdown(test)}",
+        f"- **Network**: {code(setting.model)} at {setting.image_size} px",
         f"- **Labels and SEED's teacher from**: {pretext}; K = {setting.k:,}",
         f"- **Training**: {args.distill.epochs} epochs of all that learn labels"
         + (f", {args.seed_method.epochs} of SEED" if "seed" in args.methods else ""),
         f"- **Seeds**: {', '.join(map(str, args.seeds))}",
-        f"- **Machine**: {setting.machine}",
+        f"- **Machine**: {markdown(setting.machine)}",
         "",
         "Linear-probe accuracy in percent: a linear layer per exit on the frozen network; the ensemble is the mean of "
         "the exits' softmax outputs. Networks without exits answer at the place of exit 4. Of several seeds the mean "

@@ -39,12 +39,14 @@ from sssd_zoo.engine import (
 )
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluate import DTYPES
-from sssd_zoo.files import atomic_write_bytes, read_json, sha256_of, write_json
+from sssd_zoo.files import atomic_write_bytes, sha256_of, write_json
 from sssd_zoo.hub import network_weights
+from sssd_zoo.network_checks import check_network, read_config
 from sssd_zoo.networks import channels, check_weights, load_network, statistics
 from sssd_zoo.run_folder import open_out
 from sssd_zoo.runs import announce, begin, part
 from sssd_zoo.tasks.detection import Detection
+from sssd_zoo.text import plain
 
 SHOWN = 6  # test images in detections.png
 SURE = 0.5  # score of the boxes drawn there
@@ -165,9 +167,10 @@ def load_detector(folder: str | Path) -> tuple[FasterRCNN, list[str]]:
     missing = [name for name in ("detector.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} holds no detector: {' and '.join(missing)} missing; did its run end?")
-    content = read_json(folder / "detector.json")
+    content = read_config(folder / "detector.json")
     check_weights(folder, content)
     try:
+        check_network({**content, "num_classes": 0}, folder / "model.safetensors", str(folder))
         body = load_network(content["architecture"], pretrained=False, features_only=True, **content["model_args"])
         body.pretrained_cfg.update(mean=content["mean"], std=content["std"])
         config = DetectorConfig(**content["detector"])
@@ -240,7 +243,7 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     """Average precision, as lines for a terminal."""
     names = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "voc_ap50": "VOC2007 AP50"}
     lines = [f"  {title:16} {metrics[name]:6.2f}" for name, title in names.items() if name in metrics]
-    return "\n".join(lines + [f"  AP of {name:10} {ap:6.2f}" for name, ap in metrics["ap_per_class"].items()])
+    return "\n".join(lines + [f"  AP of {plain(name):10} {ap:6.2f}" for name, ap in metrics["ap_per_class"].items()])
 
 
 def measured_on(config: DetectionDataConfig, data: list[str] | None, split: str | None, classes: list[str]) -> Any:

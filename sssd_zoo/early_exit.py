@@ -41,6 +41,7 @@ from sssd_zoo.networks import channels, load_network, statistics, storage_defaul
 from sssd_zoo.run_folder import atomic_dir, open_out
 from sssd_zoo.runs import part
 from sssd_zoo.stages import machine_words
+from sssd_zoo.text import code, markdown
 
 BINS = 15  # of the expected calibration error, as in Guo et al.
 LEVELS = 48  # steps between the quantiles of its confidences tried as an exit's threshold: with 1, 50 x 50 x 50 rules
@@ -643,9 +644,9 @@ def words(results: dict[str, Any]) -> str:
     lines = [
         "# Early exit",
         "",
-        f"- **Network**: `{results['model']}`",
-        f"- **Calibrated on**: {results['data']}, {results['calibrated_on']}",
-        f"- **Measured on**: {results['measured_on']}, on which nothing was calibrated",
+        f"- **Network**: {code(results['model'])}",
+        f"- **Calibrated on**: {markdown(results['data'])}, {markdown(results['calibrated_on'])}",
+        f"- **Measured on**: {markdown(results['measured_on'])}, on which nothing was calibrated",
         f"- **Budget**: {asked}, on the calibrating images",
         f"- **Temperatures** of the exits, folded into the classifiers: "
         f"{', '.join(f'{value:.3f}' for value in results['temperatures'])}",
@@ -658,8 +659,9 @@ def words(results: dict[str, Any]) -> str:
             f"exits, the ensemble), {speedup[batch]['4']:.2f} times that of the plain trunk (exit 4 alone)"
             for batch in ("1", "128")
         ),
-        f"- **Machine**: {results['machine']}; medians of {results['runs']} runs, all networks in turn in one process",
-        f"- **Command**: `{results['command']}`",
+        f"- **Machine**: {markdown(results['machine'])}; medians of {results['runs']} runs, all networks in turn in "
+        "one process",
+        f"- **Command**: {code(results['command'])}",
         "",
         "![Accuracy against multiply-adds and against time](figure.png)",
         "",

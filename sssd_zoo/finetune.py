@@ -44,6 +44,7 @@ from sssd_zoo.runs import EpochLoader, part, run_training, save_config
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.tables import spread
 from sssd_zoo.tasks import ClusterFit, SelfDistillation, Task
+from sssd_zoo.text import code, markdown
 
 SCRATCH = "scratch"
 
@@ -273,14 +274,14 @@ def write(args: FinetuneArgs, rows: list[dict[str, Any]], out: Path, *, data_nam
     unit = "labels of each class" if args.per_class else "labels (%)"
     report.label_curves(curves, TABLE_4, out / "accuracy.png", axis=unit)
     heads = [f"{amount:g}" if args.per_class else f"{amount:g} %" for amount in amounts]
-    table = [[name, *(spread(curve[amount]) for amount in amounts)] for name, curve in curves.items()]
+    table = [[markdown(name), *(spread(curve[amount]) for amount in amounts)] for name, curve in curves.items()]
     first = next(iter(curves))
     for name, curve in curves.items():
         if name != first:
             leads = [
                 spread([a - b for a, b in zip(curves[first][amount], curve[amount], strict=True)]) for amount in amounts
             ]
-            table.append([f"{first} over {name}", *leads])
+            table.append([f"{markdown(first)} over {markdown(name)}", *leads])
     counts = {amount: sorted({row["labels"] for row in rows if row["amount"] == amount}) for amount in amounts}
     shares = sorted({share for line in TABLE_4.values() for share in line})
     theirs = [[name, *(f"{line[share]:.2f}" for share in shares)] for name, line in TABLE_4.items()]
@@ -291,13 +292,13 @@ def write(args: FinetuneArgs, rows: list[dict[str, Any]], out: Path, *, data_nam
     lines = [
         "# Fine-tuning on a few labels",
         "",
-        f"- **Data**: `{data_name}` at {size} px; subsets balanced over the classes, of "
+        f"- **Data**: {code(data_name)} at {size} px; subsets balanced over the classes, of "
         + ", ".join("/".join(map(str, counts[amount])) for amount in amounts)
         + " labels",
-        f"- **Measured on**: {test}",
+        f"- **Measured on**: {markdown(test)}",
         f"- **Trained**: {how}",
         f"- **Seeds**: {', '.join(map(str, args.seeds))}, of subset, classifiers and training",
-        f"- **Machine**: {machine_words(resolve_precision(args.precision, args.device))}",
+        f"- **Machine**: {markdown(machine_words(resolve_precision(args.precision, args.device)))}",
         "",
         f"Accuracy in percent after the last epoch by {unit}; of several seeds the mean and, in brackets, the lowest "
         "and the highest, and so of the differences seed by seed.",

@@ -28,10 +28,12 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writes the weights too
 from torch import nn
 
-from sssd_zoo.data.sources import HUB_TIMEOUT
+from sssd_zoo.data.sources import HUB_TIMEOUT, short_name
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, sha256_of, write_json
+from sssd_zoo.hub_client import limited_waiting
 from sssd_zoo.report import Results, describe, table
 from sssd_zoo.run_folder import atomic_dir
+from sssd_zoo.text import code, markdown, plain
 
 TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]
 ANSWERS = ("1", "2", "3", "4", "ensemble")
@@ -59,7 +61,8 @@ def cache_if_unreachable(repo: str | None) -> Iterator[None]:
         except Exception:  # its HTTP client's errors, which differ between versions
             constants.HF_HUB_OFFLINE = True
     try:
-        yield
+        with limited_waiting():
+            yield
     finally:
         constants.HF_HUB_OFFLINE = before
 
@@ -207,10 +210,10 @@ def model_card(
         figures: captions, by the paths of PNG files beside the card.
     """
     context = context.copy()
-    if "data" in context and Path(context["data"]).exists():
-        context["data"] = Path(context["data"]).resolve().name  # a folder's path means nothing elsewhere
+    if "data" in context:
+        context["data"] = plain(short_name(context["data"]))  # a folder's path means nothing elsewhere
     arch, classes = config["architecture"], config["num_classes"]
-    title = name or repo or (f"{arch} on {context['data']}" if "data" in context else arch)
+    title = plain(name or repo or (f"{arch} on {context['data']}" if "data" in context else arch))
     data = ModelCardData(
         license=license_name,
         library_name="timm",
@@ -223,10 +226,10 @@ def model_card(
     card = ModelCard.from_template(
         data,
         template_str=(hub_cards() / "model_card.md.jinja").read_text(encoding="utf-8"),
-        title=title,
+        title=markdown(title),
         source=f"hf-hub:{repo}" if repo else name or "local-dir:FOLDER",
         transformers_source=repo or (None if name else "FOLDER"),
-        arch=arch,
+        arch=code(arch),
         parameters=parameters,
         input_size=config["pretrained_cfg"]["input_size"],
         num_classes=classes,
@@ -234,7 +237,7 @@ def model_card(
         thresholds=config["model_args"].get("thresholds"),
         answers=_answers(metrics, context),
         probed=bool(metrics),
-        figures=figures or {},
+        figures={path: markdown(caption) for path, caption in (figures or {}).items()},
         facts=describe(context),
         limits=_limits(context),
     )
@@ -266,7 +269,7 @@ def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[st
             task_id="default",
             value=round(value, 2),
             notes=f"top-1 accuracy in percent of a linear probe, {_answer(name)}"
-            + (f", {context['test']}" if "test" in context else ""),
+            + (f", {plain(context['test'])}" if "test" in context else ""),
         )
         for name, value in metrics.items()
     }
@@ -294,7 +297,7 @@ def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalRe
     """The card's model-index, for which the Hub wants a data set's name."""
     if not metrics or "data" not in context:
         return None
-    test = context.get("test", "")
+    test = plain(context.get("test", ""))
     return [
         EvalResult(
             task_type="image-classification",
@@ -318,7 +321,7 @@ def _answers(metrics: Mapping[str, float], context: Results) -> str:
         columns["accuracy (%)"] = [f"{metrics[name]:.2f}" if name in metrics else "" for name in names]
         for row in context.get("accuracy", [])[1:]:
             theirs = dict(zip(ANSWERS, [*row["exits"], row["ensemble"]], strict=True))
-            columns[f"{row['name']} (%)"] = [f"{theirs[name]:.2f}" for name in names]
+            columns[f"{markdown(row['name'])} (%)"] = [f"{theirs[name]:.2f}" for name in names]
     if macs:
         columns["multiply-adds for one image"] = [
             f"{macs[name] / 1e6:,.1f} M" if name in macs else "" for name in names

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from timm.models._input import get_model_args
 from torch import nn
@@ -19,6 +20,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files import damage, read_json, recorded_sha256
 from sssd_zoo.hub import cache_if_unreachable, hub_cards
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.network_checks import check_network, read_config
 
 
 def choose_size(data: ImageData | StreamingImages, image_size: int | None) -> int:
@@ -79,7 +81,12 @@ def load_network(name: str, **kwargs: Any) -> Any:
             raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run end?")
         check_weights(folder, read_json(folder / "config.json"))
         source = f"local-dir:{folder}"
-    elif not name.startswith(("hf-hub:", "local-dir:")) and not timm.is_model(name):
+        check_network(read_config(folder / "config.json"), folder / "model.safetensors", name)
+    elif name.startswith("local-dir:"):
+        if not Path(name.removeprefix("local-dir:")).is_dir():
+            raise UserError(f"there is no folder '{name.removeprefix('local-dir:')}'")
+        return load_network(name.removeprefix("local-dir:"), **kwargs)
+    elif not name.startswith("hf-hub:") and not timm.is_model(name):
         raise UserError(f"there is no folder '{name}', and timm has no model of that name")
     options = {"pretrained": True, **kwargs}
     config = timm.get_pretrained_cfg(source) if ":" not in source else None
@@ -90,7 +97,11 @@ def load_network(name: str, **kwargs: Any) -> Any:
             check_bundled(bundled)
     try:
         with cache_if_unreachable(repo):
+            if source.startswith("hf-hub:"):
+                check_published(source.removeprefix("hf-hub:"), kwargs.get("cache_dir"))
             network = timm.create_model(source, **options)
+    except UserError:
+        raise
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
     if channels(network) not in (1, 3):
@@ -120,6 +131,16 @@ def check_bundled(weights: Path) -> None:
     card = read_json(hub_cards() / weights.stem / "metrics.json")
     if wrong := damage(weights.parent, {weights.name: card["weights"]["sha256"]}):
         raise UserError(f"the bundled weights in {weights.parent} are damaged: {wrong}; reinstall sssd-zoo")
+
+
+def check_published(name: str, cache_dir: str | Path | None) -> None:
+    """Checks a network of the Hub, ORG/NAME or ORG/NAME@REVISION, which then lies in the cache; see `check_network`."""
+    repo, _, revision = name.partition("@")
+    config, weights = (
+        Path(hf_hub_download(repo, file, revision=revision or None, cache_dir=cache_dir))
+        for file in ("config.json", "model.safetensors")
+    )
+    check_network(read_config(config), weights, f"hf-hub:{name}")
 
 
 def load_trunk_of(name: str) -> Any:

@@ -12,23 +12,26 @@ FOLDER/
 """
 
 import base64
+import io
 import json
 import math
+import os
 import re
 import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any
 
 import pyarrow.parquet as pq
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,11 +39,18 @@ from sssd_zoo.data import inputs
 from sssd_zoo.data.images import CorruptImageError, Encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.models import SSSDResNet, ensemble_logits, multiply_adds
+from sssd_zoo.text import html, plain
 
 PASSES = 5  # of each length, whose median time is shown
 SHOWN = 3  # most probable classes of each answer
 THRESHOLD = 0.5  # where the slider starts
 PLAIN = "Early-exit threshold: how sure an exit must be to answer"
+LARGEST_FILE = 20_000_000  # bytes of an upload
+LARGEST_REQUEST = LARGEST_FILE + 100_000  # bytes of a request with all that it holds
+LARGEST_UPLOADS = 1_000_000_000  # bytes of all uploads that are kept, each for an hour
+MAX_PIXELS = 50_000_000  # of an upload, by its header: what is decoded takes up to 16 bytes for each
+REFUSED = "this page reads only images that you uploaded to it"
+WAITING = 64  # requests in the queue, beyond which visitors are told to come again
 
 
 @dataclass(frozen=True)
@@ -144,7 +154,7 @@ def prepare(image: bytes, network: Any) -> Tensor:
     Raises:
         CorruptImageError: if it cannot be decoded.
     """
-    return inputs.prepare(Encoded("the image", image, None), network)
+    return inputs.prepare(Encoded("the image", image, None), network, MAX_PIXELS)
 
 
 class Demo:
@@ -156,12 +166,12 @@ class Demo:
 
     def __init__(self, folder: Path) -> None:
         about = json.loads((folder / "page.json").read_text(encoding="utf-8"))
-        self.title: str = about["title"]
+        self.title: str = plain(about["title"])
         self.answers_are_clusters: bool = about["answers_are_clusters"]
         self.network = load(folder / "model")
         names = self.network.pretrained_cfg.get("label_names")
         words = self.network.pretrained_cfg.get("label_descriptions") or {}  # where names are WordNet's ids
-        self.names: list[str] = [words.get(name, name) for name in names or []]
+        self.names: list[str] = [plain(words.get(name, name)) for name in names or []]
         self.names = self.names or [f"class {number}" for number in range(self.network.num_classes)]
         self.costs = multiply_adds(self.network, self.network.pretrained_cfg["input_size"])
         self.clusters = Clusters(folder / "clusters") if (folder / "clusters").is_dir() else None
@@ -188,7 +198,7 @@ class Demo:
     def introduction(self) -> str:
         """What the network is, as Markdown."""
         # A long name may break after these signs, rather than anywhere.
-        heading = "<h1>" + re.sub(r"([_./-])", r"\1<wbr>", escape(self.title)) + "</h1>"
+        heading = "<h1>" + re.sub(r"([_./-])", r"\1<wbr>", html(self.title)) + "</h1>"
         if self.answers_are_clusters:
             answers = (
                 f"It was trained without labels, so its answers are not names but {len(self.names)} **clusters** of "
@@ -203,7 +213,7 @@ class Demo:
 
     def refusal(self, error: CorruptImageError) -> str:
         """What stands in the place of the answers for a file that is no image, as HTML."""
-        words = escape(str(error))
+        words = html(str(error))
         return f'<div class="sssd"><p class="verdict">This file cannot be read as an image: {words}.</p></div>'
 
     def verdict(self, analysis: Analysis, thresholds: Sequence[float]) -> str:
@@ -211,7 +221,7 @@ class Demo:
         taken = analysis.exit_taken(thresholds)
         label, probability = analysis.early_answer(thresholds)
         share = analysis.seconds[taken - 1] / analysis.seconds[3]
-        what = f"<b>{escape(self.names[label])}</b>, {probability:.0%} sure"
+        what = f"<b>{html(self.names[label])}</b>, {probability:.0%} sure"
         if taken < 4:
             words = f"Leaves at <b>exit {taken}</b> with the answer {what}, in {share:.2f} of the time to exit 4."
         else:
@@ -247,13 +257,13 @@ class Demo:
             if self.answers_are_clusters and self.clusters is not None:
                 bars += f'<div class="strip small">{self.clusters.strip(top[0][0], 6)}</div>'
             cards.append(
-                f'<div class="card {state}" data-answer="{name}" data-label="{escape(self.names[top[0][0]])}">'
+                f'<div class="card {state}" data-answer="{name}" data-label="{html(self.names[top[0][0]])}">'
                 f'<div class="head"><b>{title}</b>{note}<span class="cost">{cost}</span></div>{bars}</div>'
             )
         return f'<div class="sssd">{self.verdict(analysis, thresholds)}{"".join(cards)}</div>'
 
     def _bar(self, label: int, probability: float) -> str:
-        name = escape(self.names[label])
+        name = html(self.names[label])
         return (
             f'<div class="bar"><span class="name" title="{name}">{name}</span><span class="track">'
             f'<span style="width:{probability:.1%}"></span></span><span class="value">{probability:.0%}</span></div>'
@@ -311,21 +321,131 @@ h1 { overflow-wrap: normal; line-height: 1.2; }
 """
 
 
+class Uploads(set[str]):
+    """The files that visitors uploaded, and which visitor may have which of them analysed.
+
+    gradio takes any path of the server from a request, and notes of an upload only where it lies (under a name that
+    cannot be guessed, but that is the same for everyone who uploads the same bytes). Here each upload gives one
+    session, the first that names the file, the right to it. gradio adds to this set, and removes what it deletes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = Lock()
+        self.unclaimed: dict[str, int] = defaultdict(int)  # uploads of a file that no session has named yet
+        self.sessions: dict[str, set[str]] = defaultdict(set)  # that may read a file
+
+    def update(self, *others: Iterable[str]) -> None:
+        """Notes uploads, and forgets the sessions of files that are gone."""
+        with self.lock:
+            for known in (self.unclaimed, self.sessions):
+                for path in known.keys() - self:
+                    del known[path]
+            for path in (path for paths in others for path in paths):
+                self.add(path)
+                self.unclaimed[path] += 1
+
+    def allows(self, path: str, session: str) -> bool:
+        """Whether a session may read a file; claims an upload that is no session's yet."""
+        with self.lock:
+            if path not in self:
+                return False
+            if session not in self.sessions[path] and self.unclaimed[path]:
+                self.unclaimed[path] -= 1
+                self.sessions[path].add(session)
+            return session in self.sessions[path]
+
+    def full(self) -> bool:
+        """Whether no more can be kept."""
+        files = [Path(path) for path in list(self)]
+        return sum(file.stat().st_size for file in files if file.exists()) > LARGEST_UPLOADS
+
+
+def read_upload(path: str) -> bytes:
+    """The bytes of a file that was uploaded; never those of a link's target, nor more than LARGEST_FILE.
+
+    Raises:
+        OSError: if it is gone, or is a link.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        return file.read(LARGEST_FILE)
+
+
+class SmallRequests:
+    """ASGI middleware that ends requests of more than LARGEST_REQUEST bytes, and uploads where too many are kept.
+
+    gradio's own limit is of each file in an upload, which may have a thousand, and of nothing else that is posted.
+    """
+
+    def __init__(self, app: Any, uploads: Uploads) -> None:
+        self.app, self.uploads = app, uploads
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes the request on and counts what comes."""
+        from starlette.exceptions import HTTPException
+        from starlette.responses import PlainTextResponse
+
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if not announced.isdigit() or int(announced) > LARGEST_REQUEST:
+            await PlainTextResponse("the request is too large", 413)(scope, receive, send)
+            return
+        if scope["path"].endswith("/upload") and self.uploads.full():
+            await PlainTextResponse("too many images are kept: come again in an hour", 503)(scope, receive, send)
+            return
+        came = 0
+
+        async def counted() -> Any:
+            nonlocal came
+            message = await receive()
+            came += len(message.get("body", b""))
+            if came > LARGEST_REQUEST:
+                raise HTTPException(413, "the request is too large")
+            return message
+
+        await self.app(scope, counted, send)
+
+
 def build(demo: Demo) -> Any:
     """The page as gradio's Blocks."""
     import gradio as gr
+
+    uploads = Uploads()
+    examples: dict[str, Path] = {}  # by the paths that browsers know
 
     # A network that `sssd early-exit` calibrated has thresholds of its own: the page starts with those.
     own: list[float] | None = demo.network.thresholds
 
     def chosen(use_own: bool, threshold: float) -> list[float]:
-        return own if use_own and own is not None else [threshold] * 3
+        if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise gr.Error("a threshold is a number in 0..1", print_exception=False)
+        return own if use_own and own is not None else [float(threshold)] * 3
 
-    def look(file: dict[str, Any] | None, use_own: bool, threshold: float) -> tuple[Analysis | None, str, str]:
+    def read(file: Any, session: str | None) -> bytes:
+        # What a request says: only what is on our own lists is opened.
+        path: Any = file.get("path") if isinstance(file, dict) else None
+        if isinstance(path, str) and path in examples:
+            return examples[path].read_bytes()
+        if not isinstance(path, str) or session is None or not uploads.allows(path, session):
+            raise gr.Error(REFUSED, print_exception=False)
+        try:
+            return read_upload(path)
+        except OSError:  # an hour has passed
+            raise gr.Error("the image is gone: upload it again", print_exception=False) from None
+
+    async def known(path: str) -> str:
+        if path in uploads or path in examples:
+            return path
+        raise gr.Error(REFUSED, print_exception=False)
+
+    def look(file: Any, use_own: bool, threshold: float, request: gr.Request) -> tuple[Analysis | None, str, str]:
         if file is None:
             return None, "", ""
+        image = read(file, request.session_hash)
         try:
-            analysis = demo.analyse(Path(file["path"]).read_bytes())
+            analysis = demo.analyse(image)
         except CorruptImageError as error:
             return None, demo.refusal(error), ""
         return analysis, demo.answers(analysis, chosen(use_own, threshold)), demo.neighbours(analysis)
@@ -334,11 +454,13 @@ def build(demo: Demo) -> Any:
         return "" if analysis is None else demo.answers(analysis, chosen(use_own, threshold))
 
     with gr.Blocks(title=demo.title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gr.Markdown(demo.introduction())
+        page.upload_file_set = uploads
+        page.temp_file_sets.append(uploads)
+        gr.Markdown(demo.introduction(), latex_delimiters=[])
         analysis = gr.State()
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                image = gr.Image(
+                image: Any = gr.Image(
                     value=demo.examples[0],
                     label="Your image, or one of those below",
                     sources=["upload", "clipboard"],
@@ -347,6 +469,11 @@ def build(demo: Demo) -> Any:
                     buttons=[],
                 )
                 gr.Examples(demo.examples, image, label="Examples", elem_id="examples", examples_per_page=100)
+                # The browser names the copies that gradio serves; they stay as long as the page.
+                examples.update({image.move_resource_to_block_cache(path): Path(path) for path in demo.examples})
+                image.keep_in_cache.update(examples)
+                # What else a request names gradio would fetch (from an address, too) or later delete.
+                image.async_move_resource_to_block_cache = known
             with gr.Column(scale=3, min_width=320):
                 use_own = gr.Checkbox(
                     own is not None,
@@ -390,8 +517,9 @@ def serve(folder: Path, port: int | None = None) -> None:
         UserError: if the port is taken.
     """
     import gradio as gr
+    from starlette.middleware import Middleware
 
-    page = build(Demo(folder))
+    page = build(Demo(folder)).queue(max_size=WAITING)
     # No fonts, scripts or counts from elsewhere: the page works without a network.
     theme = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
@@ -406,7 +534,9 @@ def serve(folder: Path, port: int | None = None) -> None:
             footer_links=[],
             theme=theme,
             css=CSS,
-            allowed_paths=[str(folder / "examples")],
+            enable_monitoring=False,
+            max_file_size=LARGEST_FILE,
+            app_kwargs={"middleware": [Middleware(SmallRequests, uploads=page.upload_file_set)]},
         )
     except OSError as error:
         raise UserError(f"cannot serve the page: {error}; give another --port") from error

@@ -18,6 +18,7 @@ from sssd_zoo.evaluate import DTYPES, float32_classifiers
 from sssd_zoo.hub import class_descriptions
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.networks import load_network
+from sssd_zoo.text import plain
 
 
 def find_images(names: list[str]) -> list[Path]:
@@ -82,7 +83,7 @@ def predict(args: PredictArgs) -> None:
     fp32 = output == "early-exit" and args.precision == "auto"
     autocast = None if fp32 else DTYPES[resolve_precision(args.precision, args.device)]
     words = class_descriptions(names)  # of WordNet's ids, which say nothing to a person
-    shown = [words.get(name, name).split(",")[0] for name in names] if words else names
+    shown = [plain(words[name].split(",")[0] if words else name) for name in names]
     width = max(len("class"), *map(len, shown))
     if args.format == "table":
         print(f"{'class':{width}}  confidence  exit      image")
@@ -110,7 +111,8 @@ def predict(args: PredictArgs) -> None:
                 described = {"description": words[names[number]]} if words else {}
                 print(json.dumps({**entry, "exit": exit_taken, **described}))
             else:
-                print(f"{shown[number]:{width}}  {confidence:10.4f}  {exit_taken!s:8}  {file}", flush=True)
+                path = plain(file, longest=4096)
+                print(f"{shown[number]:{width}}  {confidence:10.4f}  {exit_taken!s:8}  {path}", flush=True)
     if corrupt:
         CorruptTally("those given", args.max_corrupt).add(corrupt, len(files))
 

@@ -34,6 +34,7 @@ from sssd_zoo.run_folder import open_out
 from sssd_zoo.runs import check_queue, part
 from sssd_zoo.stages import Stages
 from sssd_zoo.steps import check_cluster, cluster_images, describe_labels, pretrain_network
+from sssd_zoo.text import code
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ class Pretext:
     def words(self) -> str:
         """What it is, for people."""
         if self.source is None:
-            return f"`{short_name(self.arch)}`, as it is"
-        where = "the same images" if self.same_data else f"`{self.source.name}`, {len(self.source):,} images"
-        start = f" from the weights of `{short_name(self.config.init)}`" if self.config.init else ""
-        return f"`{self.arch}`, MoCo v2 for {self.config.epochs} epochs{start} on {where}"
+            return f"{code(short_name(self.arch))}, as it is"
+        where = "the same images" if self.same_data else f"{code(self.source.name)}, {len(self.source):,} images"
+        start = f" from the weights of {code(short_name(self.config.init))}" if self.config.init else ""
+        return f"{code(self.arch)}, MoCo v2 for {self.config.epochs} epochs{start} on {where}"
 
     def network(self, out: Path) -> str:
         """What `load_network` loads it by, in a run folder."""

@@ -1,15 +1,16 @@
 """To the Hub and back: `sssd publish`, `sssd publish-labels` and `sssd pull`.
 
-What goes up is assembled in a folder of its own, so a run's other files (checkpoints, a .env) cannot slip in; it goes
-in one commit, whole or not at all, and is then fetched from there and compared. huggingface_hub checks only the size of
-a download: what comes down is compared with the sha256 in the repository's metrics.json or pseudo_labels.json. Tokens
-are huggingface_hub's business: its login or HF_TOKEN.
+What goes up is copied to a folder of its own by a list of what may go, so a run's other files (checkpoints, a .env) and
+what links lead to cannot slip in. It goes from there, in one commit, whole or not at all, and is then fetched from the
+Hub and compared. huggingface_hub checks only the size of a download: what comes down is compared with the sha256 in the
+repository's metrics.json or pseudo_labels.json. Tokens are huggingface_hub's business: its login or HF_TOKEN.
 """
 
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +39,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 import sssd_zoo  # noqa: F401  registers the models with timm
-from sssd_zoo.cards import check_calibrated, write_card
+from sssd_zoo.cards import check_calibrated, own_copy, write_card
 from sssd_zoo.clustering import PseudoLabels
 from sssd_zoo.config import PublishArgs, PublishLabelsArgs, PullArgs, RepoConfig
 from sssd_zoo.errors import UserError
@@ -53,12 +54,17 @@ from sssd_zoo.files import (
     write_json,
 )
 from sssd_zoo.hub import hub_cards
+from sssd_zoo.hub_client import SilentHubError, limited_waiting
 from sssd_zoo.lock import LOCK
+from sssd_zoo.networks import load_network
 from sssd_zoo.run_folder import atomic_dir, open_out
+from sssd_zoo.text import code, markdown, plain
+from sssd_zoo.untrusted import copy_files, files_below, hidden, read_inside
 
 NETWORK_FILES = (
     *("README.md", "config.json", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl"),
-    *("model.safetensors", "figures/*.png", ".eval_results/*.yaml", "early_exit/*"),
+    *("model.safetensors", "figures/*.png", ".eval_results/*.yaml"),
+    *("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png"),
 )
 LABEL_FILES = ("README.md", "labels.parquet", "centroids.safetensors", "pseudo_labels.json")
 TIMEOUT = 10  # seconds that the Hub's first answer may take
@@ -77,10 +83,10 @@ def publish(args: PublishArgs) -> None:
                 raise UserError(f"{run} is a folder of `sssd card`: give --calibrated to that command")
             copy_card(run, folder)
         else:
-            calibrated = check_calibrated(run, args.calibrated)
-            weights = write_card(
-                run, folder, calibrated=calibrated, repo=args.repo, license_name=args.license, out=scratch
-            )
+            with own_copy(run, check_calibrated(run, args.calibrated)) as (copy, calibrated):
+                weights = write_card(
+                    copy, folder, calibrated=calibrated, repo=args.repo, license_name=args.license, out=scratch
+                )
             atomic_write_bytes(folder / "model.safetensors", weights)
         include(run, folder, args.include)
         verify_network(folder, str(run))
@@ -103,8 +109,7 @@ def publish_labels(args: PublishLabelsArgs) -> None:
     labels = PseudoLabels.load(source)
     with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)
-        for name in ("labels.parquet", "centroids.safetensors"):
-            shutil.copyfile(source / name, folder / name)
+        copy_files(source, ("labels.parquet", "centroids.safetensors"), folder)
         model = labels.meta["model"]
         meta = {
             **labels.meta,
@@ -149,31 +154,22 @@ def send(config: RepoConfig, folder: Path, repo_type: str, compare: Callable[[Pa
     Raises:
         UserError: if any of that fails.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [path.relative_to(folder).as_posix() for path in files]
-    sizes = [path.stat().st_size for path in files]
-    print(f"{config.repo}: {len(files)} files, {sum(sizes):,} bytes")
-    for name, size in zip(names, sizes, strict=True):
-        print(f"{size:14,}  {name}")
-    token = get_token()
-    for name, path in zip(names, files, strict=True):
-        if token and token.encode() in path.read_bytes():
-            raise UserError(f"{name} holds your Hub token: remove it there, and renew the token; nothing was uploaded")
+    files = announce(config.repo, folder)
     if config.dry_run:
         print("dry run: nothing was uploaded")
         return
-    if not token:
+    if not get_token():
         raise UserError("publishing needs a login of the Hub: run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     with hub_errors(config.repo, "nothing was committed"):
         head, tagged = prepare(api, config, repo_type)
-        done = commit(api, config, repo_type, dict(zip(names, files, strict=True)))
+        done = commit(api, config, repo_type, files)
     if done.oid == head:
         print(f"{config.repo}: unchanged, nothing was uploaded")
     where = f"{config.repo} at commit {done.oid[:12]}"
     with TemporaryDirectory() as back:
         with hub_errors(config.repo, f"commit {done.oid[:12]} is there, but was not compared"):
-            fetch(config.repo, repo_type, done.oid, names, Path(back))
+            fetch(config.repo, repo_type, done.oid, list(files), Path(back))
         compare(Path(back), where)
     if config.tag is not None and tagged != done.oid:
         if tagged is not None:
@@ -181,6 +177,32 @@ def send(config: RepoConfig, folder: Path, repo_type: str, compare: Callable[[Pa
         with hub_errors(config.repo, f"commit {done.oid[:12]} is there, without tag {config.tag}"):
             api.create_tag(config.repo, tag=config.tag, revision=done.oid, repo_type=repo_type)
     print(f"done: {done.pr_url or done.commit_url}, fetched again and compared")
+
+
+def announce(repo: str, folder: Path) -> dict[str, Path]:
+    """Lists what is about to go to a repository.
+
+    Args:
+        repo: in words.
+        folder: that holds nothing else.
+
+    Returns:
+        Its files, by their paths in the repository.
+
+    Raises:
+        UserError: if one is no regular file, has no name for a repository, or holds the login's token.
+    """
+    contents = {name: read_inside(folder, name) for name in files_below(folder)}
+    print(f"{repo}: {len(contents)} files, {sum(map(len, contents.values())):,} bytes")
+    for name, content in contents.items():
+        print(f"{len(content):14,}  {name}")
+    token = get_token()
+    for name, content in contents.items():
+        if plain(name) != name:
+            raise UserError(f"{name} is no file's name for the Hub: rename it; nothing was uploaded")
+        if token and token.encode() in content:
+            raise UserError(f"{name} holds your Hub token: remove it there, and renew the token; nothing was uploaded")
+    return {name: folder / name for name in contents}
 
 
 def prepare(api: HfApi, config: RepoConfig, repo_type: str) -> tuple[str | None, str | None]:
@@ -242,11 +264,7 @@ def fetch(repo: str, repo_type: str, commit_id: str, patterns: tuple[str, ...] |
 
 def copy_card(card: Path, folder: Path) -> None:
     """Copies a folder of `sssd card`, and where its weights ship with the package, those."""
-    for path in sorted(card.rglob("*")):
-        name = path.relative_to(card).as_posix()
-        if path.is_file() and any(fnmatch(name, pattern) for pattern in NETWORK_FILES):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+    copy_files(card, NETWORK_FILES, folder, follow_links=card.parent == hub_cards())
     if not (folder / "model.safetensors").exists() and card.name in timm.list_pretrained("sssd_*"):
         weights = Path(getattr(timm.get_pretrained_cfg(card.name), "file", None) or "")
         if not weights.is_file():
@@ -268,25 +286,25 @@ def shipped_name(name: str) -> str:
 
 
 def include(run: Path, folder: Path, patterns: list[str] | str) -> None:
-    """Copies other files of a run that the user named, and says how many were left out.
+    """Copies other files of a run that the user named, and says how many were left out. Hidden ones never go.
 
     Raises:
-        UserError: if a pattern fits none.
+        UserError: if a pattern fits none, or a link.
     """
     wanted = [patterns] if isinstance(patterns, str) else patterns
-    others = {path.relative_to(run).as_posix(): path for path in sorted(run.rglob("*")) if path.is_file()}
-    others = {
-        name: path for name, path in others.items() if not (path.name in (RUN_MARK, LOCK) or (folder / name).exists())
-    }
+    ours = (RUN_MARK, LOCK)
+    others = [name for name in files_below(run) if Path(name).name not in ours and not (folder / name).exists()]
     for pattern in wanted:
-        named = [name for name in others if fnmatch(name, pattern)]
+        named = [name for name in others if fnmatchcase(name, pattern) and not hidden(name)]
         if not named:
-            raise UserError(f"--include {pattern} fits no file of {run} that would not go anyway")
+            raise UserError(
+                f"--include {pattern} fits no file of {run} that would not go anyway; hidden files are never published"
+            )
         for name in named:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(others.pop(name), folder / name)
+            atomic_write_bytes(folder / name, read_inside(run, name))
+            others.remove(name)
     if others:
-        some = ", ".join(list(others)[:3])
+        some = ", ".join(others[:3])
         print(f"left out, for want of --include: {len(others)} other files of {run} ({some}{', ...'[: len(others)]})")
 
 
@@ -344,7 +362,7 @@ def check_sha256(path: Path, said: str | None, where: str) -> None:
 @torch.inference_mode()
 def answers(folder: Path) -> Tensor:
     """What a folder's network says to a fixed batch, [4, num_classes]; its features where it has no classes."""
-    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model: Any = load_network(str(folder)).eval()
     shape = model.pretrained_cfg["input_size"]
     result: Tensor = model(torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)))
     return result
@@ -356,12 +374,13 @@ def labels_card(meta: dict[str, Any], repo: str, license_name: str) -> str:
         license=license_name,
         task_categories=["image-classification"],
         tags=["sssd", "pseudo-labels"],
-        source_datasets=[meta["data"]] if "/" in meta["data"] else None,
-        pretty_name=f"Pseudo labels of {meta['data']}",
+        source_datasets=[plain(meta["data"])] if "/" in meta["data"] else None,
+        pretty_name=f"Pseudo labels of {plain(meta['data'])}",
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "labels.parquet"}]}],
     )
     template = (hub_cards() / "labels_card.md.jinja").read_text(encoding="utf-8")
-    return str(DatasetCard.from_template(data, template_str=template, meta=meta, repo=repo)).rstrip() + "\n"
+    words: Any = {"plain": plain, "markdown": markdown, "code": code, "quote": lambda name: shlex.quote(plain(name))}
+    return str(DatasetCard.from_template(data, template_str=template, meta=meta, repo=repo, **words)).rstrip() + "\n"
 
 
 def check_repo(config: RepoConfig) -> None:
@@ -401,7 +420,8 @@ def hub_errors(repo: str, state: str) -> Iterator[None]:
         UserError: for any of them; errors of the disk pass.
     """
     try:
-        yield
+        with limited_waiting():
+            yield
     except UserError:
         raise
     except (HTTPError, OSError, RuntimeError, ValueError, XetDownloadError) as error:
@@ -418,6 +438,8 @@ def reason(error: BaseException) -> str:
     for own in chain:
         if isinstance(own, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE keeps the Hub away: unset it, or use a folder that was pulled before"
+        if isinstance(own, SilentHubError):
+            return f"{own}, at {constants.ENDPOINT}: check the network, run the command again later"
         if isinstance(own, HfHubHTTPError):
             todo = {
                 401: "the Hub knows no such token, or no such repository: run `hf auth login`, or set HF_TOKEN",

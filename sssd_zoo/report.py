@@ -14,9 +14,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text
+from sssd_zoo.text import code, markdown, plain
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
 INK, FAINT = "#1f2937", "#6b7280"
@@ -38,9 +39,11 @@ STYLE: Any = {
     "text.color": INK,
     "legend.frameon": False,
     "lines.linewidth": 1.4,
+    "text.parse_math": False,  # "$5_$10" is the name of a class, not a formula
 }
 EXITS = ("1", "2", "3", "4")
 NUMBERED = 3  # networks in one figure whose points have room for their numbers
+LONGEST_LABEL = 40  # characters of a name
 LEAST_SPAN = 10  # points of accuracy that the axis covers at least
 
 
@@ -135,7 +138,9 @@ def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str 
         medians = [abs(np.median(values[name])) for name in parts]
         if max(medians) > 10 * min(medians) > 0:
             losses.set_yscale("log")
-        losses.set_title(title)
+            for axis_part in ("major", "minor"):  # by default in mathematical notation
+                getattr(losses.yaxis, f"set_{axis_part}_formatter")(LogFormatter())
+        losses.set_title(_label(title))
         losses.legend(fontsize=8, ncols=2 if len(parts) > 3 else 1)
 
         for name, colour in zip(top1, _colours(start=5), strict=False):
@@ -202,7 +207,7 @@ def accuracy_cost(
     for row, colour in zip(rows, [COLOURS[0], FAINT, *COLOURS[1:]], strict=False):
         label: dict[str, Any] = {"textcoords": "offset points", "color": colour, "fontsize": 8, "va": "center"}
         offset = 10 if row["name"] == best else -10
-        axes.plot(costs, row["exits"], color=colour, marker="o", label=row["name"])
+        axes.plot(costs, row["exits"], color=colour, marker="o", label=_label(row["name"]))
         axes.plot(full, row["ensemble"], color=colour, marker="*", ms=11, ls="none")
         if crowded:
             continue
@@ -210,7 +215,7 @@ def accuracy_cost(
             axes.annotate(f"{value:.1f}", (x, value), (0, offset), ha="center", **label)
         axes.annotate(f"{row['ensemble']:.1f}", (full, row["ensemble"]), (9, 0), ha="left", **label)
     for (name, value), marker in zip((plain or {}).items(), cycle("sD^v"), strict=False):
-        axes.plot(costs[-1], value, color=INK, marker=marker, ls="none", mfc="none", label=name)
+        axes.plot(costs[-1], value, color=INK, marker=marker, ls="none", mfc="none", label=_label(name))
     for x, name in zip([*costs, full], [*(f"exit {name}" for name in EXITS), "ensemble"], strict=True):
         # The ensemble stands just right of exit 4.
         side = {"exit 4": "right", "ensemble": "left"}.get(name, "center")
@@ -291,7 +296,7 @@ def cluster_sheet(images: np.ndarray[Any, np.dtype[np.uint8]], titles: Sequence[
     figure = Figure(figsize=(tile * columns + 1.7, tile * rows + 0.2), layout="constrained")
     axes = figure.subplots()
     axes.imshow(sheet, interpolation="nearest" if side < 75 else "antialiased")
-    axes.set_yticks([row * (side + gap) + side / 2 for row in range(rows)], titles, fontsize=8, color=INK)
+    axes.set_yticks([row * (side + gap) + side / 2 for row in range(rows)], map(_label, titles), fontsize=8, color=INK)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.grid(False)
@@ -322,9 +327,9 @@ def label_curves(
         means = [sum(curve[labels]) / len(curve[labels]) for labels in x]
         spread = [[mean - min(curve[labels]) for labels, mean in zip(x, means, strict=True)]]
         spread += [[max(curve[labels]) - mean for labels, mean in zip(x, means, strict=True)]]
-        left.errorbar(x, means, spread, color=colour, marker="o", ms=4, capsize=3, label=name)
+        left.errorbar(x, means, spread, color=colour, marker="o", ms=4, capsize=3, label=_label(name))
     for (name, points), colour in zip(paper.items(), (INK, FAINT), strict=False):
-        right.plot(list(points), list(points.values()), color=colour, marker="s", ms=4, label=name)
+        right.plot(list(points), list(points.values()), color=colour, marker="s", ms=4, label=_label(name))
     left.set(title="here: mean, lowest and highest", xlabel=axis, ylabel="accuracy (%)", xscale="log")
     right.set(title="the paper: ImageNet-1K, table 4", xlabel="labels (%)", xscale="log")
     for axes, ticks in ((left, sorted({x for curve in ours.values() for x in curve})), (right, [1, 10, 20, 30, 50])):
@@ -366,7 +371,7 @@ def detections(
                 style: Any = {"fill": False, "edgecolor": colour, "lw": 1.2, "ls": "--" if dashed else "-"}
                 axes.add_patch(Rectangle((left, top), right - left, bottom - top, **style))
                 score = f" {float(boxes['scores'][number]):.2f}" if "scores" in boxes else ""
-                text = f"{class_names[label - 1]}{score}"
+                text = f"{_label(class_names[label - 1])}{score}"
                 axes.text(left, top, text, color="white", fontsize=5, va="top", bbox={"color": colour, "pad": 0.6})
     _save(figure, path)
 
@@ -386,19 +391,19 @@ def describe(results: Results) -> list[str]:
     """Facts of a run but its figures, each a line of Markdown."""
     facts = []
     if "data" in results:
-        fact = f"**Data**: `{results['data']}`"
-        fact += f", split `{results['split']}`" if "split" in results else ""
+        fact = f"**Data**: {code(results['data'])}"
+        fact += f", split {code(results['split'])}" if "split" in results else ""
         fact += f", {results['images']:,} images" if "images" in results else ""
         fact += f" ({results['corrupt']:,} more were corrupt and left out)" if results.get("corrupt") else ""
         facts.append(fact)
     if "test" in results:
-        fact = f"**Measured on**: {results['test']}"
+        fact = f"**Measured on**: {markdown(results['test'])}"
         fact += f", {results['test_images']:,} images" if "test_images" in results else ""
         fact += f" of {results['classes']:,} classes" if "classes" in results else ""
         facts.append(fact)
     if "model" in results:
         size = f" at {results['image_size']} px" if "image_size" in results else ""
-        facts.append(f"**Network**: `{results['model']}`{size}")
+        facts.append(f"**Network**: {code(results['model'])}{size}")
     if "sizes" in results:
         asked = f" (K = {results['k_asked']:,} asked for)" if "k_asked" in results else ""
         facts.append(f"**Pseudo labels**: {len(results['sizes']):,} clusters{asked}")
@@ -407,19 +412,19 @@ def describe(results: Results) -> list[str]:
         measured = [f"{name} {quality[key]:.3f}" for key, name in names.items() if key in quality]
         facts[-1] += f"; against the true labels: {', '.join(measured)}" if measured else ""
     if clustered := results.get("clustered"):
-        measured = [f"{name} {accuracy:.2f}" for name, accuracy in clustered.items()]
+        measured = [f"{markdown(name)} {accuracy:.2f}" for name, accuracy in clustered.items()]
         facts.append(f"**Features that were clustered**: accuracy in percent by a {', '.join(measured)}")
     if "seed" in results:
-        facts.append(f"**Seed**: {results['seed']}")
+        facts.append(f"**Seed**: {markdown(results['seed'])}")
     if "machine" in results:
-        facts.append(f"**Machine**: {results['machine']}")
+        facts.append(f"**Machine**: {markdown(results['machine'])}")
     if "fingerprint" in results:
-        facts.append(f"**Data fingerprint**: `{results['fingerprint'][:16]}`")
+        facts.append(f"**Data fingerprint**: {code(results['fingerprint'][:16])}")
     return [*facts, *results.get("notes", [])]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, numbers to the right of the first column."""
+    """Lines of a Markdown table, numbers to the right of the first column; cells are Markdown."""
     lines = [head, ["---"] + ["--:"] * (len(head) - 1), *rows]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
@@ -433,10 +438,11 @@ def _accuracy(results: Results) -> list[str]:
             "",
         ]
         numbers = [[*row["exits"], row["ensemble"]] for row in rows]
-        cells = [[row["name"], *(f"{value:.2f}" for value in own)] for row, own in zip(rows, numbers, strict=True)]
-        for row, theirs in list(zip(rows, numbers, strict=True))[1:]:
+        names = [markdown(row["name"]) for row in rows]
+        cells = [[name, *(f"{value:.2f}" for value in own)] for name, own in zip(names, numbers, strict=True)]
+        for name, theirs in list(zip(names, numbers, strict=True))[1:]:
             leads = [f"{ours - other:+.2f}" for ours, other in zip(numbers[0], theirs, strict=True)]
-            cells.append([f"{rows[0]['name']} over {row['name']}", *leads])
+            cells.append([f"{names[0]} over {name}", *leads])
         lines += [*table(["", "exit 1", "exit 2", "exit 3", "exit 4", "ensemble"], cells), ""]
     else:
         lines += ["Not measured: that needs true labels, and the data have none.", ""]
@@ -465,7 +471,9 @@ def _clusters(results: Results) -> list[str]:
 def _times(results: Results) -> list[str]:
     lines = _figures(results, "")
     if times := results.get("times"):
-        cells = [[entry["step"], duration(entry["seconds"]), entry.get("note", "")] for entry in times]
+        cells = [
+            [markdown(entry["step"]), duration(entry["seconds"]), markdown(entry.get("note", ""))] for entry in times
+        ]
         cells.append(["all", duration(sum(entry["seconds"] for entry in times)), ""])
         lines += [*table(["step", "time", ""], cells), ""]
     return ["## Training", "", *lines] if lines else []
@@ -477,7 +485,7 @@ def _figures(results: Results, kind: str) -> list[str]:
     for path, caption in results.get("figures", {}).items():
         name = Path(path).name
         if name.startswith(kind) if kind else not name.startswith(("accuracy", "cluster")):
-            lines += [f"![{caption}]({path})", "", f"*{caption}*", ""]
+            lines += [f"![{markdown(caption)}]({path})", "", f"*{markdown(caption)}*", ""]
     return lines
 
 
@@ -504,6 +512,12 @@ def _curve(
         smooth = np.convolve(padded, np.full(window, 1 / window), mode="valid")
     dot = "o" if len(y) == 1 else None
     axes.plot(x, smooth, color=colour, label=name.replace("_", " "), lw=width, zorder=1 + width, marker=dot)
+
+
+def _label(name: str) -> str:
+    """A name in a figure. Out of a legend, matplotlib leaves what begins with an underscore."""
+    words = plain(name, LONGEST_LABEL)
+    return f" {words}" if words[:1] in ("_", "") else words
 
 
 def _widen(axes: Axes) -> None:

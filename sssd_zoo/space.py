@@ -7,7 +7,6 @@ Space needs no release of it.
 
 import importlib.util
 import io
-import shutil
 from collections.abc import Iterator
 from dataclasses import fields
 from itertools import chain, islice, zip_longest
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from huggingface_hub import HfApi, SpaceCard, get_token
 from PIL import Image
 from tqdm.auto import tqdm
@@ -31,9 +29,11 @@ from sssd_zoo.data.loading import DataConfig, open_encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
 from sssd_zoo.hub import hub_cards, save_network
+from sssd_zoo.network_checks import check_network, read_config
 from sssd_zoo.networks import load_network
 from sssd_zoo.page import serve
-from sssd_zoo.publish import check_name, hub_errors
+from sssd_zoo.publish import announce, check_name, hub_errors
+from sssd_zoo.untrusted import read_inside, read_yaml
 
 EXAMPLES = 10
 EXAMPLE_SIDE = 320  # pixels, of images that are larger
@@ -46,6 +46,7 @@ PAGE_CODE = (
     "__init__.py",
     "errors.py",
     "page.py",
+    "text.py",
     "models/*.py",
     "data/__init__.py",
     "data/augment.py",
@@ -88,11 +89,7 @@ def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
     Raises:
         UserError: if the Hub cannot be reached or refuses, or the Space is to be private and is public.
     """
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    sizes = [path.stat().st_size for path in files]
-    print(f"{name}: {len(files)} files, {sum(sizes):,} bytes")
-    for path, size in zip(files, sizes, strict=True):
-        print(f"{size:14,}  {path.relative_to(folder).as_posix()}")
+    files = announce(name, folder)
     if dry_run:
         print("dry run: nothing was uploaded")
         return
@@ -105,6 +102,7 @@ def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
             repo_id=name,
             repo_type="space",
             folder_path=folder,
+            allow_patterns=list(files),
             commit_message="sssd space",
             # Of a network that was here before nothing stays.
             delete_patterns=["model/*", "examples/*", "clusters/*", "sssd_zoo/*"],
@@ -134,7 +132,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
     architecture = str(network.pretrained_cfg["architecture"])
     names = network.pretrained_cfg.get("label_names")
     if Path(source).is_dir():
-        copy_network(Path(source), folder / "model")
+        copy_network(Path(run), "model" if fitted else ".", folder / "model")
     else:
         save_network(folder / "model", network, architecture, label_names=names)
     title = architecture if Path(run).is_dir() else run.removeprefix("hf-hub:").removeprefix("local-dir:")
@@ -159,12 +157,10 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
     return [f"{title}: {network.num_classes} {'clusters' if clusters else 'classes'} at {size} px", *notes]
 
 
-def copy_network(source: Path, folder: Path) -> None:
-    """Copies a folder's network as it is."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True)
-        for name in NETWORK:
-            shutil.copyfile(source / name, folder / name)
+def copy_network(root: Path, source: str, folder: Path) -> None:
+    """Copies the network in `source`, a folder in `root` or '.', as it is; not through links."""
+    for name in NETWORK:
+        atomic_write_bytes(folder / name, read_inside(root, f"{source}/{name}"))
 
 
 def copy_app(folder: Path, title: str) -> None:
@@ -186,10 +182,10 @@ def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
     Raises:
         UserError: if either cannot be read.
     """
+    recipe: dict[str, Any] = read_yaml(run / "config.yaml")
     try:
-        recipe: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from error
     splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled)
     return recipe, config, splits
@@ -258,9 +254,9 @@ def copy_clusters(run: Path, folder: Path) -> str:
         encode(decode(encoded.read([row])[0], side, config.max_pixels), "WEBP")
         for row in tqdm(pseudo.rows[shown].tolist(), desc="thumbnails", unit="img", leave=False)
     ]
-    copy_network(run / "pretrain", folder)
-    with disk_errors(folder):
-        shutil.copyfile(run / "labels/centroids.safetensors", folder / "centroids.safetensors")
+    copy_network(run, "pretrain", folder)
+    check_network(read_config(folder / "config.json"), folder / "model.safetensors", str(run / "pretrain"))
+    atomic_write_bytes(folder / "centroids.safetensors", read_inside(run, "labels/centroids.safetensors"))
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table({"cluster": pseudo.labels[shown], "image": pa.array(images, pa.binary())}), buffer)
     atomic_write_bytes(folder / "nearest.parquet", buffer.getvalue().to_pybytes())

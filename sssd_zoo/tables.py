@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from sssd_zoo.paper import TABLES
 from sssd_zoo.report import duration, table
+from sssd_zoo.text import code, markdown
 
 # Name on the command line: what it is called in reports. In the order of the reports.
 METHODS = {
@@ -167,8 +168,8 @@ def changes_table(results: list[Result], others: list[Result]) -> list[str]:
             groups.setdefault(METHODS[run.method], []).append(run)
     for run in others:
         if run.method == "sssd" and run.setting.without_pretext == ours:
-            where = "" if run.setting.pretext_data is None else f" on `{run.setting.pretext_data}`"
-            name = f"SSSD, labels from `{run.setting.pretext}`, {_pretext_epochs(run.setting)}{where}"
+            where = "" if run.setting.pretext_data is None else f" on {code(run.setting.pretext_data)}"
+            name = f"SSSD, labels from {code(run.setting.pretext)}, {_pretext_epochs(run.setting)}{where}"
             groups.setdefault(name, []).append(run)
     lines = []
     for title, runs in groups.items():
@@ -196,15 +197,17 @@ def settings_table(settings: list[Setting]) -> list[str]:
     """Lines of Markdown: what the letters in the column 'run' of the paper's tables stand for."""
     lines = []
     for letter, setting in zip(_letters(), settings, strict=False):
+        epochs = f"{setting.epochs} epochs (SEED {setting.seed_epochs})"
+        other = setting.pretext_data
         lines.append(
             [
                 letter,
-                f"`{setting.data}`, {setting.images:,} images",
-                f"`{setting.model}` at {setting.image_size} px, {setting.epochs} epochs (SEED {setting.seed_epochs})",
-                f"`{setting.pretext}`, {_pretext_epochs(setting)}",
-                "the same" if setting.pretext_data is None else f"`{setting.pretext_data}`, {setting.pretext_images:,}",
+                f"{code(setting.data)}, {setting.images:,} images",
+                f"{code(setting.model)} at {setting.image_size} px, {epochs}",
+                f"{code(setting.pretext)}, {_pretext_epochs(setting)}",
+                "the same" if other is None else f"{code(other)}, {setting.pretext_images:,}",
                 f"{setting.k:,}",
-                setting.machine,
+                markdown(setting.machine),
             ]
         )
     return table(["run", "data", "student", "M_ssl", "D_pre", "K", "device"], lines)
@@ -258,9 +261,11 @@ def _paper_table(number: int, results: list[Result], settings: list[Setting]) ->
         setting = runs[0].setting
         if group in shown or (number in (1, 2, 3) and setting.pretext_data is not None):
             continue
-        pretext = ["", ""] if runs[0].method in ("random", "dacsd") else [setting.pretext, _pretext_epochs(setting)]
-        pre = setting.pretext_data or "the same"
-        lines.append(["ours", f"`{setting.data}`", METHODS[runs[0].method], *pretext, pre, *ours(runs)])
+        pretext = [markdown(setting.pretext), _pretext_epochs(setting)]
+        if runs[0].method in ("random", "dacsd"):
+            pretext = ["", ""]
+        pre = markdown(setting.pretext_data or "the same")
+        lines.append(["ours", code(setting.data), METHODS[runs[0].method], *pretext, pre, *ours(runs)])
     head = ["", "data", "method", "M_ssl", "its epochs", "D_pre", *columns, "seeds", "time", "run"]
     return table(head, lines)
 

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 Files = dict[str, bytes]  # of one commit, by path
 EMPTY: Files = {".gitattributes": b"*.safetensors filter=lfs\n*.png filter=lfs\n*.parquet filter=lfs\n"}
+SILENCE = 600  # seconds
 LFS = (".safetensors", ".png", ".parquet", ".pt")
 
 
@@ -34,7 +35,9 @@ class Fault:
         method: of HTTP.
         path: a regular expression, searched for in the path without its query.
         kind: a status code, or 'cut' (the connection closes before anything is done), 'reset' (so, by a TCP reset),
-            'lost' (all is done, but the answer does not arrive), 'short' (half the body), 'corrupt' (another byte).
+            'lost' (all is done, but the answer does not arrive), 'short' (half the body), 'corrupt' (another byte),
+            'silent' (no answer, on a connection that stays), 'stalled' (so after half of the body), 'slow' (a body that
+            takes its time).
         times: that it happens.
         retry_after: seconds that go with a 429.
     """
@@ -162,6 +165,9 @@ class Handler(BaseHTTPRequestHandler):
             self.drop()
             return
         body = self.rfile.read(length)
+        if kind == "silent":
+            time.sleep(SILENCE)
+            return
         if isinstance(kind, int):
             headers = {"Retry-After": str(fault.retry_after)} if fault and kind == 429 else {}
             self.answer(kind, {"error": f"injected {kind}"}, headers)
@@ -191,7 +197,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             if self.kind == "corrupt" and body:
                 body = body[:-1] + bytes([body[-1] ^ 1])
-            self.wfile.write(body[: len(body) // 2] if self.kind == "short" else body)
+            if self.kind == "slow":
+                for start in range(0, len(body), 1 + len(body) // 20):
+                    self.wfile.write(body[start : start + 1 + len(body) // 20])
+                    time.sleep(0.15)
+                return
+            self.wfile.write(body[: len(body) // 2] if self.kind in ("short", "stalled") else body)
+            if self.kind == "stalled":
+                time.sleep(SILENCE)
 
     def refuse(self, status: int, code: str, message: str) -> tuple[int, Any, dict[str, str]]:
         return status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message}

@@ -23,7 +23,7 @@ RESULTS: Results = {
     "images": 10_000,
     "corrupt": 2,
     "fingerprint": "0123456789abcdef" * 4,
-    "test": "its split `test`",
+    "test": "its split test",
     "test_images": 2_000,
     "classes": 10,
     "seed": 7,
@@ -66,7 +66,7 @@ def test_report_of_a_whole_run(tmp_path: Path) -> None:
     text = (tmp_path / "run" / "report.md").read_text()
     for part in (
         "`cifar10-sample`, split `train`, 10,000 images (2 more were corrupt and left out)",
-        "its split `test`, 2,000 images of 10 classes",
+        "its split test, 2,000 images of 10 classes",
         "`sssd_resnet18` at 64 px",
         "**Seed**: 7",
         "**Machine**: 2 cores",

@@ -28,8 +28,11 @@ Splits = Mapping[str, Any]  # split name -> Dataset or IterableDataset
 
 def short_name(data: str) -> str:
     """What to call the data in files that are passed on: a Hub id as it is, a path without the folders above it."""
-    path = Path(data).expanduser()
-    return path.resolve().name if path.exists() else data
+    try:
+        path = Path(data).expanduser()
+        return path.resolve().name if path.exists() else data
+    except OSError:  # longer than any path
+        return data
 
 
 def open_splits(

@@ -1,0 +1,93 @@
+"""Words of strangers (names of classes, files and data sets, answers of a server) on their way to a reader.
+
+A name can hold whatever its author liked: escape sequences that a terminal obeys, characters that turn the reading
+direction, tags, table rows, formulas. Each kind of reader has one function here, and all names reach it through that:
+
+- a terminal: `safe_terminal` around the whole `sssd` command, and `plain` in every `UserError`
+- Markdown, in reports and cards: `markdown` in running text, `code` between backticks
+- HTML, on the page: `html`
+- figures: `plain`; formulas are switched off by the figures' style
+- YAML and JSON are written by their libraries, which quote what needs it.
+"""
+
+import html as library
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
+
+LONGEST = 200  # characters of a name that are shown
+# C0 and C1 controls, marks and overrides of the reading direction, line and paragraph separators, invisible operators
+# and tags, halves of surrogate pairs. Not the joiners U+200C and U+200D, which scripts and emoji are written with.
+UNSAFE = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f"
+)
+_HIDDEN = re.compile(f"[{UNSAFE}]")
+_HIDDEN_IN_A_NAME = re.compile(f"[{UNSAFE}\t\n]")
+# Emphasis (an underscore within a word is none), code, links, strikethrough and mathematics.
+_MARKDOWN = re.compile(r"[\\`*\[\]~$]|(?<!\w)_|_(?!\w)")
+_CURSOR = re.compile(r"(?:[\r\n]|\x1b\[A)*")  # what progress bars write between lines
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0].encode("unicode_escape").decode()
+
+
+def plain(value: Any, longest: int = LONGEST) -> str:
+    r"""A name as one line of visible characters: others as escapes ('\x1b'), too many cut off ('...')."""
+    words = str(value)
+    words = words if len(words) <= longest else words[: longest - 3] + "..."
+    return _HIDDEN_IN_A_NAME.sub(_escaped, words)
+
+
+def html(value: Any) -> str:
+    """A name in HTML, between tags or in a quoted attribute."""
+    return library.escape(plain(value))
+
+
+def markdown(value: Any) -> str:
+    """A name in a line of Markdown, as it is: no tag, emphasis, link or formula. `report.table` sees to its bars."""
+    return library.escape(_MARKDOWN.sub(lambda sign: "\\" + sign[0], plain(value)), quote=False)
+
+
+def code(value: Any) -> str:
+    """A name between backticks in Markdown; without them where it could end them or, by a backslash, a table's cell."""
+    words = plain(value)
+    return markdown(words) if "`" in words or "\\" in words else f"`{words}`"
+
+
+class Terminal:
+    """A stream that shows control characters as escapes, so that no name moves the cursor or rewrites what was said.
+
+    Args:
+        stream: to write to; all that is not writing is left to it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, words: str) -> int:
+        """Writes `words` as they may be seen; what progress bars move the cursor with passes."""
+        if not _CURSOR.fullmatch(words):
+            start = words[:1] if words[:1] == "\r" else ""
+            words = start + _HIDDEN.sub(_escaped, words[len(start) :].replace("\r\n", "\n"))
+        return self._stream.write(words)
+
+    def writelines(self, lines: list[str]) -> None:
+        """Writes each line."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def safe_terminal() -> Iterator[None]:
+    """Lets all that is written to stdout and stderr in the block, by whatever library, pass through `Terminal`."""
+    out: Any = Terminal(sys.stdout)
+    err: Any = Terminal(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        yield

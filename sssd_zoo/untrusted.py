@@ -1,0 +1,163 @@
+"""Files that a stranger may have made: read within limits, and never beyond the folder that was named.
+
+A run or a network can come from anybody. What is read of it here is small before it is parsed, and what is copied of
+it (to be published, or shown on a page) is on a list, is a file and no link, and lies in the folder itself.
+"""
+
+import os
+import stat
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import atomic_write_bytes
+
+LARGEST_TEXT = 100_000  # bytes of a recipe
+MOST_NODES = 10_000  # values of a recipe, an alias counted as all that it stands for
+DEEPEST = 50  # lists and mappings within each other
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Reads a YAML file, no matter whose.
+
+    Raises:
+        UserError: if it cannot be read, is no YAML, or is too large, by aliases too.
+    """
+    try:
+        if not Path(path).is_file():  # of devices the end is not sure
+            raise UserError(f"{path} is no file: give a YAML file")
+        with Path(path).open("rb") as file:
+            text = file.read(LARGEST_TEXT + 1).decode()
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    check_yaml(text, str(path))
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # tags of objects, dates that are none
+        raise UserError(f"cannot read {path} as YAML: {error}") from error
+
+
+def check_recipe(given: str) -> None:
+    """Checks what `--config` is given before jsonargparse parses it: a path, or the YAML itself.
+
+    Raises:
+        UserError: see `check_yaml`; not for what does not exist.
+    """
+    if os.path.lexists(given):
+        if not Path(given).is_fifo():  # of a shell, <(...), which can be read once
+            read_yaml(given)
+    else:
+        check_yaml(given, "--config")
+
+
+def check_yaml(text: str, where: str) -> None:
+    """Refuses YAML that is small as a text and large as a value, or takes a parser too deep.
+
+    Args:
+        text: of a file.
+        where: what to call it in errors.
+
+    Raises:
+        UserError: that says what is wrong.
+    """
+    if len(text) > LARGEST_TEXT:
+        raise UserError(f"{where} has more than {LARGEST_TEXT:,} characters: it is no recipe")
+    depth = 0
+    try:
+        # Events come one by one, before anything is built of them.
+        for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if number > MOST_NODES or depth > DEEPEST:
+                raise UserError(f"{where} has more than {MOST_NODES:,} values, or is more than {DEEPEST} lists deep")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"cannot read {where} as YAML: {error}") from error
+    values, deep = (0.0, 0.0) if node is None else _extent(node, {})
+    if values > MOST_NODES or deep > DEEPEST:
+        raise UserError(f"{where} grows by its aliases to more than {MOST_NODES:,} values, or {DEEPEST} lists deep")
+
+
+def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
+    """How many values a node and all in it have, aliases followed, and how deep; infinite where it is in itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf"), float("inf")  # until it is known: an alias to itself finds this
+        inner = [] if isinstance(node, yaml.ScalarNode) else node.value
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        extents = [_extent(part, known) for part in parts]
+        known[id(node)] = 1 + sum(count for count, _ in extents), 1 + max((deep for _, deep in extents), default=0)
+    return known[id(node)]
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a path fits a pattern part by part: `*` fits no `/`, and no name that begins with a dot."""
+    parts, patterns = PurePosixPath(name).parts, PurePosixPath(pattern).parts
+    return len(parts) == len(patterns) and all(
+        fnmatchcase(part, wanted) and (wanted.startswith(".") or not part.startswith("."))
+        for part, wanted in zip(parts, patterns, strict=True)
+    )
+
+
+def hidden(name: str) -> bool:
+    """Whether a path has a part that begins with a dot."""
+    return any(part.startswith(".") for part in PurePosixPath(name).parts)
+
+
+def files_below(root: Path) -> list[str]:
+    """The paths of all below a folder that is no folder itself, sorted; links are listed and not followed."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        links = [name for name in folders if Path(folder, name).is_symlink()]
+        found += [Path(folder, name).relative_to(root).as_posix() for name in [*files, *links]]
+    return sorted(found)
+
+
+def read_inside(root: Path, name: str) -> bytes:
+    """The bytes of a file below a folder.
+
+    Raises:
+        UserError: if it, or a folder on the way to it, is a symbolic link, or it is no file. They are opened one in the
+            other, so that none can be exchanged for a link in between.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # the user named this one: it may be a link
+    try:
+        *above, last = PurePosixPath(name).parts
+        for part in above:
+            inner = os.open(part, flags | os.O_DIRECTORY, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        descriptor = os.open(last, flags, dir_fd=folder)
+    except OSError as error:
+        places = [root.joinpath(*PurePosixPath(name).parts[: depth + 1]) for depth in range(len(above) + 1)]
+        link = next((place for place in places if place.is_symlink()), None)
+        what = f"{root / name}: {error.strerror}" if link is None else f"{link}: it is a symbolic link"
+        raise UserError(f"cannot take {what}; only files are copied and published: put one in its place") from error
+    finally:
+        os.close(folder)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"cannot take {root / name}: it is no regular file, and only those are copied or published")
+        return file.read()
+
+
+def copy_files(root: Path, patterns: Iterable[str], folder: Path, *, follow_links: bool = False) -> None:
+    """Copies the files that fit one of the patterns, see `fits`, to the same paths below another folder.
+
+    Args:
+        root: to copy from.
+        patterns: the list of what may be copied.
+        folder: to copy into.
+        follow_links: of folders of this package, whose files some installers link.
+
+    Raises:
+        UserError: if one of them, or a folder where they could be, is a link or no regular file.
+    """
+    wanted = set(patterns)
+    above = {parent.as_posix() for pattern in wanted for parent in PurePosixPath(pattern).parents}
+    for name in files_below(root):
+        if any(fits(name, pattern) for pattern in wanted | above):
+            atomic_write_bytes(folder / name, (root / name).read_bytes() if follow_links else read_inside(root, name))
