@@ -11,10 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
-from jsonargparse import ArgumentParser
+from sssd_zoo.errors import UserError, quiet_start
+from sssd_zoo.guard import fail, guarded
+from sssd_zoo.ranges import problems, refuse
 
-from sssd_zoo.errors import UserError
+with quiet_start():
+    from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 # Subcommand: the dataclass of its arguments in sssd_zoo.config, its module and function, a line for --help.
 COMMANDS = {
@@ -79,6 +82,16 @@ POSITIONAL: dict[str, dict[str, str | None]] = {
 }
 
 
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's help, with ranges in words: "int of at least 1" for "Annotated[int, of at least 1]"."""
+
+    def _expand_help(self, action: Any) -> str:
+        text, found = super()._expand_help(action), 1
+        while found:  # the innermost first
+            text, found = re.subn(r"Annotated\[((?:[^][]|\[[^][]*\])*), ([^][,]*)\]", r"\1 \2", text)
+        return text
+
+
 class Parser(ArgumentParser):
     """jsonargparse's parser, with errors of one line."""
 
@@ -87,16 +100,9 @@ class Parser(ArgumentParser):
         fail(f"{message} (see {self.prog} --help)")
 
 
-def fail(message: str) -> NoReturn:
-    """Prints `error: message` on one line of stderr and exits with status 2."""
-    rank = os.environ.get("RANK", "0")
-    print(("" if rank == "0" else f"[process {rank}] ") + "error: " + " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
-
-
 def _parser(name: str, prog: str) -> Parser:
     config = importlib.import_module("sssd_zoo.config")
-    parser = Parser(prog=prog, allow_abbrev=False)
+    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_argument(
         "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
     )
@@ -154,35 +160,44 @@ def spell_out(arguments: list[str], config: Any) -> list[str]:
     return words
 
 
+def read_arguments(name: str, words: list[str], prog: str) -> Any:
+    """The arguments of one subcommand, as its dataclass.
+
+    Raises:
+        UserError: that names all values out of their ranges.
+        SystemExit: for words that are no arguments, and after the help.
+    """
+    config = getattr(importlib.import_module("sssd_zoo.config"), COMMANDS[name][0])
+    parser = _parser(name, prog)
+    try:
+        parsed = parser.parse_args(spell_out(words, config))
+    except (ArithmeticError, RecursionError, ValueError) as error:  # of numbers and YAML that no parser copes with
+        raise UserError(f"cannot read the arguments: {error} (see {prog} --help)") from error
+    refuse(problems(parsed.as_dict(), config))
+    values = dict(vars(parser.instantiate(parsed)))
+    values.pop("config", None)
+    return config(**values)
+
+
 def run(name: str, arguments: list[str] | None = None, prog: str | None = None) -> None:
-    """Parses the arguments of one subcommand and runs its step; what a user can mend exits with status 2 and a line.
+    """Parses the arguments of one subcommand and runs its step; see `guarded` for how that ends.
 
     Args:
         name: a key of `COMMANDS`.
         arguments: without the program's name; by default those of the process.
         prog: the program's name in its help.
     """
-    parser = _parser(name, prog or Path(sys.argv[0]).name)
-    config = getattr(importlib.import_module("sssd_zoo.config"), COMMANDS[name][0])
-    words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
-    values = dict(vars(parser.instantiate(parser.parse_args(words))))
-    values.pop("config", None)
-    module, function = COMMANDS[name][1].split(".")
-    step: Any = getattr(importlib.import_module(f"sssd_zoo.{module}"), function)
-    others = start_other_processes()
-    try:
-        step(config(**values))
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print(
-            "\nstopped; run the command again to go on from the last checkpoint (scripts: with --resume)",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
-    finally:
-        for process in others:
-            process.wait()
+    with guarded():
+        words = sys.argv[1:] if arguments is None else arguments
+        config = read_arguments(name, words, prog or Path(sys.argv[0]).name)
+        module, function = COMMANDS[name][1].split(".")
+        step: Any = getattr(importlib.import_module(f"sssd_zoo.{module}"), function)
+        others = start_other_processes()
+        try:
+            step(config)
+        finally:
+            for process in others:
+                process.wait()
 
 
 def main() -> None:
@@ -191,14 +206,15 @@ def main() -> None:
     if arguments and arguments[0] in COMMANDS:
         run(arguments[0], arguments[1:], prog=f"sssd {arguments[0]}")
         return
-    if arguments and arguments[0] not in ("-h", "--help"):
-        fail(f"'{arguments[0]}' is no command of sssd; it has {', '.join(COMMANDS)}")
-    width = max(map(len, COMMANDS))
-    print("usage: sssd COMMAND [ARGUMENTS]    (sssd COMMAND --help lists the arguments)\n")
-    print("Self-supervised self distillation: unlabelled images in, a small multi-exit network out.\n")
-    for name, (_, _, line) in COMMANDS.items():
-        print(f"  {name:{width}}  {line}")
-    print("\nQuick start: sssd fit --data FOLDER --out RUN")
+    with guarded():
+        if arguments and arguments[0] not in ("-h", "--help"):
+            raise UserError(f"'{arguments[0]}' is no command of sssd; it has {', '.join(COMMANDS)}")
+        width = max(map(len, COMMANDS))
+        print("usage: sssd COMMAND [ARGUMENTS]    (sssd COMMAND --help lists the arguments)\n")
+        print("Self-supervised self distillation: unlabelled images in, a small multi-exit network out.\n")
+        for name, (_, _, line) in COMMANDS.items():
+            print(f"  {name:{width}}  {line}")
+        print("\nQuick start: sssd fit --data FOLDER --out RUN")
 
 
 if __name__ == "__main__":

@@ -403,7 +403,7 @@ def calibration_data(args: EarlyExitArgs, model: Any) -> tuple[Part, Part]:
         raise UserError(f"holdout {args.holdout} must be between 0 and 1")
     try:
         rest, drawn = train_test_split(
-            np.arange(len(test)), test_size=args.holdout, stratify=test.labels, random_state=args.seed
+            np.arange(len(test)), test_size=args.holdout, stratify=test.labels, random_state=args.seed % 2**32
         )
     except ValueError as error:
         raise UserError(f"cannot hold images of every class out of {test.name} to calibrate on: {error}") from error

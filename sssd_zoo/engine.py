@@ -33,12 +33,26 @@ from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.distributed import average_batchnorm, rank, synchronise_batchnorm, world_size
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, disk_errors, publish_dir, read_json, write_json
+from sssd_zoo.ranges import (
+    Checked,
+    Count,
+    CountOrZero,
+    Epochs,
+    Fraction,
+    FractionBelowOne,
+    LearningRate,
+    Milestones,
+    Pixels,
+    Positive,
+    Seed,
+    Weight,
+)
 from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.tasks import Task
 
 
 @dataclass(kw_only=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """How one network is trained.
 
     Args:
@@ -58,23 +72,43 @@ class OptimConfig:
             cost less; by default all are of the run's image size.
     """
 
-    epochs: int = 200
-    batch_size: int = 512
-    accumulate: int = 1
+    epochs: Count = 200
+    batch_size: Count = 512
+    accumulate: Count = 1
     optimizer: str = "momentum"
-    lr: float = 0.06
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    lr: LearningRate = 0.06
+    momentum: FractionBelowOne = 0.9
+    weight_decay: Weight = 5e-4
     schedule: Literal["cosine", "step"] = "cosine"
-    warmup_epochs: float = 0.0
-    milestones: list[int] = field(default_factory=lambda: [120, 160])
-    gamma: float = 0.1
-    clip_grad: float | None = None
-    sizes: list[int] = field(default_factory=list)
+    warmup_epochs: Epochs = 0.0
+    milestones: Milestones = field(default_factory=lambda: [120, 160])
+    gamma: Fraction = 0.1
+    clip_grad: Positive | None = None
+    sizes: list[Pixels] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for values that no data could be trained with, and an optimizer that timm cannot make."""
+        super().__post_init__()
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"warmup_epochs {self.warmup_epochs} must be fewer than epochs {self.epochs}")
+        try:
+            trial = create_optimizer_v2(
+                [{"params": [torch.nn.Parameter(torch.zeros(1))]}],
+                opt=self.optimizer,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+            )
+        except Exception as error:  # each of timm's hundred optimizers has its own
+            raise UserError(
+                f"optimizer '{self.optimizer}': {error}; choose another, such as momentum, sgd, adamw or lamb"
+            ) from error
+        if getattr(trial, "is_second_order", False):
+            raise UserError(f"optimizer '{self.optimizer}' needs second derivatives, which are not computed here")
 
 
 @dataclass(kw_only=True)
-class RuntimeConfig:
+class RuntimeConfig(Checked):
     """Where and how a run executes; nothing here but `seed` and `precision` changes its numbers.
 
     Args:
@@ -90,15 +124,15 @@ class RuntimeConfig:
         trackers: any of 'tensorboard' and 'trackio', beside metrics.jsonl.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     device: Literal["auto", "cpu"] = "auto"
-    checkpoint_every: int = 0
-    checkpoint_epochs: int = 1
-    keep_last: int = 2
-    keep_best: int = 1
-    log_every: int = 10
+    checkpoint_every: CountOrZero = 0
+    checkpoint_epochs: CountOrZero = 1
+    keep_last: CountOrZero = 2
+    keep_best: CountOrZero = 1
+    log_every: Count = 10
     trackers: list[Literal["tensorboard", "trackio"]] = field(default_factory=list)
 
 
@@ -333,9 +367,6 @@ def check(config: OptimConfig, processes: int, images: int | None) -> None:
     Raises:
         UserError: saying which value and what to do.
     """
-    for name in ("epochs", "batch_size", "accumulate"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.batch_size % (processes * config.accumulate):
         raise UserError(
             f"batch_size {config.batch_size} does not divide by {processes} processes x accumulate "
@@ -347,8 +378,6 @@ def check(config: OptimConfig, processes: int, images: int | None) -> None:
         raise UserError(
             f"batch_size {config.batch_size} is larger than the data set of {images} images; give a smaller one"
         )
-    if config.warmup_epochs >= config.epochs:
-        raise UserError(f"warmup_epochs {config.warmup_epochs} must be fewer than epochs {config.epochs}")
 
 
 def train(

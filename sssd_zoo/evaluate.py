@@ -136,7 +136,9 @@ def evaluation_data(
     if not 0 < holdout < 1:
         raise UserError(f"holdout {holdout} must be between 0 and 1")
     try:
-        kept, held = train_test_split(np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed)
+        kept, held = train_test_split(
+            np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed % 2**32
+        )
     except ValueError as error:
         raise UserError(f"cannot hold images of every class out of {data.name} to measure on: {error}") from error
     words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"

@@ -29,12 +29,13 @@ from sssd_zoo.data.loading import NAMED, GlobalBatches, open_encoded
 from sssd_zoo.distributed import rank, world_size
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json
+from sssd_zoo.ranges import Checked, CountOrZero, DistinctNames, Names, Workers
 
 logger = logging.getLogger("sssd_zoo")
 
 
 @dataclass(kw_only=True)
-class DetectionDataConfig:
+class DetectionDataConfig(Checked):
     """Which images with boxes to read, and how.
 
     Args:
@@ -50,14 +51,14 @@ class DetectionDataConfig:
         workers: processes that decode.
     """
 
-    data: list[str]
+    data: Names
     split: str | None = None
     image_folder: str | None = None
     objects_column: str = "objects"
     box_format: Literal["xywh", "xyxy"] = "xywh"
-    classes: list[str] | None = None
-    max_bad: int = 0
-    workers: int = 2
+    classes: DistinctNames | None = None
+    max_bad: CountOrZero = 0
+    workers: Workers = 2
 
 
 @dataclass(frozen=True)
