@@ -16,9 +16,8 @@ import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-import timm
 import torch
 import yaml
 
@@ -26,12 +25,20 @@ from sssd_zoo.config import CardArgs
 from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_dir, atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.files import (
+    atomic_dir,
+    atomic_write_bytes,
+    atomic_write_text,
+    check_content,
+    disk_errors,
+    read_json,
+    write_json,
+)
 from sssd_zoo.hub import ANSWERS, eval_result_files, model_card, network_weights
 from sssd_zoo.networks import load_network
 from sssd_zoo.paper import named_rows
 from sssd_zoo.probe import extract_features, knn
-from sssd_zoo.report import AccuracyRow, Results, duration
+from sssd_zoo.report import AccuracyRow, Results, duration, read_results
 
 CHECK_IMAGES = 1000  # of the shipped sample's test split, which no network was trained on
 SHOWN = {  # the figures in the card's text, and what they are called where the run does not say
@@ -45,13 +52,21 @@ CALIBRATED = (
 )
 
 
+class Recipe(TypedDict):
+    """What a run's config.yaml says that is changed for the card."""
+
+    data: str
+    out: str
+    pretrain: dict[str, Any]
+
+
 def card(args: CardArgs) -> None:
     """`sssd card`."""
     run, out = Path(args.run), Path(args.out)
     calibrated = check_calibrated(run, args.calibrated)
     if out.exists() and not args.overwrite:
         raise UserError(f"{out} is there already; give --overwrite to replace it")
-    network = timm.create_model(f"local-dir:{calibrated or run / 'model'}", pretrained=True).eval()
+    network = load_network(str(calibrated or run / "model")).eval()
     # The weights that ship are rounded: what follows is measured on those.
     checked = check(network.half().float())
     with atomic_dir(out) as folder:
@@ -142,9 +157,9 @@ def write_card(
     Returns:
         The weights in half precision, whose sha256 metrics.json tells.
     """
-    results: Results = read_json(run / "metrics.json")
+    results = read_results(run)
     source = calibrated or run / "model"
-    network = timm.create_model(f"local-dir:{source}", pretrained=True)
+    network = load_network(str(source))
     weights = network_weights(network, torch.float16)
     # transformers would compute in the precision of the file.
     config = {**read_json(source / "config.json"), "dtype": "float32"}
@@ -153,6 +168,7 @@ def write_card(
     if checked is not None:
         shipped["check"] = checked
     recipe = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    check_content(run / "config.yaml", recipe, Recipe)
     recipe["data"] = results["data"]
     for key in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
         if recipe.get(key):

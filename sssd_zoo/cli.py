@@ -187,14 +187,16 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         arguments: without the program's name; by default those of the process.
         prog: the program's name in its help.
     """
-    with guarded():
+    with guarded() as guard:
         words = sys.argv[1:] if arguments is None else arguments
         config = read_arguments(name, words, prog or Path(sys.argv[0]).name)
+        guard.out = Path(config.out) if getattr(config, "out", None) else None
         module, function = COMMANDS[name][1].split(".")
         step: Any = getattr(importlib.import_module(f"sssd_zoo.{module}"), function)
         others = start_other_processes()
         try:
-            step(config)
+            with guard.told():
+                step(config)
         finally:
             for process in others:
                 process.wait()

@@ -148,10 +148,10 @@ def read_results(out: Path) -> list[Result]:
     Raises:
         UserError: if the folder holds no results, or those of a version without settings.
     """
-    content = read_json(out / "results.json")
+    content = read_json(out / "results.json", list[dict[str, Any]])
     try:
         return [Result.from_json(entry) for entry in content]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{out / 'results.json'} was not written by this version: run its comparison once more, which reuses what "
             "is there"

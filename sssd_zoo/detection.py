@@ -7,7 +7,7 @@ the SSSD paper). A run folder holds detector.json and model.safetensors; `load_d
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors.torch import load_file
@@ -41,6 +41,7 @@ from sssd_zoo.evaluate import DTYPES
 from sssd_zoo.files import atomic_write_bytes, read_json, write_json
 from sssd_zoo.hub import network_weights
 from sssd_zoo.networks import load_network
+from sssd_zoo.ranges import Names
 from sssd_zoo.runs import announce, begin, part, prepare_out
 from sssd_zoo.tasks.detection import Detection
 
@@ -130,6 +131,17 @@ def stage_modules(body: Any, stages: int) -> list[str]:
     return children[: children.index(ends[stages - 1]) + 1]
 
 
+class DetectorRecord(TypedDict):
+    """What detector.json says."""
+
+    architecture: str
+    model_args: dict[str, Any]
+    mean: list[float]
+    std: list[float]
+    classes: Names
+    detector: dict[str, Any]
+
+
 def save_detector(folder: Path, detector: FasterRCNN, config: DetectorConfig, class_names: Sequence[str]) -> None:
     """Writes detector.json and model.safetensors, which `load_detector` reads."""
     body: Any = detector.backbone.body
@@ -158,7 +170,7 @@ def load_detector(folder: str | Path) -> tuple[FasterRCNN, list[str]]:
     missing = [name for name in ("detector.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} holds no detector: {' and '.join(missing)} missing; did its run end?")
-    content = read_json(folder / "detector.json")
+    content = read_json(folder / "detector.json", DetectorRecord)
     try:
         body = load_network(content["architecture"], pretrained=False, features_only=True, **content["model_args"])
         body.pretrained_cfg.update(mean=content["mean"], std=content["std"])

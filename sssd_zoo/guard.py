@@ -6,7 +6,6 @@
 
 import atexit
 import errno
-import io
 import os
 import signal
 import sys
@@ -15,10 +14,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from sssd_zoo.errors import UserError
+from sssd_zoo.files import RUN_MARK
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 10  # seconds from a signal to the end
@@ -32,37 +33,58 @@ def fail(message: str, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Turns whatever the block raises, and the signals that it gets, into one line and an exit status.
+class Guard:
+    """What a command has met so far.
 
-    With SSSD_DEBUG set, the traceback of every error is printed too.
-
-    Raises:
-        SystemExit: where the block did not end well.
+    Attributes:
+        problems: errors of writing to stdout and stderr.
+        signals: numbers of the signals that came.
+        out: the command's run folder, once it is known.
     """
-    with watched_output() as problems, stop_signals() as received:
+
+    def __init__(self, problems: list[OSError], signals: list[int]) -> None:
+        self.problems, self.signals = problems, signals
+        self.out: Path | None = None
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Turns whatever the block raises into one line and an exit status.
+
+        With SSSD_DEBUG set, the traceback of every error is printed too.
+
+        Raises:
+            SystemExit: where the block did not end well.
+        """
         try:
             yield
-            print(end="", flush=True)  # so that what cannot be written is known now
         except SystemExit:
             raise
         except BaseException as error:
             if os.environ.get("SSSD_DEBUG"):
                 traceback.print_exc()
             # Libraries that Ctrl-C interrupts, faiss for one, may raise errors of their own.
-            if received or isinstance(error, KeyboardInterrupt):
-                number = received[0] if received else signal.SIGINT
+            if self.signals or isinstance(error, KeyboardInterrupt):
+                number = self.signals[0] if self.signals else signal.SIGINT
                 threading.excepthook = lambda _: None  # of threads that lose what they worked for
                 say_stopped(number)
                 raise SystemExit(128 + number) from None
-            if problems and isinstance(error, OSError):
-                end_without_output(problems[0])
+            if self.problems and isinstance(error, OSError):
+                end_without_output(self.problems[0])
             if isinstance(error, UserError):
                 fail(str(error))
             if not isinstance(error, Exception):
                 raise
-            unforeseen(error)
+            unforeseen(error, self.out)
+
+
+@contextmanager
+def guarded() -> Iterator[Guard]:
+    """Turns whatever the block raises, and the signals that it gets, into one line and an exit status; see `Guard`."""
+    with watched_output() as problems, stop_signals() as signals:
+        guard = Guard(problems, signals)
+        with guard.told():
+            yield guard
+            print(end="", flush=True)  # so that what cannot be written is known now
 
 
 def say_stopped(number: int) -> None:
@@ -72,23 +94,39 @@ def say_stopped(number: int) -> None:
         print(f"\n{how}; run the same command again to resume (scripts: with --resume)", file=sys.stderr, flush=True)
 
 
-def unforeseen(error: Exception) -> NoReturn:
-    """Writes the traceback into a file, says in one line what happened and where that lies, and exits with status 1."""
+def unforeseen(error: Exception, out: Path | None) -> NoReturn:
+    """Writes the traceback into a file, says in one line what happened and where that lies, and exits with status 1.
+
+    Args:
+        error: that nobody foresaw.
+        out: folder for the file, if this package made it; else it is a temporary one.
+    """
     what = f"unexpected {type(error).__name__}: {str(error)[:300]}"
     try:
-        descriptor, path = tempfile.mkstemp(prefix="sssd-traceback-", suffix=".txt")
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-            traceback.print_exception(error, file=file)
+        path = write_traceback(error, out)
     except OSError as no_file:
-        fail(f"{what}; its traceback could not be written ({no_file}): SSSD_DEBUG=1 prints it", status=1)
+        fail(f"{what}; its traceback could not be written ({no_file.strerror}): SSSD_DEBUG=1 prints it", status=1)
     fail(f"{what}; its traceback is in {path}", status=1)
+
+
+def write_traceback(error: Exception, out: Path | None) -> str:
+    """Writes a traceback into `out`, where this package made that folder, else into a temporary file; says where."""
+    if out is not None and (out / RUN_MARK).is_file():
+        rank = os.environ.get("RANK", "0")
+        path = str(out / ("traceback.txt" if rank == "0" else f"traceback-{rank}.txt"))
+    else:
+        descriptor, path = tempfile.mkstemp(prefix="sssd-traceback-", suffix=".txt")
+        os.close(descriptor)
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:  # noqa: PTH123  may be no UTF-8
+        traceback.print_exception(error, file=file)
+    return path
 
 
 @contextmanager
 def watched_output() -> Iterator[list[OSError]]:
     """Lets the block print names that the console has no signs for, as escapes; yields what kept it from printing."""
     problems: list[OSError] = []
-    streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     errors = [stream.errors for stream in streams]
     for stream in streams:
         stream.reconfigure(errors="backslashreplace")

@@ -1,8 +1,9 @@
 """Networks by their names or folders: choosing, loading, checking and listing them."""
 
 import hashlib
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import timm
 import torch
@@ -16,6 +17,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json
 from sssd_zoo.hub import cache_if_unreachable, hub_cards
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.ranges import Count, Pixels, problems
 
 
 def choose_size(data: ImageData | StreamingImages, image_size: int | None) -> int:
@@ -89,9 +91,43 @@ def load_network(name: str, **kwargs: Any) -> Any:
         repo = config.hf_hub_id
     try:
         with cache_if_unreachable(repo):
-            return timm.create_model(source, **options)
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
+            model = timm.create_model(source, **options)
+    except UserError:
+        raise
+    except Exception as error:  # a config.json can ask for anything, of timm's code and of this
+        raise UserError(f"cannot load the network '{name}': {type(error).__name__}: {str(error)[:300]}") from error
+    check_facts(name, model, classes=None if kwargs.keys() & {"num_classes", "features_only"} else model.num_classes)
+    return model
+
+
+class Facts(TypedDict):
+    """What a network's `pretrained_cfg` must say to be used."""
+
+    architecture: str
+    mean: list[float]
+    std: list[float]
+    input_size: tuple[Count, Pixels, Pixels]
+    label_names: NotRequired[list[str] | None]
+
+
+def check_facts(name: str, model: Any, classes: int | None) -> None:
+    """Refuses a network whose config.json says less of it than is needed, or something else than its weights.
+
+    Args:
+        name: what the user called it.
+        model: it.
+        classes: number of classes that names are to be of, if any.
+
+    Raises:
+        UserError: that says what.
+    """
+    facts = dict(vars(model.pretrained_cfg) if is_dataclass(model.pretrained_cfg) else model.pretrained_cfg)
+    wrong = problems(facts, Facts)
+    labels = facts.get("label_names")
+    if not wrong and labels and classes and len(labels) != classes:
+        wrong = [f"label_names has {len(labels)} names for {classes} classes"]
+    if wrong:
+        raise UserError(f"cannot use the network '{name}', for the configuration that describes it: {wrong[0]}")
 
 
 def load_trunk_of(name: str) -> Any:

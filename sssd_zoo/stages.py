@@ -5,11 +5,18 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.engine import machine
 from sssd_zoo.files import read_json, write_json
+
+
+class Record(TypedDict):
+    """What steps/ keeps of a step: what it was made of, and what it gave; None while it runs."""
+
+    inputs: dict[str, Any]
+    result: dict[str, Any] | None
 
 
 class Stages:
@@ -55,7 +62,7 @@ class Stages:
             added = {k: v for k, v in self.inputs[earlier].items() if k not in self.common or self.common[k] != v}
             inputs |= {f"{earlier}.{key}": value for key, value in added.items()}
         self.inputs[name] = inputs = json.loads(json.dumps(inputs))
-        before = read_json(record) if record.exists() and folder.exists() else None
+        before = read_json(record, Record) if record.exists() and folder.exists() else None
         barrier()
         if before is not None and before["inputs"] == inputs and before["result"] is not None:
             say(f"[{name}] done before")
@@ -78,7 +85,7 @@ class Stages:
             seconds = round(time.perf_counter() - began, 1)
             write_json(record, {"inputs": inputs, "result": {"seconds": seconds, **result}})
         barrier()
-        self.results[name] = read_json(record)["result"]
+        self.results[name] = read_json(record, Record)["result"]
         return self.results[name]
 
 

@@ -231,7 +231,7 @@ def cluster_images(
 def pseudo_label(args: PseudoLabelArgs) -> None:
     """`sssd pseudo-label`."""
     tune_cpu()
-    make_accelerator(RuntimeConfig(precision=args.precision, device=args.device))
+    make_accelerator(RuntimeConfig(device=args.device))
     out = prepare_out(args.out, resume=False, overwrite=args.overwrite)
     model = load_network(args.model, num_classes=0)
     data = load_images(part(args, DataConfig), default_size=storage_default(statistics(model)[2]))
