@@ -83,13 +83,18 @@ POSITIONAL: dict[str, dict[str, str | None]] = {
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """jsonargparse's help, with ranges in words: "int of at least 1" for "Annotated[int, of at least 1]"."""
+    """jsonargparse's help, with ranges in words."""
 
     def _expand_help(self, action: Any) -> str:
-        text, found = super()._expand_help(action), 1
-        while found:  # the innermost first
-            text, found = re.subn(r"Annotated\[((?:[^][]|\[[^][]*\])*), ([^][,]*)\]", r"\1 \2", text)
-        return text
+        return readable(super()._expand_help(action))
+
+
+def readable(text: str) -> str:
+    """What jsonargparse says, with ranges in words, "int of at least 1", and without hundreds of digits."""
+    text, found = re.sub(r"(\d{20})\d{20,}", r"\1...", text).replace("typing.Annotated", "Annotated"), 1
+    while found:  # the innermost first
+        text, found = re.subn(r"Annotated\[((?:[^][]|\[[^][]*\])*), ([^][,]*)\]", r"\1 \2", text)
+    return text
 
 
 class Parser(ArgumentParser):
@@ -97,7 +102,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints `message` on one line and exits with status 2."""
-        fail(f"{message} (see {self.prog} --help)")
+        fail(f"{readable(message)} (see {self.prog} --help)")
 
 
 def _parser(name: str, prog: str) -> Parser:

@@ -91,9 +91,9 @@ def load_network(name: str, **kwargs: Any) -> Any:
         repo = config.hf_hub_id
     try:
         with cache_if_unreachable(repo):
-            model = timm.create_model(source, **options)
-    except UserError:
-        raise
+            model: Any = timm.create_model(source, **options)
+    except UserError as error:
+        raise UserError(f"cannot load the network '{name}': {error}") from error
     except Exception as error:  # a config.json can ask for anything, of timm's code and of this
         raise UserError(f"cannot load the network '{name}': {type(error).__name__}: {str(error)[:300]}") from error
     check_facts(name, model, classes=None if kwargs.keys() & {"num_classes", "features_only"} else model.num_classes)

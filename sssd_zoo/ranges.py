@@ -55,7 +55,7 @@ class Range:
         if self.open_low and self.open_high:
             return f"between {self.low:g} and {self.high:g}"
         low = f"above {self.low:g} and" if self.open_low else f"from {self.low}"
-        return f"{low} {'below' if self.open_high else 'up to' if self.open_low else 'to'} {self.high}"
+        return f"{low} {'to below' if self.open_high else 'up to' if self.open_low else 'to'} {self.high}"
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a number, or None."""
@@ -189,17 +189,24 @@ def problems(value: Any, kind: Any, name: str = "") -> list[str]:
 
 def _fields(value: Any, kind: type, name: str) -> list[str]:
     if not isinstance(value, dict):
-        return [] if isinstance(value, kind) else _not(value, dict, name)  # a dataclass was checked when it was made
+        # A dataclass was checked when it was made.
+        return [] if not is_typeddict(kind) and isinstance(value, kind) else _not(value, dict, name)
     found = []
     for field, field_kind in _hints(kind).items():
         inner = f"{name}.{field}" if name else field
         if field in value:
             found += problems(value[field], field_kind, inner)
-            if isinstance(value[field], str) and issubclass(kind, Checked) and value[field].strip("\0") == "":
-                found.append(f"{inner} is empty; leave it out, or give it a value")
+            if isinstance(value[field], str) and issubclass(kind, Checked):
+                found += _text_problem(value[field], inner)
         elif field in getattr(kind, "__required_keys__", ()):
             found.append(f"{inner} is missing")
     return found
+
+
+def _text_problem(text: str, name: str) -> list[str]:
+    if not text:  # as of a shell variable that is not set; as a path it would be the folder that one stands in
+        return [f"{name} is empty; leave it out, or give it a value"]
+    return [f"{name} holds a NUL character, which no name can have"] if "\0" in text else []
 
 
 def _items(value: Any, origin: Any, args: tuple[Any, ...], name: str) -> list[str]:
