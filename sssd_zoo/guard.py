@@ -188,6 +188,7 @@ def stop_signals() -> Iterator[list[int]]:
         for one in SIGNALS:
             signal.signal(one, signal.SIG_DFL)
         if hasattr(signal, "setitimer"):  # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises errors for workers that end
             signal.signal(signal.SIGALRM, too_late)
             signal.setitimer(signal.ITIMER_REAL, GRACE)
         raise KeyboardInterrupt
@@ -197,7 +198,7 @@ def stop_signals() -> Iterator[list[int]]:
         os._exit(128 + received[0])
 
     def swallowed(problem: Any) -> None:
-        if problem.exc_type is None or not issubclass(problem.exc_type, KeyboardInterrupt):
+        if not received:  # what finalisers complain of after it is of no use to anybody
             hook(problem)
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}

@@ -17,8 +17,14 @@ from sssd_zoo.guard import guarded
 
 UNBUFFERED = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 BUFFERED = {name: value for name, value in UNBUFFERED.items() if name != "PYTHONUNBUFFERED"}
-# What a command is, without the seconds that one takes: the guard around some lines.
-GUARD = "from sssd_zoo.guard import guarded\nimport os, signal, sys, time\nwith guarded() as guard:\n"
+# What a command is, without the seconds that importing torch takes: the guard around some lines.
+GUARD = """
+import os, signal, sys, time, types
+sys.modules["sssd_zoo"] = types.ModuleType("sssd_zoo")
+sys.modules["sssd_zoo"].__path__ = ["sssd_zoo"]
+from sssd_zoo.guard import guarded
+with guarded():
+"""
 
 
 def guard(*lines: str, environment: dict[str, str] = BUFFERED, **kwargs) -> subprocess.Popen:
@@ -131,7 +137,7 @@ def test_errors_that_libraries_make_of_an_interrupt():
     assert process.returncode == 130
 
 
-@pytest.mark.parametrize("after", [0.4, 1.2])
+@pytest.mark.parametrize("after", [1.2, *(pytest.param(after, marks=pytest.mark.slow) for after in (0.4, 2, 3))])
 def test_ctrl_c_while_it_starts(after):
     process = start("models", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     time.sleep(after)
@@ -171,7 +177,7 @@ def test_names_that_the_console_cannot_show(monkeypatch):
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_a_command_with_such_names(encoding, tmp_path):
     environment = {**BUFFERED, "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
     words = [sys.executable, "-m", "sssd_zoo.cli", "predict", "sssd_resnet18", os.fsencode(tmp_path / "猫") + b"\xff"]
