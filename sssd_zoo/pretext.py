@@ -30,7 +30,7 @@ from sssd_zoo.networks import (
 )
 from sssd_zoo.runs import check_queue, part, run_folder
 from sssd_zoo.stages import Stages
-from sssd_zoo.steps import check_cluster, cluster_images, describe_labels, pretrain_network
+from sssd_zoo.steps import cluster_images, describe_labels, pretrain_network
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,6 @@ def set_up(args: Any, trained: list[OptimConfig], *, warm: bool, require_labels:
         raise UserError(
             f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
         )
-    check_cluster(args.cluster, len(data))
     inputs = {
         "data": data.fingerprint,
         "images": len(data),
