@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import yaml
@@ -28,12 +28,19 @@ from sssd_zoo.config import CardArgs
 from sssd_zoo.data.loading import DataConfig, load_images
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.files import (
+    atomic_write_bytes,
+    atomic_write_text,
+    check_content,
+    disk_errors,
+    read_json,
+    write_json,
+)
 from sssd_zoo.hub import ANSWERS, eval_result_files, model_card, network_weights
 from sssd_zoo.networks import load_network, statistics
 from sssd_zoo.paper import named_rows
 from sssd_zoo.probe import extract_features, knn
-from sssd_zoo.report import AccuracyRow, Results, duration
+from sssd_zoo.report import AccuracyRow, Results, duration, read_results
 from sssd_zoo.run_folder import atomic_dir, check_replaceable, open_out
 from sssd_zoo.text import code, markdown
 from sssd_zoo.untrusted import copy_files, read_yaml
@@ -57,6 +64,14 @@ CALIBRATED = (
     "`config.json`, for `forward_early`; `early_exit/report.md` has what that gives. The ensemble's accuracy in the "
     "table is from before the temperatures, which change it a little"
 )
+
+
+class Recipe(TypedDict):
+    """What a run's config.yaml says that is changed for the card."""
+
+    data: str
+    out: str
+    pretrain: dict[str, Any]
 
 
 def card(args: CardArgs) -> None:
@@ -185,7 +200,7 @@ def write_card(
     Returns:
         The weights in half precision, whose sha256 metrics.json tells.
     """
-    results: Results = read_json(run / "metrics.json")
+    results = read_results(run)
     source = calibrated or run / "model"
     network = load_network(str(source))
     weights = network_weights(network, torch.float16)
@@ -197,6 +212,7 @@ def write_card(
     if checked is not None:
         shipped["check"] = checked
     recipe = read_yaml(run / "config.yaml")
+    check_content(run / "config.yaml", recipe, Recipe)
     recipe["data"] = results["data"]
     for key in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
         if recipe.get(key):

@@ -1,7 +1,6 @@
 """The `sssd` command, and the scripts under train/ and eval/, which are its subcommands for `accelerate launch`."""
 
 import importlib
-import os
 import re
 import sys
 from dataclasses import fields, is_dataclass
@@ -9,14 +8,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
-from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
-from jsonargparse import ArgumentParser
+from sssd_zoo.errors import UserError, quiet_start
+from sssd_zoo.guard import fail, guarded
+from sssd_zoo.ranges import problems, refuse
 
-from sssd_zoo.distributed import end_other_processes, others_tell_first, start_other_processes
-from sssd_zoo.errors import UserError
-from sssd_zoo.files import expand_home
-from sssd_zoo.text import safe_terminal
-from sssd_zoo.untrusted import check_recipe
+with quiet_start():
+    from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+    from sssd_zoo.distributed import end_other_processes, others_tell_first, start_other_processes
+    from sssd_zoo.files import expand_home
+    from sssd_zoo.text import safe_terminal
+    from sssd_zoo.untrusted import check_recipe
 
 # Subcommand: the dataclass of its arguments in sssd_zoo.config, its module and function, a line for --help.
 COMMANDS = {
@@ -82,8 +85,23 @@ POSITIONAL: dict[str, dict[str, str | None]] = {
 # Arguments that are paths, or may be: a `~` in front of them is expanded, wherever they were given.
 PATHS = (
     *("data", "pretrain_data", "test_data", "image_folder", "images", "out", "weights", "run", "calibrated", "also"),
-    *("model", "models", "features", "teacher", "init", "labels"),
+    *("model", "models", "features", "teacher", "encoder", "init", "labels"),
 )
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's help, with ranges in words."""
+
+    def _expand_help(self, action: Any) -> str:
+        return readable(super()._expand_help(action))
+
+
+def readable(text: str) -> str:
+    """What jsonargparse says, with ranges in words, "int of at least 1", and without hundreds of digits."""
+    text, found = re.sub(r"(\d{20})\d{20,}", r"\1...", text).replace("typing.Annotated", "Annotated"), 1
+    while found:  # the innermost first
+        text, found = re.subn(r"Annotated\[((?:[^][]|\[[^][]*\])*), ([^][,]*)\]", r"\1 \2", text)
+    return text
 
 
 class Parser(ArgumentParser):
@@ -91,19 +109,12 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints `message` on one line and exits with status 2."""
-        fail(f"{message} (see {self.prog} --help)")
-
-
-def fail(message: str) -> NoReturn:
-    """Prints `error: message` on one line of stderr and exits with status 2."""
-    rank = os.environ.get("RANK", "0")
-    print(("" if rank == "0" else f"[process {rank}] ") + "error: " + " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(2)
+        fail(f"{readable(message)} (see {self.prog} --help)")
 
 
 def _parser(name: str, prog: str) -> Parser:
     config = importlib.import_module("sssd_zoo.config")
-    parser = Parser(prog=prog, allow_abbrev=False)
+    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=HelpFormatter)
     parser.add_argument(
         "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
     )
@@ -151,49 +162,57 @@ def expand_paths(config: Any) -> Any:
 
 
 def check_recipes(words: list[str]) -> None:
-    """Ends with one line where `--config` is given what is large, or becomes so when it is parsed."""
+    """Raises `UserError` where `--config` is given what is large, or becomes so when it is parsed."""
     pairs = (word.split("=", 1) if "=" in word else [word, after] for word, after in pairwise([*words, ""]))
+    for recipe in (value for name, value in pairs if name == "--config"):
+        check_recipe(recipe)
+
+
+def read_arguments(name: str, words: list[str], prog: str) -> Any:
+    """The arguments of one subcommand, as its dataclass.
+
+    Raises:
+        UserError: that names all values out of their ranges.
+        SystemExit: for words that are no arguments, and after the help.
+    """
+    config = getattr(importlib.import_module("sssd_zoo.config"), COMMANDS[name][0])
+    parser = _parser(name, prog)
+    words = spell_out(words, config)
+    check_recipes(words)
     try:
-        for recipe in (value for name, value in pairs if name == "--config"):
-            check_recipe(recipe)
-    except UserError as error:
-        fail(str(error))
+        parsed = parser.parse_args(words)
+    except (ArithmeticError, RecursionError, ValueError) as error:  # of numbers and YAML that no parser copes with
+        raise UserError(f"cannot read the arguments: {error} (see {prog} --help)") from error
+    refuse(problems(parsed.as_dict(), config))
+    values = dict(vars(parser.instantiate(parsed)))
+    values.pop("config", None)
+    return expand_paths(config(**values))
 
 
 @safe_terminal()
 def run(name: str, arguments: list[str] | None = None, prog: str | None = None) -> None:
-    """Parses the arguments of one subcommand and runs its step; what a user can mend exits with status 2 and a line.
+    """Parses the arguments of one subcommand and runs its step; see `guarded` for how that ends.
 
     Args:
         name: a key of `COMMANDS`.
         arguments: without the program's name; by default those of the process.
         prog: the program's name in its help.
     """
-    parser = _parser(name, prog or Path(sys.argv[0]).name)
-    config = getattr(importlib.import_module("sssd_zoo.config"), COMMANDS[name][0])
-    words = spell_out(sys.argv[1:] if arguments is None else arguments, config)
-    check_recipes(words)
-    values = dict(vars(parser.instantiate(parser.parse_args(words))))
-    values.pop("config", None)
-    module, function = COMMANDS[name][1].split(".")
-    from sssd_zoo.run_folder import release_all
+    with guarded() as guard:
+        words = sys.argv[1:] if arguments is None else arguments
+        config = read_arguments(name, words, prog or Path(sys.argv[0]).name)
+        guard.out = Path(config.out) if getattr(config, "out", None) else None
+        module, function = COMMANDS[name][1].split(".")
+        from sssd_zoo.run_folder import release_all
 
-    step: Any = getattr(importlib.import_module(f"sssd_zoo.{module}"), function)
-    others = start_other_processes()
-    try:
-        with others_tell_first():
-            step(expand_paths(config(**values)))
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        print(
-            "\nstopped; run the command again to go on from the last checkpoint (scripts: with --resume)",
-            file=sys.stderr,
-        )
-        raise SystemExit(130) from None
-    finally:
-        release_all()
-        end_other_processes(others, sys.exception())
+        step: Any = getattr(importlib.import_module(f"sssd_zoo.{module}"), function)
+        others = start_other_processes()
+        try:
+            with guard.told(), others_tell_first():
+                step(config)
+        finally:
+            release_all()
+            end_other_processes(others, sys.exception())
 
 
 @safe_terminal()
@@ -203,14 +222,15 @@ def main() -> None:
     if arguments and arguments[0] in COMMANDS:
         run(arguments[0], arguments[1:], prog=f"sssd {arguments[0]}")
         return
-    if arguments and arguments[0] not in ("-h", "--help"):
-        fail(f"'{arguments[0]}' is no command of sssd; it has {', '.join(COMMANDS)}")
-    width = max(map(len, COMMANDS))
-    print("usage: sssd COMMAND [ARGUMENTS]    (sssd COMMAND --help lists the arguments)\n")
-    print("Self-supervised self distillation: unlabelled images in, a small multi-exit network out.\n")
-    for name, (_, _, line) in COMMANDS.items():
-        print(f"  {name:{width}}  {line}")
-    print("\nQuick start: sssd fit --data FOLDER --out RUN")
+    with guarded():
+        if arguments and arguments[0] not in ("-h", "--help"):
+            raise UserError(f"'{arguments[0]}' is no command of sssd; it has {', '.join(COMMANDS)}")
+        width = max(map(len, COMMANDS))
+        print("usage: sssd COMMAND [ARGUMENTS]    (sssd COMMAND --help lists the arguments)\n")
+        print("Self-supervised self distillation: unlabelled images in, a small multi-exit network out.\n")
+        for name, (_, _, line) in COMMANDS.items():
+            print(f"  {name:{width}}  {line}")
+        print("\nQuick start: sssd fit --data FOLDER --out RUN")
 
 
 if __name__ == "__main__":

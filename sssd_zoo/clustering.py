@@ -4,10 +4,11 @@
 where there is one, and `PseudoLabels` is the folder that the next step, self-distillation, reads.
 """
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,8 @@ from tqdm.auto import tqdm
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes, damage, read_json, recorded_sha256, sha256_of, write_json
 from sssd_zoo.run_folder import atomic_dir
+
+logger = logging.getLogger("sssd_zoo")
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -94,8 +97,18 @@ class Clustering:
             centroids: float32 [K, D].
             distances: float32 [N].
             k_asked: K.
+
+        Raises:
+            UserError: if all rows are in one cluster.
         """
         kept, labels = np.unique(labels, return_inverse=True)
+        if len(kept) == 1:
+            raise UserError(
+                f"only 1 cluster of the {k_asked} asked for holds images: all {len(labels)} have the same features; "
+                "give images that differ or, if these do, a network that has not collapsed (train it with a lower lr)"
+            )
+        if len(kept) <= k_asked // 2:
+            logger.warning("warning: only %d clusters of the %d asked for hold images", len(kept), k_asked)
         inertia = float(distances.sum(dtype=np.float64))
         return cls(labels.astype(np.int64, copy=False), centroids[kept], distances, inertia, k_asked)
 
@@ -232,6 +245,18 @@ def quality(labels: IntArray, truth: IntArray) -> dict[str, float]:
     }
 
 
+class Meta(TypedDict):
+    """What pseudo_labels.json always says, see `PseudoLabels`."""
+
+    data: str
+    split: str
+    fingerprint: str
+    model: str
+    k_asked: int
+    sizes: list[int]
+    quality: dict[str, float] | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabels:
     """Pseudo labels and the data they belong to; on disk a folder.
@@ -347,7 +372,7 @@ class PseudoLabels:
                 raise UserError(
                     f"{folder} is no folder of pseudo labels: {name} is missing; make one by pseudo_label.py"
                 )
-        meta = read_json(folder / "pseudo_labels.json")
+        meta = read_json(folder / "pseudo_labels.json", Meta)
         if wrong := damage(folder, recorded_sha256(meta, ("labels.parquet", "centroids.safetensors"))):
             raise UserError(f"the pseudo labels in {folder} are damaged: {wrong}; make them again")
         try:

@@ -23,7 +23,7 @@ from sssd_zoo.models import multiply_adds
 from sssd_zoo.networks import load_network
 from sssd_zoo.pretext import set_up
 from sssd_zoo.runs import check_queue, digest, save_config, settings_of
-from sssd_zoo.soft_labels import SoftLabels, check_soft
+from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import distill_network, seed_network
 from sssd_zoo.tables import (
@@ -53,11 +53,6 @@ TAUGHT = (*LABELLED, "seed")  # the methods that need M_ssl; the others start fr
 def compare(args: CompareArgs) -> None:
     """`sssd compare`."""
     began = time.perf_counter()
-    if not args.methods or not args.seeds:
-        raise UserError("give at least one of --methods and of --seeds")
-    check_soft(args.soft)
-    if args.redos < 1:
-        raise UserError(f"redos {args.redos} must be at least 1")
     others = [result for folder in args.also for result in read_results(Path(folder))]
     trained: list[OptimConfig] = [args.distill]
     trained += [args.seed_method] if "seed" in args.methods else []
@@ -154,10 +149,10 @@ def read_results(out: Path) -> list[Result]:
     Raises:
         UserError: if the folder holds no results, or those of a version without settings.
     """
-    content = read_json(out / "results.json")
+    content = read_json(out / "results.json", list[dict[str, Any]])
     try:
         return [Result.from_json(entry) for entry in content]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{out / 'results.json'} was not written by this version: run its comparison once more, which reuses what "
             "is there"

@@ -1,12 +1,41 @@
 """The arguments of every step, as dataclasses: one definition for the scripts, the `sssd` command and the recipes."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from sssd_zoo.data.detection import DetectionDataConfig
 from sssd_zoo.data.images import MAX_PIXELS
 from sssd_zoo.data.loading import DataConfig
 from sssd_zoo.engine import OptimConfig, RuntimeConfig
+from sssd_zoo.ranges import (
+    AnchorScale,
+    Channels,
+    Checked,
+    Clusters,
+    Count,
+    CountOrZero,
+    CropScale,
+    DistinctNames,
+    Epochs,
+    Fraction,
+    Items,
+    LearningRate,
+    Milestones,
+    Names,
+    Percent,
+    Pixels,
+    Port,
+    Positive,
+    PositiveFraction,
+    PositiveLearningRate,
+    ProperFraction,
+    QueueSize,
+    Seed,
+    Seeds,
+    Temperature,
+    Thresholds,
+    Weight,
+)
 
 
 @dataclass(kw_only=True)
@@ -29,19 +58,19 @@ class MoCoConfig(OptimConfig):
             there; by default new ones.
     """
 
-    dim: int = 128
-    queue_size: int = 4096
-    key_momentum: float = 0.99
-    temperature: float = 0.1
+    dim: Channels = 128
+    queue_size: QueueSize = 4096
+    key_momentum: Fraction = 0.99
+    temperature: Temperature = 0.1
     symmetric: bool = True
-    splits: int = 8
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    blur: float = 0.0
+    splits: Count = 8
+    crop_scale: CropScale = (0.2, 1.0)
+    blur: Fraction = 0.0
     init: str | None = None
 
 
 @dataclass(kw_only=True)
-class ClusterConfig:
+class ClusterConfig(Checked):
     """k-means on the features of the pretrained network.
 
     Args:
@@ -53,15 +82,15 @@ class ClusterConfig:
             default where they would take more than half of the free memory.
     """
 
-    k: int = 1000
-    iterations: int = 20
-    redos: int = 1
-    nearest: int = 1
+    k: Clusters = 1000
+    iterations: Count = 20
+    redos: Count = 1
+    nearest: Count = 1
     on_disk: bool | None = None
 
 
 @dataclass(kw_only=True)
-class PretextConfig:
+class PretextConfig(Checked):
     """Which network's features are clustered: M_ssl. By default one like the student, pretrained on the same images.
 
     Args:
@@ -92,13 +121,13 @@ class SelfDistillationConfig(OptimConfig):
         exits: 'plain', or 'attention' for exits that weigh their map by a mask first (BYOT's follow-up).
     """
 
-    batch_size: int = 128
-    lr: float = 0.1
-    alpha: float = 0.3
-    lam: float = 0.003
-    temperature: float = 1.0
+    batch_size: Count = 128
+    lr: LearningRate = 0.1
+    alpha: Fraction = 0.3
+    lam: Weight = 0.003
+    temperature: Temperature = 1.0
     crop: Literal["pad", "resized"] = "pad"
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: CropScale = (0.08, 1.0)
     exits: Literal["plain", "attention"] = "plain"
 
 
@@ -111,7 +140,7 @@ class AnchoredConfig(SelfDistillationConfig):
             0, as in the paper, leaves it out, and 4 is a good weight.
     """
 
-    anchor: float = 0.0
+    anchor: Weight = 0.0
 
 
 @dataclass(kw_only=True)
@@ -128,18 +157,18 @@ class SEEDConfig(OptimConfig):
         blur: probability of a Gaussian blur (0 at 32 px, 0.5 at 224).
     """
 
-    batch_size: int = 256
-    lr: float = 0.03
-    weight_decay: float = 1e-4
-    queue_size: int = 4096
-    temperature: float = 0.2
-    teacher_temperature: float = 0.01
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    blur: float = 0.0
+    batch_size: Count = 256
+    lr: LearningRate = 0.03
+    weight_decay: Weight = 1e-4
+    queue_size: QueueSize = 4096
+    temperature: Temperature = 0.2
+    teacher_temperature: Temperature = 0.01
+    crop_scale: CropScale = (0.2, 1.0)
+    blur: Fraction = 0.0
 
 
 @dataclass(kw_only=True)
-class ProbeConfig:
+class ProbeConfig(Checked):
     """Linear probes: one linear layer per exit on frozen features.
 
     Args:
@@ -149,14 +178,14 @@ class ProbeConfig:
         holdout: share of the images kept from the probes to measure them, where the data have no split for that.
     """
 
-    probe_epochs: int = 30
-    probe_lr: float = 1e-2
-    probe_weight_decay: float = 0.05
-    holdout: float = 0.2
+    probe_epochs: Count = 30
+    probe_lr: LearningRate = 1e-2
+    probe_weight_decay: Weight = 0.05
+    holdout: ProperFraction = 0.2
 
 
 @dataclass(kw_only=True)
-class ForwardConfig:
+class ForwardConfig(Checked):
     """How a trained network is run over images.
 
     Args:
@@ -165,7 +194,7 @@ class ForwardConfig:
         device: 'auto' takes the GPU if there is one.
     """
 
-    batch_size: int = 256
+    batch_size: Count = 256
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     device: Literal["auto", "cpu"] = "auto"
 
@@ -185,8 +214,8 @@ class PretrainArgs(DataConfig, RuntimeConfig, MoCoConfig):
 
     out: str
     model: str | None = None
-    image_size: int | None = None
-    steps_per_epoch: int | None = None
+    image_size: Pixels | None = None
+    steps_per_epoch: Count | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -204,7 +233,7 @@ class PseudoLabelArgs(DataConfig, ForwardConfig, ClusterConfig):
 
     model: str
     out: str
-    seed: int = 0
+    seed: Seed = 0
     overwrite: bool = False
 
 
@@ -232,12 +261,12 @@ class DistillArgs(DataConfig, RuntimeConfig, AnchoredConfig):
     labels: str
     out: str
     method: Literal["sssd", "clusterfit"] = "sssd"
-    k: int = 1000
+    k: Clusters = 1000
     model: str | None = None
-    image_size: int | None = None
+    image_size: Pixels | None = None
     init: str | None = None
     encoder: str | None = None
-    soft: float | None = None
+    soft: Temperature | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -259,8 +288,8 @@ class SEEDArgs(DataConfig, RuntimeConfig, SEEDConfig):
     teacher: str
     out: str
     model: str | None = None
-    image_size: int | None = None
-    teacher_size: int | None = None
+    image_size: Pixels | None = None
+    teacher_size: Pixels | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -280,7 +309,7 @@ class LinearArgs(DataConfig, ForwardConfig, ProbeConfig):
     model: str
     out: str | None = None
     test_split: str | None = None
-    seed: int = 0
+    seed: Seed = 0
     overwrite: bool = False
 
 
@@ -299,10 +328,10 @@ class KNNArgs(DataConfig, ForwardConfig):
 
     model: str
     test_split: str | None = None
-    neighbours: int = 200
-    temperature: float = 0.1
-    holdout: float = 0.2
-    seed: int = 0
+    neighbours: Count = 200
+    temperature: Temperature = 0.1
+    holdout: ProperFraction = 0.2
+    seed: Seed = 0
 
 
 @dataclass(kw_only=True)
@@ -327,13 +356,13 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
 
     out: str
     model: str | None = None
-    image_size: int | None = None
+    image_size: Pixels | None = None
     test_split: str | None = None
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: AnchoredConfig = field(default_factory=AnchoredConfig)
     warm_start: bool = False
-    soft: float | None = None
+    soft: Temperature | None = None
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     baseline: bool = True
     overwrite: bool = False
@@ -364,19 +393,20 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     """
 
     out: str
-    methods: list[
-        Literal["sssd", "random", "true", "clusterfit", "seed", "dacsd", "sssd-warm", "sssd-redos", "sssd-soft"]
+    methods: Annotated[
+        list[Literal["sssd", "random", "true", "clusterfit", "seed", "dacsd", "sssd-warm", "sssd-redos", "sssd-soft"]],
+        Items(1),
     ] = field(default_factory=lambda: ["sssd", "random", "clusterfit", "seed", "dacsd", "true"])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
     model: str | None = None
-    image_size: int | None = None
+    image_size: Pixels | None = None
     test_split: str | None = None
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
     seed_method: SEEDConfig = field(default_factory=SEEDConfig)
-    redos: int = 5
-    soft: float = 0.2
+    redos: Count = 5
+    soft: Temperature = 0.2
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     also: list[str] = field(default_factory=list)
     overwrite: bool = False
@@ -409,19 +439,19 @@ class EarlyExitArgs(DataConfig):
     model: str
     out: str
     calibration_split: str | None = None
-    holdout: float = 0.5
-    points_lost: float | None = None
-    multiply_adds: float | None = None
-    latency: float | None = None
-    batch_size: int = 256
+    holdout: ProperFraction = 0.5
+    points_lost: Percent | None = None
+    multiply_adds: Positive | None = None
+    latency: Positive | None = None
+    batch_size: Count = 256
     device: Literal["auto", "cpu"] = "auto"
-    runs: int = 10
-    seed: int = 0
+    runs: Count = 10
+    seed: Seed = 0
     overwrite: bool = False
 
 
 @dataclass(kw_only=True)
-class ExportArgs:
+class ExportArgs(Checked):
     """Writes a network for deployment: ONNX, torch.export or safetensors; see docs/deploy.md.
 
     Args:
@@ -445,14 +475,14 @@ class ExportArgs:
     out: str
     output: Literal["1", "2", "3", "4", "final", "ensemble", "all", "early-exit"] = "ensemble"
     format: Literal["onnx", "torch-export", "safetensors"] = "onnx"
-    thresholds: list[float] | None = None
+    thresholds: Thresholds | None = None
     int8: bool = False
     data: str | None = None
     split: str | None = None
     test_split: str | None = None
-    calibration_images: int = 256
-    batch_size: int = 64
-    seed: int = 0
+    calibration_images: Count = 256
+    batch_size: Count = 64
+    seed: Seed = 0
     overwrite: bool = False
 
 
@@ -476,12 +506,12 @@ class PredictArgs(ForwardConfig):
     """
 
     model: str
-    images: list[str]
+    images: Names
     output: Literal["auto", "1", "2", "3", "4", "final", "ensemble", "early-exit"] = "auto"
-    thresholds: list[float] | None = None
+    thresholds: Thresholds | None = None
     format: Literal["table", "jsonl"] = "table"
-    max_corrupt: int = 0
-    max_pixels: int = MAX_PIXELS
+    max_corrupt: CountOrZero = 0
+    max_pixels: Count = MAX_PIXELS
 
 
 @dataclass(kw_only=True)
@@ -512,25 +542,25 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     """
 
     out: str
-    models: list[str]
+    models: DistinctNames
     method: Literal["final", "exits"] = "final"
-    fractions: list[float] = field(default_factory=lambda: [0.01, 0.1, 0.2, 0.3, 0.4, 0.5])
-    per_class: list[int] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    image_size: int | None = None
+    fractions: list[PositiveFraction] = field(default_factory=lambda: [0.01, 0.1, 0.2, 0.3, 0.4, 0.5])
+    per_class: list[Count] = field(default_factory=list)
+    seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
+    image_size: Pixels | None = None
     test_split: str | None = None
-    holdout: float = 0.2
-    epochs: int = 60
-    min_steps: int = 0
-    lr: float = 0.01
-    trunk_lr: float = 0.01
-    scratch_lr: float = 0.1
-    weight_decay: float = 0.0
+    holdout: ProperFraction = 0.2
+    epochs: Count = 60
+    min_steps: CountOrZero = 0
+    lr: PositiveLearningRate = 0.01
+    trunk_lr: LearningRate = 0.01
+    scratch_lr: LearningRate = 0.1
+    weight_decay: Weight = 0.0
     overwrite: bool = False
 
 
 @dataclass(kw_only=True)
-class DetectorConfig:
+class DetectorConfig(Checked):
     """Faster R-CNN on a trunk.
 
     Args:
@@ -551,13 +581,13 @@ class DetectorConfig:
 
     model: str
     pretrained: bool = True
-    frozen_stages: int = 0
+    frozen_stages: CountOrZero = 0
     batchnorm: Literal["train", "eval", "frozen"] = "train"
-    short_side: int = 800
-    long_side: int | None = None
-    fpn_channels: int = 256
-    anchor_scale: float = 8.0
-    regions: int = 512
+    short_side: Pixels = 800
+    long_side: Pixels | None = None
+    fpn_channels: Channels = 256
+    anchor_scale: AnchorScale = 8.0
+    regions: Count = 512
 
 
 @dataclass(kw_only=True)
@@ -583,14 +613,14 @@ class DetectArgs(DetectionDataConfig, DetectorConfig, RuntimeConfig, OptimConfig
     """
 
     out: str
-    epochs: int = 24
-    batch_size: int = 16
-    lr: float = 0.02
-    weight_decay: float = 1e-4
+    epochs: Count = 24
+    batch_size: Count = 16
+    lr: LearningRate = 0.02
+    weight_decay: Weight = 1e-4
     schedule: Literal["cosine", "step"] = "step"
-    warmup_epochs: float = 0.1
-    milestones: list[int] = field(default_factory=lambda: [18, 22])
-    test_data: list[str] | None = None
+    warmup_epochs: Epochs = 0.1
+    milestones: Milestones = field(default_factory=lambda: [18, 22])
+    test_data: Names | None = None
     test_split: str | None = None
     voc: bool = False
     resume: bool = False
@@ -614,16 +644,16 @@ class DetectEvalArgs(DetectionDataConfig, ForwardConfig):
     """
 
     model: str
-    batch_size: int = 4
+    batch_size: Count = 4
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
-    short_side: int | None = None
+    short_side: Pixels | None = None
     voc: bool = False
     out: str | None = None
     overwrite: bool = False
 
 
 @dataclass(kw_only=True)
-class SpaceArgs:
+class SpaceArgs(Checked):
     """Shows a page to try a network on, or publishes it as a Space: `sssd space RUN`.
 
     Args:
@@ -636,7 +666,7 @@ class SpaceArgs:
     """
 
     run: str
-    port: int | None = None
+    port: Port | None = None
     run_images: bool = True
     push: str | None = None
     private: bool = False
@@ -644,7 +674,7 @@ class SpaceArgs:
 
 
 @dataclass(kw_only=True)
-class ModelsArgs:
+class ModelsArgs(Checked):
     """Lists the networks of this package with what each exit costs, and the weights that ship with their accuracies.
 
     Args:
@@ -655,7 +685,7 @@ class ModelsArgs:
 
 
 @dataclass(kw_only=True)
-class CardArgs:
+class CardArgs(Checked):
     """Assembles what is to be known of a trained network in one folder: card, config, metrics, logs, recipe, figures.
 
     Args:
@@ -682,7 +712,7 @@ class CardArgs:
 
 
 @dataclass(kw_only=True)
-class RepoConfig:
+class RepoConfig(Checked):
     """Where on the Hub something goes, and how.
 
     Args:
@@ -739,7 +769,7 @@ class PublishLabelsArgs(RepoConfig):
 
 
 @dataclass(kw_only=True)
-class PullArgs:
+class PullArgs(Checked):
     """Fetches a published network or labels, and checks the sha256 of what came: `sssd pull NAME --out FOLDER`.
 
     Args:

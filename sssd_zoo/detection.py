@@ -7,7 +7,7 @@ the SSSD paper). A run folder holds detector.json and model.safetensors; `load_d
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -39,10 +39,11 @@ from sssd_zoo.engine import (
 )
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluate import DTYPES
-from sssd_zoo.files import atomic_write_bytes, sha256_of, write_json
+from sssd_zoo.files import atomic_write_bytes, check_content, sha256_of, write_json
 from sssd_zoo.hub import network_weights
 from sssd_zoo.network_checks import check_network, read_config
 from sssd_zoo.networks import channels, check_weights, load_network, statistics
+from sssd_zoo.ranges import Names
 from sssd_zoo.run_folder import open_out
 from sssd_zoo.runs import announce, begin, part
 from sssd_zoo.tasks.detection import Detection
@@ -138,6 +139,17 @@ def stage_modules(body: Any, stages: int) -> list[str]:
     return children[: children.index(ends[stages - 1]) + 1]
 
 
+class DetectorRecord(TypedDict):
+    """What detector.json says."""
+
+    architecture: str
+    model_args: dict[str, Any]
+    mean: list[float]
+    std: list[float]
+    classes: Names
+    detector: dict[str, Any]
+
+
 def save_detector(folder: Path, detector: FasterRCNN, config: DetectorConfig, class_names: Sequence[str]) -> None:
     """Writes detector.json and model.safetensors, which `load_detector` reads."""
     body: Any = detector.backbone.body
@@ -168,6 +180,7 @@ def load_detector(folder: str | Path) -> tuple[FasterRCNN, list[str]]:
     if missing:
         raise UserError(f"{folder} holds no detector: {' and '.join(missing)} missing; did its run end?")
     content = read_config(folder / "detector.json")
+    check_content(folder / "detector.json", content, DetectorRecord)
     check_weights(folder, content)
     try:
         check_network({**content, "num_classes": 0}, folder / "model.safetensors", str(folder))

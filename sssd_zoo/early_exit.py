@@ -403,11 +403,9 @@ def calibration_data(args: EarlyExitArgs, model: Any) -> tuple[Part, Part]:
         )
     from sklearn.model_selection import train_test_split
 
-    if not 0 < args.holdout < 1:
-        raise UserError(f"holdout {args.holdout} must be between 0 and 1")
     try:
         rest, drawn = train_test_split(
-            np.arange(len(test)), test_size=args.holdout, stratify=test.labels, random_state=args.seed
+            np.arange(len(test)), test_size=args.holdout, stratify=test.labels, random_state=args.seed % 2**32
         )
     except ValueError as error:
         raise UserError(f"cannot hold images of every class out of {test.name} to calibrate on: {error}") from error
@@ -463,8 +461,6 @@ def early_exit(args: EarlyExitArgs) -> None:
     budgets = {name: getattr(args, name) for name in ("points_lost", "multiply_adds", "latency")}
     if sum(value is not None for value in budgets.values()) > 1:
         raise UserError("give one budget: --points_lost, --multiply_adds or --latency")
-    if args.runs < 1:
-        raise UserError(f"runs {args.runs} must be at least 1")
     out = open_out(args, "early-exit")
     model = load_calibrated(args)
     held_out, measured = calibration_data(args, model)

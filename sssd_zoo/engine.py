@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -34,12 +35,26 @@ from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.distributed import average_batchnorm, on_main, rank, synchronise_batchnorm, world_size
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, damage, disk_errors, publish_dir, read_json, sha256_of, write_json
+from sssd_zoo.ranges import (
+    Checked,
+    Count,
+    CountOrZero,
+    Epochs,
+    Fraction,
+    FractionBelowOne,
+    LearningRate,
+    Milestones,
+    Pixels,
+    Positive,
+    Seed,
+    Weight,
+)
 from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.tasks import Task
 
 
 @dataclass(kw_only=True)
-class OptimConfig:
+class OptimConfig(Checked):
     """How one network is trained.
 
     Args:
@@ -59,23 +74,43 @@ class OptimConfig:
             cost less; by default all are of the run's image size.
     """
 
-    epochs: int = 200
-    batch_size: int = 512
-    accumulate: int = 1
+    epochs: Count = 200
+    batch_size: Count = 512
+    accumulate: Count = 1
     optimizer: str = "momentum"
-    lr: float = 0.06
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    lr: LearningRate = 0.06
+    momentum: FractionBelowOne = 0.9
+    weight_decay: Weight = 5e-4
     schedule: Literal["cosine", "step"] = "cosine"
-    warmup_epochs: float = 0.0
-    milestones: list[int] = field(default_factory=lambda: [120, 160])
-    gamma: float = 0.1
-    clip_grad: float | None = None
-    sizes: list[int] = field(default_factory=list)
+    warmup_epochs: Epochs = 0.0
+    milestones: Milestones = field(default_factory=lambda: [120, 160])
+    gamma: Fraction = 0.1
+    clip_grad: Positive | None = None
+    sizes: list[Pixels] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` for values that no data could be trained with, and an optimizer that timm cannot make."""
+        super().__post_init__()
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"warmup_epochs {self.warmup_epochs} must be fewer than epochs {self.epochs}")
+        try:
+            trial = create_optimizer_v2(
+                [{"params": [torch.nn.Parameter(torch.zeros(1))]}],
+                opt=self.optimizer,
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                momentum=self.momentum,
+            )
+        except Exception as error:  # each of timm's hundred optimizers has its own
+            raise UserError(
+                f"optimizer '{self.optimizer}': {error}; choose another, such as momentum, sgd, adamw or lamb"
+            ) from error
+        if getattr(trial, "is_second_order", False):
+            raise UserError(f"optimizer '{self.optimizer}' needs second derivatives, which are not computed here")
 
 
 @dataclass(kw_only=True)
-class RuntimeConfig:
+class RuntimeConfig(Checked):
     """Where and how a run executes; nothing here but `seed` and `precision` changes its numbers.
 
     Args:
@@ -91,15 +126,15 @@ class RuntimeConfig:
         trackers: any of 'tensorboard' and 'trackio', beside metrics.jsonl.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
     device: Literal["auto", "cpu"] = "auto"
-    checkpoint_every: int = 0
-    checkpoint_epochs: int = 1
-    keep_last: int = 2
-    keep_best: int = 1
-    log_every: int = 10
+    checkpoint_every: CountOrZero = 0
+    checkpoint_epochs: CountOrZero = 1
+    keep_last: CountOrZero = 2
+    keep_best: CountOrZero = 1
+    log_every: Count = 10
     trackers: list[Literal["tensorboard", "trackio"]] = field(default_factory=list)
 
 
@@ -156,11 +191,15 @@ def resolve_precision(precision: str, device: Literal["auto", "cpu"] = "auto") -
 
 
 def make_accelerator(config: RuntimeConfig) -> Accelerator:
-    """An Accelerator of the run's precision; BatchNorm's buffers stay each process's own until they are averaged."""
+    """An Accelerator of the run's precision; BatchNorm's buffers stay each process's own until they are averaged.
+
+    Raises:
+        UserError: for what cannot be had here: training in fp16 on a CPU, and `compile` without a compiler.
+    """
     precision = resolve_precision(config.precision, config.device)
     # Accelerate keeps the first precision of a process for good; a later run of the same process may want another.
     AcceleratorState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=config.device == "cpu",
         step_scheduler_with_optimizer=False,
@@ -170,6 +209,32 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
             InitProcessGroupKwargs(timeout=timedelta(days=1)),
         ],
     )
+    # Accelerate (seen in 1.15) would compute in fp32 and call it fp16.
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("precision fp16 trains on GPUs only: on a CPU give bf16, fp32 or auto")
+    if config.compile:
+        check_compiler(accelerator.device.type)
+    return accelerator
+
+
+@cache
+def check_compiler(device: str) -> None:
+    """Compiles a function of one line, to find out now and not after the data whether `torch.compile` works here.
+
+    Args:
+        device: torch's name of it.
+
+    Raises:
+        UserError: if it does not.
+    """
+    new = time.time()  # a constant that no cache knows
+    try:
+        torch.compile(lambda value: value * new)(torch.ones(8, device=device))
+    except Exception as error:  # of any of its layers
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"--compile does not work here ({reason}): install a C++ compiler, such as g++, or drop --compile"
+        ) from error
 
 
 def machine() -> dict[str, Any]:
@@ -449,9 +514,6 @@ def check(config: OptimConfig, processes: int, images: int | None) -> None:
     Raises:
         UserError: saying which value and what to do.
     """
-    for name in ("epochs", "batch_size", "accumulate"):
-        if getattr(config, name) < 1:
-            raise UserError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.batch_size % (processes * config.accumulate):
         raise UserError(
             f"batch_size {config.batch_size} does not divide by {processes} processes x accumulate "
@@ -463,8 +525,6 @@ def check(config: OptimConfig, processes: int, images: int | None) -> None:
         raise UserError(
             f"batch_size {config.batch_size} is larger than the data set of {images} images; give a smaller one"
         )
-    if config.warmup_epochs >= config.epochs:
-        raise UserError(f"warmup_epochs {config.warmup_epochs} must be fewer than epochs {config.epochs}")
 
 
 def train(

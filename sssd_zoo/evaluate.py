@@ -181,10 +181,10 @@ def evaluation_data(
         return Evaluation(data, torch.arange(len(data)), test, torch.arange(len(test)), f"split {name}")
     from sklearn.model_selection import train_test_split
 
-    if not 0 < holdout < 1:
-        raise UserError(f"holdout {holdout} must be between 0 and 1")
     try:
-        kept, held = train_test_split(np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed)
+        kept, held = train_test_split(
+            np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed % 2**32
+        )
     except ValueError as error:
         counts = np.bincount(data.labels)
         single = [data.class_names[number] for number in np.flatnonzero(counts == 1)] if data.class_names else []

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from sssd_zoo.errors import UserError
+from sssd_zoo.ranges import problems
 
 RUN_MARK = ".sssd-zoo.json"  # in every folder that a command creates: what it holds is never read as data
 # What a killed writer leaves: half of a file or folder, the one that it was about to replace, or its features.
@@ -109,8 +110,8 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` as UTF-8, whole or not at all."""
-    atomic_write_bytes(path, text.encode())
+    """Writes `text` to `path` as UTF-8, whole or not at all; what UTF-8 has no bytes for, as an escape."""
+    atomic_write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -118,16 +119,28 @@ def write_json(path: str | Path, content: Any) -> None:
     atomic_write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, kind: Any = Any) -> Any:
     """Reads a JSON file.
 
+    Args:
+        path: of the file.
+        kind: what it is to hold, most often a `TypedDict`; see `ranges.problems`.
+
     Raises:
-        UserError: if the file is missing or is not JSON.
+        UserError: if the file is missing, is not JSON, or holds something else.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path} as JSON: {error}") from error
+    check_content(path, content, kind)
+    return content
+
+
+def check_content(path: str | Path, content: Any, kind: Any) -> None:
+    """Raises `UserError` if what was read from a file is not of the type `kind`; see `ranges.problems`."""
+    if wrong := problems(content, kind):
+        raise UserError(f"{path} is not as this package writes it: {wrong[0]}")
 
 
 def sha256(path: Path) -> str:

@@ -38,7 +38,7 @@ from sssd_zoo.models import multiply_adds
 from sssd_zoo.networks import load_network
 from sssd_zoo.pretext import set_up
 from sssd_zoo.runs import digest, part, save_config, settings_of
-from sssd_zoo.soft_labels import SoftLabels, check_soft
+from sssd_zoo.soft_labels import SoftLabels
 from sssd_zoo.stages import Stages, machine_words, say
 from sssd_zoo.steps import distill_network
 
@@ -47,8 +47,6 @@ def fit(args: FitArgs) -> None:
     """`sssd fit`."""
     began = time.perf_counter()
     setup = set_up(args, "fit", [args.distill], warm=args.warm_start)
-    if args.soft is not None:
-        check_soft(args.soft)
     if args.soft is not None and args.cluster.nearest < 2:
         raise UserError("soft labels want the distances to several centroids: give --cluster.nearest 8, say")
     out, runtime, forward = setup.out, setup.runtime, setup.forward

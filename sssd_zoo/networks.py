@@ -1,13 +1,13 @@
 """Networks by their names or folders: choosing, loading, checking and listing them."""
 
 import hashlib
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from timm.models._input import get_model_args
 from torch import nn
 
@@ -21,6 +21,7 @@ from sssd_zoo.files import damage, read_json, recorded_sha256
 from sssd_zoo.hub import cache_if_unreachable, hub_cards
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.network_checks import check_network, read_config
+from sssd_zoo.ranges import Count, Pixels, problems
 
 
 def choose_size(data: ImageData | StreamingImages, image_size: int | None) -> int:
@@ -99,17 +100,18 @@ def load_network(name: str, **kwargs: Any) -> Any:
         with cache_if_unreachable(repo):
             if source.startswith("hf-hub:"):
                 check_published(source.removeprefix("hf-hub:"), kwargs.get("cache_dir"))
-            network = timm.create_model(source, **options)
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        raise UserError(f"cannot load the network '{name}': {str(error)[:300]}") from error
-    if channels(network) not in (1, 3):
+            model: Any = timm.create_model(source, **options)
+    except UserError as error:
+        raise UserError(f"cannot load the network '{name}': {error}") from error
+    except Exception as error:  # a config.json can ask for anything, of timm's code and of this
+        raise UserError(f"cannot load the network '{name}': {type(error).__name__}: {str(error)[:300]}") from error
+    check_facts(name, model, classes=None if kwargs.keys() & {"num_classes", "features_only"} else model.num_classes)
+    if channels(model) not in (1, 3):
         raise UserError(
-            f"'{name}' takes images of {channels(network)} channels, but images are read as RGB, for 3 channels, "
+            f"'{name}' takes images of {channels(model)} channels, but images are read as RGB, for 3 channels, "
             "or made grey, for 1: give a network of 3 or 1"
         )
-    return network
+    return model
 
 
 def check_weights(folder: Path, record: Any) -> None:
@@ -141,6 +143,36 @@ def check_published(name: str, cache_dir: str | Path | None) -> None:
         for file in ("config.json", "model.safetensors")
     )
     check_network(read_config(config), weights, f"hf-hub:{name}")
+
+
+class Facts(TypedDict):
+    """What a network's `pretrained_cfg` must say to be used."""
+
+    architecture: str
+    mean: list[float]
+    std: list[float]
+    input_size: tuple[Count, Pixels, Pixels]
+    label_names: NotRequired[list[str] | None]
+
+
+def check_facts(name: str, model: Any, classes: int | None) -> None:
+    """Refuses a network whose config.json says less of it than is needed, or something else than its weights.
+
+    Args:
+        name: what the user called it.
+        model: it.
+        classes: number of classes that names are to be of, if any.
+
+    Raises:
+        UserError: that says what.
+    """
+    facts = dict(vars(model.pretrained_cfg) if is_dataclass(model.pretrained_cfg) else model.pretrained_cfg)
+    wrong = problems(facts, Facts)
+    labels = facts.get("label_names")
+    if not wrong and labels and classes and len(labels) != classes:
+        wrong = [f"label_names has {len(labels)} names for {classes} classes"]
+    if wrong:
+        raise UserError(f"cannot use the network '{name}', for the configuration that describes it: {wrong[0]}")
 
 
 def load_trunk_of(name: str) -> Any:

@@ -12,7 +12,6 @@ FOLDER/
 """
 
 import base64
-import io
 import json
 import math
 import os
@@ -31,7 +30,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -72,8 +72,6 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
 def predict(args: PredictArgs) -> None:
     """`sssd predict`."""
     tune_cpu()
-    if args.batch_size < 1:
-        raise UserError(f"batch_size {args.batch_size} must be at least 1")
     files = find_images(args.images)
     model, output = load_answering(args)
     names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]

@@ -33,7 +33,7 @@ from sssd_zoo.networks import (
 from sssd_zoo.run_folder import open_out
 from sssd_zoo.runs import check_queue, part
 from sssd_zoo.stages import Stages
-from sssd_zoo.steps import check_cluster, cluster_images, describe_labels, pretrain_network
+from sssd_zoo.steps import cluster_images, describe_labels, pretrain_network
 from sssd_zoo.text import code
 
 
@@ -193,7 +193,6 @@ def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, requ
         raise UserError(
             f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
         )
-    check_cluster(args.cluster, len(data))
     inputs = {
         "data": data.fingerprint,
         "images": len(data),

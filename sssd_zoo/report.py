@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from sssd_zoo.files import atomic_write_bytes, atomic_write_text
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text, read_json
 from sssd_zoo.text import code, markdown, plain
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
@@ -111,6 +112,19 @@ class Results(TypedDict, total=False):
     times: Sequence[Timing]
     figures: Mapping[str, str]
     notes: Sequence[str]
+
+
+def read_results(run: str | Path) -> Results:
+    """What a finished run found; `data` is there.
+
+    Raises:
+        UserError: if its metrics.json is missing or of another shape.
+    """
+    path = Path(run) / "metrics.json"
+    results: Results = read_json(path, Results)
+    if "data" not in results:
+        raise UserError(f"{path} is not that of a finished run: it does not say what `data` it was of")
+    return results
 
 
 @mpl.rc_context(STYLE)

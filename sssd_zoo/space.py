@@ -27,12 +27,13 @@ from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import CorruptImageError, EncodedImages, decode, fingerprint, natural_size, spaced
 from sssd_zoo.data.loading import DataConfig, open_encoded
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, read_json, write_json
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, write_json
 from sssd_zoo.hub import hub_cards, save_network
 from sssd_zoo.network_checks import check_network, read_config
 from sssd_zoo.networks import load_network
 from sssd_zoo.page import serve
 from sssd_zoo.publish import announce, check_name, hub_errors
+from sssd_zoo.report import read_results
 from sssd_zoo.untrusted import read_inside, read_yaml
 
 EXAMPLES = 10
@@ -138,7 +139,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
     title = architecture if Path(run).is_dir() else run.removeprefix("hf-hub:").removeprefix("local-dir:")
     examples, notes = None, []
     if fitted:
-        title = f"{architecture} on {read_json(Path(run) / 'metrics.json')['data']}"
+        title = f"{architecture} on {read_results(run)['data']}"
         if run_images:
             try:
                 examples = run_examples(Path(run))

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from sssd_zoo.distributed import barrier, on_main, rank
 from sssd_zoo.engine import diverged, machine
@@ -15,6 +15,13 @@ from sssd_zoo.run_folder import adopt, check_writable, drop, kind_of, mark, repl
 # Inputs that came after the first release: of a step done before there were any, they are as they are now.
 LATER = ("true_labels",)
 CALLED = {"measured_on": "true labels", "true_labels": "true labels"}  # what inputs are called
+
+
+class Record(TypedDict):
+    """What steps/ keeps of a step: what it was made of, and what it gave; None while it runs."""
+
+    inputs: dict[str, Any]
+    result: dict[str, Any] | None
 
 
 class Stages:
@@ -105,7 +112,7 @@ class Stages:
             write_json(record, {"inputs": wanted, "result": result, "sha256": sha256_of(folder, files)})
             self._finish_replacing(name)
         barrier()
-        self.results[name] = read_json(self._places(name)[1])["result"]
+        self.results[name] = read_json(self._places(name)[1], Record)["result"]
         return self.results[name]
 
     def _places(self, name: str, *, new: bool = False) -> tuple[Path, Path]:
@@ -126,7 +133,7 @@ class Stages:
         check_writable(folder)
         if not record.exists() or not folder.exists():
             return folder, None
-        before = read_json(record)
+        before = read_json(record, Record)
         checkpoints = folder / "checkpoints"
         begun = before["result"] is not None or (any(checkpoints.glob("step-*")) and not diverged(checkpoints))
         return folder, before if begun else None
@@ -134,7 +141,7 @@ class Stages:
     def _finish_replacing(self, name: str) -> None:
         """Puts a step that was made beside the old one in its place, if it is complete; after a kill once more."""
         new, new_record = self._places(name, new=True)
-        if not new_record.exists() or read_json(new_record)["result"] is None:
+        if not new_record.exists() or read_json(new_record, Record)["result"] is None:
             return
         folder, record = self._places(name)
         if new.exists():
@@ -144,7 +151,7 @@ class Stages:
 
 def _prepare(folder: Path, record: Path, inputs: dict[str, Any]) -> None:
     """Notes what a step is about to do; what is there of the same inputs is half done, and it resumes from that."""
-    if record.exists() and _differences(read_json(record)["inputs"], inputs):
+    if record.exists() and _differences(read_json(record, Record)["inputs"], inputs):
         drop(folder, "step")
     if kind_of(folder) is None:
         mark(folder, "step")

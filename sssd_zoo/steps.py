@@ -14,7 +14,7 @@ import torch
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.chunked_kmeans import CHUNK, kmeans_from_file
-from sssd_zoo.clustering import Clustering, PseudoLabels, check_kmeans, kmeans, normalise, random_labels
+from sssd_zoo.clustering import Clustering, PseudoLabels, kmeans, normalise, random_labels
 from sssd_zoo.config import (
     AnchoredConfig,
     ClusterConfig,
@@ -158,13 +158,6 @@ def pretrain(args: PretrainArgs) -> None:
     announce(out, f"{arch} pretrained on {data.name}", measured)
 
 
-def check_cluster(config: ClusterConfig, images: int) -> None:
-    """Raises `UserError` for numbers that the pseudo labels of so many images cannot be made with."""
-    check_kmeans(images, config.k, config.iterations, config.redos)
-    if config.nearest < 1:
-        raise UserError(f"nearest {config.nearest} must be at least 1")
-
-
 def cluster_images(
     network: Any, data: ImageData, config: ClusterConfig, forward: ForwardConfig, *, model: str, seed: int, out: Path
 ) -> PseudoLabels | None:
@@ -186,7 +179,6 @@ def cluster_images(
     Returns:
         The labels in the main process, None in the others.
     """
-    check_cluster(config, len(data))
     settings: dict[str, Any] = {"seed": seed, "iterations": config.iterations, "redos": config.redos, "progress": True}
     wanted = 4 * len(data) * int(network.num_features) * (4 if getattr(network, "output", "") == "ensemble" else 1)
     on_disk = not fits_in_memory(wanted) if config.on_disk is None else config.on_disk
@@ -236,7 +228,7 @@ def cluster_images(
 def pseudo_label(args: PseudoLabelArgs) -> None:
     """`sssd pseudo-label`."""
     tune_cpu()
-    make_accelerator(RuntimeConfig(precision=args.precision, device=args.device))
+    make_accelerator(RuntimeConfig(device=args.device))
     out = open_out(args, "labels")
     model = load_network(args.model, num_classes=0)
     data = load_images(part(args, DataConfig), default_size=storage_default(statistics(model)[2]))

@@ -137,7 +137,7 @@ def test_shipped_recipes_parse(monkeypatch):
     [
         (["--data", "/no/such/folder"], "/no/such/folder"),
         (["--cluster.k", "49"], "K = 49"),
-        (["--cluster.k", "1"], "K = 1 "),
+        (["--cluster.k", "1"], "cluster.k is 1;"),
         (["--image_column", "picture"], "picture"),
         (["--label_column", "kind"], "kind"),
         (["--split", "holidays"], "holidays"),

@@ -378,8 +378,8 @@ class TestBadInput:
             ({"image_column": "label"}, "'label' of classes holds int64, not images"),
             ({"label_column": "kind"}, "no column 'kind' for label_column: it has image, label"),
             ({"label_column": "image"}, "not one class per row"),
-            ({"storage_size": 0}, "storage_size 0"),
-            ({"max_corrupt": -1}, "must not be negative"),
+            ({"storage_size": 0}, "storage_size is 0;"),
+            ({"max_corrupt": -1}, "max_corrupt is -1;"),
             ({"streaming": True}, "pretraining only"),
         ],
     )

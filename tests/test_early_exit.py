@@ -224,8 +224,8 @@ def test_mistakes(folder, folder_of_images, tmp_path, capsys):
         ([other, *end, "--split", "train"], "3 classes"),
         ([folder, *end, "--split", "train", "--latency", "1", "--points_lost", "1"], "one budget"),
         ([folder, *end, "--split", "train", "--multiply_adds", "0.1"], "exit 1 alone takes"),
-        ([folder, *end, "--split", "train", "--holdout", "2"], "holdout 2"),
-        ([folder, *end, "--split", "train", "--runs", "0"], "runs 0"),
+        ([folder, *end, "--split", "train", "--holdout", "2"], "holdout is 2.0;"),
+        ([folder, *end, "--split", "train", "--runs", "0"], "runs is 0;"),
         (["resnet10t", *end], "resnet10t"),
     ):
         assert sssd("early-exit", *words) == 2

@@ -215,12 +215,15 @@ def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, t
 def test_mistakes(folder_of_images, tmp_path, capsys):
     words = ["finetune", "--data", folder_of_images, "--out", tmp_path / "out", *TINY]
     for more, what in (
-        (("--models", "[]"), "--models"),
-        (("--models", "[scratch]", "--fractions", "[10]"), "0.01 for 1 percent"),
+        (("--models", "[]"), "models is []"),
+        (
+            ("--models", "[scratch]", "--fractions", "[10]"),
+            "fractions[0] is 10.0; it must be a number above 0 and up to 1",
+        ),
         (("--models", "[scratch]", "--per_class", "[99]"), "fewer than 99"),
-        (("--models", "[scratch, scratch]"), "different names"),
+        (("--models", "[scratch, scratch]"), "distinct"),
         (("--models", "[nothing]"), "no model of that name"),
-        (("--models", "[scratch]", "--lr", "0"), "must be over 0"),
+        (("--models", "[scratch]", "--lr", "0"), "lr is 0.0; it must be a number above 0"),
         (("--models", "[scratch]", "--fractions", "[0.01]", "--accumulate", "2"), "too few"),
     ):
         assert sssd(*words, *more) == 2

@@ -119,7 +119,7 @@ def test_mistakes(run, folder_of_images, tmp_path, capsys):
         ([tmp_path / "no_model", image], "no folder"),
         ([plain, image, "--output", "early-exit"], "no thresholds"),
         ([run, image, "--output", "2", "--thresholds", "[1, 1, 1]"], "--thresholds"),
-        ([run, image, "--thresholds", "[1, 1]"], "three thresholds"),
+        ([run, image, "--thresholds", "[1, 1]"], "thresholds is [1.0, 1.0]; it must have 3 items"),
         (["resnet10t", image], "resnet10t"),
     ):
         assert sssd("predict", *words, "--device", "cpu") == 2

@@ -148,9 +148,9 @@ def test_compare_follows_and_its_tables_join_other_comparisons(folder_of_images,
         (["--pretrain.init", "/no/such/run"], "/no/such/run"),
         (["--features", "sssd_resnet18", "--pretrain.init", "sssd_resnet18"], "drop --pretrain.init"),
         (["--soft", "0.1"], "--cluster.nearest"),
-        (["--soft", "0", "--cluster.nearest", "8"], "soft 0.0"),
-        (["--cluster.nearest", "0"], "nearest 0"),
-        (["--cluster.redos", "0"], "1 redo"),
+        (["--soft", "0", "--cluster.nearest", "8"], "soft is 0.0;"),
+        (["--cluster.nearest", "0"], "cluster.nearest is 0;"),
+        (["--cluster.redos", "0"], "cluster.redos is 0;"),
     ],
 )
 def test_mistakes_cost_one_line_and_no_training(change, words, folder_of_images, tmp_path, capsys, monkeypatch):

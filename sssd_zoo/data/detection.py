@@ -46,6 +46,7 @@ from sssd_zoo.data.images import (
 from sssd_zoo.data.loading import NAMED, GlobalBatches, open_encoded
 from sssd_zoo.distributed import rank, world_size
 from sssd_zoo.errors import UserError
+from sssd_zoo.ranges import Checked, Count, CountOrZero, DistinctNames, Names, Workers
 
 logger = logging.getLogger("sssd_zoo")
 
@@ -53,7 +54,7 @@ LOOKED_FOR = 100  # of COCO's images, which tell where all of them lie
 
 
 @dataclass(kw_only=True)
-class DetectionDataConfig:
+class DetectionDataConfig(Checked):
     """Which images with boxes to read, and how.
 
     Args:
@@ -71,15 +72,15 @@ class DetectionDataConfig:
         workers: processes that decode.
     """
 
-    data: list[str]
+    data: Names
     split: str | None = None
     image_folder: str | None = None
     objects_column: str = "objects"
     box_format: Literal["xywh", "xyxy"] = "xywh"
-    classes: list[str] | None = None
-    max_bad: int = 0
-    max_pixels: int = MAX_PIXELS
-    workers: int = 2
+    classes: DistinctNames | None = None
+    max_bad: CountOrZero = 0
+    max_pixels: Count = MAX_PIXELS
+    workers: Workers = 2
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from sssd_zoo.data.images import (
 )
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.ranges import Checked, Count, CountOrZero, Pixels, Workers
 
 logger = logging.getLogger("sssd_zoo")
 
@@ -41,7 +42,7 @@ LOOKED_AT = 256  # evenly spaced images whose size decides the storage size
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     """Which images to read, and how.
 
     Args:
@@ -70,12 +71,12 @@ class DataConfig:
     image_column: str | None = None
     label_column: str | None = None
     unlabelled: bool = False
-    storage_size: int | None = None
-    max_corrupt: int = 0
-    max_pixels: int = MAX_PIXELS
+    storage_size: Pixels | None = None
+    max_corrupt: CountOrZero = 0
+    max_pixels: Count = MAX_PIXELS
     in_memory: bool | None = None
     streaming: bool = False
-    workers: int = 2
+    workers: Workers = 2
     revision: str | None = None
 
 
