@@ -356,7 +356,7 @@ class PseudoLabels:
             atomic_write_bytes(temporary / "labels.parquet", parquet.getvalue().to_pybytes())
             centroids = safetensors.numpy.save({"centroids": np.ascontiguousarray(self.centroids)})
             atomic_write_bytes(temporary / "centroids.safetensors", centroids)
-            sums = sha256_of(temporary, temporary.iterdir())
+            sums = sha256_of(temporary, [temporary / "labels.parquet", temporary / "centroids.safetensors"])
             write_json(temporary / "pseudo_labels.json", {**self.meta, "sha256": sums})
 
     @classmethod

@@ -158,7 +158,9 @@ def on_main(action: Callable[[], T]) -> T:
             outcome[1] = str(error)
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise UserError(outcome[1])
+        problem = UserError(outcome[1])
+        problem.told = rank() != 0
+        raise problem
     result: T = outcome[0]
     return result
 

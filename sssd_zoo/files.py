@@ -5,7 +5,6 @@ user's to mend, so it surfaces as a `UserError`, with nothing left behind.
 """
 
 import errno
-import glob
 import hashlib
 import json
 import os
@@ -15,8 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from sssd_zoo.errors import UserError
 from sssd_zoo.ranges import problems
@@ -74,15 +71,6 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
-def _remove_litter(path: Path, kind: str) -> None:
-    """Removes what killed writers of `path` left beside it: 'tmp', half written, or 'old', about to be replaced."""
-    start = f".{path.name}.{kind}-"
-    for litter in path.parent.glob(f"{glob.escape(start)}*"):
-        process = litter.name.removeprefix(start)
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(litter) if litter.is_dir() else litter.unlink(missing_ok=True)
-
-
 def _sync(path: Path) -> None:
     # Without this a power cut after the rename can leave an empty file under the final name.
     descriptor = os.open(path, os.O_RDONLY)
@@ -98,7 +86,6 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     temporary = temporary_name(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_litter(path, "tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(data)
@@ -192,6 +179,5 @@ def publish_dir(temporary: Path, path: Path) -> None:
             path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
-        _remove_litter(path, "old")
     finally:
         shutil.rmtree(old, ignore_errors=True)

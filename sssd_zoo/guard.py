@@ -70,6 +70,8 @@ class Guard:
                 raise SystemExit(128 + number) from None
             if self.problems and isinstance(error, OSError):
                 end_without_output(self.problems[0])
+            if isinstance(error, UserError) and error.told:
+                raise SystemExit(2) from None
             if isinstance(error, UserError):
                 fail(str(error))
             if not isinstance(error, Exception):

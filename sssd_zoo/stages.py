@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from sssd_zoo.distributed import barrier, on_main, rank
 from sssd_zoo.engine import diverged, machine
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import damage, read_json, sha256_of, write_json
+from sssd_zoo.files import RUN_MARK, damage, read_json, sha256_of, write_json
 from sssd_zoo.run_folder import adopt, check_writable, drop, kind_of, mark, replace
 
 # Inputs that came after the first release: of a step done before there were any, they are as they are now.
@@ -107,7 +107,9 @@ class Stages:
             seconds = round(time.perf_counter() - began, 1)
             # What later steps read. Training's checkpoints have records of their own.
             files = [path for kind in ("safetensors", "json", "parquet") for path in folder.rglob(f"*.{kind}")]
-            files = [path for path in files if path.relative_to(folder).parts[0] != "checkpoints"]
+            files = [
+                path for path in files if path.relative_to(folder).parts[0] != "checkpoints" and path.name != RUN_MARK
+            ]
             result = {"seconds": seconds, **result}
             write_json(record, {"inputs": wanted, "result": result, "sha256": sha256_of(folder, files)})
             self._finish_replacing(name)

@@ -342,7 +342,7 @@ def test_load_refuses_what_is_no_artefact(artefact, tmp_path):
         PseudoLabels.load(tmp_path / "nowhere")
     artefact.save(tmp_path / "labels")
     (tmp_path / "labels" / "pseudo_labels.json").write_text(json.dumps({}))
-    with pytest.raises(UserError, match="do not fit"):
+    with pytest.raises(UserError, match=r"pseudo_labels\.json is not as this package writes it: data is missing"):
         PseudoLabels.load(tmp_path / "labels")
     fewer = PseudoLabels(**{**vars(artefact), "centroids": artefact.centroids[:-1]})
     fewer.save(tmp_path / "labels")

@@ -124,7 +124,7 @@ class TestStart:
 
 
 def test_steps_at_least_and_batches_that_fit():
-    args = FinetuneArgs(data="", out="", models=[], epochs=3, min_steps=100, batch_size=32)
+    args = FinetuneArgs(data="data", out="out", models=["run"], epochs=3, min_steps=100, batch_size=32)
     plan = step_plan(args, "run", 70, 1)
     assert (plan.batch_size, plan.epochs, plan.lr) == (32, 50, args.lr)
     assert step_plan(args, "scratch", 10_000, 1).epochs == 3

@@ -54,7 +54,8 @@ def says(folder: Path, **changes: object) -> None:
 
 @pytest.mark.parametrize("out", ["run", "run/distill", "."])
 def test_a_second_command_is_refused_and_a_killed_one_holds_nothing(out, holder, tmp_path, folder_of_images, capsys):
-    words = ["pretrain", "--data", folder_of_images, "--out", tmp_path / out, "--epochs", "0", *TINY]
+    words = ["pretrain", "--data", folder_of_images, "--out", tmp_path / out, *TINY, "--epochs", "1"]
+    words += ["--batch_size", "4096"]
     before = (tmp_path / "run" / lock.LOCK).read_bytes()
     assert sssd(*words) == 2
     line = one_line(capsys)
@@ -66,7 +67,7 @@ def test_a_second_command_is_refused_and_a_killed_one_holds_nothing(out, holder,
     while psutil.Process(holder.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.01)
     assert sssd(*words) == 2
-    assert "epochs is 0" in one_line(capsys)
+    assert "batch_size 4096 is larger than the data set" in one_line(capsys)
     assert not (tmp_path / out / lock.LOCK).exists()
 
 

@@ -209,7 +209,9 @@ def test_pretraining_goes_on_from_weights_that_are_there(folder_of_images, tmp_p
     with torch.no_grad():
         start.conv1.weight.add_(1)
     save_network(tmp_path / "start", start, "sssd_resnet18", input_size=32)
-    assert sssd(*fit) == 0
+    assert sssd(*fit) == 2
+    assert "init: " in capsys.readouterr().err
+    assert sssd(*fit, "--overwrite") == 0
     assert ran(capsys)["pretrain"] == "again", "other weights at the same place"
     assert sssd("card", "--run", tmp_path / "fit", "--out", tmp_path / "card", "--weights", tmp_path / "weights") == 0
     assert "started from the weights of `start`" in (tmp_path / "card" / "README.md").read_text()

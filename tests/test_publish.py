@@ -29,7 +29,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json, write_json
 from sssd_zoo.hub import save_model_folder, save_network
 from sssd_zoo.publish import pull
-from sssd_zoo.run_folder import mark
+from sssd_zoo.run_folder import mark, release_all
 
 TOKEN = "hf_" + "Tr0ub4dor" * 4  # no login: the only server that takes it is the one below
 NAMES = ["cat", "dog", "frog"]
@@ -538,6 +538,7 @@ def test_a_machine_without_a_network_is_told_within_seconds(run, tmp_path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         pull(PullArgs(name=REPO, out=str(tmp_path / "net")))
+    release_all()  # what the end of a command does
     assert not (tmp_path / "net").exists()
     card = read_json(tmp_path / "shipped" / "metrics.json")
     assert (tmp_path / "shipped" / "model.safetensors").stat().st_size == card["weights"]["bytes"]
