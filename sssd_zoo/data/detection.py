@@ -328,8 +328,6 @@ def load_detection(config: DetectionDataConfig, *, classes: list[str] | None = N
     """
     if not config.data:
         raise UserError("give at least one --data")
-    if config.max_bad < 0 or config.workers < 0 or config.max_pixels < 1:
-        raise UserError("max_bad and workers must not be negative, and max_pixels must be at least 1")
     parts = (config.split or "").split("+")
     if len(set(parts)) < len(parts):
         raise UserError(f"--split {config.split} names a split twice")

@@ -200,16 +200,6 @@ class ImageData:
             yield index, images
 
 
-def check_config(config: DataConfig) -> None:
-    """Raises `UserError` for numbers out of range."""
-    if config.storage_size is not None and config.storage_size < 1:
-        raise UserError(f"storage_size {config.storage_size} must be at least 1")
-    if config.max_pixels < 1:
-        raise UserError(f"max_pixels {config.max_pixels} must be at least 1")
-    if config.max_corrupt < 0 or config.workers < 0:
-        raise UserError("max_corrupt and workers must not be negative")
-
-
 def load_images(
     config: DataConfig,
     *,
@@ -235,7 +225,6 @@ def load_images(
         UserError: if the data cannot be found or read, columns or split are not there, labels are required and
             missing, or more than `max_corrupt` images are corrupt.
     """
-    check_config(config)
     if config.streaming:
         raise UserError("streaming serves pretraining only: every other step needs the rows by number")
     if config.unlabelled and (require_labels or config.label_column is not None):
