@@ -57,7 +57,8 @@ def test_sssd_models_lists_them_with_their_accuracies(name, capsys):
     run("models", ["--pattern", name.split(".")[0]])
     card = read_json(CARDS / name / "metrics.json")
     words = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name)).split()
-    assert [float(word) for word in words[1:6]] == [*card["accuracy"][0]["exits"], card["accuracy"][0]["ensemble"]]
+    measured = [*card["accuracy"][0]["exits"], card["accuracy"][0]["ensemble"]]
+    assert words[1:6] == [f"{value:.2f}" for value in measured]
 
 
 def test_missing_weights_are_named(monkeypatch):
