@@ -324,7 +324,10 @@ def teacher(tmp_path_factory) -> list[str]:
     return ["--teacher", str(folder)]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script",
+    [name if name in ("pretrain", "distill") else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+)
 def test_killed_and_resumed_equals_unbroken(script, folder_of_images, teacher, tmp_path):
     words = [*SCRIPTS[script], "--data", str(folder_of_images), *(teacher if script == "seed" else [])]
     whole = command(*words, "--out", str(tmp_path / "whole"))
@@ -356,7 +359,10 @@ def test_killed_and_resumed_equals_unbroken(script, folder_of_images, teacher, t
 
 
 # Not DACSD: its k-means makes a leap of a rounding error, where an image lies between two clusters.
-@pytest.mark.parametrize(("script", "rate"), [("pretrain", "0.01"), ("distill", "0.0001"), ("seed", "0.01")])
+@pytest.mark.parametrize(
+    ("script", "rate"),
+    [("pretrain", "0.01"), ("distill", "0.0001"), pytest.param("seed", "0.01", marks=pytest.mark.slow)],
+)
 def test_two_processes_give_the_losses_of_one(script, rate, folder_of_images, teacher, tmp_path):
     # A small rate: rounding, which differs with the order of sums, now and then turns a ReLU that is near 0, and so the
     # gradient. Distillation in one process differs from itself, on two threads instead of one, by 2e-3 at the third
