@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -90,10 +91,13 @@ def guarded() -> Iterator[Guard]:
 
 
 def say_stopped(number: int) -> None:
-    """Says in one line, of all processes once, that a signal ended the command."""
-    if os.environ.get("RANK", "0") == "0":
-        how = "stopped" if number == signal.SIGINT else "terminated"
-        print(f"\n{how}; run the same command again to resume (scripts: with --resume)", file=sys.stderr, flush=True)
+    """Says in one line that a signal ended the command; of a signal to all processes, the main one says it."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(1.5)  # by then a main process that got it, too, has said so and ended this one
+    how = "stopped" if number == signal.SIGINT else "terminated"
+    who = "" if rank == "0" else f"[process {rank}] "
+    print(f"\n{who}{how}; run the same command again to resume (scripts: with --resume)", file=sys.stderr, flush=True)
 
 
 def unforeseen(error: Exception, out: Path | None) -> NoReturn:

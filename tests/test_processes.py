@@ -133,8 +133,10 @@ def test_a_signal_to_one_process_ends_all(launcher, number, name, start, folder_
     run.wait_for(lambda: len(read_metrics(out / "metrics.jsonl")) > 2)
     run.rank(number).send_signal(getattr(signal, name))
     text = run.ends()
-    if name == "SIGINT":
-        assert "stopped" in text
+    if name != "SIGKILL":
+        told = {"SIGINT": "stopped; ", "SIGTERM": "terminated; "}[name]
+        # torchrun's own agent ends the others by SIGTERM, and each says so.
+        assert text.count(told) == 1 or (launcher == "torchrun" and name == "SIGTERM" and told in text), text
     elif launcher == "accelerate":
         words = name if number else "was lost"
         assert [words in cause for cause in causes(text)] == [True], text
