@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from helpers.commands import one_line, sssd
+from helpers.data import load
 from helpers.images import file_bytes, picture, write, write_parquet
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.formats import EXTENSIONS
-from sssd_zoo.data.loading import ImageData, load_images, split_names
+from sssd_zoo.data.loading import split_names
 from sssd_zoo.data.streaming import load_streaming
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK
@@ -30,19 +31,6 @@ from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.predict import find_images
 
 TINY = ("--cluster.k", "2", *(f"--{step}.batch_size=4" for step in ("pretrain", "distill")), "--pretrain.queue_size=4")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Keeps what `datasets` converts out of the user's cache."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "hf_cache")
-    # After each pass over a parquet stream `datasets` sleeps for 5 s, to be safe from a race at the interpreter's end.
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1, raising=False)
-
-
-def load(data, **options) -> ImageData:
-    required = options.pop("require_labels", False)
-    return load_images(DataConfig(data=str(data), **options), require_labels=required, progress=False)
 
 
 def tree(root: Path, **counts: int) -> Path:
