@@ -1,6 +1,5 @@
 """Where images come from: folders, parquet, `save_to_disk`, the Hub and its cache, and what none of them is."""
 
-import resource
 import time
 
 import datasets
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 from helpers.data import TEST_DATA, load, needs_data
+from helpers.disk import files_up_to
 from helpers.images import file_bytes, picture, write, write_parquet
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.loading import load_images
@@ -134,13 +134,9 @@ class TestBadInput:
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
         pictures = [file_bytes(picture(seed, 64)) for seed in range(20)]
         file = write_parquet(tmp_path / "my.parquet", pictures)
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
-        try:
-            with pytest.raises(UserError, match=r"cannot write .*cache.*larger than the file-size limit"):
-                load(file)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        refusal = pytest.raises(UserError, match=r"cannot write .*cache.*larger than the file-size limit")
+        with files_up_to(50_000), refusal:
+            load(file)
         assert len(load(file)) == 20
 
 

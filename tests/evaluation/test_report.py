@@ -1,13 +1,15 @@
 """The report's tables and figures, on made-up results: complete, without labels, and at the edges."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sssd_zoo.evaluation.reports import figures as report_figures
+from helpers.markdown import by_name, facts, sections, table, tables
 from sssd_zoo.evaluation.reports.figures import accuracy_cost, cluster_sheet, cluster_sizes, loss_curves
 from sssd_zoo.evaluation.reports.markdown import AccuracyRow, Results, write_report
 
@@ -44,14 +46,18 @@ RESULTS: Results = {
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that a test draws, kept to look into."""
     figures: list[Figure] = []
-    save = report_figures._save
+    save = Figure.savefig
 
-    def keep(figure: Figure, path: str | Path) -> None:
+    def keep(figure: Figure, *words: Any, **options: Any) -> None:
         figures.append(figure)
-        save(figure, path)
+        save(figure, *words, **options)
 
-    monkeypatch.setattr(report_figures, "_save", keep)
+    monkeypatch.setattr(Figure, "savefig", keep)
     return figures
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"(?<![\w.])\d[\d,.]*\b", text)
 
 
 def lines(count: int, **parts: float) -> list[dict[str, float]]:
@@ -65,33 +71,45 @@ def lines(count: int, **parts: float) -> list[dict[str, float]]:
 def test_report_of_a_whole_run(tmp_path: Path) -> None:
     write_report(tmp_path / "run" / "report.md", RESULTS)
     text = (tmp_path / "run" / "report.md").read_text()
-    for part in (
-        "`cifar10-sample`, split `train`, 10,000 images (2 more were corrupt and left out)",
-        "its split test, 2,000 images of 10 classes",
-        "`sssd_resnet18` at 64 px",
-        "**Seed**: 7",
-        "**Machine**: 2 cores",
-        "| SSSD | 48.80 | 48.70 | 48.60 | 46.50 | 51.30 |",
-        "| random labels | 35.20 | 38.70 | 39.30 | 37.40 | 44.40 |",
-        "| SSSD over random labels | +13.60 | +10.00 | +9.30 | +9.10 | +6.90 |",
-        "**Features that were clustered**: accuracy in percent by a linear probe 51.30, weighted kNN (k = 200) 47.15",
-        "| exit 1 | 100.0 M | 25% |",
-        "| ensemble | 420.0 M | 105% |",
-        "| clusters asked for (K) | 200 |",
-        "| clusters with images | 3 |",
-        "| smallest, median, largest | 10, 30, 60 |",
-        "| normalised mutual information with the true labels | 0.310 |",
-        "| MoCo v2 | 6 min 43 s |  |",
-        "| k-means | 3.2 s | K = 200 |",
-        "| all | 6 min 46 s |  |",
-    ):
-        assert part in text
-    sections = text.split("\n## ")
-    assert [section.split("\n")[0] for section in sections[1:]] == ["Accuracy", "Pseudo labels", "Training"]
-    for section, figure in zip(sections[1:], ("figures/accuracy", "clusters", "figures/curves"), strict=True):
-        assert f"({figure}.png)" in section
-    widths = [line.count(" | ") for line in text.split("\n") if line.startswith("| SSSD")]
-    assert widths == [5, 5]
+    run = facts(text)
+    assert run["Data"].startswith("cifar10-sample, split train, ")
+    assert numbers(run["Data"]) == ["10,000", "2"], "images, and corrupt ones that were left out"
+    assert run["Measured on"].startswith("its split test")
+    assert numbers(run["Measured on"]) == ["2,000", "10"], "images, classes"
+    assert run["Network"].startswith("sssd_resnet18 ")
+    assert numbers(run["Network"]) == ["64"]
+    assert numbers(run["Pseudo labels"]) == ["3", "200", "0.310", "0.120", "0.400"]
+    assert (run["Seed"], run["Machine"]) == ("7", "2 cores")
+    clustered = run["Features that were clustered"]
+    assert "linear probe 51.30" in clustered
+    assert "weighted kNN (k = 200) 47.15" in clustered
+    assert RESULTS["fingerprint"].startswith(run["Data fingerprint"])
+
+    parts = sections(text)
+    assert list(parts)[1:] == ["Accuracy", "Pseudo labels", "Training"]
+    for part, figure in zip(list(parts)[1:], ("figures/accuracy", "clusters", "figures/curves"), strict=True):
+        assert re.findall(r"^!\[.*\]\((.*)\.png\)$", parts[part], re.MULTILINE) == [figure]
+    (head, *accuracy), (_, *costs) = tables(parts["Accuracy"])
+    assert head[1:] == ["exit 1", "exit 2", "exit 3", "exit 4", "ensemble"]
+    assert by_name(accuracy) == {
+        "SSSD": ["48.80", "48.70", "48.60", "46.50", "51.30"],
+        "random labels": ["35.20", "38.70", "39.30", "37.40", "44.40"],
+        "SSSD over random labels": ["+13.60", "+10.00", "+9.30", "+9.10", "+6.90"],
+    }
+    assert by_name(costs) == {
+        "exit 1": ["100.0 M", "25%"],
+        "exit 2": ["200.0 M", "50%"],
+        "exit 3": ["300.0 M", "75%"],
+        "exit 4": ["400.0 M", "100%"],
+        "ensemble": ["420.0 M", "105%"],
+    }
+    clusters = table(parts["Pseudo labels"])
+    assert [value for _, value in clusters] == ["200", "3", "10, 30, 60", "0.310", "0.120", "0.400"]
+    assert by_name(table(parts["Training"])) == {
+        "MoCo v2": ["6 min 43 s", ""],
+        "k-means": ["3.2 s", "K = 200"],
+        "all": ["6 min 46 s", ""],
+    }
 
 
 def test_report_without_labels(tmp_path: Path) -> None:
@@ -106,20 +124,20 @@ def test_report_without_labels(tmp_path: Path) -> None:
     }
     write_report(tmp_path / "report.md", unlabelled)
     text = (tmp_path / "report.md").read_text()
-    assert "Not measured: that needs true labels, and the data have none." in text
-    assert "2 h 01 min" in text
+    assert "true labels" in sections(text)["Accuracy"], "which are missing"
+    assert by_name(table(sections(text)["Training"]))["k-means"] == ["2 h 01 min", ""]
     for word in ("SSSD over", "kNN", "NMI", "mutual", "Measured on", "Seed", "None"):
         assert word not in text
 
 
 def test_report_of_nothing_is_still_a_report(tmp_path: Path) -> None:
     write_report(tmp_path / "report.md", {})
-    assert "## Accuracy" in (tmp_path / "report.md").read_text()
+    assert "Accuracy" in sections((tmp_path / "report.md").read_text())
 
 
 def test_a_bar_in_a_name_does_not_break_the_table(tmp_path: Path) -> None:
     write_report(tmp_path / "report.md", {"times": [{"step": "a|b", "seconds": 1.0}]})
-    assert "| a\\|b | 1.0 s |" in (tmp_path / "report.md").read_text()
+    assert table((tmp_path / "report.md").read_text())[0] == ["a|b", "1.0 s", ""]
 
 
 def test_loss_curves(tmp_path: Path, drawn: list[Figure]) -> None:

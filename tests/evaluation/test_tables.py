@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from helpers.markdown import by_name, sections, table
 from sssd_zoo.evaluation.reports.comparison import (
     METHODS,
     VARIANTS,
@@ -48,23 +49,18 @@ def result(method="sssd", seed=0, accuracy=50.0, **changes):
     )
 
 
-def table(lines, number):
+def paper_table(lines, number):
     """The rows of one of the paper's tables as lists of cells."""
-    start = next(place for place, line in enumerate(lines) if line.startswith(f"### Table {number}"))
-    rows = []
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    return rows[2:]
+    parts = sections("\n".join(lines))
+    return table(next(text for title, text in parts.items() if title.startswith(f"Table {number}")))
 
 
 def test_spread_and_rows():
     assert spread([1.0]) == "1.00"
     assert spread([1.0, 2.0, 6.0]) == "3.00 (1.00, 6.00)"
-    lines = comparison_table([result("seed")])
-    assert next(line for line in lines if "SEED" in line) == "| SEED |  |  |  | 50.00 |  | 1 |  | 1 min 00 s |"
-    assert sum("not run" in line for line in lines) == len(METHODS) - len(VARIANTS) - 1
+    rows = by_name(table("\n".join(comparison_table([result("seed")]))))
+    assert rows["SEED"] == ["", "", "", "50.00", "", "1", "", "1 min 00 s"]
+    assert sum("not run" in cells for cells in rows.values()) == len(METHODS) - len(VARIANTS) - 1
 
 
 def test_changes_are_differences_seed_by_seed():
@@ -77,13 +73,13 @@ def test_changes_are_differences_seed_by_seed():
     ]
     others = [result(seed=1, accuracy=58.5, pretext_data="tiny", pretext_images=100), result(seed=0, epochs=3)]
     others += [result(seed=0, accuracy=53, pretext="strong", pretext_epochs=None, machine="another"), result("random")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in changes_table(ours, others)[2:]]
-    differences = {row[0]: (row[1], row[5], row[6]) for row in rows}
+    rows = by_name(table("\n".join(changes_table(ours, others))))
+    differences = {name: (cells[0], cells[4], cells[5]) for name, cells in rows.items()}
     assert differences == {
         "SSSD, soft labels": ("+0.00 (-1.00, +1.00)", "+0.00 (-1.00, +1.00)", "2"),
         "SSSD from M_ssl's weights": ("+2.00", "+2.00", "1"),
-        "SSSD, labels from `sssd_resnet18_cifar`, 200 epochs on `tiny`": ("-1.50", "-1.50", "1"),
-        "SSSD, labels from `strong`, as it is": ("+3.00", "+3.00", "1"),
+        "SSSD, labels from sssd_resnet18_cifar, 200 epochs on tiny": ("-1.50", "-1.50", "1"),
+        "SSSD, labels from strong, as it is": ("+3.00", "+3.00", "1"),
     }
     assert changes_table([result("sssd-soft")], []) == changes_table([result()], []) == []
 
@@ -91,7 +87,7 @@ def test_changes_are_differences_seed_by_seed():
 def test_every_row_of_the_paper_has_ours_below_it_and_what_was_not_run_has_no_number():
     lines = paper_tables([result(pretext_epochs=3, data="photos")])
     for number, rows in TABLES.items():
-        found = table(lines, number)
+        found = paper_table(lines, number)
         for theirs, ours, row in zip(found[::2], found[1::2], rows, strict=False):
             assert (theirs[0], ours[0]) == ("paper", "ours")
             assert theirs[1:6] == ours[1:6]
@@ -101,7 +97,7 @@ def test_every_row_of_the_paper_has_ours_below_it_and_what_was_not_run_has_no_nu
 
 def test_runs_of_the_papers_setting_stand_under_its_row_and_others_after():
     runs = [result(seed=0, accuracy=80.0), result(seed=1, accuracy=81.0), result(accuracy=30.0, pretext_epochs=12)]
-    rows = table(paper_tables(runs), 1)
+    rows = paper_table(paper_tables(runs), 1)
     place = next(
         place for place, row in enumerate(rows) if row[:5] == ["paper", "CIFAR-10", "SSSD", "ResNet-18", "200"]
     )
@@ -109,7 +105,7 @@ def test_runs_of_the_papers_setting_stand_under_its_row_and_others_after():
     assert rows[place + 1][-3:] == ["2", "1 min 00 s", "r1"]
     assert rows[-1][:8] == [
         "ours",
-        "`uoft-cs/cifar10`",
+        "uoft-cs/cifar10",
         "SSSD",
         SETTING.pretext,
         "12 epochs",
@@ -145,13 +141,13 @@ def test_which_row_of_the_paper_a_run_belongs_to(run, row):
 
 def test_other_pretext_data_are_for_table_6_alone():
     lines = paper_tables([result(accuracy=77.77, pretext_data="tiny_imagenet_32", pretext_images=100_000)])
-    assert ["77.77" in str(table(lines, number)) for number in (1, 2, 3, 6)] == [False, False, False, True]
-    assert table(lines, 6)[-1][5] == "tiny_imagenet_32"
+    assert ["77.77" in str(paper_table(lines, number)) for number in (1, 2, 3, 6)] == [False, False, False, True]
+    assert paper_table(lines, 6)[-1][5] == "tiny_imagenet_32"
 
 
 def test_table_2_has_the_last_exit_and_results_survive_their_file():
     runs = [result("clusterfit", accuracy=55.5), result(accuracy=50.0)]
-    ours = [row[6] for row in table(paper_tables(runs), 2) if row[0] == "ours" and row[6] != "not run"]
+    ours = [row[6] for row in paper_table(paper_tables(runs), 2) if row[0] == "ours" and row[6] != "not run"]
     assert ours == ["55.50", "53.00"]
     assert [Result.from_json(json.loads(json.dumps(run.as_json()))) for run in runs] == runs
     lines = results_csv(runs).splitlines()

@@ -1,7 +1,7 @@
 """The folders that timm loads: same numbers, no pickle, whole or absent, and a card of what was measured only."""
 
-import errno
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sssd_zoo  # noqa: F401  registers the models
+from helpers.disk import files_up_to
+from helpers.markdown import by_name, facts, table
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports.markdown import Results
-from sssd_zoo.hub import model_card as hub
 from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.models.saving import class_descriptions, save_network
 
@@ -143,19 +144,16 @@ def test_a_run_folder_keeps_its_other_files(tmp_path: Path, images: Tensor) -> N
     torch.testing.assert_close(load(tmp_path)(images), trunk(images))
 
 
-def test_a_failed_write_leaves_what_was_there(
-    tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("room", "file"), [(100_000, "model.safetensors"), (1_000_000, "README.md")])
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path, room: int, file: str) -> None:
+    """Of a card that is larger than the weights, either may be what the disk has no room for."""
+    model, large = network(channels=(8, 16, 32, 64), layers=(1, 1, 1, 1)), Results(notes=["a" * 2_000_000])
     save_model_folder(tmp_path / "old", model, arch=ARCH)
     before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(hub, "atomic_write_text", full)
     for name in ("old", "new"):
-        with pytest.raises(UserError, match="disk is full"):
-            save_model_folder(tmp_path / name, model, arch=ARCH)
+        refusal = pytest.raises(UserError, match=f"cannot write .*{file}.*larger than the file-size limit")
+        with files_up_to(room), refusal:
+            save_model_folder(tmp_path / name, model, arch=ARCH, card_context=large)
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
 
@@ -168,8 +166,11 @@ def test_card_holds_what_was_measured(tmp_path: Path, model: nn.Module) -> None:
     assert results["linear-probe accuracy, ensemble (%)"] == 46.12
     assert {result.dataset_name for result in card.data.eval_results} == {"org/set"}
     assert card.data.library_name == "timm"
-    assert "| exit 1 | 41.50 | 31.00 | 100.0 M |" in card.text
-    assert "3 clusters (K = 9 asked for); against the true labels: NMI 0.500" in card.text
+    answers = by_name(table(card.text))
+    assert list(answers) == ["exit 1", "exit 2", "exit 3", "exit 4", "ensemble"]
+    assert answers["exit 1"] == ["41.50", "31.00", "100.0 M"]
+    assert answers["ensemble"] == ["46.12", "36.00", "420.0 M"]
+    assert re.findall(r"[A-Z]*[\d.]+|NMI", facts(card.text)["Pseudo labels"]) == ["3", "9", "NMI", "0.500"]
     assert card.text.index("import sssd_zoo") < card.text.index("timm.create_model")
     assert "\n\n\n" not in card.text
 
@@ -185,8 +186,9 @@ def test_card_leaves_out_what_was_not_measured(tmp_path: Path, model: nn.Module)
     one = {"2": 42.0}
     save_model_folder(tmp_path / "one", model, arch=ARCH, metrics=one, card_context={"data": "x", "macs": MACS})
     text = (tmp_path / "one" / "README.md").read_text()
-    assert "| exit 2 | 42.00 | 200.0 M |" in text
-    assert "| exit 3 |  | 300.0 M |" in text
+    answers = by_name(table(text))
+    assert answers["exit 2"] == ["42.00", "200.0 M"]
+    assert answers["exit 3"] == ["", "300.0 M"]
 
 
 def test_card_names_a_local_folder_without_its_path(tmp_path: Path, model: nn.Module) -> None:

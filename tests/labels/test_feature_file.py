@@ -1,6 +1,5 @@
 """Features on disk: what one and two processes write, and what a mistake leaves behind."""
 
-import resource
 import sys
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from helpers.commands import command, sssd
+from helpers.disk import files_up_to
 from sssd_zoo.errors import UserError
 from sssd_zoo.labels.feature_file import FeatureFile, write_features
 from sssd_zoo.labels.kmeans import normalise
@@ -65,14 +65,9 @@ def test_a_failure_half_way_leaves_the_old_file_and_no_litter(features, tmp_path
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_FSIZE as on Linux")
 def test_a_full_disk_is_told_before_anything_is_computed(features, tmp_path):
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limit[1]))  # as if the disk were full
     left = batches_of(features)
-    try:
-        with pytest.raises(UserError, match="cannot write"):
-            write_features(tmp_path / "f.npy", 50, left)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with files_up_to(600), pytest.raises(UserError, match="cannot write"):
+        write_features(tmp_path / "f.npy", 50, left)
     assert sum(len(places) for places, _ in left) == 43, "one batch was computed, to know the length of a feature"
     assert not list(tmp_path.iterdir())
 

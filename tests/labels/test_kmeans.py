@@ -1,12 +1,12 @@
 import json
 import os
-import resource
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from helpers.disk import files_up_to
 from helpers.labels import blobs, pseudo_labels
 from sssd_zoo.errors import UserError
 from sssd_zoo.labels.kmeans import kmeans, normalise
@@ -332,12 +332,7 @@ def test_load_refuses_what_is_no_artefact(artefact, tmp_path):
 def test_a_save_that_fails_keeps_the_old_folder(artefact, tmp_path):
     artefact.save(tmp_path / "labels")
     before = {file.name: file.read_bytes() for file in (tmp_path / "labels").iterdir()}
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limit[1]))  # as if the disk were full
-    try:
-        with pytest.raises(UserError, match="cannot write"):
-            artefact.save(tmp_path / "labels")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with files_up_to(600), pytest.raises(UserError, match="cannot write"):
+        artefact.save(tmp_path / "labels")
     assert {file.name: file.read_bytes() for file in (tmp_path / "labels").iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["labels"]
