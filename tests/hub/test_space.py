@@ -273,15 +273,25 @@ def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path):
         assert len(list((tmp_path / folder / "examples").iterdir())) == 10
 
 
-def test_mistakes_are_one_line(fitted, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "no folder 'nowhere'"),
+        (["{tmp_path}"], "holds no network"),
+        (["{fitted}/pretrain"], "no network with four exits and classifiers"),
+        ([SHIPPED, "--push", "name"], "whose is it?"),
+        ([SHIPPED, "--push", "org/na me"], "no repository's name"),
+        ([SHIPPED, "--push", "org/name"], "run `hf auth login`, or set HF_TOKEN"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_are_one_line(words, message, fitted, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    assert "no folder 'nowhere'" in one_line(capsys, "nowhere")
-    assert "holds no network" in one_line(capsys, tmp_path)
-    assert "no network with four exits and classifiers" in one_line(capsys, fitted / "pretrain")
-    assert "whose is it?" in one_line(capsys, SHIPPED, "--push", "name")
-    assert "no repository's name" in one_line(capsys, SHIPPED, "--push", "org/na me")
-    assert "run `hf auth login`, or set HF_TOKEN" in one_line(capsys, SHIPPED, "--push", "org/name")
+    assert message in one_line(capsys, *(word.format(fitted=fitted, tmp_path=tmp_path) for word in words))
+
+
+def test_without_gradio_it_says_how_to_install_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'sssd-zoo[space]'" in one_line(capsys, SHIPPED)
 
