@@ -255,7 +255,7 @@ class TestLossNotFinite:
         optim = OptimConfig(epochs=3, batch_size=32)
         optim.lr = lr  # what no command lets through
         runtime = RuntimeConfig(log_every=1, precision="fp32")
-        with pytest.raises(UserError, match="starts anew"):
+        with pytest.raises(UserError, match="starts from scratch"):
             train(Regression(), OneStep(), optim=optim, runtime=runtime, out=tmp_path, identity={})
         optim.lr, loader = 0.05, OneStep()
         train(Regression(), loader, optim=optim, runtime=runtime, out=tmp_path, identity={})

@@ -71,7 +71,7 @@ class TestRates:
         model = timm.create_model("sssd_resnet18_cifar", num_classes=3, output="ensemble" if exits else "final")
         task = (SelfDistillation if exits else ClusterFit)(model, trunk_scale=0.1, **VIEWS)
         optimizer = engine.create_optimizer_v2(task.parameter_groups(), opt="momentum", lr=0.5)
-        scheduler = engine.schedule(engine.OptimConfig(epochs=10), optimizer, 10)
+        scheduler = engine.make_scheduler(engine.OptimConfig(epochs=10), optimizer, 10)
         names = {id(value): name for name, value in model.named_parameters()}
         for step in (0, 50):
             scheduler.step_update(step)

@@ -37,7 +37,7 @@ from sssd_zoo.models.networks import (
     weights_digest,
 )
 from sssd_zoo.tasks import AnchoredSelfDistillation, ClusterFit, SelfDistillation, Task
-from sssd_zoo.training.engine import check
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import announce, digest, method_settings, part, run_training
 
@@ -105,7 +105,7 @@ def distill_network(
     else:
         task = ClusterFit(model, **views)
     optim = part(config, OptimConfig)
-    check(optim, make_accelerator(runtime).num_processes, len(data))
+    check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
     own = None
     if isinstance(labels, int):
         precision = resolve_precision(runtime.precision, runtime.device)

@@ -46,7 +46,7 @@ from sssd_zoo.models.networks import (
 from sssd_zoo.models.resnet import SSSDResNet
 from sssd_zoo.pipeline.stages import Stages, machine_words, say
 from sssd_zoo.tasks import ClusterFit, SelfDistillation, Task
-from sssd_zoo.training.engine import check
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import part, run_training, save_config
 
@@ -207,7 +207,7 @@ def finetune(args: FinetuneArgs) -> None:
         check_sizes(arch, [size, *args.sizes])
     for _, how in amounts:
         count = len(labelled_subset(data.labels[known], args.seeds[0], **how))
-        check(step_plan(args, args.models[0], count, processes), processes, count)
+        check_trainable(step_plan(args, args.models[0], count, processes), processes, count)
     if rank() == 0 and not (out / "config.yaml").exists():  # an older one describes what is there until the end
         save_config(out, args)
     precision = resolve_precision(runtime.precision, runtime.device)

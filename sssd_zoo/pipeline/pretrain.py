@@ -30,7 +30,7 @@ from sssd_zoo.models.networks import (
     statistics,
 )
 from sssd_zoo.tasks import MoCo
-from sssd_zoo.training.engine import check
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import announce, check_queue, method_settings, part, run_training
 
@@ -57,7 +57,7 @@ def pretrain_network(
         raise UserError(f"{data.name} has {images} image; contrastive learning needs others to tell it from")
     check_queue(config.queue_size, images)
     optim = part(config, OptimConfig)
-    check(optim, processes, images)
+    check_trainable(optim, processes, images)
     if config.splits % processes or (config.batch_size // config.accumulate) % max(1, config.splits):
         raise UserError(
             f"splits {config.splits} must be a multiple of the {processes} processes and divide the batch of "

@@ -26,7 +26,7 @@ from sssd_zoo.models.networks import (
     statistics,
 )
 from sssd_zoo.tasks import SEED
-from sssd_zoo.training.engine import check
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import announce, check_queue, method_settings, part, run_training
 
@@ -57,7 +57,7 @@ def seed_network(
         arguments: see `run_training`.
     """
     optim = part(config, OptimConfig)
-    check(optim, make_accelerator(runtime).num_processes, len(data))
+    check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
     check_queue(config.queue_size, len(data))
     frozen_teacher = load_network(teacher, num_classes=0)
     torch.manual_seed(runtime.seed)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 from sssd_zoo.configs import OptimConfig, RuntimeConfig
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import barrier, rank
@@ -20,6 +21,7 @@ from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import drop, kind_of, mark
 from sssd_zoo.labels.online import OwnLabels
+from sssd_zoo.labels.protocol import Targets
 from sssd_zoo.labels.soft import SoftLabels
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.models.networks import check_sizes
@@ -87,6 +89,26 @@ def check_queue(queue_size: int, images: int | None) -> None:
         )
 
 
+@dataclass
+class EpochLabels:
+    """Labels that stay the same, or those that are made before each epoch, as the engine takes them."""
+
+    targets: Tensor | SoftLabels | None
+    relabel: OwnLabels | None
+    num_classes: int = 0
+    identity: str = ""
+
+    def attach(self, network: nn.Module, out: Path, spec: InputSpec) -> None:
+        """`OwnLabels` knows its network from its construction."""
+
+    def for_epoch(self, epoch: int, step: int = 0) -> Targets:
+        """The labels of an epoch."""
+        if self.relabel is not None:
+            return self.relabel(epoch, step)
+        assert self.targets is not None
+        return self.targets
+
+
 def run_training(
     task: Task,
     loader: EpochLoader | StreamLoader,
@@ -142,8 +164,7 @@ def run_training(
         runtime=runtime,
         out=out,
         identity={**identity, **settings},
-        labels=labels,
-        relabel=relabel,
+        labels=None if labels is None and relabel is None else EpochLabels(labels, relabel),
         title=title,
     )
     if rank() == 0:
