@@ -231,16 +231,22 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
 @pytest.mark.parametrize(
     ("settings", "images", "words"),
     [
-        ({"epochs": 0}, 64, "epochs is 0"),
         ({"batch_size": 65}, 64, "larger than the data set of 64"),
         ({"batch_size": 9, "accumulate": 2}, 64, "not divisible"),
         ({"batch_size": 4, "accumulate": 4}, 64, "single images"),
-        ({"batch_size": 8, "warmup_epochs": 300}, 64, "warmup_epochs"),
     ],
 )
 def test_settings_that_cannot_train(settings, images, words):
     with pytest.raises(UserError, match=words):
         check_trainable(OptimConfig(**{"batch_size": 8, **settings}), 1, images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"epochs": 0}, "epochs is 0"), ({"warmup_epochs": 300}, "warmup_epochs 300 must be fewer")]
+)
+def test_settings_that_cannot_train_on_any_data(settings, words):
+    with pytest.raises(ValueError, match=words):
+        OptimConfig(batch_size=8, **settings)
 
 
 def test_auto_precision_is_what_the_hardware_has(monkeypatch):
