@@ -3,10 +3,12 @@ import os
 import resource
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from sssd_zoo.configs import ClusterConfig
 from sssd_zoo.errors import UserError
 from sssd_zoo.labels.kmeans import kmeans, normalise
 from sssd_zoo.labels.pseudo_labels import PseudoLabels, quality, random_labels
@@ -246,19 +248,9 @@ def test_quality_against_the_definitions():
 
 
 def pseudo_labels(clustering, rows, truth=None, near=None):
-    return PseudoLabels.from_clustering(
-        clustering,
-        rows=rows,
-        data="photos",
-        split="train",
-        fingerprint="abc",
-        model="resnet18",
-        seed=0,
-        iterations=20,
-        redos=3,
-        truth=truth,
-        near=near,
-    )
+    data = SimpleNamespace(rows=rows, name="photos", split="train", fingerprint="abc", labels=truth)
+    config = ClusterConfig(k=len(clustering.centroids), redos=3)
+    return PseudoLabels.from_clustering(clustering, data, config, model="resnet18", seed=0, near=near)
 
 
 @pytest.fixture
