@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from sssd_zoo.evaluation.reports.markdown import duration, table
 from sssd_zoo.files import atomic_write_text, read_json
-from sssd_zoo.report import duration, table
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- pretrained networks: docs/model_table.py -->\n", "<!-- end -->\n"

@@ -14,12 +14,12 @@ import numpy as np
 import timm
 import torch
 
-from sssd_zoo.chunked_kmeans import kmeans_from_file
-from sssd_zoo.clustering import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.data.augment import BatchRandom
-from sssd_zoo.engine import resolve_precision, tune_cpu
-from sssd_zoo.export import onnx_bytes, run_onnx, session
+from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
+from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
+from sssd_zoo.labels.kmeans import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.pipeline.export import onnx_bytes, run_onnx, session
 from sssd_zoo.tasks import ClusterFit, MoCo, SelfDistillation, Task
 
 OURS, BY_HAND, SAME_KERNELS = "sssd_zoo", "faiss by hand", "faiss by hand, same kernels"
@@ -61,7 +61,7 @@ def _time_kmeans(ways: tuple[str, ...], n: int, d: int, k: int, iterations: int)
 def benchmark_kmeans(
     n: int = 50_000, d: int = 512, k: int = 1000, iterations: int = 20, runs: int = 3
 ) -> dict[str, Any]:
-    """Times `sssd_zoo.clustering.kmeans` against faiss called by hand, training and assignment of all rows, in turn.
+    """Times `sssd_zoo.labels.kmeans.kmeans` against faiss called by hand, training and assignment of all rows, in turn.
 
     By hand is measured as faiss comes, in a process of its own, and with the BLAS kernels that `sssd_zoo` chooses, in
     the same process as `sssd_zoo`, which tells what the rest of `kmeans` costs. Imports are not counted.

@@ -11,10 +11,10 @@ import torch
 from conftest import ROOT, command
 
 import sssd_zoo
-from sssd_zoo.cards import check
 from sssd_zoo.cli import run
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json
+from sssd_zoo.hub.cards import check
 
 CARDS = ROOT / "hub_cards"
 NAMES = timm.list_pretrained("sssd_*")

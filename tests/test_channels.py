@@ -14,8 +14,8 @@ from test_cli import one_line, sssd
 import sssd_zoo  # noqa: F401  registers the models
 from sssd_zoo.data.augment import LUMA, normalise
 from sssd_zoo.data.images import Encoded, decode
-from sssd_zoo.hub import save_network
-from sssd_zoo.networks import load_network, statistics
+from sssd_zoo.models.networks import load_network, statistics
+from sssd_zoo.models.saving import save_network
 
 CLASSES = ["blue", "green", "red"]
 CPU = ["--device", "cpu", "--precision", "fp32"]
@@ -82,7 +82,7 @@ def test_predict_answers_as_the_network_does(grey, tmp_path, capsys):
 
 
 def test_the_page_prepares_grey_images(grey, folder_of_images):
-    from sssd_zoo.page import prepare
+    from sssd_zoo.hub.page import prepare
 
     network = load_network(str(grey))
     data = (folder_of_images / "red/00.png").read_bytes()
@@ -152,7 +152,7 @@ def test_measuring_and_calibrating(grey, images, tmp_path, capsys):
 
 
 def test_the_check_of_a_card(grey):
-    from sssd_zoo.cards import check
+    from sssd_zoo.hub.cards import check
 
     assert 0 <= check(load_network(str(grey)))["knn"] <= 100
 
@@ -180,7 +180,7 @@ def test_a_grey_teacher_teaches_an_rgb_student(grey, images, tmp_path, capsys):
 def test_a_detector_on_a_grey_trunk(grey, tmp_path, capsys):
     from test_detection import TINY, write_voc
 
-    from sssd_zoo.detection import load_detector
+    from sssd_zoo.detection.detector import load_detector
 
     voc = write_voc(tmp_path / "VOC", {"trainval": range(4), "test": range(4, 6)})
     words = ["detect", "--data", f"[{voc}]", "--model", grey, "--out", tmp_path / "out", *TINY, "--epochs", "1"]

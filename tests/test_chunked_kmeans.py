@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from sssd_zoo import chunked_kmeans
-from sssd_zoo.chunked_kmeans import kmeans_from_file
-from sssd_zoo.clustering import kmeans, normalise
 from sssd_zoo.errors import UserError
+from sssd_zoo.labels import chunked_kmeans
+from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
+from sssd_zoo.labels.kmeans import kmeans, normalise
 
 
 def saved(tmp_path, features):
@@ -61,7 +61,7 @@ def test_mistakes(tmp_path, monkeypatch):
 PEAK = """
 import re, sys
 from pathlib import Path
-import sssd_zoo.chunked_kmeans as chunked
+import sssd_zoo.labels.chunked_kmeans as chunked
 chunked.CHUNK = 4096
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 chunked.kmeans_from_file(sys.argv[1], 20, seed=0, iterations=1)

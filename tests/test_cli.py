@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 
 import sssd_zoo  # noqa: F401
 from sssd_zoo.cli import COMMANDS, main, run
+from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.augment import normalise, resize, to_float
-from sssd_zoo.data.loading import DataConfig, load_images
-from sssd_zoo.evaluate import evaluation_data
+from sssd_zoo.data.loading import load_images
+from sssd_zoo.evaluation.protocol import evaluation_data
 from sssd_zoo.files import RUN_MARK
 
 SCRIPTS = [

@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from sssd_zoo.clustering import PseudoLabels, kmeans, normalise, quality, random_labels
 from sssd_zoo.errors import UserError
+from sssd_zoo.labels.kmeans import kmeans, normalise
+from sssd_zoo.labels.pseudo_labels import PseudoLabels, quality, random_labels
 
 
 def blobs(n=600, d=16, groups=6, seed=0):
@@ -173,13 +174,13 @@ def test_kmeans_refuses_one_image_and_no_iterations():
 TOGETHER = """
 import os, sys
 import {first}
-import sssd_zoo.clustering
+import sssd_zoo.labels.kmeans, sssd_zoo.labels.pseudo_labels
 lazy = 'faiss' in sys.modules, 'sklearn' in sys.modules
 import numpy as np, sklearn.cluster, threadpoolctl, torch
 x = np.random.default_rng(0).standard_normal((2000, 32), dtype=np.float32)
 for _ in range(3):
     torch.mm(torch.from_numpy(x).T, torch.from_numpy(x))
-    found = sssd_zoo.clustering.kmeans(x, 20, seed=0, iterations=3)
+    found = sssd_zoo.labels.kmeans.kmeans(x, 20, seed=0, iterations=3)
     sklearn.cluster.KMeans(4, n_init=1, max_iter=3).fit(x)
 loader = torch.utils.data.DataLoader(torch.from_numpy(x), batch_size=500, num_workers=1)
 print(*lazy, sum(len(batch) for batch in loader), found.k, os.environ.get('OPENBLAS_CORETYPE'))

@@ -6,7 +6,7 @@ import json
 from PIL import Image
 from test_cli import one_line, sssd
 
-from sssd_zoo.tables import METHODS, VARIANTS
+from sssd_zoo.evaluation.reports.comparison import METHODS, VARIANTS
 
 TINY = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "16"),

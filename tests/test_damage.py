@@ -17,17 +17,20 @@ from conftest import command
 from test_clustering import blobs
 from test_engine import Regression, Tensors, run
 
-from sssd_zoo.clustering import PseudoLabels, kmeans, normalise
-from sssd_zoo.config import DetectorConfig
-from sssd_zoo.data.loading import DataConfig, load_images
-from sssd_zoo.detection import build_detector, load_detector, save_detector
-from sssd_zoo.engine import Checkpoints, OptimConfig, RuntimeConfig, read_metrics, train
+from sssd_zoo.configs import DataConfig, DetectorConfig, OptimConfig, RuntimeConfig
+from sssd_zoo.data.loading import load_images
+from sssd_zoo.detection.detector import build_detector, load_detector, save_detector
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text
-from sssd_zoo.hub import save_network
-from sssd_zoo.networks import load_network
-from sssd_zoo.own_labels import OwnLabels
-from sssd_zoo.stages import Stages
+from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.labels.kmeans import kmeans, normalise
+from sssd_zoo.labels.online import OwnLabels
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.models.networks import load_network
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline.stages import Stages
+from sssd_zoo.training.checkpoints import Checkpoints
+from sssd_zoo.training.engine import train
 
 
 def flip(file: Path) -> None:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sssd_zoo.configs import DataConfig
 from sssd_zoo.data import images as images_module
 from sssd_zoo.data.images import CorruptImageError, Encoded, decode, spaced
-from sssd_zoo.data.loading import DataConfig, GlobalBatches, ImageData, load_images, split_names
+from sssd_zoo.data.loading import GlobalBatches, ImageData, load_images, split_names
 from sssd_zoo.data.make_sample import SAMPLE, draw
 from sssd_zoo.data.streaming import load_streaming
 from sssd_zoo.errors import UserError

@@ -13,8 +13,10 @@ from conftest import command
 from PIL import Image
 from test_cli import one_line, sssd
 
-from sssd_zoo.data.images import MAX_PIXELS, CorruptImageError, Encoded, decode, encoded
-from sssd_zoo.data.loading import DataConfig, load_images
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.configs.data import MAX_PIXELS
+from sssd_zoo.data.images import CorruptImageError, Encoded, decode, encoded
+from sssd_zoo.data.loading import load_images
 from sssd_zoo.errors import UserError
 
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from test_cli import one_line, sssd
 
 import sssd_zoo  # noqa: F401
-from sssd_zoo import detection
-from sssd_zoo.average_precision import coco_average_precision, voc_average_precision
-from sssd_zoo.config import DetectorConfig
+from sssd_zoo.configs import DetectionDataConfig, DetectorConfig
 from sssd_zoo.data.augment import BatchRandom
-from sssd_zoo.data.detection import DetectionBatch, DetectionDataConfig, load_detection
-from sssd_zoo.detection import build_detector, load_detector, stage_modules
+from sssd_zoo.data.detection import DetectionBatch, load_detection
+from sssd_zoo.detection import detector as detection
+from sssd_zoo.detection.average_precision import coco_average_precision, voc_average_precision
+from sssd_zoo.detection.detector import build_detector, load_detector, stage_modules
 from sssd_zoo.errors import UserError
 from sssd_zoo.tasks.detection import Detection, flip_boxes
 
@@ -443,7 +443,7 @@ class TestCommands:
         assert metrics["ap"] >= 0
 
     def test_trunks_of_runs_and_of_timm(self, voc, tmp_path, capsys):
-        from sssd_zoo.hub import save_network
+        from sssd_zoo.models.saving import save_network
 
         network = timm.create_model("sssd_resnet18", num_classes=3)
         save_network(tmp_path / "run", network, "sssd_resnet18", input_size=64)

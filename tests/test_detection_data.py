@@ -12,7 +12,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from test_cli import one_line, sssd
 
-from sssd_zoo.data.detection import DetectionData, DetectionDataConfig, load_detection
+from sssd_zoo.configs import DetectionDataConfig
+from sssd_zoo.data.detection import DetectionData, load_detection
 from sssd_zoo.errors import UserError
 
 WIDTH, HEIGHT = 60, 40

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_cli import one_line, sssd
 
 import sssd_zoo  # noqa: F401  registers the models
-from sssd_zoo.early_exit import (
+from sssd_zoo.evaluation.calibration import (
     MARGIN,
     all_rules,
     average_cost,
@@ -19,10 +19,10 @@ from sssd_zoo.early_exit import (
     fit_temperatures,
     fold,
     full_answers,
-    measure_stages,
 )
-from sssd_zoo.hub import save_network
+from sssd_zoo.evaluation.timing import measure_stages
 from sssd_zoo.models import StageCosts, ensemble_logits, multiply_adds, stage_costs
+from sssd_zoo.models.saving import save_network
 
 COSTS = StageCosts((100.0, 80.0, 70.0, 60.0), (9.0, 7.0, 5.0, 1.0))
 

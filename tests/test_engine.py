@@ -17,19 +17,15 @@ import torch
 from conftest import ROOT, command
 from torch import Tensor, nn
 
-from sssd_zoo.engine import (
-    Checkpoints,
-    OptimConfig,
-    RuntimeConfig,
-    check,
-    read_metrics,
-    resolve_precision,
-    schedule,
-    train,
-)
+from sssd_zoo.configs import OptimConfig, RuntimeConfig
+from sssd_zoo.distributed.hardware import resolve_precision
 from sssd_zoo.errors import UserError
-from sssd_zoo.hub import save_network
+from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.models.saving import save_network
 from sssd_zoo.tasks import Task
+from sssd_zoo.training.checkpoints import Checkpoints
+from sssd_zoo.training.engine import check, train
+from sssd_zoo.training.schedule import schedule
 
 
 class Regression(Task):

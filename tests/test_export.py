@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_cli import one_line, sssd
 
 import sssd_zoo  # noqa: F401  registers the models
-from sssd_zoo.export import AllExits, Stage, onnx_bytes, quantise, run_onnx, session
-from sssd_zoo.hub import save_network
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline.export import AllExits, Stage, onnx_bytes, quantise, run_onnx, session
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")

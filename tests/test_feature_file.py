@@ -10,9 +10,9 @@ import torch
 from conftest import command
 from test_cli import sssd
 
-from sssd_zoo.clustering import normalise
 from sssd_zoo.errors import UserError
-from sssd_zoo.feature_file import FeatureFile, write_features
+from sssd_zoo.labels.feature_file import FeatureFile, write_features
+from sssd_zoo.labels.kmeans import normalise
 
 
 def batches_of(features: torch.Tensor, size: int = 7):

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from test_cli import one_line, sssd
 
 import sssd_zoo  # noqa: F401
-from sssd_zoo import engine
-from sssd_zoo.config import FinetuneArgs
+from sssd_zoo.configs import FinetuneArgs
 from sssd_zoo.errors import UserError
-from sssd_zoo.finetune import labelled_subset, starting_network, step_plan
-from sssd_zoo.hub import save_network
-from sssd_zoo.paper import TABLE_4
-from sssd_zoo.probe import accuracies
+from sssd_zoo.evaluation.features import accuracies
+from sssd_zoo.evaluation.reports.paper import TABLE_4
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline.finetune import labelled_subset, starting_network, step_plan
 from sssd_zoo.tasks import ClusterFit, SelfDistillation
+from sssd_zoo.training import engine
 
 TINY = [
     *(

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sssd_zoo  # noqa: F401  registers the models
-from sssd_zoo import hub
 from sssd_zoo.errors import UserError
-from sssd_zoo.hub import class_descriptions, save_model_folder, save_network
-from sssd_zoo.report import Results
+from sssd_zoo.evaluation.reports.markdown import Results
+from sssd_zoo.hub import model_card as hub
+from sssd_zoo.hub.model_card import save_model_folder
+from sssd_zoo.models.saving import class_descriptions, save_network
 
 ARCH = "sssd_resnet18_cifar"
 NAMES = ["cat", "dog", "frog"]

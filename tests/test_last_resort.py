@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 from test_cli import TINY, one_line, sssd
 
+from sssd_zoo.cli.guard import guarded
 from sssd_zoo.errors import UserError
-from sssd_zoo.guard import guarded
 
 UNBUFFERED = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 BUFFERED = {name: value for name, value in UNBUFFERED.items() if name != "PYTHONUNBUFFERED"}
@@ -114,7 +114,7 @@ def test_a_signal_ends_a_command_and_its_workers(number, word, tmp_path):
 
 def test_an_interrupt_that_a_library_swallows_still_ends_the_command(tmp_path):
     process = guard(
-        "import sssd_zoo.guard as own",
+        "import sssd_zoo.cli.guard as own",
         "own.GRACE = 1",
         "try: signal.raise_signal(signal.SIGINT); time.sleep(1)",
         "except BaseException: pass",
@@ -191,7 +191,7 @@ def test_an_error_that_nobody_foresaw_leaves_a_line_and_a_file(monkeypatch, caps
     def broken(args):
         raise KeyError("all is\nlost")
 
-    monkeypatch.setattr("sssd_zoo.fit.fit", broken)
+    monkeypatch.setattr("sssd_zoo.pipeline.fit.fit", broken)
     assert sssd("fit", "--data", "x", "--out", tmp_path) == 1
     line = one_line(capsys)
     assert line.startswith("error: unexpected KeyError: 'all is")

@@ -15,9 +15,9 @@ from conftest import ROOT, command
 from test_cli import one_line, sssd
 from test_safe_folders import dead
 
-from sssd_zoo import lock
 from sssd_zoo.errors import UserError
-from sssd_zoo.run_folder import mark
+from sssd_zoo.files import lock
+from sssd_zoo.files.run_folder import mark
 
 TINY = ["--model", "sssd_resnet18", "--image_size", "32", "--batch_size", "8", "--splits", "2", "--queue_size", "16"]
 HOLDER = """
@@ -25,7 +25,7 @@ import sys, time, types
 from pathlib import Path
 package = sys.modules["sssd_zoo"] = types.ModuleType("sssd_zoo")
 package.__path__ = ["sssd_zoo"]  # without what __init__ imports, which takes seconds
-from sssd_zoo import lock
+from sssd_zoo.files import lock
 lock.take(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from test_cli import TINY, one_line, sssd
 
-from sssd_zoo import config
-from sssd_zoo.cli import COMMANDS, POSITIONAL, read_arguments
-from sssd_zoo.config import ClusterConfig, FitArgs, MoCoConfig
-from sssd_zoo.data.loading import DataConfig
-from sssd_zoo.engine import OptimConfig, RuntimeConfig, check_compiler, make_accelerator
+from sssd_zoo.cli.arguments import read_arguments
+from sssd_zoo.cli.commands import COMMANDS
+from sssd_zoo.configs import ClusterConfig, DataConfig, FitArgs, MoCoConfig, OptimConfig, RuntimeConfig
+from sssd_zoo.configs import commands as config
+from sssd_zoo.configs.ranges import Range, problems
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.reports.markdown import read_results
 from sssd_zoo.files import read_json, write_json
-from sssd_zoo.hub import save_network
-from sssd_zoo.ranges import Range, problems
-from sssd_zoo.report import read_results
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.training.hardware import check_compiler, make_accelerator
 
 NEVER = [-1, -1e30, 1e30, 2**63, 10**400, math.nan, math.inf, -math.inf]
 
@@ -49,15 +49,15 @@ def leaves(hint: Any, ranges: tuple[Range, ...] = ()) -> list[tuple[type, list[R
 
 def arguments(name: str) -> list[str]:
     """What a command needs at least."""
-    needed, places = [], POSITIONAL.get(name, {})
-    for field in fields(getattr(config, COMMANDS[name][0])):
+    needed, places = [], dict(COMMANDS[name].positional)
+    for field in fields(getattr(config, COMMANDS[name].arguments)):
         if field.default is MISSING and field.default_factory is MISSING:
             value = "[x]" if "list" in str(field.type) else "x"
             needed += [value] if field.name in places else [f"--{field.name}={value}"]
     return needed
 
 
-EVERY = {name: numbers(getattr(config, COMMANDS[name][0])) for name in COMMANDS}
+EVERY = {name: numbers(getattr(config, COMMANDS[name].arguments)) for name in COMMANDS}
 WITH_NUMBERS = [name for name, found in EVERY.items() if found]
 
 
@@ -71,7 +71,7 @@ def test_every_number_has_a_range():
 @pytest.mark.parametrize("name", WITH_NUMBERS)
 def test_every_flag_refuses_what_is_out_of_its_range(name):
     """The library's dataclasses and the command ask the same function: here for each flag and each value by itself."""
-    kind = getattr(config, COMMANDS[name][0])
+    kind = getattr(config, COMMANDS[name].arguments)
     for flag, (number, ranges) in EVERY[name].items():
         for value in [*NEVER, 0]:
             own: Any = value

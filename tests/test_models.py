@@ -17,8 +17,8 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.hub import network_config, save_network
 from sssd_zoo.models import Exits, SSSDResNet, ensemble_logits, multiply_adds, stage_costs
+from sssd_zoo.models.saving import network_config, save_network
 
 NAMES = timm.list_models("sssd_*")
 CIFAR_NAMES = [name for name in NAMES if name.endswith("_cifar")]

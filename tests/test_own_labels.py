@@ -10,10 +10,11 @@ import timm
 import torch
 
 import sssd_zoo  # noqa: F401
-from sssd_zoo.clustering import match_labels
-from sssd_zoo.data.loading import DataConfig, load_images
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.data.loading import load_images
 from sssd_zoo.errors import UserError
-from sssd_zoo.own_labels import OwnLabels
+from sssd_zoo.labels.online import OwnLabels
+from sssd_zoo.labels.pseudo_labels import match_labels
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -11,9 +11,10 @@ from PIL import Image
 from test_cli import one_line, sssd
 
 import sssd_zoo  # noqa: F401  registers the models
-from sssd_zoo.data.loading import DataConfig, load_images
-from sssd_zoo.early_exit import prepared
-from sssd_zoo.hub import save_network
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.data.inputs import prepared
+from sssd_zoo.data.loading import load_images
+from sssd_zoo.models.saving import save_network
 
 CLASSES = ["blue", "green", "red"]
 

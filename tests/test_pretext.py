@@ -12,9 +12,9 @@ from PIL import Image
 from test_cli import TINY, one_line, sssd
 from test_compare import TINY as TINY_COMPARE
 
-from sssd_zoo.clustering import PseudoLabels
-from sssd_zoo.hub import save_network
-from sssd_zoo.pretext import weights_digest
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline.pretext import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_too_few_other_images_for_the_queue(folder_of_images, tmp_path, capsys):
 
 def test_recipes_can_be_layered(folder_of_images, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("sssd_zoo.fit.fit", seen.append)
+    monkeypatch.setattr("sssd_zoo.pipeline.fit.fit", seen.append)
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({"data": "x", "pretrain": {"epochs": 7, "lr": 0.5}}))
     (tmp_path / "row.yaml").write_text(yaml.safe_dump({"pretrain_model": "sssd_resnet50", "pretrain": {"epochs": 9}}))
     words = ["fit", "--config", tmp_path / "base.yaml", "--config", tmp_path / "row.yaml", "--out", "y"]

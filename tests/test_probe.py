@@ -8,7 +8,9 @@ from torch import nn
 
 import sssd_zoo  # noqa: F401  (registers the models)
 from sssd_zoo.errors import UserError
-from sssd_zoo.probe import extract_features, knn, linear_probe
+from sssd_zoo.evaluation.features import extract_features
+from sssd_zoo.evaluation.knn import knn
+from sssd_zoo.evaluation.probe import linear_probe
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

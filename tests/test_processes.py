@@ -11,7 +11,7 @@ import psutil
 import pytest
 from conftest import ROOT
 
-from sssd_zoo.engine import read_metrics
+from sssd_zoo.files.json_lines import read_metrics
 
 LIMIT = 30  # seconds in which all processes must end
 LAUNCHERS = {

@@ -22,14 +22,16 @@ from PIL import Image
 from safetensors.torch import load
 
 import sssd_zoo  # noqa: F401  registers the models
-from sssd_zoo.clustering import Clustering, PseudoLabels
-from sssd_zoo.config import PullArgs
-from sssd_zoo.early_exit import fold
+from sssd_zoo.configs import PullArgs
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.calibration import fold
 from sssd_zoo.files import read_json, write_json
-from sssd_zoo.hub import save_model_folder, save_network
-from sssd_zoo.publish import pull
-from sssd_zoo.run_folder import mark, release_all
+from sssd_zoo.files.run_folder import mark, release_all
+from sssd_zoo.hub.model_card import save_model_folder
+from sssd_zoo.labels.kmeans import Clustering
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline.pull import pull
 
 TOKEN = "hf_" + "Tr0ub4dor" * 4  # no login: the only server that takes it is the one below
 NAMES = ["cat", "dog", "frog"]

@@ -13,8 +13,8 @@ from test_cli import sssd
 from test_detection import write_voc
 
 from sssd_zoo.cli import run
-from sssd_zoo.hub import save_network
-from sssd_zoo.paper import TABLE_4, TABLES
+from sssd_zoo.evaluation.reports.paper import TABLE_4, TABLES
+from sssd_zoo.models.saving import save_network
 
 README = (ROOT / "train" / "recipes" / "tables" / "README.md").read_text()
 LINES = [shlex.split(line) for line in README.replace("\\\n", "").splitlines() if line.startswith("sssd ")]

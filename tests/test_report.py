@@ -7,8 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from sssd_zoo import report
-from sssd_zoo.report import AccuracyRow, Results, accuracy_cost, cluster_sheet, cluster_sizes, loss_curves, write_report
+from sssd_zoo.evaluation.reports import figures as report_figures
+from sssd_zoo.evaluation.reports.figures import accuracy_cost, cluster_sheet, cluster_sizes, loss_curves
+from sssd_zoo.evaluation.reports.markdown import AccuracyRow, Results, write_report
 
 ROWS: list[AccuracyRow] = [
     {"name": "SSSD", "exits": [48.8, 48.7, 48.6, 46.5], "ensemble": 51.3},
@@ -43,13 +44,13 @@ RESULTS: Results = {
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that a test draws, kept to look into."""
     figures: list[Figure] = []
-    save = report._save
+    save = report_figures._save
 
     def keep(figure: Figure, path: str | Path) -> None:
         figures.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(report, "_save", keep)
+    monkeypatch.setattr(report_figures, "_save", keep)
     return figures
 
 

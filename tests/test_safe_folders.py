@@ -17,15 +17,17 @@ import yaml
 from conftest import ROOT, command
 from test_cli import TINY, one_line, sssd
 
-from sssd_zoo import config as arguments
-from sssd_zoo.cli import COMMANDS, PATHS
-from sssd_zoo.engine import read_metrics
+from sssd_zoo.cli.arguments import PATHS
+from sssd_zoo.cli.commands import COMMANDS
+from sssd_zoo.configs import commands as arguments
 from sssd_zoo.errors import UserError
-from sssd_zoo.export import is_graph, is_program
 from sssd_zoo.files import RUN_MARK, expand_home
-from sssd_zoo.hub import save_model_folder, save_network
-from sssd_zoo.run_folder import KINDS, atomic_dir, drop, kind_of, mark, tidy
-from sssd_zoo.stages import Stages
+from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.files.run_folder import KINDS, atomic_dir, drop, kind_of, mark, tidy
+from sssd_zoo.hub.model_card import save_model_folder
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline.export import is_graph, is_program
+from sssd_zoo.pipeline.stages import Stages
 
 SMALL = ["--model", "sssd_resnet18", "--image_size", "32", "--epochs", "1", "--batch_size", "16", "--device", "cpu"]
 WORDS = {  # a command line of each command that has an --out, but for that
@@ -69,7 +71,7 @@ def mine(tmp_path: Path) -> Path:
 
 
 def test_every_command_that_writes_a_folder_is_tried_here():
-    writers = {name for name, (own, _, _) in COMMANDS.items() if "out" in get_type_hints(getattr(arguments, own))}
+    writers = {name for name, made in COMMANDS.items() if "out" in get_type_hints(getattr(arguments, made.arguments))}
     assert writers == set(WORDS)
 
 
@@ -295,7 +297,7 @@ def test_a_finished_step_goes_only_when_told_to_and_its_successor_is_complete(tm
 def test_a_kill_while_a_step_is_replaced_is_made_good(at, tmp_path, monkeypatch):
     Stages(tmp_path, {}).run("train", step("1"), {"lr": 1})
     stages = Stages(tmp_path, {}, overwrite=True)
-    killed = "sssd_zoo.stages.replace" if at == "before the folder" else "pathlib.Path.replace"
+    killed = "sssd_zoo.pipeline.stages.replace" if at == "before the folder" else "pathlib.Path.replace"
     with monkeypatch.context() as patch:
         real = Path.replace
 
@@ -405,7 +407,7 @@ def text_arguments(own: Any) -> set[str]:
 
 
 def test_every_argument_that_may_be_a_path_is_known():
-    texts = set().union(*(text_arguments(getattr(arguments, own)) for own, _, _ in COMMANDS.values()))
+    texts = set().union(*(text_arguments(getattr(arguments, made.arguments)) for made in COMMANDS.values()))
     no_paths = {
         *("split", "test_split", "pretrain_split", "calibration_split", "image_column", "label_column", "revision"),
         *("objects_column", "classes", "name", "paper", "license", "remarks", "repo", "tag", "commit_message"),
@@ -420,8 +422,8 @@ def test_a_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
-    monkeypatch.setattr("sssd_zoo.fit.fit", seen.append)
-    monkeypatch.setattr("sssd_zoo.compare.compare", seen.append)
+    monkeypatch.setattr("sssd_zoo.pipeline.fit.fit", seen.append)
+    monkeypatch.setattr("sssd_zoo.pipeline.compare.compare", seen.append)
     (home / "recipe.yaml").write_text("data: ~/photos\nout: ~/run\npretrain:\n  init: ~/old\n")
     assert sssd("fit", "--config=~/recipe.yaml", "--features=local-dir:~/net") == 0
     assert (seen[0].data, seen[0].out) == (f"{home}/photos", f"{home}/run")

@@ -24,12 +24,12 @@ from PIL import Image
 
 from sssd_zoo.cli import run
 from sssd_zoo.errors import UserError
-from sssd_zoo.hub import save_network
-from sssd_zoo.network_checks import built_sizes
-from sssd_zoo.networks import load_network
-from sssd_zoo.page import Demo
-from sssd_zoo.space import assemble, push
-from sssd_zoo.untrusted import read_inside, read_yaml
+from sssd_zoo.files.untrusted import read_inside, read_yaml
+from sssd_zoo.hub.page import Demo
+from sssd_zoo.hub.space import assemble, push
+from sssd_zoo.models.checks import built_sizes
+from sssd_zoo.models.networks import load_network
+from sssd_zoo.models.saving import save_network
 
 SHIPPED = "sssd_resnet18_cifar.cifar10"
 
@@ -364,7 +364,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         *(("ENDPOINT", hub.url), ("HUGGINGFACE_CO_URL_TEMPLATE", files)),
     ):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    monkeypatch.setattr("sssd_zoo.hub_client.PATIENCE", 2.0)
+    monkeypatch.setattr("sssd_zoo.files.hub_client.PATIENCE", 2.0)
     yield hub
     hub.shutdown()
     hub.server_close()
@@ -412,7 +412,7 @@ def test_pull_gives_up_on_a_silent_hub(fault, hub, finished, tmp_path, capsys):
 
 
 def test_a_slow_hub_is_waited_for(hub, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("sssd_zoo.hub_client.PATIENCE", 1.5)  # the body takes 3 seconds
+    monkeypatch.setattr("sssd_zoo.files.hub_client.PATIENCE", 1.5)  # the body takes 3 seconds
     run("publish", [str(finished), "--repo", "someone/network"])
     with hub.faulty(Fault("GET", "/resolve/.*safetensors", "slow")):
         run("pull", ["someone/network", "--out", str(tmp_path / "out")])

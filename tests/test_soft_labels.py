@@ -9,9 +9,10 @@ import torch
 from test_cli import TINY, one_line, sssd
 from test_clustering import blobs, pseudo_labels
 
-from sssd_zoo.clustering import PseudoLabels, kmeans
 from sssd_zoo.errors import UserError
-from sssd_zoo.soft_labels import SoftLabels, nearest_centroids
+from sssd_zoo.labels.kmeans import kmeans
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.labels.soft import SoftLabels, nearest_centroids
 
 
 def labels_of(features, k=6, near=4):

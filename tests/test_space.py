@@ -27,14 +27,15 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from sssd_zoo.cli import run
-from sssd_zoo.clustering import PseudoLabels
+from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.augment import normalise, resize, to_float
 from sssd_zoo.data.images import CorruptImageError
-from sssd_zoo.data.loading import DataConfig, load_images
+from sssd_zoo.data.loading import load_images
 from sssd_zoo.errors import UserError
+from sssd_zoo.hub.page import Analysis, Demo
+from sssd_zoo.hub.space import NEAREST, assemble, push
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import ensemble_logits
-from sssd_zoo.page import Analysis, Demo
-from sssd_zoo.space import NEAREST, assemble, push
 
 SHIPPED = "sssd_resnet18_cifar.cifar10"
 TINY = [
@@ -113,7 +114,7 @@ sys.modules.update(dict.fromkeys({others}))  # an import of these fails
 sys.path.insert(0, {str(page)!r})
 import sssd_zoo
 from pathlib import Path
-from sssd_zoo.page import Demo, build
+from sssd_zoo.hub.page import Demo, build
 demo = Demo(Path({str(page)!r}))
 build(demo)
 print(sssd_zoo.__file__, demo.analyse(Path(demo.examples[0]).read_bytes()).cluster)
@@ -354,8 +355,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_push_makes_a_gradio_space_of_the_folder(hub, tmp_path, capsys):
-    for name in ("app.py", "README.md", "model/config.json", "sssd_zoo/page.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("app.py", "README.md", "model/config.json", "sssd_zoo/hub/page.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{name}'s content")
     hub.private = True
     hub.files = ["app.py", "clusters/nearest.parquet", "notes.txt"]  # of an earlier push, and of its owner

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from sssd_zoo.paper import TABLES, named_rows
-from sssd_zoo.tables import (
+from sssd_zoo.evaluation.reports.comparison import (
     METHODS,
     VARIANTS,
     Result,
@@ -17,6 +16,7 @@ from sssd_zoo.tables import (
     results_csv,
     spread,
 )
+from sssd_zoo.evaluation.reports.paper import TABLES, named_rows
 
 SETTING = Setting(
     data="uoft-cs/cifar10",

@@ -14,11 +14,12 @@ from conftest import ROOT
 from huggingface_hub import DatasetCard, ModelCard
 from PIL import Image
 
-from sssd_zoo import report
 from sssd_zoo.errors import UserError
-from sssd_zoo.hub import model_card
-from sssd_zoo.publish import labels_card
-from sssd_zoo.text import Terminal, code, html, markdown, plain
+from sssd_zoo.errors.text import Terminal, code, html, markdown, plain
+from sssd_zoo.evaluation.reports import figures
+from sssd_zoo.evaluation.reports.markdown import table, write_report
+from sssd_zoo.hub.model_card import model_card
+from sssd_zoo.hub.publish import labels_card
 
 HOSTILE = [
     "\x1b]0;owned\x07\x1b[2J\x1b[31mred",
@@ -112,8 +113,8 @@ def test_markdown_of_a_name_is_text(name):
         said = "".join(token.content for token in tokens if token.type in ("text", "code_inline", "text_special"))
         assert said == f"Data: {plain(name)}, ours" or not plain(name).strip()
         head = ["", "b", "c"]
-        table = rendered("\n".join(report.table(head, [[written, "1", "2"], ["x", written, written]])))
-        assert sum(token.type == "td_open" for token in table) == 6
+        tokens = rendered("\n".join(table(head, [[written, "1", "2"], ["x", written, written]])))
+        assert sum(token.type == "td_open" for token in tokens) == 6
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -126,7 +127,7 @@ def test_reports_and_cards_of_hostile_names(name, tmp_path):
         "figures": {"figures/accuracy.png": name},
         "macs": {"1": 1, "2": 2, "3": 3, "4": 4, "ensemble": 5},
     }
-    report.write_report(tmp_path / "report.md", results)
+    write_report(tmp_path / "report.md", results)
     harmless((tmp_path / "report.md").read_text(encoding="utf-8"))
     config = {"architecture": name, "num_classes": 3, "label_names": [name] * 3, "model_args": {}}
     config["pretrained_cfg"] = {"input_size": [3, 32, 32]}
@@ -148,14 +149,14 @@ def test_reports_and_cards_of_hostile_names(name, tmp_path):
 @pytest.mark.parametrize("name", ["$1_$5", "$5_$10", "$\\frac{1}{0}$", "_hidden", "\ud800\x1b[2J\n", "x" * 5000, ""])
 def test_figures_show_names_as_they_are(name, tmp_path):
     lines = [{"epoch": number, "loss": 10.0**-number, "part": 1.0, "lr": 0.1} for number in (1, 2, 3)]
-    report.loss_curves({name: lines}, tmp_path / "curves.png")
+    figures.loss_curves({name: lines}, tmp_path / "curves.png")
     rows: Any = [{"name": name, "exits": [1.0, 2.0, 3.0, 4.0], "ensemble": 5.0}]
     macs = {"1": 1, "2": 2, "3": 3, "4": 4, "ensemble": 5}
-    report.accuracy_cost(rows, macs, tmp_path / "accuracy.png", plain={name: 2.0})
-    report.cluster_sheet(np.zeros((2, 3, 3, 8, 8), np.uint8), [name, f"{name} 2"], tmp_path / "clusters.png")
-    report.label_curves({name: {1.0: [50.0, 60.0]}}, {name: {1.0: 50.0}}, tmp_path / "labels.png", axis="labels (%)")
+    figures.accuracy_cost(rows, macs, tmp_path / "accuracy.png", plain={name: 2.0})
+    figures.cluster_sheet(np.zeros((2, 3, 3, 8, 8), np.uint8), [name, f"{name} 2"], tmp_path / "clusters.png")
+    figures.label_curves({name: {1.0: [50.0, 60.0]}}, {name: {1.0: 50.0}}, tmp_path / "labels.png", axis="labels (%)")
     boxes: Any = [{"boxes": np.array([[1, 1, 5, 5]]), "labels": np.array([1]), "difficult": np.array([0])}]
-    report.detections([np.zeros((3, 8, 8), np.uint8)], boxes, boxes, [name], tmp_path / "boxes.png")
+    figures.detections([np.zeros((3, 8, 8), np.uint8)], boxes, boxes, [name], tmp_path / "boxes.png")
     for path in sorted(Path(tmp_path).glob("*.png")):
         with Image.open(path) as picture:
             assert max(picture.size) < 3000

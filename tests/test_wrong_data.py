@@ -20,13 +20,14 @@ from PIL import Image
 from test_cli import one_line, sssd
 from test_data import file_bytes, picture, write, write_parquet
 
+from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.formats import EXTENSIONS
-from sssd_zoo.data.loading import DataConfig, ImageData, load_images, split_names
+from sssd_zoo.data.loading import ImageData, load_images, split_names
 from sssd_zoo.data.streaming import load_streaming
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK
-from sssd_zoo.hub import save_network
-from sssd_zoo.predict import find_images
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline.predict import find_images
 
 TINY = ("--cluster.k", "2", *(f"--{step}.batch_size=4" for step in ("pretrain", "distill")), "--pretrain.queue_size=4")
 

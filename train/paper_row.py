@@ -17,13 +17,15 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from sssd_zoo.clustering import random_labels
-from sssd_zoo.config import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig, ProbeConfig
-from sssd_zoo.data.loading import DataConfig, load_images
-from sssd_zoo.engine import RuntimeConfig, machine, read_metrics, tune_cpu
+from sssd_zoo.configs import AnchoredConfig, ClusterConfig, DataConfig, FitArgs, MoCoConfig, ProbeConfig, RuntimeConfig
+from sssd_zoo.data.loading import load_images
+from sssd_zoo.distributed.hardware import machine, tune_cpu
 from sssd_zoo.files import RUN_MARK, read_json, write_json
-from sssd_zoo.fit import fit
-from sssd_zoo.steps import distill_network, pretrain_network
+from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.labels.pseudo_labels import random_labels
+from sssd_zoo.pipeline.distill import distill_network
+from sssd_zoo.pipeline.fit import fit
+from sssd_zoo.pipeline.pretrain import pretrain_network
 
 ARCH, SIZE = "sssd_resnet18_cifar", 32
 # Longest first: whether MoCo's loss is symmetric (twice the cost of an epoch), its epochs, those of each distillation.

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sssd_zoo.page import serve
+from sssd_zoo.hub.page import serve
 
 if __name__ == "__main__":
     serve(Path(__file__).parent)

@@ -21,7 +21,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,57 +30,18 @@ from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sssd_zoo.configs import DetectionDataConfig
 from sssd_zoo.data import sources
 from sssd_zoo.data.columns import pick_split
 from sssd_zoo.data.formats import EXTENSIONS
-from sssd_zoo.data.images import (
-    MAX_PIXELS,
-    CorruptImageError,
-    Encoded,
-    EncodedImages,
-    encoded,
-    opened,
-    quiet_pillow,
-    to_rgb,
-)
+from sssd_zoo.data.images import CorruptImageError, Encoded, EncodedImages, encoded, opened, quiet_pillow, to_rgb
 from sssd_zoo.data.loading import NAMED, GlobalBatches, open_encoded
 from sssd_zoo.distributed import rank, world_size
 from sssd_zoo.errors import UserError
-from sssd_zoo.ranges import Checked, Count, CountOrZero, DistinctNames, Names, Workers
 
 logger = logging.getLogger("sssd_zoo")
 
 LOOKED_FOR = 100  # of COCO's images, which tell where all of them lie
-
-
-@dataclass(kw_only=True)
-class DetectionDataConfig(Checked):
-    """Which images with boxes to read, and how.
-
-    Args:
-        data: one or several, joined: roots of Pascal VOC trees (Annotations, ImageSets/Main, JPEGImages), COCO JSON
-            files, Hub ids, parquet files or `save_to_disk` folders with a column of objects.
-        split: a list of ImageSets/Main, or a split of `datasets`; several are joined by '+', as in train+val.
-        image_folder: of COCO's images; by default the JSON file's own folder or one beside it.
-        objects_column: of `datasets`: holds `bbox`, and `category`, `label` or `labels`, for each object.
-        box_format: of `datasets`: 'xywh' as COCO has them, or 'xyxy'.
-        classes: their names; by default those that the data have. Objects of others cannot be used.
-        max_bad: how many images and objects that cannot be used may be left out, each one named: images without file or
-            annotation, listed twice, or of another size than their annotation says, and objects without a box, without
-            area or of unknown classes.
-        max_pixels: images of more cannot be used: a small file may hold a picture that takes gigabytes.
-        workers: processes that decode.
-    """
-
-    data: Names
-    split: str | None = None
-    image_folder: str | None = None
-    objects_column: str = "objects"
-    box_format: Literal["xywh", "xyxy"] = "xywh"
-    classes: DistinctNames | None = None
-    max_bad: CountOrZero = 0
-    max_pixels: Count = MAX_PIXELS
-    workers: Workers = 2
 
 
 @dataclass(frozen=True)

@@ -22,22 +22,30 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data.formats import LFS_POINTER, regular_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs; decoding that many takes up to 1 GB
 # Formats whose header does not tell what decoding takes: they hold files of others, or are programs for Ghostscript.
 UNBOUNDED = frozenset(("BLP", "DCX", "EPS", "FPX", "ICNS", "ICO", "IPTC", "MIC"))
+
 LARGE = 2**24  # pixels; larger images are decoded one at a time in a process, however many threads it has
+
 STRIP = 2**20  # pixels of a deep image that are scaled at a time
+
 # The greatest of what deep pixels usually span, and the factor to 0..255: the first range that holds them is taken.
 USUAL = {"float": ((1.0, 255.0), (255.0, 1.0)), "integer": ((255.0, 1.0), (65535.0, 1 / 256))}
+
 LARGEST_NATURAL = 96  # images up to this side are kept as they are, larger ones are resized to what the caller asks
+
 GDAL_NODATA, SAMPLE_FORMAT = 42113, 339  # tags of TIFF
+
 CHUNK = 64  # images that a thread decodes at a time
+
 FULL_FINGERPRINT = 200_000  # rows up to which the fingerprint covers all of them
+
 SAMPLED_FINGERPRINT = 20_000  # rows of larger sets that it covers
 
 _one_large = Lock()

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data.augment import normalise, resize, to_float
-from sssd_zoo.data.images import MAX_PIXELS, Encoded, decode, natural_size
+from sssd_zoo.data.images import Encoded, decode, natural_size
 
 
 def storage_default(image_size: int | None) -> int:

@@ -7,7 +7,6 @@ give the same images in the same order: `GlobalBatches` decides the order, and n
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import (
-    MAX_PIXELS,
     Corrupt,
     EncodedImages,
     decode_all,
@@ -33,51 +33,12 @@ from sssd_zoo.data.images import (
 )
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
-from sssd_zoo.ranges import Checked, Count, CountOrZero, Pixels, Workers
 
 logger = logging.getLogger("sssd_zoo")
 
 NAMED = 10  # corrupt images that a message names; all of them are in `ImageData.corrupt`
+
 LOOKED_AT = 256  # evenly spaced images whose size decides the storage size
-
-
-@dataclass(kw_only=True)
-class DataConfig(Checked):
-    """Which images to read, and how.
-
-    Args:
-        data: 'cifar10-sample' (ships with the package), a Hub id such as uoft-cs/cifar10 (`id:configuration` where it
-            has several), an image folder with or without class sub-folders, a parquet file or a folder of them, or a
-            `save_to_disk` folder.
-        split: of the data set; by default 'train', or the only one. 'train[:20000]' and 'train[10%:20%]' are parts of
-            it by rows, where nothing streams.
-        image_column: of the data set; by default found by its type or name.
-        label_column: of the data set; by default found by its type or name, and labels are optional.
-        unlabelled: use no labels, whatever the data have: for images in sub-folders that are no classes, such as dates
-            or cameras.
-        storage_size: side in pixels of the square that each image is stored as; by default the images' own if all are
-            square, alike and at most 96 px, otherwise a size that fits the model.
-        max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
-        max_pixels: images of more cannot be decoded: a small file may hold a picture that takes gigabytes. JPEG is
-            decoded at a fraction of its size and counts as that.
-        in_memory: decode all images once and keep them; by default if they take at most half of the free memory.
-        streaming: never hold the whole set, not even on disk: for pretraining on sets of the Hub.
-        workers: threads or processes that decode.
-        revision: commit or branch of a data set on the Hub.
-    """
-
-    data: str
-    split: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    unlabelled: bool = False
-    storage_size: Pixels | None = None
-    max_corrupt: CountOrZero = 0
-    max_pixels: Count = MAX_PIXELS
-    in_memory: bool | None = None
-    streaming: bool = False
-    workers: Workers = 2
-    revision: str | None = None
 
 
 class CorruptTally:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sssd_zoo.configs import DataConfig
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import Corrupt, Encoded, decode_batch, encoded, natural_size
-from sssd_zoo.data.loading import CorruptTally, DataConfig
+from sssd_zoo.data.loading import CorruptTally
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 

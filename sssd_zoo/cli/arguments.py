@@ -1,0 +1,142 @@
+"""Reads a command's arguments into its dataclass: from recipes and the command line, by jsonargparse.
+
+jsonargparse's own `add_subcommands` would build the parsers of all twenty commands at every start, which takes longer
+than reading the arguments of one; so a command's parser is built when the command is known.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from itertools import pairwise
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from sssd_zoo import configs
+from sssd_zoo.cli.commands import COMMANDS
+from sssd_zoo.cli.guard import fail
+from sssd_zoo.configs.ranges import problems
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import expand_home
+from sssd_zoo.files.untrusted import check_recipe
+
+# Arguments that are paths, or may be: a `~` in front of them is expanded, wherever they were given.
+PATHS = (
+    *("data", "pretrain_data", "test_data", "image_folder", "images", "out", "weights", "run", "calibrated", "also"),
+    *("model", "models", "features", "teacher", "encoder", "init", "labels"),
+)
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """jsonargparse's help, with ranges in words."""
+
+    def _expand_help(self, action: Any) -> str:
+        return readable(super()._expand_help(action))
+
+
+def readable(text: str) -> str:
+    """What jsonargparse says, with ranges in words, "int of at least 1", and without hundreds of digits."""
+    text, replaced = re.sub(r"(\d{20})\d{20,}", r"\1...", text).replace("typing.Annotated", "Annotated"), 1
+    while replaced:  # the innermost first
+        text, replaced = re.subn(r"Annotated\[((?:[^][]|\[[^][]*\])*), ([^][,]*)\]", r"\1 \2", text)
+    return text
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, with errors of one line that suggest the flag that was meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints `message` on one line and exits with status 2."""
+        unknown = re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
+        if unknown:
+            message += did_you_mean(unknown[1], (flag[2:] for flag in self._option_string_actions), "--")
+        fail(f"{readable(message)} (see {self.prog} --help)")
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error message about a mistyped word: '; did you mean --data?', or ''."""
+    close = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _parser(name: str, prog: str) -> Parser:
+    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
+    )
+    arguments, positional = getattr(configs, COMMANDS[name].arguments), dict(COMMANDS[name].positional)
+    described = {argument.arg_name: argument.description for argument in parse_docstring(arguments.__doc__).params}
+    for argument, words in positional.items():
+        parser.add_argument(argument, nargs=words, metavar=argument.upper(), help=described[argument])
+    parser.add_class_arguments(arguments, skip=set(positional))
+    return parser
+
+
+def switches(config: Any, prefix: str = "--") -> set[str]:
+    """The options of a dataclass, and of the dataclasses in it, that are true or false."""
+    flags: set[str] = set()
+    for name, kind in get_type_hints(config).items():
+        if is_dataclass(kind):
+            flags |= switches(kind, f"{prefix}{name}.")
+        elif bool in (kind, *get_args(kind)):
+            flags.add(prefix + name)
+    return flags
+
+
+def spell_out(arguments: list[str], config: Any) -> list[str]:
+    """Writes `--resume` as `--resume true`, which is what jsonargparse understands, and `--dry-run` as `--dry_run`."""
+    names, words = switches(config), []
+    arguments = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
+    for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
+        words.append(word)
+        if word in names and following.lower() not in ("true", "false", "yes", "no", "null"):
+            words.append("true")
+    return words
+
+
+def expand_paths(config: Any) -> Any:
+    """Expands `~` in the paths of a dataclass, and of the dataclasses in it; raises `UserError` if it is nobody's."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            expand_paths(value)
+        elif field.name in PATHS and isinstance(value, str):
+            setattr(config, field.name, expand_home(value))
+        elif field.name in PATHS and isinstance(value, list):
+            setattr(config, field.name, [expand_home(path) for path in value])
+    return config
+
+
+def check_recipes(words: list[str]) -> None:
+    """Raises `UserError` where `--config` is given what is large, or becomes so when it is parsed."""
+    pairs = (word.split("=", 1) if "=" in word else [word, after] for word, after in pairwise([*words, ""]))
+    for recipe in (value for name, value in pairs if name == "--config"):
+        check_recipe(recipe)
+
+
+def read_arguments(name: str, words: list[str], prog: str) -> Any:
+    """The arguments of one command, as its dataclass.
+
+    Raises:
+        UserError: that names all values out of their ranges.
+        SystemExit: for words that are no arguments, and after the help.
+    """
+    config = getattr(configs, COMMANDS[name].arguments)
+    parser = _parser(name, prog)
+    words = spell_out(words, config)
+    check_recipes(words)
+    try:
+        parsed = parser.parse_args(words)
+    except (ArithmeticError, RecursionError, ValueError) as error:  # of numbers and YAML that no parser copes with
+        raise UserError(f"cannot read the arguments: {error} (see {prog} --help)") from error
+    if wrong := problems(parsed.as_dict(), config):
+        raise UserError("; ".join(wrong))
+    try:
+        values = dict(vars(parser.instantiate(parsed)))
+        values.pop("config", None)
+        settings = config(**values)
+    except ValueError as error:  # of settings that exclude one another
+        raise UserError(str(error)) from error
+    return expand_paths(settings)

@@ -1,0 +1,249 @@
+"""What a value may be, said once in its type: `lr: LearningRate` is a float from 0 to 10,000, whoever gives it.
+
+To a type checker the types of this module are plain numbers and lists; their second half, `Range` or `Items`, is what
+`problems` checks. A dataclass that inherits from `Checked` refuses wrong values when it is made. The `sssd` command
+asks `problems` about its arguments before that, to tell of all of them at once, and `files.read_json` about what it
+read.
+"""
+
+import math
+import os
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Required,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+MOST = 2**31 - 1  # of anything counted: what is passed on to C as an int
+
+
+@dataclass(frozen=True, repr=False)
+class Range:
+    """The numbers from `low` to `high`.
+
+    Attributes:
+        low: the smallest.
+        high: the largest.
+        open_low: `low` itself is not one of them.
+        open_high: `high` itself is not one of them.
+    """
+
+    low: float
+    high: float = MOST
+    open_low: bool = False
+    open_high: bool = False
+
+    def __repr__(self) -> str:
+        """As the help shows it behind the type."""
+        if self.high == MOST and not self.open_low:
+            return f"of at least {self.low}"
+        if self.open_low and self.open_high:
+            return f"between {self.low:g} and {self.high:g}"
+        low = f"above {self.low:g} and" if self.open_low else f"from {self.low}"
+        return f"{low} {'to below' if self.open_high else 'up to' if self.open_low else 'to'} {self.high}"
+
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with a number, or None."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        # NaN is neither above nor below anything.
+        return None if above and below else f"must be a number {self!r}"
+
+
+@dataclass(frozen=True, repr=False)
+class Items:
+    """How many items a list has, and how they follow one another.
+
+    Attributes:
+        least: of them.
+        most: of them.
+        order: 'distinct', 'ascending' (neighbours may be equal), or any.
+    """
+
+    least: int = 0
+    most: int = MOST
+    order: Literal["any", "distinct", "ascending"] = "any"
+
+    def __repr__(self) -> str:
+        """As the help shows it behind the type."""
+        return " ".join(word for word in ("of" if self.least else "", self._count, self._order) if word)
+
+    @property
+    def _count(self) -> str:
+        return f"{self.least}" if self.least == self.most else f"at least {self.least}" if self.least else ""
+
+    @property
+    def _order(self) -> str:
+        return "" if self.order == "any" else self.order
+
+    def problem(self, value: Sequence[Any]) -> str | None:
+        """What is wrong with a list, or None."""
+        if not self.least <= len(value) <= self.most:
+            return f"must have {self._count} item{'s' if self.least != 1 else ''}"
+        if self.order == "distinct" and len(set(value)) < len(value):
+            return "must have distinct items"
+        if self.order == "ascending" and any(a > b for a, b in pairwise(value)):
+            return "must be ascending"
+        return None
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Clusters = Annotated[int, Range(2)]
+Channels = Annotated[int, Range(1, 65536)]
+Pixels = Annotated[int, Range(1, 16384)]
+QueueSize = Annotated[int, Range(1, 2**24)]
+Workers = Annotated[int, Range(0, 1024)]
+Port = Annotated[int, Range(1, 65535)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+
+Fraction = Annotated[float, Range(0, 1)]
+FractionBelowOne = Annotated[float, Range(0, 1, open_high=True)]
+PositiveFraction = Annotated[float, Range(0, 1, open_low=True)]
+ProperFraction = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
+Percent = Annotated[float, Range(0, 100)]
+LearningRate = Annotated[float, Range(0, 10_000)]
+PositiveLearningRate = Annotated[float, Range(0, 10_000, open_low=True)]
+Weight = Annotated[float, Range(0, 10_000)]
+Temperature = Annotated[float, Range(1e-6, 10**6)]
+Positive = Annotated[float, Range(0, 1e9, open_low=True)]
+Epochs = Annotated[float, Range(0)]
+AnchorScale = Annotated[float, Range(0, 1000, open_low=True)]
+
+CropScale = Annotated[tuple[PositiveFraction, PositiveFraction], Items(2, 2, "ascending")]
+Milestones = Annotated[list[Count], Items(order="ascending")]
+Seeds = Annotated[list[Seed], Items(1, order="distinct")]
+Thresholds = Annotated[list[Fraction], Items(3, 3)]
+Names = Annotated[list[str], Items(1)]
+DistinctNames = Annotated[list[str], Items(1, order="distinct")]
+
+
+@dataclass(kw_only=True)
+class Checked:
+    """A base for dataclasses that hold arguments: none is ever made with a value that its field's type forbids."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` that names every value out of its range."""
+        refuse(problems(vars(self), type(self)))
+
+
+def refuse(found: Iterable[str]) -> None:
+    """Raises `ValueError` of these problems, if there are any."""
+    if lines := list(found):
+        raise ValueError("; ".join(lines))
+
+
+def problems(value: Any, kind: Any, name: str = "") -> list[str]:
+    """What is wrong with a value, a line each; [] if it is of this type and in its range.
+
+    Args:
+        value: to check; for a dataclass or `TypedDict`, also a mapping of its fields.
+        kind: the type: numbers, strings, booleans, None, `Literal`, `Annotated`, unions, lists, tuples, dictionaries,
+            `TypedDict` and `Checked` dataclasses, of one another. Other types are not looked into.
+        name: what to call the value.
+    """
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        found = problems(value, args[0], name)
+        texts = [text for mark in args[1:] if (text := mark.problem(value))] if not found else []
+        return found + [f"{name} is {_short(value)}; it {text}" for text in texts]
+    if origin in (NotRequired, Required):
+        return problems(value, args[0], name)
+    if origin in (Union, types.UnionType):
+        tried = [problems(value, option, name) for option in args]
+        fits = [option for option in args if option is not type(None)]
+        return [] if [] in tried else tried[args.index(fits[0])] if len(fits) == 1 else _not(value, kind, name)
+    if origin is Literal:
+        return [] if value in args else [f"{name} is {_short(value)}; it must be {_choice(args)}"]
+    if isinstance(kind, type) and (is_typeddict(kind) or issubclass(kind, Checked)):
+        return _fields(value, kind, name)
+    if (origin or kind) in (list, tuple, dict, Sequence):
+        return _items(value, origin or kind, args or (Any, Any), name)
+    if kind is float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            return _not(value, kind, name)
+        return [] if _finite(value) else [f"{name} is {_short(value)}; it must be a finite number"]
+    if kind is int:
+        return [] if isinstance(value, Integral) and not isinstance(value, bool) else _not(value, kind, name)
+    if kind is str:
+        return [] if isinstance(value, (str, os.PathLike)) else _not(value, kind, name)
+    if kind in (bool, type(None)):
+        return [] if isinstance(value, kind) else _not(value, kind, name)
+    return []
+
+
+def _fields(value: Any, kind: type, name: str) -> list[str]:
+    if not isinstance(value, dict):
+        # A dataclass was checked when it was made.
+        return [] if not is_typeddict(kind) and isinstance(value, kind) else _not(value, dict, name)
+    found = []
+    for field, field_kind in _hints(kind).items():
+        inner = f"{name}.{field}" if name else field
+        if field in value:
+            found += problems(value[field], field_kind, inner)
+            if isinstance(value[field], str) and issubclass(kind, Checked):
+                found += _text_problem(value[field], inner)
+        elif field in getattr(kind, "__required_keys__", ()):
+            found.append(f"{inner} is missing")
+    return found
+
+
+def _text_problem(text: str, name: str) -> list[str]:
+    if not text:  # as of a shell variable that is not set; as a path it would be the folder that one stands in
+        return [f"{name} is empty; leave it out, or give it a value"]
+    return [f"{name} holds a NUL character, which no name can have"] if "\0" in text else []
+
+
+def _items(value: Any, origin: Any, args: tuple[Any, ...], name: str) -> list[str]:
+    if origin is dict:
+        if not isinstance(value, dict):
+            return _not(value, dict, name)
+        return [text for key, item in value.items() for text in problems(item, args[1], f"{name}[{key!r}]")]
+    if not isinstance(value, (list, tuple)):
+        return _not(value, list, name)
+    fixed = origin is tuple and args[-1] is not Ellipsis
+    if fixed and len(args) != len(value):
+        return [f"{name} is {_short(value)}; it must have {len(args)} items"]
+    kinds = args if fixed else (args[0],) * len(value)
+    pairs = enumerate(zip(value, kinds, strict=True))
+    return [text for number, (item, kind) in pairs for text in problems(item, kind, f"{name}[{number}]")]
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def _not(value: Any, kind: Any, name: str) -> list[str]:
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
+    words |= {dict: "a mapping of names to values", type(None): "null"}
+    return [f"{name or 'it'} is {_short(value)}; it must be {words.get(kind, kind)}"]
+
+
+def _choice(options: tuple[Any, ...]) -> str:
+    return "one of " + ", ".join(map(str, options))
+
+
+def _short(value: Any) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else f"{'-' if value < 0 else ''}over 10^30"
+    return text if len(text) <= 60 else f"{text[:57]}..."

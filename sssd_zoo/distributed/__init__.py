@@ -1,0 +1,58 @@
+"""The processes of a run: which one this is, and what they tell one another."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sssd_zoo.errors import UserError
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes, 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 without torch.distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Runs `action` in the main process; its result, or its `UserError`, is that of every process."""
+    if world_size() == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        problem = UserError(outcome[1])
+        problem.told = rank() != 0
+        raise problem
+    result: T = outcome[0]
+    return result
+
+
+@torch.no_grad()
+def gather(tensor: Tensor) -> Tensor:
+    """Concatenates [b, ...] of all processes to [b * world, ...], without gradients; one process gets its own back."""
+    if world_size() == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)

@@ -1,0 +1,62 @@
+"""BatchNorm over all processes, on CPUs as on GPUs."""
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor, nn
+
+from sssd_zoo.distributed import world_size
+
+
+@torch.no_grad()
+def average_batchnorm(module: nn.Module) -> None:
+    """Replaces every running mean and variance by its average over the processes.
+
+    Each process tracks the statistics of its own samples; as the moving average is linear, this gives what one process
+    that saw all of them would hold.
+    """
+    if world_size() == 1:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            for buffer in (layer.running_mean, layer.running_var):
+                if buffer is not None:
+                    dist.all_reduce(buffer)
+                    buffer.div_(world_size())
+
+
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm with the statistics of the global batch, for gloo processes: torch's SyncBatchNorm is for GPUs only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises [B, C, H, W] as if the batches of all processes were one."""
+        if not self.training:
+            return super().forward(input)
+        values = input.float()
+        moments = torch.stack([values.mean(dim=(0, 2, 3)), values.square().mean(dim=(0, 2, 3))])
+        mean, square = dist_nn.all_reduce(moments) / world_size()
+        variance = (square - mean.square()).clamp_min(0)
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            count = values.numel() / values.shape[1] * world_size()
+            momentum = 0.1 if self.momentum is None else self.momentum
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(variance * count / (count - 1), momentum)
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        output: Tensor = values * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
+        return output.to(input.dtype)
+
+
+def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+    """Makes every BatchNorm2d of `module` use the global batch's statistics; parameters and buffers are kept."""
+    if world_size() == 1:
+        return module
+    if device.type != "cpu":
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return converted
+    for layer in module.modules():
+        # timm's BatchNormAct2d subclasses compute more than a norm; the networks here have none.
+        if type(layer) is nn.BatchNorm2d:
+            layer.__class__ = CPUSyncBatchNorm
+    return module

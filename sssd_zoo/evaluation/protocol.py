@@ -1,0 +1,221 @@
+"""Measuring frozen networks: features of every exit, linear probes and nearest neighbours."""
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sssd_zoo.configs import DataConfig, ForwardConfig, ProbeConfig
+from sssd_zoo.data.layout import composed
+from sssd_zoo.data.loading import ImageData, fits_on_gpu, load_images, split_names
+from sssd_zoo.data.walk import listed
+from sssd_zoo.distributed import rank
+from sssd_zoo.distributed.hardware import compute_device
+from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.features import network_features
+from sssd_zoo.evaluation.knn import knn as knn_accuracy
+from sssd_zoo.evaluation.probe import Probe, check_labels, linear_probe
+from sssd_zoo.models import SSSDResNet
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What probes are trained and measured on.
+
+    Attributes:
+        train: the labelled images of the probes.
+        train_positions: int64, which of them.
+        test: the images that are measured.
+        test_positions: int64, which of them.
+        words: where the test images come from, for people.
+
+    Raises:
+        UserError: if a class has no image to train on.
+    """
+
+    train: ImageData
+    train_positions: Tensor
+    test: ImageData
+    test_positions: Tensor
+    words: str
+
+    def __post_init__(self) -> None:
+        """Checks the labels here, before a day of training, which the probes would do after it."""
+        names = self.train.class_names or []
+        check_labels(self.train_labels, self.test_labels, len(names), names)
+
+    @property
+    def train_labels(self) -> Tensor:
+        """Int64 [N], of the images that probes are trained on."""
+        assert self.train.labels is not None
+        return torch.from_numpy(self.train.labels)[self.train_positions]
+
+    @property
+    def test_labels(self) -> Tensor:
+        """Int64 [M], of the images that are measured."""
+        assert self.test.labels is not None
+        return torch.from_numpy(self.test.labels)[self.test_positions]
+
+    def describe(self) -> str:
+        """How many test images, and where they come from."""
+        return f"{len(self.test_positions)} images, {self.words}"
+
+    def digest(self) -> str:
+        """A short fingerprint of the true labels, the names of their classes, and which images are measured."""
+        parts = (self.train_positions, self.train_labels, self.test_positions, self.test_labels)
+        digest = hashlib.sha256(json.dumps(self.train.class_names).encode())
+        for tensor in parts:
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def evaluation_data(
+    data: ImageData, config: DataConfig, *, test_split: str | None, holdout: float, seed: int
+) -> Evaluation:
+    """The split to measure on: the one asked for, else 'test' or 'validation', else images held out by class.
+
+    Raises:
+        UserError: without labels, if the splits have different classes, or if a class has no image to train on.
+    """
+    assert data.labels is not None  # callers look
+    names = [name for name in split_names(config) if name != data.split.split("[")[0]]
+    wanted = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
+    for name in wanted:
+        if name == data.split:
+            continue
+        test = load_images(
+            replace(config, split=name, storage_size=data.size),
+            require_labels=test_split is not None,
+            progress=rank() == 0,
+        )
+        if test.labels is None:
+            continue
+        if test.class_names != data.class_names:
+            different = sorted(set(test.class_names or []) ^ set(data.class_names or []))
+            raise UserError(
+                f"the splits {data.split} and {name} of {data.name} have different classes ({listed(different)} in one "
+                "of them only); give another --test_split"
+            )
+        return Evaluation(data, torch.arange(len(data)), test, torch.arange(len(test)), f"split {name}")
+    from sklearn.model_selection import train_test_split
+
+    try:
+        kept, held = train_test_split(
+            np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed % 2**32
+        )
+    except ValueError as error:
+        counts = np.bincount(data.labels)
+        single = [data.class_names[number] for number in np.flatnonzero(counts == 1)] if data.class_names else []
+        reason = f"{len(single)} of them have one image only ({listed(single)})" if single else str(error)
+        raise UserError(
+            f"cannot hold images of each of the {len(counts)} classes of {data.name} out to measure on: {reason}; add "
+            "images, or give --unlabelled if these are no classes (but dates or cameras, say)"
+        ) from error
+    words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"
+    return Evaluation(data, torch.from_numpy(np.sort(kept)), data, torch.from_numpy(np.sort(held)), words)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of an evaluation's images, and their labels.
+
+    Attributes:
+        train_x: float32 [exits, N, D].
+        train_y: int64 [N].
+        test_x: float32 [exits, M, D].
+        test_y: int64 [M].
+        classes: number of classes.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+
+
+def evaluation_features(model: Any, evaluation: Evaluation, config: ForwardConfig) -> Features:
+    """Runs a network over an evaluation's images; its features lie on the GPU where there is one and they fit."""
+    train, test = evaluation.train, evaluation.test
+    assert train.class_names is not None
+    train_x = network_features(model, train, config)
+    test_x = train_x if test is train else network_features(model, test, config)
+    train_x, test_x = train_x[:, evaluation.train_positions], test_x[:, evaluation.test_positions]
+    device = compute_device(config.device)
+    if fits_on_gpu(train_x, device):
+        train_x, test_x = train_x.to(device), test_x.to(device)
+    return Features(
+        train_x,
+        evaluation.train_labels,
+        test_x,
+        evaluation.test_labels,
+        len(train.class_names),
+    )
+
+
+def probe_features(features: Features, config: ProbeConfig, seed: int) -> Probe:
+    """Linear probes on every exit's features."""
+    return linear_probe(
+        features.train_x,
+        features.train_y,
+        features.test_x,
+        features.test_y,
+        features.classes,
+        epochs=config.probe_epochs,
+        lr=config.probe_lr,
+        weight_decay=config.probe_weight_decay,
+        seed=seed,
+        progress=rank() == 0,
+    )
+
+
+def put_heads(model: Any, probe: Probe, storage_size: int) -> None:
+    """Makes the probes, measured on images stored at this size, the network's classifiers."""
+    if isinstance(model, SSSDResNet):
+        model.storage_size = storage_size
+    classes = probe.weights.shape[1]
+    model.reset_classifier(classes)
+    heads = (
+        [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
+        if len(probe.weights) > 1
+        else [model.get_classifier()]
+    )
+    with torch.no_grad():
+        for head, weight, bias in zip(heads, probe.weights, probe.biases, strict=True):
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+
+
+def knn_features(features: Features, neighbours: int, temperature: float) -> list[float]:
+    """Weighted kNN accuracy of every exit's features, percent."""
+    return [
+        knn_accuracy(
+            train,
+            features.train_y,
+            test,
+            features.test_y,
+            num_classes=features.classes,
+            k=neighbours,
+            temperature=temperature,
+        )
+        for train, test in zip(features.train_x, features.test_x, strict=True)
+    ]
+
+
+def check_classes(data: ImageData, model: Any, name: str) -> None:
+    """Refuses labelled images of other classes than a network's.
+
+    Raises:
+        UserError: naming both.
+    """
+    assert data.class_names is not None  # callers load with require_labels
+    known = [composed(name) for name in model.pretrained_cfg.get("label_names") or data.class_names]
+    if len(data.class_names) != model.num_classes or known != data.class_names:
+        raise UserError(
+            f"the {len(data.class_names)} classes of {data.name} ({data.split}) are not the {model.num_classes} of "
+            f"'{name}': give the data that its classifiers were trained for"
+        )

@@ -1,0 +1,382 @@
+"""What a command may write, replace and remove on the user's disk. Nothing else in this package removes a folder.
+
+Every folder that a command creates carries a mark, which says what kind of folder it is. A folder that has files but no
+mark is the user's: nothing is written into it. Of a marked one only the files of its kind are ever replaced or removed;
+whatever else lies in it stays.
+"""
+
+import atexit
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from sssd_zoo.distributed import on_main
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import (
+    LITTER,
+    RUN_MARK,
+    disk_errors,
+    expand_home,
+    lock,
+    publish_dir,
+    temporary_name,
+    write_json,
+)
+
+
+class Kind(NamedTuple):
+    """A kind of folder: what it is, for people, and what this package writes into it, as patterns of `Path.glob`."""
+
+    words: str
+    files: tuple[str, ...]
+
+
+TRAINING = (
+    *("config.yaml", "metrics.jsonl", "curves.png", "config.json", "model.safetensors", "own_labels.jsonl"),
+    *("checkpoints/step-*", "checkpoints/.step-*", "own_labels/epoch-*.npy"),
+    *("tensorboard/events.out.tfevents.*", "trackio"),
+)
+NETWORK = ("config.json", "model.safetensors")
+LABELS = ("labels.parquet", "centroids.safetensors", "pseudo_labels.json")
+EARLY_EXIT = ("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png")
+KINDS = {
+    "fit": Kind("a run of `sssd fit`", ()),
+    "compare": Kind("a comparison of `sssd compare`", ()),
+    "finetune": Kind("runs of `sssd finetune`", ()),
+    "training": Kind("a training run", TRAINING),
+    "detector": Kind("a run of `sssd detect`", (*TRAINING, "detector.json", "metrics.json", "detections.png")),
+    "detections": Kind("measurements of `sssd detect-eval`", ("config.yaml", "metrics.json", "detections.png")),
+    "probe": Kind("a network of `sssd linear`", (*NETWORK, "config.yaml", "metrics.json")),
+    "labels": Kind("pseudo labels", LABELS),
+    "pulled-labels": Kind("pseudo labels of `sssd pull`", (*LABELS, "README.md")),
+    "network": Kind("a network", (*NETWORK, "README.md")),
+    "early-exit": Kind("a network of `sssd early-exit`", (*NETWORK, *EARLY_EXIT)),
+    "card": Kind(
+        "a network with its card",
+        (
+            *(*NETWORK, *EARLY_EXIT, "README.md", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl"),
+            *(f"figures/{name}.png" for name in ("accuracy", "clusters", "cluster_sizes", "curves", "early_exit")),
+            ".eval_results/*.yaml",
+        ),
+    ),
+    "graphs": Kind("graphs of `sssd export`", ("stage[1-4].onnx", "early_exit.json")),
+    # A step of fit, compare or finetune whose folder is not marked more closely.
+    "step": Kind(
+        "a step of a run",
+        (*TRAINING, *LABELS, "metrics.json", *(f"network/{name}" for name in (*NETWORK, "README.md", RUN_MARK))),
+    ),
+}
+# By what config.yaml holds: folders from before there were marks.
+BEFORE_MARKS = {
+    "methods": "compare",
+    "models": "finetune",
+    "pretrain": "fit",
+    "frozen_stages": "detector",
+    "probe_epochs": "probe",
+    "voc": "detections",
+    "epochs": "training",
+}
+RESULTS = (
+    *("checkpoints", "config.json", "pseudo_labels.json", "metrics.json", "early_exit.json"),
+    *("model.safetensors", "labels.parquet"),
+)
+SOURCES = ("data", "pretrain_data", "test_data", "image_folder")  # arguments that name what is read, never written
+
+_at_exit = ExitStack()
+
+
+def open_out(args: Any, kind: str) -> Path:
+    """A command's --out, made, marked, locked and rid of what killed commands left; every process calls it.
+
+    It comes before the data are read, so that a run folder among them is told from the images by its mark.
+
+    Args:
+        args: of the command: `out`, `resume` and `overwrite` where it has them, and what it reads (`SOURCES`).
+        kind: of `KINDS`, that the command writes.
+
+    Raises:
+        UserError: unless the folder is new, empty, or one of this kind that may be written into.
+    """
+    folder = Path(expand_home(args.out))
+
+    def make() -> None:
+        with disk_errors(folder):
+            check_out(folder, kind, args)
+            claim(folder, kind)
+
+    on_main(make)
+    return folder
+
+
+def check_out(folder: Path, kind: str, args: Any) -> None:
+    """Refuses what `open_out` refuses, once it has put back what a kill left aside."""
+    restore(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file; give a folder")
+    for name in SOURCES:
+        value = getattr(args, name, None)
+        for source in [value] if isinstance(value, str) else value or []:
+            if contains(folder, source):
+                raise UserError(
+                    f"--{name} {source} lies in --out {folder}, where it could be written over: give an --out of its "
+                    f"own, such as {folder / 'run'}"
+                )
+    resume, overwrite = getattr(args, "resume", None), getattr(args, "overwrite", False)
+    check_writable(folder, kind)
+    held = next((name for name in RESULTS if (folder / name).exists()), None) if KINDS[kind].files else None
+    if held and not resume and not overwrite:
+        ways = "--overwrite to replace it" if resume is None else "--resume to go on, or --overwrite to drop it"
+        raise UserError(f"{folder} already holds {KINDS[kind].words} ({held}); give {ways}")
+
+
+def contains(folder: Path, source: str) -> bool:
+    """Whether a source is on this disk, and is the folder or lies in it."""
+    path = Path(expand_home(source))
+    return path.exists() and path.resolve().is_relative_to(folder.resolve())
+
+
+def occupants(folder: Path) -> list[str]:
+    """What a folder holds that could be lost: files, and folders with files in them; not what is hidden."""
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    shown = [path for path in there if not path.name.startswith(".")]
+    return [path.name for path in shown if not path.is_dir() or any(below.is_file() for below in path.rglob("*"))]
+
+
+def check_writable(folder: Path, kind: str | None = None) -> None:
+    """Refuses a folder of the user's own, and one of another kind.
+
+    Args:
+        folder: to write into; it need not be there.
+        kind: that it must be of; None takes any kind of this package.
+
+    Raises:
+        UserError: that says what it holds.
+    """
+    others = occupants(folder)
+    if not others:
+        return
+    found = kind_of(folder)
+    if found is None:
+        named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise UserError(
+            f"{folder} was not made by sssd-zoo and holds {named}; nothing in it is touched: give a new folder, such "
+            f"as {folder / 'run'}"
+        )
+    if kind is not None and found != kind:
+        words = KINDS[found].words if found in KINDS else f"'{found}' of another version"
+        raise UserError(f"{folder} holds {words}, which this command does not write: give another --out")
+
+
+def kind_of(folder: Path) -> str | None:
+    """The kind of a folder of this package, by its mark or, from before there were marks, by its files; else None."""
+    if (folder / RUN_MARK).is_file():
+        return str(_content(folder / RUN_MARK).get("kind", "unknown"))
+    settings = _content(folder / "config.yaml")
+    if {"data", "out", "workers"} <= settings.keys():
+        return next((kind for key, kind in BEFORE_MARKS.items() if key in settings), None)
+    if {"fingerprint", "k_asked"} <= _content(folder / "pseudo_labels.json").keys():
+        return "pulled-labels" if (folder / "README.md").exists() else "labels"
+    if {"stages", "thresholds"} <= _content(folder / "early_exit.json").keys():
+        return "graphs"
+    network = str(_content(folder / "config.json").get("architecture", ""))
+    if network and "sha256" in (_content(folder / "metrics.json").get("weights") or {}):
+        return "card"
+    if network and (folder / "early_exit" / "report.json").is_file():
+        return "early-exit"
+    if any(folder.glob("checkpoints/step-*/checkpoint.json")):
+        return "training"
+    return "network" if network.startswith("sssd_") else None
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a JSON or YAML file holds; {} if it is not there, or holds anything but names and values."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def mark(folder: Path, kind: str) -> None:
+    """Makes a folder, where it is not there, and marks it as this package's, of `kind`."""
+    write_json(folder / RUN_MARK, {"package": "sssd-zoo", "kind": kind})
+
+
+def adopt(folder: Path, kind: str) -> None:
+    """Marks a folder that a record tells of and that holds what a kind holds: one from before there were marks."""
+    found = kind_of(folder) or (kind if _own(folder, kind) else None)
+    if found is not None and not (folder / RUN_MARK).exists():
+        mark(folder, found)
+
+
+def claim(folder: Path, kind: str) -> None:
+    """Makes, marks and locks a folder for this process until `release_all`, and tidies it up."""
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    marked = (folder / RUN_MARK).exists()
+    try:
+        lock.take(folder)
+        if not marked:
+            mark(folder, kind)
+    finally:
+        _at_exit.callback(_let_go, folder, made, marked)
+    tidy(folder)
+
+
+def _let_go(folder: Path, made: list[Path], marked: bool) -> None:
+    """Unlocks a folder; where nothing has come into it, it leaves no trace of the command."""
+    lock.release(folder)
+    if not marked and folder.is_dir() and [path.name for path in folder.iterdir()] == [RUN_MARK]:
+        (folder / RUN_MARK).unlink()
+    with suppress(OSError):  # the first that holds something ends it
+        for path in made:
+            path.rmdir()
+
+
+def release_all() -> None:
+    """Gives all locks of this process back: the end of a command."""
+    _at_exit.close()
+
+
+atexit.register(release_all)
+
+
+def restore(folder: Path) -> None:
+    """Puts a folder back that a command was killed while it replaced, between its two renames."""
+    folder = folder.resolve()
+    if folder.exists() or not folder.parent.is_dir():
+        return
+    for path in folder.parent.glob(f".{_escaped(folder.name)}.old-*"):
+        found = LITTER.fullmatch(path.name)
+        if found and not lock.alive(int(found["pid"])) and kind_of(path):
+            path.rename(folder)
+            return
+
+
+def tidy(out: Path) -> None:
+    """Removes what killed commands left half written in a folder of this package, and beside it or a file."""
+    out = out.resolve()
+    beside = [path for dots in (".", "..") for path in out.parent.glob(f"{dots}{_escaped(out.name)}.*")]
+    for path in [*(path for path in beside if path.is_file() or kind_of(path)), *out.rglob(".*")]:
+        found = LITTER.fullmatch(path.name)
+        if found is None or not path.exists() or (found["pid"] and lock.alive(int(found["pid"]))):
+            continue
+        original = path.with_name(found["name"])
+        if path.name.endswith(f".old-{found['pid']}") and not original.exists():
+            path.rename(original)
+        else:
+            _remove(path)
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _own(folder: Path, kind: str) -> list[Path]:
+    return [path for pattern in KINDS[kind].files for path in folder.glob(pattern)]
+
+
+def drop(folder: Path, kind: str) -> None:
+    """Removes what a folder of a kind holds of that kind; all else, and the folder, stays."""
+    remove(folder, KINDS[kind].files)
+
+
+def remove(folder: Path, patterns: tuple[str, ...]) -> None:
+    """Removes what the patterns name in a folder of this package, and the folders in it that are empty then."""
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        _remove(path)
+        for above in path.relative_to(folder).parents[:-1]:
+            with suppress(OSError):  # it holds other things
+                (folder / above).rmdir()
+
+
+def replace(temporary: Path, folder: Path, kind: str) -> None:
+    """Puts the complete folder `temporary` in the place of `folder`; what others put into that one stays in it.
+
+    Raises:
+        UserError: if `folder` is not this package's.
+    """
+    check_writable(folder)
+    if folder.is_dir():
+        own = set(_own(folder, kind))
+
+        def skipped(directory: str, names: list[str]) -> list[str]:
+            place = Path(directory)
+            there = temporary / place.relative_to(folder)
+            return [name for name in names if place / name in own or (there / name).is_file()]
+
+        # Links, so that at every moment of a kill one of the two folders has all of them.
+        shutil.copytree(folder, temporary, ignore=skipped, copy_function=_link, symlinks=True, dirs_exist_ok=True)
+    publish_dir(temporary, folder)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+@contextmanager
+def atomic_dir(path: str | Path, kind: str) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the block ends well, and is removed when it does not.
+
+    Of an older folder of this package at `path` the files of the kind are replaced; for an instant between two renames
+    neither is there, so readers that must always find one keep more than one (checkpoints do).
+
+    Args:
+        path: of the folder.
+        kind: of `KINDS`.
+
+    Raises:
+        UserError: if `path` holds files that this package did not write.
+    """
+    path = Path(path).resolve()
+    check_writable(path)
+    temporary = temporary_name(path)
+    with disk_errors(path):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            mark(temporary, kind)
+            yield temporary
+            replace(temporary, path, kind)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(path: Path, overwrite: bool, words: str, known: Callable[[Path], bool]) -> None:
+    """Refuses to write a file over another, unless told to and if that is of the kind; removes a killed one's half.
+
+    Args:
+        path: of the file to write.
+        overwrite: whether one may be replaced.
+        words: of the kind, for people.
+        known: whether a file is of that kind.
+
+    Raises:
+        UserError: that says what is there.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a file")
+    tidy(path)
+    if not path.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{path} is there already; give --overwrite to replace it")
+    if not known(path):
+        raise UserError(f"{path} is not {words}: it stays; give another name")

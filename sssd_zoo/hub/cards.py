@@ -1,0 +1,303 @@
+"""The folder about a trained network that is kept in hub_cards/ and goes to the Hub: `sssd card`.
+
+FOLDER/
+    README.md       the card
+    .eval_results/  its accuracies as the Hub collects them, where the data set is one of the Hub
+    config.json     what timm and transformers read
+    metrics.json    all that the run measured, the weights' sha256, and a check of the weights on shipped images
+    recipe.yaml     the run's arguments as resolved
+    pretrain.jsonl, distill.jsonl   the training logs
+    figures/        PNG
+    early_exit/     the report of `sssd early-exit`, with --calibrated
+    model.safetensors               half precision, unless it is written elsewhere
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypedDict
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.data.loading import load_images
+from sssd_zoo.data.sources import short_name
+from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import code, markdown
+from sssd_zoo.evaluation.features import extract_features
+from sssd_zoo.evaluation.knn import knn
+from sssd_zoo.evaluation.reports.markdown import AccuracyRow, Results, duration, read_results
+from sssd_zoo.evaluation.reports.paper import named_rows
+from sssd_zoo.files import (
+    atomic_write_text,
+    check_content,
+    disk_errors,
+    read_json,
+    write_json,
+)
+from sssd_zoo.files.untrusted import copy_files, read_yaml
+from sssd_zoo.hub.model_card import ANSWERS, eval_result_files, model_card
+from sssd_zoo.models.networks import load_network, statistics
+from sssd_zoo.models.saving import network_weights
+
+# What of a run, and of a folder of `sssd early-exit`, a card is made of. Nothing else of them is read or copied.
+RUN_FILES = (
+    *("model/config.json", "model/model.safetensors", "metrics.json", "config.yaml"),
+    *("pretrain/metrics.jsonl", "distill/metrics.jsonl", "figures/*.png"),
+)
+
+CALIBRATED_FILES = (
+    *("config.json", "model.safetensors"),
+    *("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png"),
+)
+
+CHECK_IMAGES = 1000  # of the shipped sample's test split, which no network was trained on
+
+SHOWN = {  # the figures in the card's text, and what they are called where the run does not say
+    "accuracy.png": "Accuracy against cost, exit by exit.",
+    "early_exit.png": "Accuracy against the cost of an early exit.",
+}
+
+CALIBRATED = (
+    "**Early exit**: the network is calibrated, its temperatures are in the classifiers and its thresholds in "
+    "`config.json`, for `forward_early`; `early_exit/report.md` has what that gives. The ensemble's accuracy in the "
+    "table is from before the temperatures, which change it a little"
+)
+
+
+class Recipe(TypedDict):
+    """What a run's config.yaml says that is changed for the card."""
+
+    data: str
+    out: str
+    pretrain: dict[str, Any]
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file holds tensors as safetensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return bool(file.keys())
+    except SafetensorError:
+        return False
+
+
+@contextmanager
+def own_copy(run: Path, calibrated: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    """Copies what a card is made of, without what links lead to, and yields the copies for `write_card`.
+
+    Args:
+        run: a finished run of `sssd fit`.
+        calibrated: see `check_calibrated`.
+
+    Raises:
+        UserError: if one of the files is a link.
+    """
+    with TemporaryDirectory(prefix="sssd-card-") as scratch:
+        copies = Path(scratch, "run"), None if calibrated is None else Path(scratch, "calibrated")
+        copy_files(run, RUN_FILES, copies[0])
+        if calibrated is not None and copies[1] is not None:
+            copy_files(calibrated, CALIBRATED_FILES, copies[1])
+        yield copies
+
+
+def check_run(run: Path) -> None:
+    """Refuses a folder that is no finished run of `sssd fit`.
+
+    Raises:
+        UserError: that names what is missing.
+    """
+    missing = [
+        name
+        for name in ("model/config.json", "model/model.safetensors", "metrics.json", "config.yaml")
+        if not (run / name).is_file()
+    ]
+    if missing:
+        raise UserError(f"{run} is no finished run of `sssd fit`: {', '.join(missing)} missing")
+
+
+def check_calibrated(run: Path, calibrated: str | None) -> Path | None:
+    """Refuses a folder that is no finished run, or one that `sssd early-exit` did not make of that run.
+
+    Calibration scales the classifiers and nothing else.
+
+    Raises:
+        UserError: that says what is wrong.
+    """
+    check_run(run)
+    if calibrated is None:
+        return None
+    folder = Path(calibrated)
+    if not (folder / "early_exit" / "report.md").is_file():
+        raise UserError(f"{folder} is no folder of `sssd early-exit`: early_exit/report.md missing")
+    ours = load_network(str(run / "model"))
+    heads = tuple(f"{name}." for name in ours.pretrained_cfg["classifier"])
+    theirs = load_network(str(folder)).state_dict()
+    trunk = {name: value for name, value in ours.state_dict().items() if not name.startswith(heads)}
+    if any(name not in theirs or not torch.equal(value, theirs[name]) for name, value in trunk.items()):
+        raise UserError(f"{folder} was not made of {run}: run `sssd early-exit {run} --out {folder} --overwrite`")
+    return folder
+
+
+def write_card(
+    run: Path,
+    folder: Path,
+    *,
+    out: str | Path,
+    license_name: str,
+    calibrated: Path | None = None,
+    name: str | None = None,
+    repo: str | None = None,
+    paper: str | None = None,
+    checked: dict[str, float] | None = None,
+    remarks: Sequence[str] = (),
+) -> bytes:
+    """Writes all that is to be known of a run's network but its weights.
+
+    Args:
+        run: a finished run of `sssd fit`.
+        folder: to write into.
+        out: what to call it in errors.
+        license_name: of the weights, as the Hub names it.
+        calibrated: folder of `sssd early-exit` to take the network from, see `check_calibrated`.
+        name: see `model_card`.
+        repo: see `model_card`.
+        paper: see `paper_rows`.
+        checked: see `check`; None leaves it out.
+        remarks: sentences for the card that no file of the run tells.
+
+    Returns:
+        The weights in half precision, whose sha256 metrics.json tells.
+    """
+    results = read_results(run)
+    source = calibrated or run / "model"
+    network = load_network(str(source))
+    weights = network_weights(network, torch.float16)
+    # transformers would compute in the precision of the file.
+    digest = hashlib.sha256(weights).hexdigest()
+    config = {**read_json(source / "config.json"), "dtype": "float32", "sha256": {"model.safetensors": digest}}
+    results["data"] = short_name(results["data"])
+    shipped: dict[str, Any] = {"sha256": digest, "bytes": len(weights)}
+    if checked is not None:
+        shipped["check"] = checked
+    recipe = read_yaml(run / "config.yaml")
+    check_content(run / "config.yaml", recipe, Recipe)
+    recipe["data"] = results["data"]
+    for key in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
+        if recipe.get(key):
+            recipe[key] = short_name(recipe[key])
+    if recipe["pretrain"].get("init"):
+        recipe["pretrain"]["init"] = short_name(recipe["pretrain"]["init"])
+    recipe.pop("out")
+    shown: Results = {
+        **results,
+        "accuracy": [*results.get("accuracy", []), *paper_rows(paper)],
+        "notes": [*training_notes(recipe, results), *([CALIBRATED] if calibrated else []), *remarks],
+    }
+    measured = {}
+    if "accuracy" in results:
+        ours = results["accuracy"][0]
+        measured = dict(zip(ANSWERS, [*ours["exits"], ours["ensemble"]], strict=True))
+    figures = {path.name: path for path in sorted((run / "figures").glob("*.png"))}
+    if calibrated is not None:
+        figures["early_exit.png"] = calibrated / "early_exit" / "figure.png"
+    captions = {Path(path).name: caption for path, caption in results.get("figures", {}).items()}
+    text = model_card(
+        config,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        metrics=measured,
+        context=shown,
+        name=name,
+        repo=repo,
+        license_name=license_name,
+        figures={f"figures/{file}": captions.get(file, SHOWN[file]) for file in SHOWN if file in figures},
+    )
+    atomic_write_text(folder / "README.md", text)
+    write_json(folder / "config.json", config)
+    write_json(folder / "metrics.json", {**results, "weights": shipped})
+    atomic_write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    for file, text in eval_result_files(measured, results).items():
+        atomic_write_text(folder / file, text)
+    with disk_errors(Path(out)):
+        for step in ("pretrain", "distill"):
+            if (run / step).exists():  # nothing is pretrained with --features
+                shutil.copyfile(run / step / "metrics.jsonl", folder / f"{step}.jsonl")
+        (folder / "figures").mkdir()
+        for file, path in figures.items():
+            shutil.copyfile(path, folder / "figures" / file)
+        if calibrated is not None:
+            shutil.copytree(calibrated / "early_exit", folder / "early_exit")
+    return weights
+
+
+def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
+    """What was trained for how long, as facts of the card."""
+    start = "the pretext's weights" if recipe["warm_start"] else "scratch"
+    times = results["times"]
+    parts = ", ".join(f"{markdown(entry['step'])} {duration(entry['seconds'])}" for entry in times)
+    pretext = f"MoCo v2 for {markdown(recipe['pretrain']['epochs'])} epochs"
+    if recipe.get("features"):
+        pretext = f"pseudo labels from the features of {code(recipe['features'])}"
+    elif recipe.get("pretrain_data"):
+        pretext += f" on {code(recipe['pretrain_data'])}"
+    if recipe["pretrain"].get("init") and not recipe.get("features"):
+        pretext += f", started from the weights of {code(recipe['pretrain']['init'])}"
+    anchor = recipe["distill"].get("anchor")
+    distillation = f"anchored self distillation (weight {anchor:g})" if anchor else "self distillation"
+    return [
+        f"**Training**: {pretext}, then {distillation} for {markdown(recipe['distill']['epochs'])} epochs, from "
+        f"{start}; `recipe.yaml` has all settings",
+        f"**Time**: {duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
+    ]
+
+
+def paper_rows(name: str | None) -> list[AccuracyRow]:
+    """The row 'DATA: ROW' of the paper's tables 1, 3 and 6 as a row of our tables; none for None.
+
+    Raises:
+        UserError: if there is none.
+    """
+    rows = named_rows()
+    if name is None:
+        return []
+    if name not in rows:
+        raise UserError(f"the paper's tables have no row '{name}'; here are {'; '.join(rows)}")
+    *exits, ensemble = rows[name]
+    return [{"name": f"paper, {name}", "exits": exits, "ensemble": ensemble}]
+
+
+@torch.inference_mode()
+def check(network: Any) -> dict[str, float]:
+    """Measures a network on the first 1,000 test images of the shipped sample, in fp32: a test repeats it.
+
+    Returns:
+        In percent: accuracies of the exits "1" to "4" and of the "ensemble" where the classes are the sample's;
+        else "knn", the weighted 20-nearest-neighbour accuracy of its last features, the neighbours being
+        the first 2,000 training images.
+    """
+    mean, std, size = statistics(network)
+    network = network.eval()
+    splits = {
+        name: load_images(DataConfig(data="cifar10-sample", split=name), progress=False) for name in ("test", "train")
+    }
+    labels = {name: torch.from_numpy(data.labels) for name, data in splits.items()}
+
+    def features(split: str, count: int) -> torch.Tensor:
+        batches = splits[split].batches(torch.arange(count).split(250))
+        return extract_features(network, batches, count=count, mean=mean, std=std, device="cpu", size=size)
+
+    test, truth = features("test", CHECK_IMAGES), labels["test"][:CHECK_IMAGES]
+    if list(network.pretrained_cfg.get("label_names") or []) != splits["test"].class_names:
+        found = knn(
+            features("train", 2000)[-1], labels["train"][:2000], test[-1], truth, num_classes=10, k=20, temperature=0.1
+        )
+        return {"knn": found}
+    heads = [network.exit1.fc, network.exit2.fc, network.exit3.fc, network.fc]
+    answers = torch.stack([head(own).softmax(1) for head, own in zip(heads, test, strict=True)])
+    right = [float((own.argmax(1) == truth).float().mean() * 100) for own in (*answers, answers.mean(0))]
+    return dict(zip(ANSWERS, right, strict=True))

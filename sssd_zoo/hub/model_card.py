@@ -1,0 +1,211 @@
+"""Networks as folders that timm loads: weights, config.json and a model card.
+
+A folder FOLDER is loaded by `import sssd_zoo; timm.create_model("local-dir:FOLDER", pretrained=True)`, truncated by
+`output=2` and the like. Weights are safetensors in float32; nothing is pickled.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
+from torch import nn
+
+from sssd_zoo.data.sources import short_name
+from sssd_zoo.errors.text import code, markdown, plain
+from sssd_zoo.evaluation.reports.markdown import Results, describe, table
+from sssd_zoo.files import atomic_write_text, read_json
+from sssd_zoo.files.run_folder import atomic_dir
+from sssd_zoo.models.networks import hub_cards
+from sssd_zoo.models.saving import save_network
+
+TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]
+
+ANSWERS = ("1", "2", "3", "4", "ensemble")
+
+
+def save_model_folder(
+    folder: str | Path,
+    model: nn.Module,
+    *,
+    arch: str,
+    input_size: int | None = None,
+    label_names: Sequence[str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    card_context: Results | None = None,
+) -> None:
+    """Writes a network with its card: model.safetensors, config.json and README.md, all of them or nothing.
+
+    Args:
+        folder: replaced if it is there.
+        model: see `save_network`.
+        arch: see `save_network`.
+        input_size: see `save_network`.
+        label_names: see `save_network`.
+        metrics: linear-probe accuracies of this network in percent, of the exits '1' to '4' and the 'ensemble'; those
+            missing are left out of the card.
+        card_context: what else was measured; `accuracy` rows after the first are shown beside the network's own.
+
+    Raises:
+        UserError: if the disk is full or not writable.
+    """
+    with atomic_dir(folder, "network") as temporary:
+        save_network(temporary, model, arch, input_size=input_size, label_names=label_names)
+        config = read_json(temporary / "config.json")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        card = model_card(config, parameters=parameters, metrics=metrics or {}, context=card_context or {})
+        atomic_write_text(temporary / "README.md", card)
+
+
+def model_card(
+    config: Mapping[str, Any],
+    *,
+    parameters: int,
+    metrics: Mapping[str, float],
+    context: Results,
+    name: str | None = None,
+    repo: str | None = None,
+    license_name: str | None = None,
+    figures: Mapping[str, str] | None = None,
+) -> str:
+    """The text of a model card, made offline.
+
+    Args:
+        config: as `network_config` gives it.
+        parameters: of the network.
+        metrics: see `save_model_folder`.
+        context: see `save_model_folder`.
+        name: timm name and tag of the weights where they ship with the package; by default they lie beside the card.
+        repo: the Hub repository that the card is for.
+        license_name: of the weights, as the Hub names it.
+        figures: captions, by the paths of PNG files beside the card.
+    """
+    context = context.copy()
+    if "data" in context:
+        context["data"] = plain(short_name(context["data"]))  # a folder's path means nothing elsewhere
+    arch, classes = config["architecture"], config["num_classes"]
+    title = plain(name or repo or (f"{arch} on {context['data']}" if "data" in context else arch))
+    data = ModelCardData(
+        license=license_name,
+        library_name="timm",
+        pipeline_tag="image-classification" if classes else "image-feature-extraction",
+        datasets=[context["data"]] if on_the_hub(context) else None,
+        tags=TAGS,
+        model_name=title,
+        eval_results=_eval_results(metrics, context),
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=(hub_cards() / "model_card.md.jinja").read_text(encoding="utf-8"),
+        title=markdown(title),
+        source=f"hf-hub:{repo}" if repo else name or "local-dir:FOLDER",
+        transformers_source=repo or (None if name else "FOLDER"),
+        arch=code(arch),
+        parameters=parameters,
+        input_size=config["pretrained_cfg"]["input_size"],
+        num_classes=classes,
+        label_names=config.get("label_names"),
+        thresholds=config["model_args"].get("thresholds"),
+        answers=_answers(metrics, context),
+        probed=bool(metrics),
+        figures={path: markdown(caption) for path, caption in (figures or {}).items()},
+        facts=describe(context),
+        limits=_limits(context),
+    )
+    return str(card).rstrip() + "\n"
+
+
+def on_the_hub(context: Results) -> bool:
+    """Whether the data set is one of the Hub: its name is then `owner/name`, while a folder's is its last part."""
+    return "/" in context.get("data", "")
+
+
+def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[str, str]:
+    """The accuracies as `.eval_results/*.yaml`, a file each: how the Hub collects them on a data set's page.
+
+    See https://huggingface.co/docs/hub/eval-results. It wants a data set of the Hub; for others there is no file.
+
+    Args:
+        metrics: see `save_model_folder`.
+        context: see `save_model_folder`.
+
+    Returns:
+        The files' texts by their paths.
+    """
+    if not on_the_hub(context):
+        return {}
+    entries = {
+        name: EvalResultEntry(
+            dataset_id=context["data"],
+            task_id="default",
+            value=round(value, 2),
+            notes=f"top-1 accuracy in percent of a linear probe, {_answer(name)}"
+            + (f", {plain(context['test'])}" if "test" in context else ""),
+        )
+        for name, value in metrics.items()
+    }
+    return {
+        f".eval_results/{_answer(name).replace(' ', '_')}.yaml": yaml.safe_dump(
+            eval_result_entries_to_yaml([own]), sort_keys=False
+        )
+        for name, own in entries.items()
+    }
+
+
+def _limits(context: Results) -> list[str]:
+    """What the network is not good for, as far as the run tells."""
+    limits = [
+        "It learnt clusters of its own features, not classes: what the images share (background, colour, framing) can "
+        "weigh as much as what they show, and imbalances of the training images are kept",
+        "Exits can be wrong with confidence; the thresholds of an early exit are to be chosen on images like yours",
+    ]
+    if context.get("data") == "cifar10-sample":
+        limits.append("Its images are a JPEG copy of CIFAR-10: on the original, accuracies differ a little")
+    return limits
+
+
+def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalResult] | None:
+    """The card's model-index, for which the Hub wants a data set's name."""
+    if not metrics or "data" not in context:
+        return None
+    test = plain(context.get("test", ""))
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=context["data"],
+            dataset_name=context["data"],
+            dataset_split=test.removeprefix("split ") if test.startswith("split ") else None,
+            metric_type="accuracy",
+            metric_name=f"linear-probe accuracy, {_answer(name)} (%)",
+            metric_value=round(value, 2),
+        )
+        for name, value in metrics.items()
+    ]
+
+
+def _answers(metrics: Mapping[str, float], context: Results) -> str:
+    """A Markdown table of the exits' accuracies and costs, '' if neither was measured."""
+    macs = context.get("macs", {})
+    names = [name for name in ANSWERS if name in metrics or name in macs]
+    columns: dict[str, list[str]] = {"answer of": [_answer(name) for name in names]}
+    if metrics:
+        columns["accuracy (%)"] = [f"{metrics[name]:.2f}" if name in metrics else "" for name in names]
+        for row in context.get("accuracy", [])[1:]:
+            theirs = dict(zip(ANSWERS, [*row["exits"], row["ensemble"]], strict=True))
+            columns[f"{markdown(row['name'])} (%)"] = [f"{theirs[name]:.2f}" for name in names]
+    if macs:
+        columns["multiply-adds for one image"] = [
+            f"{macs[name] / 1e6:,.1f} M" if name in macs else "" for name in names
+        ]
+    return "\n".join(table(list(columns), list(zip(*columns.values(), strict=True)))) if names else ""
+
+
+def _answer(name: str) -> str:
+    return name if name == "ensemble" else f"exit {name}"

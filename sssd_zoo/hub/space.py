@@ -1,0 +1,263 @@
+"""`sssd space`: fills a folder with a network's page, and shows it on this machine or publishes it as a Space.
+
+The folder is the Space: `sssd_zoo.hub.page` describes and shows it, in either place. Beside that lie app.py,
+requirements.txt and README.md of hub_cards/space/, and the few modules of this package that the page imports, so that a
+Space needs no release of it.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import fields
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from huggingface_hub import HfApi, SpaceCard, get_token
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.data import columns, sources
+from sssd_zoo.data.images import CorruptImageError, EncodedImages, decode, fingerprint, natural_size, spaced
+from sssd_zoo.data.loading import open_encoded
+from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.reports.markdown import read_results
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, write_json
+from sssd_zoo.files.untrusted import read_inside, read_yaml
+from sssd_zoo.hub.publish import announce, check_name, hub_errors
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.models.checks import check_network, read_config
+from sssd_zoo.models.networks import hub_cards, load_network
+from sssd_zoo.models.saving import save_network
+
+EXAMPLES = 10
+
+EXAMPLE_SIDE = 320  # pixels, of images that are larger
+
+NEAREST = 8  # images shown of a cluster
+
+THUMBNAIL_SIDE = 72
+
+NETWORK = ("config.json", "model.safetensors")
+
+PACKAGE = Path(__file__).parents[1]
+
+# What the page imports of this package, by pattern: a test runs the page with nothing else.
+PAGE_CODE = (
+    "__init__.py",
+    "configs/*.py",
+    "data/__init__.py",
+    "data/augment.py",
+    "data/formats.py",
+    "data/images.py",
+    "data/inputs.py",
+    "errors/*.py",
+    "hub/__init__.py",
+    "hub/page.py",
+    "models/__init__.py",
+    "models/class_names.py",
+    "models/cost.py",
+    "models/exits.py",
+    "models/resnet.py",
+)
+
+
+def check_push(name: str, *, dry_run: bool) -> None:
+    """Refuses what could not be published, before anything is done.
+
+    Raises:
+        UserError: that says what.
+    """
+    check_name(name)
+    if not dry_run and get_token() is None:
+        raise UserError("--push needs a login of the Hub: run `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
+    """Lists the files of a Space and, unless `dry_run`, uploads them in one commit.
+
+    Raises:
+        UserError: if the Hub cannot be reached or refuses, or the Space is to be private and is public.
+    """
+    files = announce(name, folder)
+    if dry_run:
+        print("dry run: nothing was uploaded")
+        return
+    api = HfApi()
+    with disk_errors(folder), hub_errors(name, "nothing was published; the same command can be repeated"):
+        url = api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        if private and not api.repo_info(name, repo_type="space").private:
+            raise UserError(f"the Space {name} is public: make it private on the Hub, or give another name")
+        api.upload_folder(
+            repo_id=name,
+            repo_type="space",
+            folder_path=folder,
+            allow_patterns=list(files),
+            commit_message="sssd space",
+            # Of a network that was here before nothing stays.
+            delete_patterns=["model/*", "examples/*", "clusters/*", "sssd_zoo/*"],
+        )
+    print(f"published: {url}")
+
+
+def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
+    """Fills an empty folder with a network's Space.
+
+    Args:
+        run: run folder of `sssd fit`, a folder with a network, or a timm name with weights.
+        folder: to fill.
+        run_images: show images of the run's data; else only those that ship with the package.
+
+    Returns:
+        Lines that say what the page has, and what it has not and why.
+
+    Raises:
+        UserError: if there is no network, or not one with all exits and classifiers.
+    """
+    fitted = (Path(run) / "model/config.json").is_file()
+    source = str(Path(run) / "model") if fitted else run
+    network = load_network(source)
+    if getattr(network, "output", None) != "ensemble" or not network.num_classes:
+        raise UserError(f"'{run}' is no network with four exits and classifiers, which the page shows")
+    architecture = str(network.pretrained_cfg["architecture"])
+    names = network.pretrained_cfg.get("label_names")
+    if Path(source).is_dir():
+        copy_network(Path(run), "model" if fitted else ".", folder / "model")
+    else:
+        save_network(folder / "model", network, architecture, label_names=names)
+    title = architecture if Path(run).is_dir() else run.removeprefix("hf-hub:").removeprefix("local-dir:")
+    examples, notes = None, []
+    if fitted:
+        title = f"{architecture} on {read_results(run)['data']}"
+        if run_images:
+            try:
+                examples = run_examples(Path(run))
+                notes.append(copy_clusters(Path(run), folder / "clusters"))
+            except UserError as error:
+                notes.append(f"without the run's images and clusters: {error}")
+    if examples is None:
+        sample = DataConfig(data=sources.SAMPLE_NAME)
+        examples = pick_examples(sources.open_splits(sample.data), "test", sample)
+    for number, image in enumerate(examples):
+        atomic_write_bytes(folder / f"examples/{number:02}.png", encode(image, "PNG"))
+    clusters = names == [f"cluster {number}" for number in range(network.num_classes)]
+    write_json(folder / "page.json", {"title": title, "answers_are_clusters": clusters})
+    copy_app(folder, title)
+    size = network.pretrained_cfg["input_size"][-1]
+    return [f"{title}: {network.num_classes} {'clusters' if clusters else 'classes'} at {size} px", *notes]
+
+
+def copy_network(root: Path, source: str, folder: Path) -> None:
+    """Copies the network in `source`, a folder in `root` or '.', as it is; not through links."""
+    for name in NETWORK:
+        atomic_write_bytes(folder / name, read_inside(root, f"{source}/{name}"))
+
+
+def copy_app(folder: Path, title: str) -> None:
+    """Writes app.py, requirements.txt and README.md of hub_cards/space/, and the page's code."""
+    template = hub_cards() / "space"
+    card = SpaceCard.load(template / "README.md")
+    card.data.title = title
+    atomic_write_text(folder / "README.md", str(card))
+    code = [path for pattern in PAGE_CODE for path in sorted(PACKAGE.glob(pattern))]
+    pairs = [(path, folder / "sssd_zoo" / path.relative_to(PACKAGE)) for path in code]
+    pairs += [(template / name, folder / name) for name in ("app.py", "requirements.txt")]
+    for path, copy in pairs:
+        atomic_write_bytes(copy, path.read_bytes())
+
+
+def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
+    """A run's arguments, and the splits of its data.
+
+    Raises:
+        UserError: if either cannot be read.
+    """
+    recipe: dict[str, Any] = read_yaml(run / "config.yaml")
+    try:
+        config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from error
+    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled)
+    return recipe, config, splits
+
+
+def run_examples(run: Path) -> list[Any]:
+    """Images of the split that a run was measured on, else of the one that it was trained on."""
+    recipe, config, splits = data_of(run)
+    wanted = next((name for name in (recipe["test_split"], "test", "validation") if name in splits), config.split)
+    return pick_examples(*columns.take_split(splits, wanted, config.data), config)
+
+
+def pick_examples(splits: sources.Splits, split: str, config: DataConfig) -> list[Any]:
+    """Some images of a split, of different classes where it has labels: uint8 [3, S, S] each.
+
+    Raises:
+        UserError: if it has none that can be decoded.
+    """
+    name = sources.short_name(config.data)
+    encoded = open_encoded(splits[split], config.image_column, name)
+    labels = columns.read_labels(splits, split, config.label_column, name, required=False)
+    rows: Iterator[int] = iter(spaced(len(encoded), EXAMPLES).tolist())
+    if labels is not None:
+        shown = spaced(len(labels.names), EXAMPLES)
+        members = [np.flatnonzero(labels.values == label).tolist() for label in shown]
+        rows = (row for row in chain.from_iterable(zip_longest(*members)) if row is not None)
+    images = list(islice(decodable(encoded, rows, EXAMPLE_SIDE, config.max_pixels), EXAMPLES))
+    if not images:
+        raise UserError(f"no image of {name} ({split}) can be decoded")
+    return images
+
+
+def decodable(encoded: EncodedImages, rows: Iterator[int], largest: int, max_pixels: int) -> Iterator[Any]:
+    """The images of these rows that can be decoded, as squares of at most `largest` pixels a side."""
+    side = min(natural_size(encoded.read(spaced(len(encoded), EXAMPLES))) or largest, largest)
+    for row in rows:
+        try:
+            yield decode(encoded.read([row])[0], side, max_pixels)
+        except CorruptImageError:
+            continue  # the run skipped it too
+
+
+def copy_clusters(run: Path, folder: Path) -> str:
+    """Writes a run's pretext network, its centroids, and thumbnails of the images nearest to each; tells how many.
+
+    Raises:
+        UserError: if its pseudo labels, pretext network or images cannot be read, or these are not those of the labels.
+    """
+    pseudo = PseudoLabels.load(run / "labels")
+    absent = [name for name in NETWORK if not (run / "pretrain" / name).is_file()]
+    if absent:
+        raise UserError(f"{run / 'pretrain'} holds no network: {' and '.join(absent)} missing")
+    _, config, splits = data_of(run)
+    name = sources.short_name(config.data)
+    splits, split = columns.take_split(splits, pseudo.meta["split"], name)
+    encoded = open_encoded(splits[split], config.image_column, name)
+    pseudo.check(fingerprint(encoded, progress=True))
+    order = np.lexsort((pseudo.distances, pseudo.labels))
+    starts = np.searchsorted(pseudo.labels[order], np.arange(len(pseudo.centroids)))
+    sizes = np.bincount(pseudo.labels)
+    shown = np.concatenate(
+        [order[start : start + min(size, NEAREST)] for start, size in zip(starts, sizes, strict=True)]
+    )
+    side = min(natural_size(encoded.read(spaced(len(encoded), EXAMPLES))) or THUMBNAIL_SIDE, THUMBNAIL_SIDE)
+    images = [
+        encode(decode(encoded.read([row])[0], side, config.max_pixels), "WEBP")
+        for row in tqdm(pseudo.rows[shown].tolist(), desc="thumbnails", unit="img", leave=False)
+    ]
+    copy_network(run, "pretrain", folder)
+    check_network(read_config(folder / "config.json"), folder / "model.safetensors", str(run / "pretrain"))
+    atomic_write_bytes(folder / "centroids.safetensors", read_inside(run, "labels/centroids.safetensors"))
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({"cluster": pseudo.labels[shown], "image": pa.array(images, pa.binary())}), buffer)
+    atomic_write_bytes(folder / "nearest.parquet", buffer.getvalue().to_pybytes())
+    return f"{len(sizes)} clusters of {name}, {len(images)} thumbnails of its images"
+
+
+def encode(image: Any, kind: str) -> bytes:
+    """Uint8 [3, S, S] as a file of this kind."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, kind, quality=90)
+    return buffer.getvalue()

@@ -1,0 +1,1 @@
+"""Where labels come from: clusters, chance, the truth, or the network itself."""

@@ -1,0 +1,134 @@
+"""DACSD's pseudo labels: clusters of the features that the network itself has before each epoch."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sklearn.metrics import normalized_mutual_info_score
+from torch import Tensor
+
+from sssd_zoo.data.loading import ImageData
+from sssd_zoo.distributed import rank, world_size
+from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.features import extract_features
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text
+from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.labels.kmeans import IntArray, kmeans, normalise
+from sssd_zoo.labels.pseudo_labels import match_labels
+
+LOG = "own_labels.jsonl"
+KEPT = 3  # the labels of so many epochs stay on disk: a resume needs the checkpoint's epoch and the one before
+
+
+@dataclass
+class OwnLabels:
+    """Gives the labels of each epoch: k-means of the network's own features, under the numbers that fit the last best.
+
+    DACSD ("[1]" of the SSSD paper, its table 3) learns, clusters and self-distils with one network. Clusters have no
+    order, so each clustering is renumbered to agree with the labels of the epoch before as far as any renumbering can:
+    else the classifiers would have to begin again at every epoch.
+
+    Attributes:
+        model: the network in training, not wrapped or compiled.
+        data: its images.
+        k: number of clusters.
+        out: the run folder: labels go to own_labels/, a line about each epoch to own_labels.jsonl.
+        size: side of the images in pixels.
+        mean: of the channels.
+        std: of the channels.
+        seed: of k-means.
+        iterations: of k-means.
+        autocast: precision of the forward pass, or none.
+    """
+
+    model: Any
+    data: ImageData
+    k: int
+    out: Path
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    seed: int
+    iterations: int = 20
+    autocast: torch.dtype | None = None
+
+    def __call__(self, epoch: int, start: int) -> Tensor:
+        """The labels of an epoch, int64 [N] in 0..k-1, the same in every process.
+
+        Args:
+            epoch: its number, from 0.
+            start: the step in it that training is at; after the first the labels are those made before it.
+
+        Raises:
+            UserError: if a resume in the middle of an epoch does not find them.
+        """
+        labels = torch.zeros(len(self.data), dtype=torch.long)
+        if rank() == 0:
+            found = self._load(epoch) if start else self._make(epoch)
+            labels = torch.from_numpy(found)
+        if world_size() > 1:
+            device = next(self.model.parameters()).device
+            shared = labels.to(device)
+            dist.broadcast(shared, 0)
+            labels = shared.cpu()
+        return labels
+
+    def _file(self, epoch: int) -> Path:
+        return self.out / "own_labels" / f"epoch-{epoch:04}.npy"
+
+    def _load(self, epoch: int) -> IntArray:
+        try:
+            content = self._file(epoch).read_bytes()
+            recorded = next((line.get("sha256") for line in self._lines() if line["epoch"] == epoch), None)
+            if recorded is not None and hashlib.sha256(content).hexdigest() != recorded:
+                raise ValueError("it is not as it was written (its sha256 differs)")
+            labels: IntArray = np.load(BytesIO(content))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot go on in the middle of epoch {epoch} without its labels, {self._file(epoch)}: {error}; start "
+                "anew with --overwrite"
+            ) from error
+        return labels
+
+    def _make(self, epoch: int) -> IntArray:
+        device = next(self.model.parameters()).device
+        features = extract_features(
+            self.model,
+            self.data.batches(torch.arange(len(self.data)).split(256)),
+            count=len(self.data),
+            mean=self.mean,
+            std=self.std,
+            device=device,
+            size=self.size,
+            autocast=self.autocast,
+        )[-1]
+        labels = kmeans(normalise(features.numpy()), self.k, seed=self.seed + epoch, iterations=self.iterations).labels
+        line: dict[str, Any] = {"epoch": epoch, "clusters": len(np.unique(labels))}
+        if epoch:
+            last = self._load(epoch - 1)
+            labels = match_labels(labels, last, self.k)
+            line["kept"] = float((labels == last).mean())
+        if self.data.labels is not None:
+            line["nmi"] = float(normalized_mutual_info_score(self.data.labels, labels))
+        self._save(epoch, labels, line)
+        return labels
+
+    def _save(self, epoch: int, labels: IntArray, line: dict[str, Any]) -> None:
+        buffer = BytesIO()
+        np.save(buffer, labels)
+        content = buffer.getvalue()
+        atomic_write_bytes(self._file(epoch), content)
+        self._file(epoch - KEPT).unlink(missing_ok=True)
+        line["sha256"] = hashlib.sha256(content).hexdigest()
+        lines = [kept for kept in self._lines() if kept["epoch"] < epoch]  # a resume may make an epoch's again
+        atomic_write_text(self.out / LOG, "".join(json.dumps(kept) + "\n" for kept in [*lines, line]))
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """What own_labels.jsonl tells of each epoch so far."""
+        return read_metrics(self.out / LOG, "epoch")

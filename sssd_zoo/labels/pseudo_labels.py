@@ -1,0 +1,260 @@
+"""Pseudo labels as files, their quality, and random labels to compare with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import atomic_write_bytes, damage, read_json, recorded_sha256, sha256_of, write_json
+from sssd_zoo.files.run_folder import atomic_dir
+from sssd_zoo.labels.kmeans import Clustering, FloatArray, IntArray
+
+
+def random_labels(n: int, k: int, seed: int) -> IntArray:
+    """The baseline: `n` labels drawn uniformly from `k` classes, int64 [n]; a class that nobody drew is left out.
+
+    Raises:
+        UserError: if k is less than 2 or more than n.
+    """
+    if not 2 <= k <= n:
+        raise UserError(f"random labels need 2 <= K <= the number of images, but K = {k} and there are {n} images")
+    drawn = np.random.default_rng(seed).integers(k, size=n)
+    return np.unique(drawn, return_inverse=True)[1].astype(np.int64, copy=False)
+
+
+def match_labels(labels: IntArray, reference: IntArray, k: int) -> IntArray:
+    """Renumbers clusters so that as many rows as possible have the number that they have in `reference`.
+
+    The optimal one-to-one assignment of the k x k counts of rows by both numbers (Hungarian method).
+
+    Args:
+        labels: int64 [N] in 0..k-1.
+        reference: int64 [N] in 0..k-1.
+        k: number of clusters; those without rows take the numbers that are left.
+
+    Returns:
+        Int64 [N] in 0..k-1.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    counts = np.bincount(labels * k + reference, minlength=k * k).reshape(k, k)
+    _, number = linear_sum_assignment(counts, maximize=True)
+    matched: IntArray = number[labels]
+    return matched
+
+
+def quality(labels: IntArray, truth: IntArray) -> dict[str, float]:
+    """Compares pseudo labels with true ones, both int64 [N].
+
+    Returns:
+        ``nmi``, normalised mutual information (0..1, arithmetic mean of the entropies); ``ari``, adjusted Rand index
+        (at most 1, 0 by chance); ``purity``, the share of rows whose class is the commonest of their cluster (0..1, and
+        1 is no merit when there are as many clusters as rows).
+    """
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    counts = contingency_matrix(truth, labels, sparse=True)
+    return {
+        "nmi": float(normalized_mutual_info_score(truth, labels)),
+        "ari": float(adjusted_rand_score(truth, labels)),
+        "purity": float(counts.max(axis=0).sum() / len(labels)),
+    }
+
+
+class Meta(TypedDict):
+    """What pseudo_labels.json always says, see `PseudoLabels`."""
+
+    data: str
+    split: str
+    fingerprint: str
+    model: str
+    k_asked: int
+    sizes: list[int]
+    quality: dict[str, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoLabels:
+    """Pseudo labels and the data they belong to; on disk a folder.
+
+    The folder holds labels.parquet (columns row, label, distance, and for soft labels near and near_distance),
+    centroids.safetensors (tensor ``centroids``) and pseudo_labels.json (`meta` and the sha256 of the other two).
+
+    Attributes:
+        rows: int64 [N], each image's row number in the data set, corrupt ones left out.
+        labels: int64 [N] in 0..K'-1, without holes.
+        distances: float32 [N], squared distance to the centroid.
+        centroids: float32 [K', D].
+        meta: what made them: data, split, fingerprint, model, seed, iterations, redos, k_asked, k, inertia, sizes (rows
+            per cluster), quality (nmi, ari, purity; None without true labels) and, with `near`, nearest (M).
+        near: int64 [N, M], the centroids nearest to each image, the nearest first, where soft labels may be wanted.
+        near_distances: float32 [N, M], the squared distances to them.
+    """
+
+    rows: IntArray
+    labels: IntArray
+    distances: FloatArray
+    centroids: FloatArray
+    meta: dict[str, Any]
+    near: IntArray | None = None
+    near_distances: FloatArray | None = None
+
+    @classmethod
+    def from_clustering(
+        cls,
+        clustering: Clustering,
+        *,
+        rows: IntArray,
+        data: str,
+        split: str,
+        fingerprint: str,
+        model: str,
+        seed: int,
+        iterations: int,
+        redos: int,
+        truth: IntArray | None,
+        near: tuple[IntArray, FloatArray] | None = None,
+    ) -> Self:
+        """Joins a clustering with what it was made from.
+
+        Args:
+            clustering: the result of `kmeans` over the images of `rows`, in their order.
+            rows: int64 [N], the images' row numbers in the data set.
+            data: the data set's name.
+            split: its split.
+            fingerprint: its fingerprint, which `check` compares.
+            model: the network in words (its name and weights).
+            seed: as given to `kmeans`.
+            iterations: as given to `kmeans`.
+            redos: as given to `kmeans`.
+            truth: int64 [N] true labels, for `quality`, or None.
+            near: the nearest centroids, int64 [N, M], and the squared distances to them, float32 [N, M], or None.
+        """
+        meta = {
+            "data": data,
+            "split": split,
+            "fingerprint": fingerprint,
+            "model": model,
+            "seed": seed,
+            "iterations": iterations,
+            "redos": redos,
+            "k_asked": clustering.k_asked,
+            "k": clustering.k,
+            "inertia": clustering.inertia,
+            "quality": None if truth is None else quality(clustering.labels, truth),
+            "sizes": np.bincount(clustering.labels).tolist(),
+            **({} if near is None else {"nearest": near[0].shape[1]}),
+        }
+        return cls(
+            rows=rows,
+            labels=clustering.labels,
+            distances=clustering.distances,
+            centroids=clustering.centroids,
+            meta=meta,
+            near=None if near is None else near[0],
+            near_distances=None if near is None else near[1],
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the folder, whole or not at all, over an older one.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        columns: dict[str, Any] = {"row": self.rows, "label": self.labels, "distance": self.distances}
+        if self.near is not None and self.near_distances is not None:
+            for name, values in (("near", self.near), ("near_distance", self.near_distances)):
+                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+        table = pa.table(columns)
+        parquet = pa.BufferOutputStream()
+        pq.write_table(table, parquet)
+        with atomic_dir(folder, "labels") as temporary:
+            atomic_write_bytes(temporary / "labels.parquet", parquet.getvalue().to_pybytes())
+            centroids = safetensors.numpy.save({"centroids": np.ascontiguousarray(self.centroids)})
+            atomic_write_bytes(temporary / "centroids.safetensors", centroids)
+            sums = sha256_of(temporary, [temporary / "labels.parquet", temporary / "centroids.safetensors"])
+            write_json(temporary / "pseudo_labels.json", {**self.meta, "sha256": sums})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads a folder that `save` wrote.
+
+        Raises:
+            UserError: if a file is missing or unreadable, or the files do not fit one another.
+        """
+        folder = Path(folder)
+        for name in ("labels.parquet", "centroids.safetensors", "pseudo_labels.json"):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder} is no folder of pseudo labels: {name} is missing; make one by pseudo_label.py"
+                )
+        meta = read_json(folder / "pseudo_labels.json", Meta)
+        if wrong := damage(folder, recorded_sha256(meta, ("labels.parquet", "centroids.safetensors"))):
+            raise UserError(f"the pseudo labels in {folder} are damaged: {wrong}; make them again")
+        try:
+            table = pq.read_table(folder / "labels.parquet")
+            rows, labels, distances = (table[name].to_numpy() for name in ("row", "label", "distance"))
+            near, near_distances = (
+                table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+                if name in table.column_names
+                else None
+                for name in ("near", "near_distance")
+            )
+            centroids = safetensors.numpy.load_file(folder / "centroids.safetensors")["centroids"]
+            found, sizes = np.unique(labels, return_counts=True)
+            whole = np.array_equal(found, np.arange(len(centroids))) and "fingerprint" in meta
+            whole = whole and meta.get("sizes", sizes.tolist()) == sizes.tolist()
+            meta.pop("sha256", None)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, SafetensorError) as error:
+            raise UserError(f"cannot read the pseudo labels in {folder}: {error}; make them again") from error
+        if not whole:
+            raise UserError(f"the files of the pseudo labels in {folder} do not fit one another; make them again")
+        return cls(
+            rows=rows,
+            labels=labels,
+            distances=distances,
+            centroids=centroids,
+            meta=meta,
+            near=near,
+            near_distances=near_distances,
+        )
+
+    def check(self, data_fingerprint: str) -> None:
+        """Refuses other data than those the labels were made from.
+
+        Raises:
+            UserError: if the fingerprints differ.
+        """
+        if self.meta["fingerprint"] != data_fingerprint:
+            raise UserError(
+                f"these pseudo labels belong to other data: they were made from {self.meta.get('data')}, split "
+                f"{self.meta.get('split')}, of another fingerprint; give that data, or make labels for this"
+            )
+
+    def labels_of(self, rows: IntArray) -> IntArray:
+        """The labels of the images with these row numbers, int64 [len(rows)], in their order; see `places_of`."""
+        return self.labels[self.places_of(rows)]
+
+    def places_of(self, rows: IntArray) -> IntArray:
+        """Where the images with these row numbers stand in `labels`, int64 [len(rows)], in their order.
+
+        Raises:
+            UserError: if a row has no label.
+        """
+        order = np.argsort(self.rows)
+        place = np.searchsorted(self.rows, rows, sorter=order)
+        found = order[np.minimum(place, len(order) - 1)]
+        missing = self.rows[found] != rows
+        if missing.any():
+            row = int(rows[missing.argmax()])
+            raise UserError(
+                f"row {row} has no pseudo label ({int(missing.sum())} rows have none); make the labels again"
+            )
+        return found

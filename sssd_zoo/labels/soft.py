@@ -1,0 +1,70 @@
+"""Soft pseudo labels: an image belongs to several clusters, the more the nearer it is to their centroids.
+
+A flag of this package's own, not of the paper, whose pseudo labels are hard (section 3.1).
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sssd_zoo.errors import UserError
+from sssd_zoo.labels.kmeans import FloatArray, IntArray, import_faiss
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+
+
+def nearest_centroids(chunks: Iterable[FloatArray], centroids: FloatArray, count: int) -> tuple[IntArray, FloatArray]:
+    """The centroids nearest to each row of features, the nearest first.
+
+    Args:
+        chunks: float32 [n, D] each, the rows in order.
+        centroids: float32 [K, D].
+        count: M, how many of them; all K where there are fewer.
+
+    Returns:
+        Their numbers, int64 [N, M], and the squared distances, float32 [N, M].
+    """
+    index = import_faiss().IndexFlatL2(centroids.shape[1])
+    index.add(np.ascontiguousarray(centroids))
+    found = [index.search(np.ascontiguousarray(chunk), min(count, len(centroids))) for chunk in chunks]
+    distances, numbers = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return numbers, np.maximum(distances, 0)
+
+
+def check_soft(temperature: float) -> None:
+    """Raises `UserError` unless the temperature of soft labels is over 0."""
+    if temperature <= 0:
+        raise UserError(f"soft {temperature}, the temperature of soft labels, must be over 0")
+
+
+class SoftLabels:
+    """Shares of images in clusters, made dense batch by batch: soft_labels[positions] is float32 [B, K], rows sum to 1.
+
+    The share of image x in cluster k is proportional to exp(-d_k^2 / (T s)), where d_k is x's distance to the centroid,
+    and s the mean over all images of the squared distance to their own, so that T has no unit. Of each image only the
+    nearest centroids are known; it has no share in the others.
+
+    Args:
+        labels: pseudo labels with the nearest centroids.
+        rows: int64 [N], the images' row numbers in the data set, in the order of their positions.
+        temperature: T, over 0; toward 0 the labels become hard.
+
+    Raises:
+        UserError: if the labels keep no distances but those to the own centroid, or T is not over 0.
+    """
+
+    def __init__(self, labels: PseudoLabels, rows: IntArray, temperature: float) -> None:
+        check_soft(temperature)
+        if labels.near is None or labels.near_distances is None:
+            raise UserError("these pseudo labels are hard alone: for soft ones make them again with nearest 8, say")
+        places = labels.places_of(rows)
+        distances = torch.from_numpy(labels.near_distances[places])
+        scale = max(float(labels.distances.mean(dtype=np.float64)), 1e-12)
+        self.shares = torch.softmax(-distances / (temperature * scale), dim=1)
+        self.near = torch.from_numpy(labels.near[places])
+        self.classes = len(labels.centroids)
+
+    def __getitem__(self, positions: Tensor) -> Tensor:
+        dense = torch.zeros(len(positions), self.classes)
+        return dense.scatter_(1, self.near[positions], self.shares[positions])

@@ -1,0 +1,101 @@
+"""Networks as folders that timm and transformers load: config.json and model.safetensors."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from timm.data import ImageNetInfo
+from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writes the weights too
+from torch import nn
+
+from sssd_zoo.files import atomic_write_bytes, disk_errors, read_json, sha256_of, write_json
+
+
+def save_network(
+    folder: str | Path,
+    model: nn.Module,
+    arch: str,
+    *,
+    input_size: int | None = None,
+    label_names: Sequence[str] | None = None,
+) -> None:
+    """Writes model.safetensors and config.json into a folder that may hold other things; then timm loads it.
+
+    config.json also tells the weights' sha256, which `load_network` compares and timm passes over.
+
+    Args:
+        folder: made if it is not there. An older network in it is replaced.
+        model: made by `timm.create_model`, which noted its arguments; not wrapped or compiled.
+        arch: its timm name.
+        input_size: side of the images that it was trained on, in pixels; by default that of its `pretrained_cfg`, whose
+            mean and standard deviation are written too.
+        label_names: of the classes, in their order, where they have names.
+
+    Raises:
+        UserError: if the disk is full or not writable.
+    """
+    folder = Path(folder)
+    config = network_config(model, arch, input_size=input_size, label_names=label_names)
+    # config.json is what makes the folder a network: it goes first and comes last, so that it never describes others.
+    with disk_errors(folder):
+        (folder / "config.json").unlink(missing_ok=True)
+    weights = folder / "model.safetensors"
+    atomic_write_bytes(weights, network_weights(model))
+    write_json(folder / "config.json", {**config, "sha256": sha256_of(folder, [weights])})
+
+
+def network_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> bytes:
+    """A network's state as safetensors, floating-point tensors in `dtype`."""
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    return save(tensors, metadata={"format": "pt"})
+
+
+def network_config(
+    model: nn.Module, arch: str, *, input_size: int | None = None, label_names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What config.json says: timm's architecture, arguments and preprocessing; see `save_network`."""
+    extra: dict[str, Any] = {"pretrained_cfg": {"architecture": arch}}
+    if label_names is not None:
+        extra["label_names"] = list(label_names)
+        extra["label_descriptions"] = class_descriptions(label_names)
+    # The probes see whole images, resized, so timm's transform is to crop nothing off.
+    data_config: dict[str, Any] = {"crop_pct": 1.0}
+    if input_size is not None:
+        data_config["img_size"] = input_size
+    with TemporaryDirectory() as scratch:
+        path = Path(scratch) / "config.json"
+        save_config_for_hf(model, str(path), model_config=extra, data_config=data_config)
+        config: dict[str, Any] = read_json(path)
+    # timm reads it from the top; transformers, which does too, stumbles over a second one.
+    config["model_args"].pop("num_classes", None)
+    # The network's own, not those it was created with: calibrated since, or dropped with its classifiers.
+    config["model_args"].pop("thresholds", None)
+    if getattr(model, "thresholds", None) is not None:
+        config["model_args"]["thresholds"] = model.thresholds
+    if getattr(model, "storage_size", None) is not None:
+        config["model_args"]["storage_size"] = model.storage_size
+    # These tell of the weights that the network's default configuration is about, not of the ones saved.
+    for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"):
+        config["pretrained_cfg"].pop(name, None)
+    if label_names is None:
+        config.pop("label_names", None)
+        config["pretrained_cfg"].pop("label_names", None)
+    return config
+
+
+def class_descriptions(label_names: Sequence[str]) -> dict[str, str]:
+    """Words for classes that are named by WordNet ids, as ImageNet's are; {} for any others."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in label_names):
+        return {}
+    known = ImageNetInfo("imagenet-22k")
+    try:
+        return {name: known.label_name_to_description(name) for name in label_names}
+    except KeyError:  # ids of no synset
+        return {}

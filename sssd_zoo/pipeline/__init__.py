@@ -1,0 +1,1 @@
+"""A file per command of `sssd`, named as it; and the stages of `fit`, `compare` and `finetune`."""

@@ -1,0 +1,62 @@
+"""`sssd linear`: linear probes on every exit of a frozen network."""
+
+from typing import Any
+
+from sssd_zoo.configs import DataConfig, ForwardConfig, KNNArgs, LinearArgs, ProbeConfig
+from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.loading import load_images
+from sssd_zoo.distributed.hardware import tune_cpu
+from sssd_zoo.evaluation.protocol import (
+    Evaluation,
+    Features,
+    evaluation_data,
+    evaluation_features,
+    probe_features,
+    put_heads,
+)
+from sssd_zoo.files import write_json
+from sssd_zoo.files.run_folder import open_out
+from sssd_zoo.models.networks import load_network, statistics
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.training.runs import begin, part
+
+
+def accuracy_table(exits: list[float], ensemble: float | None) -> str:
+    """Accuracies in percent, as lines for a terminal."""
+    names = [f"exit {number}" for number in range(1, len(exits) + 1)] if len(exits) > 1 else ["accuracy"]
+    lines = [f"  {name:9} {value:6.2f}" for name, value in zip(names, exits, strict=True)]
+    if ensemble is not None and len(exits) > 1:
+        lines.append(f"  {'ensemble':9} {ensemble:6.2f}")
+    return "\n".join(lines)
+
+
+def frozen(args: LinearArgs | KNNArgs) -> tuple[Any, Evaluation, Features]:
+    """The network to measure, what it is measured on, and its features of that."""
+    model = load_network(args.model)
+    config = part(args, DataConfig)
+    data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
+    evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
+    return model, evaluation, evaluation_features(model, evaluation, part(args, ForwardConfig))
+
+
+def linear(args: LinearArgs) -> None:
+    """`sssd linear`."""
+    tune_cpu()
+    out = None if args.out is None else open_out(args, "probe")
+    model, evaluation, features = frozen(args)
+    probe = probe_features(features, part(args, ProbeConfig), args.seed)
+    print(f"linear probes on {args.model}, accuracy in percent on {evaluation.describe()}:")
+    print(accuracy_table(probe.exits, probe.ensemble))
+    if out is not None:
+        begin(out, args)
+        put_heads(model, probe, evaluation.train.size)
+        metrics = {
+            "data": evaluation.train.name,
+            "test": evaluation.words,
+            "seed": args.seed,
+            "exits": probe.exits,
+            "ensemble": probe.ensemble,
+        }
+        save_network(out, model, str(model.pretrained_cfg["architecture"]), label_names=evaluation.train.class_names)
+        write_json(out / "metrics.json", metrics)
+        print(f"the network with the probes as its heads is in {out}")

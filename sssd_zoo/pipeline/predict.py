@@ -1,0 +1,126 @@
+"""Classes of image files: `sssd predict`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sssd_zoo.configs import PredictArgs
+from sssd_zoo.data.images import Corrupt, CorruptImageError, encoded, quiet_pillow
+from sssd_zoo.data.inputs import prepare
+from sssd_zoo.data.loading import CorruptTally
+from sssd_zoo.data.walk import printable, walk
+from sssd_zoo.distributed.hardware import DTYPES, resolve_precision, tune_cpu
+from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import plain
+from sssd_zoo.evaluation.features import float32_classifiers
+from sssd_zoo.models import SSSDResNet
+from sssd_zoo.models.networks import load_network
+from sssd_zoo.models.saving import class_descriptions
+
+
+def find_images(names: list[str]) -> list[Path]:
+    """The files named, and the images below the folders named, which are those that training would read.
+
+    Raises:
+        UserError: for a name that is not there or no regular file, or a folder without images.
+    """
+    files: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found = walk(path)
+            if not found.images:
+                raise found.no_images()
+            found.warn()
+            files += [path / image for image in found.images]
+        elif path.is_file():
+            files.append(path)
+        elif path.exists():
+            raise UserError(f"{printable(path)} is no regular file: give image files, or folders of them")
+        else:
+            raise UserError(f"there is no file or folder '{printable(path)}'")
+    return files
+
+
+def load_answering(args: PredictArgs) -> tuple[Any, str]:
+    """The network, and what answers: an exit's number, 'ensemble' or 'early-exit'.
+
+    Raises:
+        UserError: if it is no network of this package, has no classes, or no thresholds for early exit.
+    """
+    whole = args.output in ("auto", "ensemble", "early-exit")
+    kwargs = {} if args.output == "auto" else {"output": "ensemble" if whole else args.output}
+    model = load_network(args.model, **kwargs)
+    if not isinstance(model, SSSDResNet) or model.num_classes < 1:
+        raise UserError(
+            f"'{args.model}' is no network of this package with classes: train its heads first (sssd linear)"
+        )
+    thresholds = args.thresholds if args.thresholds is not None else model.thresholds
+    output: str = args.output
+    if output == "auto":
+        output = "early-exit" if thresholds is not None else model.output
+    if output == "early-exit" and thresholds is None:
+        raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
+    if args.thresholds is not None and output != "early-exit":
+        raise UserError(f"--thresholds are of early exit, and --output {output} has none")
+    return float32_classifiers(model).eval(), "4" if output == "final" else output
+
+
+def predict(args: PredictArgs) -> None:
+    """`sssd predict`."""
+    tune_cpu()
+    files = find_images(args.images)
+    model, output = load_answering(args)
+    names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
+    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
+    model.to(device, memory_format=torch.channels_last)
+    # Early exit is calibrated and measured in fp32, all else in the precision that 'auto' stands for.
+    fp32 = output == "early-exit" and args.precision == "auto"
+    autocast = None if fp32 else DTYPES[resolve_precision(args.precision, args.device)]
+    words = class_descriptions(names)  # of WordNet's ids, which say nothing to a person
+    shown = [plain(words[name].split(",")[0] if words else name) for name in names]
+    width = max(len("class"), *map(len, shown))
+    if args.format == "table":
+        print(f"{'class':{width}}  confidence  exit      image")
+    corrupt: list[Corrupt] = []
+    for start in range(0, len(files), args.batch_size):
+        good, pixels = [], []
+        with quiet_pillow():
+            for file in files[start : start + args.batch_size]:
+                image = encoded(0, {"bytes": None, "path": str(file)})
+                try:
+                    pixels.append(prepare(image, model, args.max_pixels))
+                    good.append(file)
+                except CorruptImageError as error:
+                    corrupt.append((str(file), str(error)))
+        if not good:
+            continue
+        images = torch.cat(pixels)
+        with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            logits, exits = answer(model, images, output, args.thresholds)
+        confidences, classes = logits.float().softmax(1).max(1)
+        for row in zip(good, classes.tolist(), confidences.tolist(), exits, strict=True):
+            file, number, confidence, exit_taken = row
+            if args.format == "jsonl":
+                entry = {"image": str(file), "class": names[number], "confidence": round(confidence, 6)}
+                described = {"description": words[names[number]]} if words else {}
+                print(json.dumps({**entry, "exit": exit_taken, **described}))
+            else:
+                path = plain(file, longest=4096)
+                print(f"{shown[number]:{width}}  {confidence:10.4f}  {exit_taken!s:8}  {path}", flush=True)
+    if corrupt:
+        CorruptTally("those given", args.max_corrupt).add(corrupt, len(files))
+
+
+def answer(
+    model: Any, images: Tensor, output: str, thresholds: list[float] | None
+) -> tuple[Tensor, list[int] | list[str]]:
+    """Logits [B, num_classes], and which exit gave each: its number, or 'ensemble'."""
+    if output == "early-exit":
+        early = model.forward_early(images, thresholds)
+        return early.logits, early.exit.tolist()
+    exits: Any = [output if output == "ensemble" else int(output)] * len(images)
+    return model(images), exits

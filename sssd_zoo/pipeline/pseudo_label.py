@@ -1,0 +1,116 @@
+"""`sssd pseudo-label`: k-means on the features of a trained network."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sssd_zoo.configs import ClusterConfig, DataConfig, ForwardConfig, PseudoLabelArgs, RuntimeConfig
+from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.loading import ImageData, fits_in_memory, load_images
+from sssd_zoo.distributed import barrier, rank, world_size
+from sssd_zoo.distributed.hardware import tune_cpu
+from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.features import feature_batches, network_features
+from sssd_zoo.files.run_folder import open_out
+from sssd_zoo.labels.chunked_kmeans import CHUNK, kmeans_from_file
+from sssd_zoo.labels.feature_file import FeatureFile, remove_features, shard, write_features
+from sssd_zoo.labels.kmeans import Clustering, kmeans, normalise
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.labels.soft import nearest_centroids
+from sssd_zoo.models.networks import load_network, statistics
+from sssd_zoo.training.hardware import make_accelerator
+from sssd_zoo.training.runs import part
+
+
+def cluster_images(
+    network: Any, data: ImageData, config: ClusterConfig, forward: ForwardConfig, *, model: str, seed: int, out: Path
+) -> PseudoLabels | None:
+    """k-means on the L2-normalised features of a network's last exit; writes the pseudo labels to `out`.
+
+    Every process calls it. Several share the images and write their features into one file beside `out`, from which the
+    main process clusters; it is removed at the end. One process does so where the features do not fit in memory. All
+    ways give the same labels.
+
+    Args:
+        network: with `num_classes=0`.
+        data: the images.
+        config: of k-means.
+        forward: of the network.
+        model: what the labels are to say of the network.
+        seed: of k-means.
+        out: folder to write.
+
+    Returns:
+        The labels in the main process, None in the others.
+    """
+    settings: dict[str, Any] = {"seed": seed, "iterations": config.iterations, "redos": config.redos, "progress": True}
+    wanted = 4 * len(data) * int(network.num_features) * (4 if getattr(network, "output", "") == "ensemble" else 1)
+    on_disk = not fits_in_memory(wanted) if config.on_disk is None else config.on_disk
+    clustering: Clustering | None = None
+    near = None
+    file = out.with_name(f".{out.name}.features.npy")
+    if rank() == 0:
+        remove_features(file)  # of a run killed while it clustered
+    if world_size() == 1 and not on_disk:
+        features = normalise(network_features(network, data, forward)[-1].numpy())
+        clustering = kmeans(features, config.k, **settings)
+        if config.nearest > 1:
+            near = nearest_centroids([features], clustering.centroids, config.nearest)
+    else:
+        try:
+            order = shard(torch.arange(len(data)).split(forward.batch_size))
+            write_features(file, len(data), feature_batches(network, data, forward, order))
+            if rank() == 0 and on_disk:
+                clustering = kmeans_from_file(file, config.k, **settings)
+            elif rank() == 0:
+                clustering = kmeans(np.load(file), config.k, **settings)
+            if clustering is not None and config.nearest > 1:
+                parts = (rows for _, rows in FeatureFile(file).chunks(CHUNK))
+                near = nearest_centroids(parts, clustering.centroids, config.nearest)
+        finally:
+            if rank() == 0:
+                remove_features(file)
+    if clustering is None:
+        return None
+    labels = PseudoLabels.from_clustering(
+        clustering,
+        rows=data.rows,
+        data=data.name,
+        split=data.split,
+        fingerprint=data.fingerprint,
+        model=model,
+        seed=seed,
+        iterations=config.iterations,
+        redos=config.redos,
+        truth=data.labels,
+        near=near,
+    )
+    labels.save(out)
+    return labels
+
+
+def pseudo_label(args: PseudoLabelArgs) -> None:
+    """`sssd pseudo-label`."""
+    tune_cpu()
+    make_accelerator(RuntimeConfig(device=args.device))
+    out = open_out(args, "labels")
+    model = load_network(args.model, num_classes=0)
+    data = load_images(part(args, DataConfig), default_size=storage_default(statistics(model)[2]))
+    if args.k > len(data) or args.k < 2:
+        raise UserError(f"K = {args.k} clusters of {len(data)} images; give a --k from 2 to the number of images")
+    config, forward = part(args, ClusterConfig), part(args, ForwardConfig)
+    labels = cluster_images(model, data, config, forward, model=args.model, seed=args.seed, out=out)
+    if labels is not None:
+        print(describe_labels(labels, out))
+    barrier()
+
+
+def describe_labels(labels: PseudoLabels, out: Path) -> str:
+    """One line about pseudo labels for a person."""
+    sizes, quality = labels.meta["sizes"], labels.meta["quality"]
+    line = f"{len(sizes)} clusters of {min(sizes)} to {max(sizes)} images (K = {labels.meta['k_asked']} asked)"
+    if quality:
+        line += f", NMI {quality['nmi']:.3f}, purity {quality['purity']:.3f} against the true labels"
+    return f"{line}; in {out}"

@@ -1,0 +1,35 @@
+"""`sssd publish-labels`: pseudo labels on the Hub."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sssd_zoo.configs import PublishLabelsArgs
+from sssd_zoo.files import (
+    atomic_write_text,
+    disk_errors,
+    sha256_of,
+    write_json,
+)
+from sssd_zoo.files.untrusted import copy_files
+from sssd_zoo.hub.publish import check_repo, labels_card, send, verify_labels
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+
+
+def publish_labels(args: PublishLabelsArgs) -> None:
+    """`sssd publish-labels`."""
+    check_repo(args)
+    source = Path(args.labels)
+    labels = PseudoLabels.load(source)
+    with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
+        folder = Path(scratch)
+        copy_files(source, ("labels.parquet", "centroids.safetensors"), folder)
+        model = labels.meta["model"]
+        meta = {
+            **labels.meta,
+            # A folder's path means nothing elsewhere; hf-hub:ORG/NAME does.
+            "model": model if ":" in model else Path(model).name,
+            "sha256": sha256_of(folder, folder.iterdir()),
+        }
+        write_json(folder / "pseudo_labels.json", meta)
+        atomic_write_text(folder / "README.md", labels_card(meta, args.repo, args.license))
+        send(args, folder, "dataset", verify_labels)

@@ -1,0 +1,26 @@
+"""`sssd space`: a page to try a network on."""
+
+import importlib.util
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sssd_zoo.configs import SpaceArgs
+from sssd_zoo.errors import UserError
+from sssd_zoo.hub.page import serve
+from sssd_zoo.hub.space import assemble, check_push, push
+
+
+def space(args: SpaceArgs) -> None:
+    """`sssd space`."""
+    if args.push is not None:
+        check_push(args.push, dry_run=args.dry_run)
+    elif importlib.util.find_spec("gradio") is None:
+        raise UserError("the page needs gradio, which is not installed: pip install 'sssd-zoo[space]'")
+    with TemporaryDirectory(prefix="sssd-space-") as scratch:
+        folder = Path(scratch)
+        for note in assemble(args.run, folder, run_images=args.run_images):
+            print(note)
+        if args.push is None:
+            serve(folder, args.port)
+        else:
+            push(folder, args.push, private=args.private, dry_run=args.dry_run)
