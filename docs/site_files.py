@@ -30,8 +30,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def api_page(package: Path) -> str:
-    """The reference of a package: what its docstring says of it, and all of its modules."""
-    about = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8")))
+    """The reference of a package: what its `__init__` defines, not what it re-exports, and then its modules."""
+    tree = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+    defined = [node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    public = [name for name in defined if not name.startswith("_")]
     modules = [path.relative_to(ROOT).with_suffix("") for path in sorted(package.rglob("*.py"))]
-    names = [".".join(module.parts) for module in modules if module.name != "__init__"]
-    return "\n\n".join([f"# {package.name}", about or "", *(f"::: {name}" for name in names)])
+    names = [".".join(module.parts) for module in modules if not module.name.startswith("__")]
+    lines = [f"# {package.name}", f"::: sssd_zoo.{package.name}", f"    options: {{members: {public or False}}}"]
+    return "\n".join([*lines, *(f"\n::: {name}" for name in names)])
