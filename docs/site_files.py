@@ -12,7 +12,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PLACES = ("*", "docs/**/*", "hub_cards/**/*", "train/recipes/**/*", "sssd_zoo/data/sample/*")
-SUFFIXES = {".css", ".csv", ".json", ".jsonl", ".md", ".png", ".svg", ".yaml"}
+SUFFIXES = {".css", ".csv", ".json", ".jsonl", ".md", ".png", ".py", ".svg", ".yaml"}
 NAMES = {"LICENSE", "CITATION.cff"}
 
 
