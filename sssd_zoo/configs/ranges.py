@@ -10,7 +10,7 @@ import math
 import os
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
 from numbers import Integral, Real
@@ -20,6 +20,7 @@ from typing import (
     Literal,
     NotRequired,
     Required,
+    Self,
     Union,
     get_args,
     get_origin,
@@ -134,6 +135,11 @@ DistinctNames = Annotated[list[str], Items(1, order="distinct")]
 @dataclass(kw_only=True)
 class Checked:
     """A base for dataclasses that hold arguments: none is ever made with a value that its field's type forbids."""
+
+    @classmethod
+    def of(cls, settings: Any) -> Self:
+        """The fields of this dataclass out of settings that inherit from it."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     def __post_init__(self) -> None:
         """Raises `ValueError` that names every value out of its range."""

@@ -56,3 +56,9 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor)
     return torch.cat(parts)
+
+
+def print_main(text: str) -> None:
+    """Prints on the main process."""
+    if rank() == 0:
+        print(text, flush=True)

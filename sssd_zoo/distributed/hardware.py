@@ -54,3 +54,10 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def compute_device(wanted: Literal["auto", "cpu"]) -> torch.device:
     """The current GPU where there is one and it is `wanted`, else the CPU."""
     return torch.device("cuda" if wanted == "auto" and torch.cuda.is_available() else "cpu")
+
+
+def describe_machine(precision: str) -> str:
+    """What computes, in words."""
+    parts = machine()
+    processes = f"{parts['processes']} x " if parts["processes"] > 1 else ""
+    return f"{parts['device']}, {processes}{parts['threads']} threads, torch {parts['torch']}, {precision}"

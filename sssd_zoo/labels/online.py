@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.metrics import normalized_mutual_info_score
-from torch import Tensor
+from torch import Tensor, nn
 
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank, world_size
 from sssd_zoo.errors import UserError
@@ -26,58 +26,65 @@ LOG = "own_labels.jsonl"
 KEPT = 3  # the labels of so many epochs stay on disk: a resume needs the checkpoint's epoch and the one before
 
 
-@dataclass
-class OwnLabels:
-    """Gives the labels of each epoch: k-means of the network's own features, under the numbers that fit the last best.
+class OnlineLabels:
+    """The labels of each epoch: k-means of the network's own features, renumbered to agree with those of the last.
 
     DACSD ("[1]" of the SSSD paper, its table 3) learns, clusters and self-distils with one network. Clusters have no
     order, so each clustering is renumbered to agree with the labels of the epoch before as far as any renumbering can:
     else the classifiers would have to begin again at every epoch.
 
-    Attributes:
-        model: the network in training, not wrapped or compiled.
-        data: its images.
+    Args:
+        data: the images.
         k: number of clusters.
-        out: the run folder: labels go to own_labels/, a line about each epoch to own_labels.jsonl.
-        size: side of the images in pixels.
-        mean: of the channels.
-        std: of the channels.
         seed: of k-means.
         iterations: of k-means.
         autocast: precision of the forward pass, or none.
+
+    Raises:
+        UserError: if so many images do not make so many clusters.
     """
 
-    model: Any
-    data: ImageData
-    k: int
-    out: Path
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    seed: int
-    iterations: int = 20
-    autocast: torch.dtype | None = None
+    def __init__(
+        self, data: ImageData, k: int, seed: int, *, iterations: int = 20, autocast: torch.dtype | None = None
+    ) -> None:
+        if not 2 <= k <= len(data):
+            raise UserError(f"K = {k} clusters of {len(data)} images; give a --k from 2 to the number of images")
+        self.data, self.seed, self.iterations, self.autocast = data, seed, iterations, autocast
+        self.num_classes = k
+        self.identity = f"own, K = {k}"
 
-    def __call__(self, epoch: int, start: int) -> Tensor:
+    def attach(self, network: nn.Module, out: Path, spec: InputSpec) -> None:
+        """Says whose features are clustered, and where the labels are kept: own_labels/ and own_labels.jsonl of `out`.
+
+        Args:
+            network: the one in training, neither wrapped nor compiled.
+            out: the run folder.
+            spec: what it wants of its images.
+        """
+        self.network, self.out, self.spec = network, out, spec
+
+    def for_epoch(self, epoch: int, step: int = 0) -> Tensor:
         """The labels of an epoch, int64 [N] in 0..k-1, the same in every process.
 
         Args:
             epoch: its number, from 0.
-            start: the step in it that training is at; after the first the labels are those made before it.
+            step: the step in it that training is at; after the first the labels are those made before it.
 
         Raises:
             UserError: if a resume in the middle of an epoch does not find them.
         """
         labels = torch.zeros(len(self.data), dtype=torch.long)
         if rank() == 0:
-            found = self._load(epoch) if start else self._make(epoch)
-            labels = torch.from_numpy(found)
+            labels = torch.from_numpy(self._load(epoch) if step else self._make(epoch))
         if world_size() > 1:
-            device = next(self.model.parameters()).device
-            shared = labels.to(device)
+            shared = labels.to(self._device)
             dist.broadcast(shared, 0)
             labels = shared.cpu()
         return labels
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
 
     def _file(self, epoch: int) -> Path:
         return self.out / "own_labels" / f"epoch-{epoch:04}.npy"
@@ -91,28 +98,28 @@ class OwnLabels:
             labels: IntArray = np.load(BytesIO(content))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot go on in the middle of epoch {epoch} without its labels, {self._file(epoch)}: {error}; start "
-                "anew with --overwrite"
+                f"cannot resume in the middle of epoch {epoch} without its labels, {self._file(epoch)}: {error}; start "
+                "again with --overwrite"
             ) from error
         return labels
 
     def _make(self, epoch: int) -> IntArray:
-        device = next(self.model.parameters()).device
         features = extract_features(
-            self.model,
+            self.network,
             self.data.batches(torch.arange(len(self.data)).split(256)),
             count=len(self.data),
-            mean=self.mean,
-            std=self.std,
-            device=device,
-            size=self.size,
+            mean=self.spec.mean,
+            std=self.spec.std,
+            device=self._device,
+            size=self.spec.size,
             autocast=self.autocast,
         )[-1]
-        labels = kmeans(normalise(features.numpy()), self.k, seed=self.seed + epoch, iterations=self.iterations).labels
+        k, seed = self.num_classes, self.seed + epoch
+        labels = kmeans(normalise(features.numpy()), k, seed=seed, iterations=self.iterations).labels
         line: dict[str, Any] = {"epoch": epoch, "clusters": len(np.unique(labels))}
         if epoch:
             last = self._load(epoch - 1)
-            labels = match_labels(labels, last, self.k)
+            labels = match_labels(labels, last, k)
             line["kept"] = float((labels == last).mean())
         if self.data.labels is not None:
             line["nmi"] = float(normalized_mutual_info_score(self.data.labels, labels))

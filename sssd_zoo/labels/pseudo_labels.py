@@ -10,6 +10,8 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from sssd_zoo.configs import ClusterConfig
+from sssd_zoo.data.loading import ImageData
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes, damage, read_json, recorded_sha256, sha256_of, write_json
 from sssd_zoo.files.run_folder import atomic_dir
@@ -54,8 +56,8 @@ def quality(labels: IntArray, truth: IntArray) -> dict[str, float]:
 
     Returns:
         ``nmi``, normalised mutual information (0..1, arithmetic mean of the entropies); ``ari``, adjusted Rand index
-        (at most 1, 0 by chance); ``purity``, the share of rows whose class is the commonest of their cluster (0..1, and
-        1 is no merit when there are as many clusters as rows).
+        (at most 1, 0 by chance); ``purity``, the fraction of rows whose class is the most common of their
+        cluster (0..1; always 1 where there are as many clusters as rows).
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
     from sklearn.metrics.cluster import contingency_matrix
@@ -110,50 +112,40 @@ class PseudoLabels:
     def from_clustering(
         cls,
         clustering: Clustering,
+        data: ImageData,
+        config: ClusterConfig,
         *,
-        rows: IntArray,
-        data: str,
-        split: str,
-        fingerprint: str,
         model: str,
         seed: int,
-        iterations: int,
-        redos: int,
-        truth: IntArray | None,
         near: tuple[IntArray, FloatArray] | None = None,
     ) -> Self:
         """Joins a clustering with what it was made from.
 
         Args:
-            clustering: the result of `kmeans` over the images of `rows`, in their order.
-            rows: int64 [N], the images' row numbers in the data set.
-            data: the data set's name.
-            split: its split.
-            fingerprint: its fingerprint, which `check` compares.
-            model: the network in words (its name and weights).
-            seed: as given to `kmeans`.
-            iterations: as given to `kmeans`.
-            redos: as given to `kmeans`.
-            truth: int64 [N] true labels, for `quality`, or None.
+            clustering: the result of `kmeans` over the images, in their order.
+            data: the images; true labels serve `quality` only.
+            config: of k-means.
+            model: name of the network whose features were clustered.
+            seed: of k-means.
             near: the nearest centroids, int64 [N, M], and the squared distances to them, float32 [N, M], or None.
         """
         meta = {
-            "data": data,
-            "split": split,
-            "fingerprint": fingerprint,
+            "data": data.name,
+            "split": data.split,
+            "fingerprint": data.fingerprint,
             "model": model,
             "seed": seed,
-            "iterations": iterations,
-            "redos": redos,
+            "iterations": config.iterations,
+            "redos": config.redos,
             "k_asked": clustering.k_asked,
             "k": clustering.k,
             "inertia": clustering.inertia,
-            "quality": None if truth is None else quality(clustering.labels, truth),
+            "quality": None if data.labels is None else quality(clustering.labels, data.labels),
             "sizes": np.bincount(clustering.labels).tolist(),
             **({} if near is None else {"nearest": near[0].shape[1]}),
         }
         return cls(
-            rows=rows,
+            rows=data.rows,
             labels=clustering.labels,
             distances=clustering.distances,
             centroids=clustering.centroids,
@@ -193,7 +185,7 @@ class PseudoLabels:
         for name in ("labels.parquet", "centroids.safetensors", "pseudo_labels.json"):
             if not (folder / name).is_file():
                 raise UserError(
-                    f"{folder} is no folder of pseudo labels: {name} is missing; make one by pseudo_label.py"
+                    f"{folder} is not a folder of pseudo labels: {name} is missing; `sssd pseudo-label` writes one"
                 )
         meta = read_json(folder / "pseudo_labels.json", Meta)
         if wrong := damage(folder, recorded_sha256(meta, ("labels.parquet", "centroids.safetensors"))):

@@ -4,17 +4,22 @@ A flag of this package's own, not of the paper, whose pseudo labels are hard (se
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.errors import UserError
+from sssd_zoo.labels.fixed import fingerprint
 from sssd_zoo.labels.kmeans import FloatArray, IntArray, import_faiss
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 
+Near = tuple[IntArray, FloatArray]  # numbers of the nearest centroids, and the squared distances to them
 
-def nearest_centroids(chunks: Iterable[FloatArray], centroids: FloatArray, count: int) -> tuple[IntArray, FloatArray]:
+
+def nearest_centroids(chunks: Iterable[FloatArray], centroids: FloatArray, count: int) -> Near:
     """The centroids nearest to each row of features, the nearest first.
 
     Args:
@@ -39,14 +44,14 @@ def check_soft(temperature: float) -> None:
 
 
 class SoftLabels:
-    """Shares of images in clusters, made dense batch by batch: soft_labels[positions] is float32 [B, K], rows sum to 1.
+    """Memberships of images in clusters, made dense batch by batch: labels[positions] is float32 [B, K], rows sum to 1.
 
-    The share of image x in cluster k is proportional to exp(-d_k^2 / (T s)), where d_k is x's distance to the centroid,
-    and s the mean over all images of the squared distance to their own, so that T has no unit. Of each image only the
-    nearest centroids are known; it has no share in the others.
+    The membership of image x in cluster k is proportional to exp(-d_k^2 / (T s)), where d_k is x's distance to the
+    centroid, and s the mean over all images of the squared distance to their own, so that T has no unit. Of each image
+    only the nearest centroids are known; its membership in the others is 0.
 
     Args:
-        labels: pseudo labels with the nearest centroids.
+        pseudo: pseudo labels with the nearest centroids.
         rows: int64 [N], the images' row numbers in the data set, in the order of their positions.
         temperature: T, over 0; toward 0 the labels become hard.
 
@@ -54,17 +59,25 @@ class SoftLabels:
         UserError: if the labels keep no distances but those to the own centroid, or T is not over 0.
     """
 
-    def __init__(self, labels: PseudoLabels, rows: IntArray, temperature: float) -> None:
+    def __init__(self, pseudo: PseudoLabels, rows: IntArray, temperature: float) -> None:
         check_soft(temperature)
-        if labels.near is None or labels.near_distances is None:
-            raise UserError("these pseudo labels are hard alone: for soft ones make them again with nearest 8, say")
-        places = labels.places_of(rows)
-        distances = torch.from_numpy(labels.near_distances[places])
-        scale = max(float(labels.distances.mean(dtype=np.float64)), 1e-12)
-        self.shares = torch.softmax(-distances / (temperature * scale), dim=1)
-        self.near = torch.from_numpy(labels.near[places])
-        self.classes = len(labels.centroids)
+        if pseudo.near is None or pseudo.near_distances is None:
+            raise UserError("these pseudo labels are hard only: for soft ones make them again with --nearest 8, say")
+        places = pseudo.places_of(rows)
+        distances = torch.from_numpy(pseudo.near_distances[places])
+        scale = max(float(pseudo.distances.mean(dtype=np.float64)), 1e-12)
+        self.memberships = torch.softmax(-distances / (temperature * scale), dim=1)
+        self.near = torch.from_numpy(pseudo.near[places])
+        self.num_classes = len(pseudo.centroids)
+        self.identity = f"{fingerprint(pseudo.labels[places])}, soft {temperature}"  # of the same centroids
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        dense = torch.zeros(len(positions), self.classes)
-        return dense.scatter_(1, self.near[positions], self.shares[positions])
+        dense = torch.zeros(len(positions), self.num_classes)
+        return dense.scatter_(1, self.near[positions], self.memberships[positions])
+
+    def attach(self, network: nn.Module, out: Path, spec: InputSpec) -> None:
+        """Nothing: they do not come of the network."""
+
+    def for_epoch(self, epoch: int, step: int = 0) -> "SoftLabels":
+        """The labels themselves."""
+        return self

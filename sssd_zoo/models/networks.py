@@ -19,6 +19,7 @@ from timm.models._input import get_model_args
 from torch import nn
 
 from sssd_zoo.configs.ranges import Count, Pixels, problems
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import HUB_TIMEOUT
 from sssd_zoo.data.streaming import StreamingImages
@@ -232,6 +233,12 @@ def statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...], int]:
     if channels(model) == 1:  # its configuration may still be that of the RGB network it was made from
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     return mean, std, int(config["input_size"][-1])
+
+
+def input_spec(model: Any, size: int | None = None) -> InputSpec:
+    """What a timm network wants of its images; `size`, in pixels, takes the place of its own."""
+    mean, std, own_size = statistics(model)
+    return InputSpec(size or own_size, mean, std)
 
 
 def weights_digest(network: torch.nn.Module) -> str:

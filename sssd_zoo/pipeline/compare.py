@@ -5,17 +5,17 @@ OUT/report.md, results.csv, results.json and accuracy.png what they gave.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sssd_zoo.configs import CompareArgs, OptimConfig, RuntimeConfig
 from sssd_zoo.data.sources import short_name
-from sssd_zoo.distributed import barrier, rank
+from sssd_zoo.distributed import barrier, print_main, rank
+from sssd_zoo.distributed.hardware import describe_machine
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import code, markdown
-from sssd_zoo.evaluation.protocol import evaluation_data, evaluation_features, probe_features
+from sssd_zoo.evaluation.protocol import Evaluation, evaluation_data, evaluation_features, probe_features
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.comparison import (
     METHODS,
@@ -30,15 +30,16 @@ from sssd_zoo.evaluation.reports.comparison import (
 )
 from sssd_zoo.evaluation.reports.markdown import AccuracyRow
 from sssd_zoo.files import atomic_write_text, read_json, write_json
-from sssd_zoo.labels.pseudo_labels import PseudoLabels, random_labels
-from sssd_zoo.labels.soft import SoftLabels
+from sssd_zoo.labels.origin import Name, labels_by_name, pseudo_labels_for
+from sssd_zoo.labels.protocol import Labels
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.distill import distill_network
-from sssd_zoo.pipeline.pretext import set_up
+from sssd_zoo.pipeline.pretext import Setup, set_up
 from sssd_zoo.pipeline.seed import seed_network
-from sssd_zoo.pipeline.stages import Stages, machine_words, say
-from sssd_zoo.training.runs import check_queue, digest, save_config, settings_of
+from sssd_zoo.pipeline.stages import Stage, Stages
+from sssd_zoo.training.runs import check_queue, save_config, settings_of
 
 LABELLED = {  # the methods that learn pseudo labels, and the stage that makes these
     "sssd": "labels",
@@ -47,6 +48,7 @@ LABELLED = {  # the methods that learn pseudo labels, and the stage that makes t
     "sssd-soft": "labels-soft",
     "clusterfit": "labels",
 }
+NAMED: dict[str, Name] = {"random": "random", "true": "true", "dacsd": "own"}  # the other methods, and their labels
 NEAREST = 8  # centroids that soft labels are over
 TAUGHT = (*LABELLED, "seed")  # the methods that need M_ssl; the others start from nothing
 
@@ -58,90 +60,186 @@ def compare(args: CompareArgs) -> None:
     trained: list[OptimConfig] = [args.distill]
     trained += [args.seed_method] if "seed" in args.methods else []
     setup = set_up(args, "compare", trained, warm="sssd-warm" in args.methods, require_labels=True)
-    out, runtime, forward = setup.out, setup.runtime, setup.forward
-    data, size, arch, pretext = setup.data, setup.size, setup.arch, setup.pretext
+    out = setup.out
     if "seed" in args.methods:
-        check_queue(args.seed_method.queue_size, len(data))
+        check_queue(args.seed_method.queue_size, len(setup.data))
     evaluation = evaluation_data(
-        data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seeds[0]
+        setup.data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seeds[0]
     )
     if rank() == 0 and not (out / "config.yaml").exists():  # an older one describes what is there until the end
         save_config(out, args)
-    machine = machine_words(setup.inputs["precision"])
-    say(f"{len(data)} images of {data.name}; {arch} at {size} px, {machine}")
-    say(f"labels from {pretext.words.replace('`', '')}")
-    setting = Setting(
-        data=data.name,
-        images=len(data),
-        model=arch,
-        image_size=size,
+    setting = describe_setting(args, setup)
+    print_main(f"{setting.images} images of {setting.data}; {setup.arch} at {setup.size} px, {setting.machine}")
+    print_main(f"labels from {setup.pretext.description.replace('`', '')}")
+    results: list[Result] = []
+    for seed in args.seeds:
+        plan = Plan(args, setup, evaluation, seed)
+        stages = Stages(plan.out, {**setup.inputs, "seed": seed}, overwrite=args.overwrite)
+        for stage in plan.stages():
+            stages.run(stage)
+        results += [plan.result(method, stages, setting) for method in plan.methods]
+    if rank() == 0:
+        _write(args, results, others, out, pretext=setup.pretext.description, test=evaluation.describe())
+        save_config(out, args)
+        print_main(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report: {out / 'report.md'}")
+    barrier()
+
+
+def describe_setting(args: CompareArgs, setup: Setup) -> Setting:
+    """What all rows of a comparison have in common."""
+    pretext = setup.pretext
+    other = None if pretext.same_data else pretext.source
+    return Setting(
+        data=setup.data.name,
+        images=len(setup.data),
+        model=setup.arch,
+        image_size=setup.size,
         k=args.cluster.k,
         pretext=short_name(pretext.arch),
         pretext_epochs=None if pretext.source is None else args.pretrain.epochs,
-        pretext_data=None if pretext.same_data or pretext.source is None else pretext.source.name,
-        pretext_images=None if pretext.same_data or pretext.source is None else len(pretext.source),
+        pretext_data=None if other is None else other.name,
+        pretext_images=None if other is None else len(other),
         epochs=args.distill.epochs,
         seed_epochs=args.seed_method.epochs,
-        machine=machine,
+        machine=describe_machine(setup.inputs["precision"]),
     )
 
-    results: list[Result] = []
-    for seed in args.seeds:
-        runtime.seed = seed
-        stages = Stages(out / f"seed-{seed}", {**setup.inputs, "seed": seed}, overwrite=args.overwrite)
-        folder = stages.out
-        if set(TAUGHT) & set(args.methods):
-            pretext.pretrain(stages, settings_of(args.pretrain), runtime)
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of one seed, declared, and what each does.
+
+    Attributes:
+        args: of the command.
+        setup: the images, the networks, and where to run.
+        evaluation: what the networks are measured on.
+        seed: of everything.
+    """
+
+    args: CompareArgs
+    setup: Setup
+    evaluation: Evaluation
+    seed: int
+
+    @property
+    def out(self) -> Path:
+        """The seed's folder."""
+        return self.setup.out / f"seed-{self.seed}"
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods asked for, in the order of `METHODS`."""
+        return [method for method in METHODS if method in self.args.methods]
+
+    @property
+    def runtime(self) -> RuntimeConfig:
+        """Where and how to run, with this seed."""
+        return replace(self.setup.runtime, seed=self.seed)
+
+    def stages(self) -> list[Stage]:
+        """All stages in turn."""
+        args, pretext = self.args, self.setup.pretext
         clusterings = {
             "labels": args.cluster,
             "labels-redos": replace(args.cluster, redos=args.redos),
             "labels-soft": replace(args.cluster, nearest=NEAREST),
         }
-        for name in dict.fromkeys(LABELLED[method] for method in args.methods if method in LABELLED):
-            pretext.label(stages, data, clusterings[name], forward, seed, stage=name)
+        clustered = dict.fromkeys(LABELLED[method] for method in args.methods if method in LABELLED)
+        stages = [
+            *(
+                pretext.pretrain_stages(settings_of(args.pretrain), self.runtime)
+                if set(TAUGHT) & set(args.methods)
+                else ()
+            ),
+            *(pretext.label_stage(self.setup, clusterings[name], self.out, self.seed, name) for name in clustered),
+        ]
+        for method in self.methods:
+            train = self.seed_stage() if method == "seed" else self.distill_stage(method)
+            stages += [train, self.probe_stage(method)]
+        return stages
 
-        for method in METHODS:
-            if method not in args.methods:
-                continue
-            train, settings = _training(args, method, data, folder, runtime, arch, size, pretext.network(folder))
-            settings |= {"features": pretext.digest} if method == "seed" and not pretext.after else {}
-            labels = LABELLED.get(method)
-            after = (labels,) if labels else pretext.after if method == "seed" else ()
-            stages.run(method, train, settings, after=after, all_processes=True)
+    def seed_stage(self) -> Stage:
+        """SEED, whose teacher is M_ssl."""
+        setup, config = self.setup, self.args.seed_method
+        teacher = setup.pretext.network(self.out)
 
-            def measure(target: Path, method: str = method, folder: Path = folder, seed: int = seed) -> dict[str, Any]:
-                network = load_network(str(folder / method))
-                probe = probe_features(evaluation_features(network, evaluation, forward), args.probe, seed)
-                macs = multiply_adds(network, (3, size, size)) if len(probe.exits) > 1 else {}
-                found = {"exits": probe.exits, "ensemble": probe.ensemble if macs else None, "macs": macs}
-                write_json(target / "metrics.json", found)
-                return found
+        def train(folder: Path) -> dict[str, Any]:
+            return dict(seed_network(setup.data, teacher, config, self.runtime, setup.spec(folder, "SEED")))
 
-            probed = stages.run(
-                f"{method}-probe",
-                measure,
-                {**asdict(args.probe), "test": evaluation.test.fingerprint},
-                after=(method,),
-                measured_on=evaluation.digest(),
+        settings = {**asdict(config), **({} if setup.pretext.after else {"features": setup.pretext.digest})}
+        return Stage(name="seed", action=train, settings=settings, after=setup.pretext.after, all_processes=True)
+
+    def distill_stage(self, method: str) -> Stage:
+        """A method that learns labels; a warm start is from M_ssl's weights."""
+        setup, config = self.setup, self.args.distill
+        warm = method == "sssd-warm"
+
+        def train(folder: Path) -> dict[str, Any]:
+            return distill_network(
+                setup.data,
+                self.labels(method),
+                config,
+                self.runtime,
+                setup.spec(folder, METHODS[method]),
+                method="clusterfit" if method == "clusterfit" else "sssd",
+                init=setup.pretext.network(self.out) if warm else None,
             )
-            earlier = [*((labels,) if labels else ()), *(pretext.after if method in TAUGHT else ())]
-            results.append(
-                Result(
-                    method=method,
-                    seed=seed,
-                    exits=probed["exits"],
-                    ensemble=probed["ensemble"],
-                    seconds=stages.results[method]["seconds"],
-                    seconds_before=sum(stages.results[step]["seconds"] for step in earlier),
-                    macs=probed["macs"],
-                    setting=setting,
-                )
-            )
-    if rank() == 0:
-        _write(args, results, others, out, pretext=pretext.words, test=evaluation.describe())
-        save_config(out, args)
-        say(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report: {out / 'report.md'}")
-    barrier()
+
+        return Stage(
+            name=method,
+            action=train,
+            settings=lambda: {
+                **settings_of(config),
+                "labels": self.labels(method).identity,
+                **({"warm_start": True} if warm else {}),
+            },
+            after=(LABELLED[method],) if method in LABELLED else (),
+            all_processes=True,
+        )
+
+    def labels(self, method: str) -> Labels:
+        """What a method learns."""
+        if method in LABELLED:
+            pseudo = PseudoLabels.load(self.out / LABELLED[method])
+            return pseudo_labels_for(self.setup.data, pseudo, self.args.soft if method == "sssd-soft" else None)
+        return labels_by_name(NAMED[method], self.setup.data, self.args.cluster.k, self.runtime)
+
+    def probe_stage(self, method: str) -> Stage:
+        """Accuracy of a method's network."""
+        args, size = self.args, self.setup.size
+
+        def measure(folder: Path) -> dict[str, Any]:
+            network = load_network(str(self.out / method))
+            features = evaluation_features(network, self.evaluation, self.setup.forward)
+            probe = probe_features(features, args.probe, self.seed)
+            macs = multiply_adds(network, (3, size, size)) if len(probe.exits) > 1 else {}
+            measured = {"exits": probe.exits, "ensemble": probe.ensemble if macs else None, "macs": macs}
+            write_json(folder / "metrics.json", measured)
+            return measured
+
+        return Stage(
+            name=f"{method}-probe",
+            action=measure,
+            settings={**asdict(args.probe), "test": self.evaluation.test.fingerprint},
+            after=(method,),
+            measured_on=self.evaluation.digest(),
+        )
+
+    def result(self, method: str, stages: Stages, setting: Setting) -> Result:
+        """A method's row."""
+        probed = stages.results[f"{method}-probe"]
+        earlier = [LABELLED[method]] if method in LABELLED else []
+        earlier += self.setup.pretext.after if method in TAUGHT else ()
+        return Result(
+            method=method,
+            seed=self.seed,
+            exits=probed["exits"],
+            ensemble=probed["ensemble"],
+            seconds=stages.results[method]["seconds"],
+            seconds_before=sum(stages.results[stage]["seconds"] for stage in earlier),
+            macs=probed["macs"],
+            setting=setting,
+        )
 
 
 def read_results(out: Path) -> list[Result]:
@@ -158,60 +256,6 @@ def read_results(out: Path) -> list[Result]:
             f"{out / 'results.json'} was not written by this version: run its comparison once more, which reuses what "
             "is there"
         ) from error
-
-
-def _training(
-    args: CompareArgs,
-    method: str,
-    data: Any,
-    folder: Path,
-    runtime: RuntimeConfig,
-    arch: str,
-    size: int,
-    teacher: str,
-) -> tuple[Callable[[Path], dict[str, Any]], dict[str, Any]]:
-    """What trains a method's network into a folder, and the settings that decide its numbers.
-
-    `teacher` is what M_ssl is loaded by: SEED's teacher, and the weights that a warm start starts from.
-    """
-    if method == "seed":
-        return (
-            lambda target: seed_network(data, teacher, args.seed_method, runtime, arch=arch, size=size, out=target),
-            asdict(args.seed_method),
-        )
-    labels: Any
-    soft = None
-    if method in LABELLED:
-        pseudo = PseudoLabels.load(folder / LABELLED[method])
-        pseudo.check(data.fingerprint)
-        labels = pseudo.labels_of(data.rows)
-        soft = SoftLabels(pseudo, data.rows, args.soft) if method == "sssd-soft" else None
-    elif method == "random":
-        labels = random_labels(len(data), args.cluster.k, runtime.seed)
-    elif method == "true":
-        labels = data.labels
-    else:
-        labels = args.cluster.k
-    own = isinstance(labels, int)
-    identity = f"own, K = {labels}" if own else digest(labels, args.soft if soft else None)
-    warm = method == "sssd-warm"
-    return (
-        lambda target: distill_network(
-            data,
-            labels,
-            args.distill,
-            runtime,
-            arch=arch,
-            size=size,
-            out=target,
-            labels_digest=identity,
-            soft=soft,
-            init=teacher if warm else None,
-            title=METHODS[method],
-            method="clusterfit" if method == "clusterfit" else "sssd",
-        ),
-        {**settings_of(args.distill), "labels": identity, **({"warm_start": True} if warm else {})},
-    )
 
 
 def _write(

@@ -19,17 +19,17 @@ from sssd_zoo.pipeline.detect_eval import measured_on
 from sssd_zoo.tasks.detection import Detection
 from sssd_zoo.training.engine import check, train
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import announce, begin, part
+from sssd_zoo.training.runs import announce, prepare_run_folder
 
 
 def detect(args: DetectArgs) -> None:
     """`sssd detect`."""
     tune_cpu()
-    runtime, optim = part(args, RuntimeConfig), part(args, OptimConfig)
+    runtime, optim = RuntimeConfig.of(args), OptimConfig.of(args)
     processes = make_accelerator(runtime).num_processes
     out = open_out(args, "detector")
     coco_backend()
-    config, settings = part(args, DetectionDataConfig), part(args, DetectorConfig)
+    config, settings = DetectionDataConfig.of(args), DetectorConfig.of(args)
     data = load_detection(config)
     test = measured_on(config, args.test_data, args.test_split, data.class_names)
     check(optim, processes, len(data))
@@ -38,7 +38,7 @@ def detect(args: DetectArgs) -> None:
     detector = build_detector(body, len(data.class_names), settings)
     frozen = stage_modules(body, args.frozen_stages)
     task = Detection(detector, size=args.short_side, frozen=frozen, batchnorm=args.batchnorm)
-    begin(out, args)
+    prepare_run_folder(out, args)
     identity = {"data": data.fingerprint, "images": len(data), "classes": data.class_names, **asdict(settings)}
     loader = DetectionLoader(data, args.batch_size, runtime.seed)
     measured = train(task, loader, optim=optim, runtime=runtime, out=out, identity=identity, title="detect")

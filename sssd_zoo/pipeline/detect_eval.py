@@ -9,7 +9,7 @@ from sssd_zoo.detection.average_precision import coco_backend
 from sssd_zoo.detection.detector import load_detector, measure, metrics_table
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.files.run_folder import open_out
-from sssd_zoo.training.runs import begin, part
+from sssd_zoo.training.runs import prepare_run_folder
 
 
 def measured_on(config: DetectionDataConfig, data: list[str] | None, split: str | None, classes: list[str]) -> Any:
@@ -29,13 +29,13 @@ def detect_eval(args: DetectEvalArgs) -> None:
     out = None if args.out is None else open_out(args, "detections")
     coco_backend()
     detector, classes = load_detector(args.model)
-    config = part(args, DetectionDataConfig)
+    config = DetectionDataConfig.of(args)
     if args.short_side is not None:
         transform: Any = detector.transform
         transform.min_size, transform.max_size = (args.short_side,), round(args.short_side * 5 / 3)
     data = load_detection(config, classes=classes) if config.split else measured_on(config, config.data, None, classes)
     if out is not None:
-        begin(out, args)
-    metrics = measure(detector, data, part(args, ForwardConfig), out, voc=args.voc)
+        prepare_run_folder(out, args)
+    metrics = measure(detector, data, ForwardConfig.of(args), out, voc=args.voc)
     print(f"average precision of {args.model} in percent on {len(data)} images of {data.name}:")
     print(metrics_table(metrics))

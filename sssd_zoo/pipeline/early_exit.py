@@ -25,7 +25,7 @@ from torch import Tensor
 from sssd_zoo.configs import DataConfig, EarlyExitArgs, ForwardConfig
 from sssd_zoo.data.inputs import prepared, storage_default
 from sssd_zoo.data.loading import ImageData, load_images, split_names
-from sssd_zoo.distributed.hardware import tune_cpu
+from sssd_zoo.distributed.hardware import describe_machine, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.calibration import (
     POINTS_LOST,
@@ -49,8 +49,6 @@ from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.models import SSSDResNet, StageCosts, ensemble_logits, stage_costs
 from sssd_zoo.models.networks import channels, load_network, statistics
 from sssd_zoo.models.saving import save_network
-from sssd_zoo.pipeline.stages import machine_words
-from sssd_zoo.training.runs import part
 
 
 def load_calibrated(args: EarlyExitArgs) -> Any:
@@ -95,7 +93,7 @@ def calibration_data(args: EarlyExitArgs, model: Any) -> tuple[Part, Part]:
     Raises:
         UserError: for data without labels, or with other classes than the network's.
     """
-    config = part(args, DataConfig)
+    config = DataConfig.of(args)
     if args.split is None:
         names = split_names(config)
         held = next((name for name in ("test", "validation") if name in names), None)
@@ -199,7 +197,7 @@ def early_exit(args: EarlyExitArgs) -> None:
         "calibrated_on": held_out.words,
         "measured_on": measured.words,
         "seed": args.seed,
-        "machine": machine_words("fp32"),
+        "machine": describe_machine("fp32"),
         "budget": {name: value for name, value in budgets.items() if value is not None} or {"points_lost": POINTS_LOST},
         "temperatures": temperatures,
         "calibration_error": {

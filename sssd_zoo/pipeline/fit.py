@@ -15,8 +15,7 @@ RUN/
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +25,31 @@ import torch
 from sssd_zoo.configs import FitArgs, SelfDistillationConfig
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.walk import listed
-from sssd_zoo.distributed import barrier, rank
+from sssd_zoo.distributed import barrier, print_main, rank
+from sssd_zoo.distributed.hardware import describe_machine
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.protocol import evaluation_data, evaluation_features, knn_features, probe_features, put_heads
+from sssd_zoo.evaluation.probe import Probe
+from sssd_zoo.evaluation.protocol import (
+    Evaluation,
+    evaluation_data,
+    evaluation_features,
+    knn_features,
+    probe_features,
+    put_heads,
+)
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.markdown import Results, write_report
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.hub.model_card import save_model_folder
-from sssd_zoo.labels.pseudo_labels import PseudoLabels, random_labels
-from sssd_zoo.labels.soft import SoftLabels
+from sssd_zoo.labels.origin import labels_by_name, pseudo_labels_for
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.distill import distill_network
-from sssd_zoo.pipeline.pretext import set_up
-from sssd_zoo.pipeline.stages import Stages, machine_words, say
-from sssd_zoo.training.runs import digest, part, save_config, settings_of
+from sssd_zoo.pipeline.pretext import Setup, set_up
+from sssd_zoo.pipeline.stages import Stage, Stages
+from sssd_zoo.training.runs import save_config, settings_of
 
 
 def fit(args: FitArgs) -> None:
@@ -50,191 +58,228 @@ def fit(args: FitArgs) -> None:
     setup = set_up(args, "fit", [args.distill], warm=args.warm_start)
     if args.soft is not None and args.cluster.nearest < 2:
         raise UserError("soft labels want the distances to several centroids: give --cluster.nearest 8, say")
-    out, runtime, forward = setup.out, setup.runtime, setup.forward
-    data, size, arch, pretext = setup.data, setup.size, setup.arch, setup.pretext
-    labelled = data.labels is not None
     evaluation = None
-    if labelled:
+    if setup.data.labels is not None:
         evaluation = evaluation_data(
-            data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed
+            setup.data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed
         )
-    if rank() == 0 and not (out / "config.yaml").exists():  # an older one describes what is there until the end
-        save_config(out, args)
-    stages = Stages(out, {**setup.inputs, "seed": runtime.seed}, overwrite=args.overwrite)
-    say(
-        f"{len(data)} images of {data.name}, {labels_in_words(data)}; "
-        f"{arch} at {size} px, {machine_words(stages.common['precision'])}"
-    )
-    say(f"labels from {pretext.words.replace('`', '')}")
-    pretext.pretrain(stages, settings_of(args.pretrain), runtime)
-    pretext.label(stages, data, args.cluster, forward, runtime.seed)
-    pseudo = PseudoLabels.load(out / "labels")
-    pseudo.check(data.fingerprint)
-    soft = None if args.soft is None else SoftLabels(pseudo, data.rows, args.soft)
+    plan = Plan(args, setup, evaluation)
+    if rank() == 0 and not (plan.out / "config.yaml").exists():  # an older one describes what is there until the end
+        save_config(plan.out, args)
+    print_main(plan.describe())
+    stages = Stages(plan.out, {**setup.inputs, "seed": args.seed}, overwrite=args.overwrite)
+    for stage in plan.stages():
+        stages.run(stage)
+    if rank() == 0:
+        write_results(plan, stages)
+        report = plan.out / "report.md"
+        print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report}")
+        print(
+            f"Network: {plan.out / 'model'}, for timm.create_model('local-dir:{plan.out / 'model'}', pretrained=True)"
+        )
+    barrier()
 
-    init = pretext.network(out) if args.warm_start else None
-    encoder = pretext.network(out) if args.distill.anchor else None
 
-    def distill_on(
-        labels: np.ndarray[Any, np.dtype[np.int64]],
-        title: str,
-        config: SelfDistillationConfig,
-        init: str | None = None,
-        soft: SoftLabels | None = None,
-    ) -> Callable[[Path], dict[str, Any]]:
-        return lambda folder: distill_network(
-            data,
-            labels,
-            config,
-            runtime,
-            arch=arch,
-            size=size,
-            out=folder,
-            labels_digest=digest(labels, None if soft is None else args.soft),
-            soft=soft,
-            init=init,
-            encoder=encoder,
-            title=title,
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run, declared, and what each does.
+
+    Attributes:
+        args: of the command.
+        setup: the images, the networks, and where to run.
+        evaluation: what the networks are measured on, where the images are labelled.
+    """
+
+    args: FitArgs
+    setup: Setup
+    evaluation: Evaluation | None
+
+    @property
+    def out(self) -> Path:
+        """The run folder."""
+        return self.setup.out
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """The networks to measure: their titles, and the stages that train them."""
+        trained = {"anchored SSSD" if self.args.distill.anchor else "SSSD": "distill"}
+        if self.evaluation is not None and self.args.baseline:
+            trained["random labels"] = "baseline"
+        return trained
+
+    def describe(self) -> str:
+        """What is about to run, in two lines."""
+        data, setup = self.setup.data, self.setup
+        return (
+            f"{len(data)} images of {data.name}, {describe_labelling(data)}; {setup.arch} at {setup.size} px, "
+            f"{describe_machine(setup.inputs['precision'])}\nlabels from {setup.pretext.description.replace('`', '')}"
         )
 
-    labels = pseudo.labels_of(data.rows)
-    stages.run(
-        "distill",
-        distill_on(labels, "self distillation", args.distill, init, soft),
-        {
-            **settings_of(args.distill),
-            "warm_start": args.warm_start,
-            **({} if args.soft is None else {"soft": args.soft}),
-        },
-        after=("labels",),
-        all_processes=True,
-    )
-    networks = {"anchored SSSD" if args.distill.anchor else "SSSD": "distill"}
-    if labelled and args.baseline:
-        random = random_labels(len(data), args.cluster.k, runtime.seed)
-        plain = part(args.distill, SelfDistillationConfig)  # an anchor would teach it what the labels do not say
-        settings = {**settings_of(plain), "labels": f"random, K = {args.cluster.k}"}
-        stages.run("baseline", distill_on(random, "random labels", plain), settings, all_processes=True)
-        networks["random labels"] = "baseline"
+    def stages(self) -> list[Stage]:
+        """All stages in turn."""
+        args, pretext = self.args, self.setup.pretext
+        soft = {} if args.soft is None else {"soft": args.soft}
+        stages = [
+            *pretext.pretrain_stages(settings_of(args.pretrain), self.setup.runtime),
+            pretext.label_stage(self.setup, args.cluster, self.out, args.seed),
+            Stage(
+                name="distill",
+                action=self.distill,
+                settings={**settings_of(args.distill), "warm_start": args.warm_start, **soft},
+                after=("labels",),
+                all_processes=True,
+            ),
+        ]
+        if "baseline" in self.networks.values():
+            random = {"labels": f"random, K = {args.cluster.k}"}
+            settings = {**settings_of(SelfDistillationConfig.of(args.distill)), **random}
+            stages.append(Stage(name="baseline", action=self.baseline, settings=settings, all_processes=True))
+        if self.evaluation is not None:
+            probed = {"networks": list(self.networks), "test": self.evaluation.test.fingerprint}
+            stages.append(
+                Stage(
+                    name="probe",
+                    action=self.probe,
+                    settings={**asdict(args.probe), **probed},
+                    after=tuple(self.networks.values()),
+                    measured_on=self.evaluation.digest(),
+                )
+            )
+        return stages
 
-    def measure(folder: Path) -> dict[str, Any]:
-        assert evaluation is not None
+    def pseudo_labels(self) -> PseudoLabels:
+        """What the stage 'labels' made."""
+        return PseudoLabels.load(self.out / "labels")
+
+    def distill(self, folder: Path) -> dict[str, Any]:
+        """Self distillation on the pseudo labels."""
+        args, setup = self.args, self.setup
+        encoder = setup.pretext.network(self.out)
+        return distill_network(
+            setup.data,
+            pseudo_labels_for(setup.data, self.pseudo_labels(), args.soft),
+            args.distill,
+            setup.runtime,
+            setup.spec(folder, "self distillation"),
+            init=encoder if args.warm_start else None,
+            encoder=encoder if args.distill.anchor else None,
+        )
+
+    def baseline(self, folder: Path) -> dict[str, Any]:
+        """The same on random labels; without an anchor, which would teach the network what the labels do not say."""
+        setup = self.setup
+        labels = labels_by_name("random", setup.data, self.args.cluster.k, setup.runtime)
+        plain = SelfDistillationConfig.of(self.args.distill)
+        return distill_network(setup.data, labels, plain, setup.runtime, setup.spec(folder, "random labels"))
+
+    def probe(self, folder: Path) -> dict[str, Any]:
+        """Accuracy of the trained networks, and of the one that was clustered."""
+        evaluation, setup = self.evaluation, self.setup
+        assert evaluation is not None  # else there is no such stage
         accuracy = []
-        for title, name in networks.items():
+        for title, stage in self.networks.items():
             print(f"linear probes: {title}")
-            network = load_network(str(out / name))
-            probe = probe_features(evaluation_features(network, evaluation, forward), args.probe, runtime.seed)
+            network = load_network(str(self.out / stage))
+            probe = self._probe_of(network)
             accuracy.append({"name": title, "exits": probe.exits, "ensemble": probe.ensemble})
-            if name == "distill":
-                put_heads(network, probe, data.size)
-                save_model_folder(folder / "network", network, arch=arch, label_names=data.class_names, input_size=size)
-        trunk = load_network(pretext.network(out), num_classes=0)
-        found = evaluation_features(trunk, evaluation, forward)
-        neighbours = min(200, len(found.train_y))
+            if stage == "distill":
+                put_heads(network, probe, setup.data.size)
+                names = setup.data.class_names
+                save_model_folder(
+                    folder / "network", network, arch=setup.arch, label_names=names, input_size=setup.size
+                )
+        trunk = load_network(setup.pretext.network(self.out), num_classes=0)
+        features = evaluation_features(trunk, evaluation, setup.forward)
+        neighbours = min(200, len(features.train_y))
         return {
             "accuracy": accuracy,
             "clustered": {
-                "linear probe": probe_features(found, args.probe, runtime.seed).exits[-1],
-                f"weighted kNN (k = {neighbours})": knn_features(found, neighbours, 0.1)[-1],
+                "linear probe": probe_features(features, self.args.probe, self.args.seed).exits[-1],
+                f"weighted kNN (k = {neighbours})": knn_features(features, neighbours, 0.1)[-1],
             },
             "test": evaluation.words,
             "test_images": len(evaluation.test_positions),
         }
 
-    if labelled:
-        settings = {
-            **asdict(args.probe),
-            "networks": list(networks),
-            "test": evaluation.test.fingerprint if evaluation else None,
-        }
-        measured_on = evaluation.digest() if evaluation else None
-        stages.run("probe", measure, settings, after=tuple(networks.values()), measured_on=measured_on)
-    if rank() == 0:
-        finish(args, data, pseudo, stages, networks, arch=arch, size=size, pretext=pretext.words)
-        report_words = out / "report.md"
-        print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report_words}")
-        print(f"Network: {out / 'model'}, for timm.create_model('local-dir:{out / 'model'}', pretrained=True)")
-    barrier()
+    def _probe_of(self, network: Any) -> Probe:
+        assert self.evaluation is not None  # else there is no stage that asks
+        features = evaluation_features(network, self.evaluation, self.setup.forward)
+        return probe_features(features, self.args.probe, self.args.seed)
 
 
-def finish(
-    args: FitArgs,
-    data: ImageData,
-    pseudo: PseudoLabels,
-    stages: Stages,
-    networks: dict[str, str],
-    *,
-    arch: str,
-    size: int,
-    pretext: str,
-) -> None:
+def write_results(plan: Plan, stages: Stages) -> None:
     """Writes the figures, the report, metrics.json and the model folder."""
-    out = stages.out
+    args, setup, out = plan.args, plan.setup, plan.out
+    pseudo = plan.pseudo_labels()
     probe = stages.results.get("probe", {})
-    titles = {"pretrain": "MoCo v2", "distill": "self distillation", "baseline": "random labels"}
-    trained = {title: name for name, title in titles.items() if name in stages.results}
     network = load_network(str(out / "probe" / "network" if probe else out / "distill"))
-    macs = multiply_adds(network, (3, size, size))
-
-    captions: dict[str, str] = {}
-    figures.loss_curves(
-        {title: read_metrics(out / name / "metrics.jsonl") for title, name in trained.items()},
-        out / "figures/curves.png",
-    )
-    captions["figures/curves.png"] = "Losses and learning rates."
-    figures.cluster_sizes(pseudo.meta["sizes"], out / "figures/cluster_sizes.png")
-    captions["figures/cluster_sizes.png"] = "Images per cluster."
-    images, rows = sheet(data, pseudo)
-    figures.cluster_sheet(images, rows, out / "figures/clusters.png")
-    captions["figures/clusters.png"] = "The images nearest to the centres of some clusters."
-    if probe:
-        figures.accuracy_cost(probe["accuracy"], macs, out / "figures/accuracy.png")
-        captions["figures/accuracy.png"] = "Accuracy against cost, exit by exit."
-
+    macs = multiply_adds(network, (3, setup.size, setup.size))
     results: Results = {
-        "model": arch,
-        "image_size": size,
-        "data": data.name,
-        "split": data.split,
-        "images": len(data),
-        "corrupt": len(data.corrupt),
-        "fingerprint": data.fingerprint,
+        "model": setup.arch,
+        "image_size": setup.size,
+        "data": setup.data.name,
+        "split": setup.data.split,
+        "images": len(setup.data),
+        "corrupt": len(setup.data.corrupt),
+        "fingerprint": setup.data.fingerprint,
         "seed": args.seed,
-        "machine": machine_words(stages.common["precision"]),
+        "machine": describe_machine(stages.common["precision"]),
         "k_asked": args.cluster.k,
         "sizes": pseudo.meta["sizes"],
         "quality": pseudo.meta["quality"],
         "macs": macs,
         "times": [{"step": name, "seconds": result["seconds"]} for name, result in stages.results.items()],
-        "figures": captions,
+        "figures": draw_figures(plan, stages, pseudo, macs),
         "notes": [
-            f"**Labels from**: {pretext}" + ("" if args.soft is None else f"; soft, temperature {args.soft:g}"),
+            f"**Labels from**: {setup.pretext.description}"
+            + ("" if args.soft is None else f"; soft, temperature {args.soft:g}"),
         ],
     }
-    if probe:
-        results["test"], results["test_images"] = probe["test"], probe["test_images"]
-        results["classes"] = len(data.class_names or [])
-        results["accuracy"], results["clustered"] = probe["accuracy"], probe["clustered"]
-    write_report(out / "report.md", results)
-    write_json(out / "metrics.json", results)
     measured = {}
     if probe:
+        results["test"], results["test_images"] = probe["test"], probe["test_images"]
+        results["classes"] = len(setup.data.class_names or [])
+        results["accuracy"], results["clustered"] = probe["accuracy"], probe["clustered"]
         ours = probe["accuracy"][0]
         measured = {str(number): value for number, value in enumerate(ours["exits"], start=1)}
         measured["ensemble"] = ours["ensemble"]
+    write_report(out / "report.md", results)
+    write_json(out / "metrics.json", results)
+    clusters = [f"cluster {number}" for number in range(len(pseudo.meta["sizes"]))]
     save_model_folder(
         out / "model",
         network,
-        arch=arch,
-        input_size=size,
-        label_names=data.class_names if probe else [f"cluster {number}" for number in range(len(pseudo.meta["sizes"]))],
+        arch=setup.arch,
+        input_size=setup.size,
+        label_names=setup.data.class_names if probe else clusters,
         metrics=measured,
         card_context=results,
     )
     save_config(out, args)
 
 
-def labels_in_words(data: ImageData) -> str:
+def draw_figures(plan: Plan, stages: Stages, pseudo: PseudoLabels, macs: dict[str, int]) -> dict[str, str]:
+    """Draws the figures of a run; gives their captions by their paths in it."""
+    folder, captions = plan.out / "figures", {}
+    titles = {"pretrain": "MoCo v2", "distill": "self distillation", "baseline": "random labels"}
+    trained = {title: name for name, title in titles.items() if name in stages.results}
+    figures.loss_curves(
+        {title: read_metrics(plan.out / name / "metrics.jsonl") for title, name in trained.items()},
+        folder / "curves.png",
+    )
+    captions["figures/curves.png"] = "Losses and learning rates."
+    figures.cluster_sizes(pseudo.meta["sizes"], folder / "cluster_sizes.png")
+    captions["figures/cluster_sizes.png"] = "Images per cluster."
+    images, rows = nearest_images(plan.setup.data, pseudo)
+    figures.cluster_sheet(images, rows, folder / "clusters.png")
+    captions["figures/clusters.png"] = "The images nearest to the centres of some clusters."
+    if "probe" in stages.results:
+        figures.accuracy_cost(stages.results["probe"]["accuracy"], macs, folder / "accuracy.png")
+        captions["figures/accuracy.png"] = "Accuracy against cost, exit by exit."
+    return captions
+
+
+def describe_labelling(data: ImageData) -> str:
     """Whether the images are labelled, and by what: sub-folders may be dates or cameras."""
     if data.class_names is None:
         return "without labels"
@@ -244,7 +289,9 @@ def labels_in_words(data: ImageData) -> str:
     )
 
 
-def sheet(data: ImageData, pseudo: PseudoLabels, clusters: int = 12, columns: int = 12) -> tuple[Any, list[str]]:
+def nearest_images(
+    data: ImageData, pseudo: PseudoLabels, clusters: int = 12, columns: int = 12
+) -> tuple[Any, list[str]]:
     """The images nearest to the centres of some clusters, from the largest cluster to the smallest.
 
     Returns:

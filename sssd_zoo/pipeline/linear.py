@@ -18,7 +18,7 @@ from sssd_zoo.files import write_json
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.models.networks import load_network, statistics
 from sssd_zoo.models.saving import save_network
-from sssd_zoo.training.runs import begin, part
+from sssd_zoo.training.runs import prepare_run_folder
 
 
 def accuracy_table(exits: list[float], ensemble: float | None) -> str:
@@ -33,10 +33,10 @@ def accuracy_table(exits: list[float], ensemble: float | None) -> str:
 def frozen(args: LinearArgs | KNNArgs) -> tuple[Any, Evaluation, Features]:
     """The network to measure, what it is measured on, and its features of that."""
     model = load_network(args.model)
-    config = part(args, DataConfig)
+    config = DataConfig.of(args)
     data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
-    return model, evaluation, evaluation_features(model, evaluation, part(args, ForwardConfig))
+    return model, evaluation, evaluation_features(model, evaluation, ForwardConfig.of(args))
 
 
 def linear(args: LinearArgs) -> None:
@@ -44,11 +44,11 @@ def linear(args: LinearArgs) -> None:
     tune_cpu()
     out = None if args.out is None else open_out(args, "probe")
     model, evaluation, features = frozen(args)
-    probe = probe_features(features, part(args, ProbeConfig), args.seed)
+    probe = probe_features(features, ProbeConfig.of(args), args.seed)
     print(f"linear probes on {args.model}, accuracy in percent on {evaluation.describe()}:")
     print(accuracy_table(probe.exits, probe.ensemble))
     if out is not None:
-        begin(out, args)
+        prepare_run_folder(out, args)
         put_heads(model, probe, evaluation.train.size)
         metrics = {
             "data": evaluation.train.name,

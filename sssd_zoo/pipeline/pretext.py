@@ -33,19 +33,19 @@ from sssd_zoo.models.networks import (
     check_sizes,
     choose_model,
     choose_size,
+    input_spec,
     load_network,
     load_trunk,
     load_trunk_of,
     new_trunk,
-    statistics,
     weights_digest,
 )
 from sssd_zoo.pipeline.pretrain import pretrain_network
 from sssd_zoo.pipeline.pseudo_label import cluster_images, describe_labels
-from sssd_zoo.pipeline.stages import Stages
+from sssd_zoo.pipeline.stages import Stage
 from sssd_zoo.training.engine import check
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import check_queue, part
+from sssd_zoo.training.runs import RunSpec, check_queue
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Pretext:
         return ("pretrain",) if self.source is not None else ()
 
     @property
-    def words(self) -> str:
-        """What it is, for people."""
+    def description(self) -> str:
+        """What it is, in Markdown."""
         if self.source is None:
             return f"{code(short_name(self.arch))}, as it is"
         where = "the same images" if self.same_data else f"{code(self.source.name)}, {len(self.source):,} images"
@@ -94,47 +94,51 @@ class Pretext:
         start = {"init": self.digest} if self.digest else {}  # the weights count, not where they lie
         return {"arch": self.arch, **where, **start}
 
-    def pretrain(self, stages: Stages, settings: dict[str, Any], runtime: RuntimeConfig) -> None:
-        """Pretrains it as a stage, where it is to be pretrained."""
+    def pretrain_stages(self, settings: dict[str, Any], runtime: RuntimeConfig) -> list[Stage]:
+        """Pretrains it, where it is to be pretrained."""
         source = self.source
         if source is None:
-            return
-        stages.run(
-            "pretrain",
-            lambda folder: pretrain_network(source, self.config, runtime, arch=self.arch, size=self.size, out=folder),
-            {**settings, **self.inputs()},
-            all_processes=True,
-        )
+            return []
 
-    def label(
-        self,
-        stages: Stages,
-        data: ImageData,
-        config: ClusterConfig,
-        forward: ForwardConfig,
-        seed: int,
-        *,
-        stage: str = "labels",
-    ) -> dict[str, Any]:
-        """Clusters its features of D_tar into pseudo labels, as a stage, and gives the stage's result."""
-        model = self.network(stages.out)
+        def pretrain(folder: Path) -> dict[str, Any]:
+            spec = RunSpec(arch=self.arch, size=self.size, out=folder, title="MoCo v2")
+            return dict(pretrain_network(source, self.config, runtime, spec))
+
+        inputs = {**settings, **self.inputs()}
+        return [Stage(name="pretrain", action=pretrain, settings=inputs, all_processes=True)]
+
+    def label_stage(self, setup: "Setup", config: ClusterConfig, out: Path, seed: int, name: str = "labels") -> Stage:
+        """Clusters its features of D_tar into pseudo labels.
+
+        Args:
+            setup: the images, and how to run networks.
+            config: of k-means.
+            out: the run folder.
+            seed: of k-means.
+            name: of the stage.
+        """
+        model, data = self.network(out), setup.data
 
         def label(folder: Path) -> dict[str, Any]:
             network = load_network(model, num_classes=0)
-            found = cluster_images(network, data, config, forward, model=model, seed=seed, out=folder)
-            if found is None:
+            labels = cluster_images(network, data, config, setup.forward, model=model, seed=seed, out=folder)
+            if labels is None:
                 return {}
-            print(describe_labels(found, folder))
-            return {"k": found.meta["k"]}
+            print(describe_labels(labels, folder))
+            return {"k": labels.meta["k"]}
 
         # Where the features lie does not change the labels.
         settings = {"k": config.k, "iterations": config.iterations, "redos": config.redos}
         settings |= {"nearest": config.nearest} if config.nearest > 1 else {}
-        own = {} if self.after else self.inputs()
-        result = stages.run(stage, label, {**settings, **own}, after=self.after, all_processes=True)
-        if rank() == 0:
-            update_quality(stages.out / stage, data)
-        return result
+        settings |= {} if self.after else self.inputs()
+        return Stage(
+            name=name,
+            action=label,
+            settings=settings,
+            after=self.after,
+            all_processes=True,
+            then=lambda: update_quality(out / name, data),
+        )
 
     def check_warm_start(self, arch: str) -> None:
         """Raises `UserError` unless the trunk of the student `arch` can start from its weights."""
@@ -168,6 +172,10 @@ class Setup:
     forward: ForwardConfig
     inputs: dict[str, Any]
 
+    def spec(self, folder: Path, title: str) -> RunSpec:
+        """The student, to be trained into `folder`."""
+        return RunSpec(arch=self.arch, size=self.size, out=folder, title=title)
+
 
 def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, require_labels: bool = False) -> Setup:
     """Opens the data, chooses the networks, and checks now all that would fail an hour in.
@@ -183,14 +191,14 @@ def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, requ
         UserError: for arguments that cannot work.
     """
     tune_cpu()
-    runtime = part(args, RuntimeConfig)
+    runtime = RuntimeConfig.of(args)
     processes = make_accelerator(runtime).num_processes
     out = open_out(args, kind)
-    config = part(args, DataConfig)
+    config = DataConfig.of(args)
     # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
     default_size = storage_default(args.image_size)
     if args.features is not None:
-        default_size = max(default_size, storage_default(statistics(load_network(args.features, num_classes=0))[2]))
+        default_size = max(default_size, storage_default(input_spec(load_network(args.features, num_classes=0)).size))
     data = load_images(config, default_size=default_size, require_labels=require_labels, progress=rank() == 0)
     size = choose_size(data, args.image_size)
     arch = choose_model(args.model, size)

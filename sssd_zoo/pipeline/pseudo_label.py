@@ -1,5 +1,8 @@
 """`sssd pseudo-label`: k-means on the features of a trained network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,9 @@ from sssd_zoo.labels.chunked_kmeans import CHUNK, kmeans_from_file
 from sssd_zoo.labels.feature_file import FeatureFile, remove_features, shard, write_features
 from sssd_zoo.labels.kmeans import Clustering, kmeans, normalise
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
-from sssd_zoo.labels.soft import nearest_centroids
+from sssd_zoo.labels.soft import Near, nearest_centroids
 from sssd_zoo.models.networks import load_network, statistics
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import part
 
 
 def cluster_images(
@@ -38,57 +40,62 @@ def cluster_images(
         data: the images.
         config: of k-means.
         forward: of the network.
-        model: what the labels are to say of the network.
+        model: name of the network, for the record.
         seed: of k-means.
         out: folder to write.
 
     Returns:
         The labels in the main process, None in the others.
     """
-    settings: dict[str, Any] = {"seed": seed, "iterations": config.iterations, "redos": config.redos, "progress": True}
-    wanted = 4 * len(data) * int(network.num_features) * (4 if getattr(network, "output", "") == "ensemble" else 1)
-    on_disk = not fits_in_memory(wanted) if config.on_disk is None else config.on_disk
-    clustering: Clustering | None = None
-    near = None
-    file = out.with_name(f".{out.name}.features.npy")
-    if rank() == 0:
-        remove_features(file)  # of a run killed while it clustered
+    on_disk = wants_disk(network, data) if config.on_disk is None else config.on_disk
     if world_size() == 1 and not on_disk:
         features = normalise(network_features(network, data, forward)[-1].numpy())
-        clustering = kmeans(features, config.k, **settings)
-        if config.nearest > 1:
-            near = nearest_centroids([features], clustering.centroids, config.nearest)
+        clustering = kmeans(features, config.k, **kmeans_settings(config, seed))
+        near = nearest_centroids([features], clustering.centroids, config.nearest) if config.nearest > 1 else None
     else:
-        try:
-            order = shard(torch.arange(len(data)).split(forward.batch_size))
-            write_features(file, len(data), feature_batches(network, data, forward, order))
-            if rank() == 0 and on_disk:
-                clustering = kmeans_from_file(file, config.k, **settings)
-            elif rank() == 0:
-                clustering = kmeans(np.load(file), config.k, **settings)
-            if clustering is not None and config.nearest > 1:
-                parts = (rows for _, rows in FeatureFile(file).chunks(CHUNK))
-                near = nearest_centroids(parts, clustering.centroids, config.nearest)
-        finally:
-            if rank() == 0:
-                remove_features(file)
-    if clustering is None:
-        return None
-    labels = PseudoLabels.from_clustering(
-        clustering,
-        rows=data.rows,
-        data=data.name,
-        split=data.split,
-        fingerprint=data.fingerprint,
-        model=model,
-        seed=seed,
-        iterations=config.iterations,
-        redos=config.redos,
-        truth=data.labels,
-        near=near,
-    )
+        file = out.with_name(f".{out.name}.features.npy")
+        with feature_file(file, network, data, forward):
+            if rank() != 0:
+                return None
+            clustering, near = cluster_file(file, config, seed, on_disk=on_disk)
+    labels = PseudoLabels.from_clustering(clustering, data, config, model=model, seed=seed, near=near)
     labels.save(out)
     return labels
+
+
+def wants_disk(network: Any, data: ImageData) -> bool:
+    """Whether the features of all exits that a network answers with would take more than half of the free memory."""
+    exits = 4 if getattr(network, "output", "") == "ensemble" else 1
+    return not fits_in_memory(4 * len(data) * int(network.num_features) * exits)
+
+
+def kmeans_settings(config: ClusterConfig, seed: int) -> dict[str, Any]:
+    """The keyword arguments of `kmeans` and `kmeans_from_file`."""
+    return {"seed": seed, "iterations": config.iterations, "redos": config.redos, "progress": True}
+
+
+@contextmanager
+def feature_file(file: Path, network: Any, data: ImageData, forward: ForwardConfig) -> Iterator[None]:
+    """Features in a file while the block runs, written by all processes."""
+    if rank() == 0:
+        remove_features(file)  # of a run killed while it clustered
+    try:
+        order = shard(torch.arange(len(data)).split(forward.batch_size))
+        write_features(file, len(data), feature_batches(network, data, forward, order))
+        yield
+    finally:
+        if rank() == 0:
+            remove_features(file)
+
+
+def cluster_file(file: Path, config: ClusterConfig, seed: int, *, on_disk: bool) -> tuple[Clustering, Near | None]:
+    """Clusters the features of a file, there or in memory."""
+    cluster = partial(kmeans_from_file, file) if on_disk else partial(kmeans, np.load(file))
+    clustering = cluster(config.k, **kmeans_settings(config, seed))
+    if config.nearest == 1:
+        return clustering, None
+    parts = (rows for _, rows in FeatureFile(file).chunks(CHUNK))
+    return clustering, nearest_centroids(parts, clustering.centroids, config.nearest)
 
 
 def pseudo_label(args: PseudoLabelArgs) -> None:
@@ -97,10 +104,10 @@ def pseudo_label(args: PseudoLabelArgs) -> None:
     make_accelerator(RuntimeConfig(device=args.device))
     out = open_out(args, "labels")
     model = load_network(args.model, num_classes=0)
-    data = load_images(part(args, DataConfig), default_size=storage_default(statistics(model)[2]))
+    data = load_images(DataConfig.of(args), default_size=storage_default(statistics(model)[2]))
     if args.k > len(data) or args.k < 2:
         raise UserError(f"K = {args.k} clusters of {len(data)} images; give a --k from 2 to the number of images")
-    config, forward = part(args, ClusterConfig), part(args, ForwardConfig)
+    config, forward = ClusterConfig.of(args), ForwardConfig.of(args)
     labels = cluster_images(model, data, config, forward, model=args.model, seed=args.seed, out=out)
     if labels is not None:
         print(describe_labels(labels, out))

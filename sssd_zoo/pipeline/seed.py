@@ -1,8 +1,6 @@
 """`sssd seed`: SEED, a method to compare with."""
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,14 +19,14 @@ from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.models.networks import (
     choose_model,
     choose_size,
+    input_spec,
     load_network,
     new_trunk,
-    statistics,
 )
 from sssd_zoo.tasks import SEED
 from sssd_zoo.training.engine import check
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import announce, check_queue, method_settings, part, run_training
+from sssd_zoo.training.runs import RunSpec, announce, check_queue, method_settings, run_training
 
 
 def seed_network(
@@ -36,85 +34,42 @@ def seed_network(
     teacher: str,
     config: SEEDConfig,
     runtime: RuntimeConfig,
+    spec: RunSpec,
     *,
-    arch: str,
-    size: int,
-    out: Path,
     teacher_size: int | None = None,
-    arguments: Any = None,
 ) -> dict[str, float]:
-    """SEED on loaded images; writes the student's trunk into `out`, see `run_training`.
+    """SEED on loaded images; writes the student's trunk into the run folder, see `run_training`.
 
     Args:
         data: the images.
         teacher: run folder or timm name.
         config: how to train.
         runtime: where and how.
-        arch: timm name of the student.
-        size: side of the student's views in pixels.
-        out: the run folder.
-        teacher_size: of the teacher's views; by default what it was trained with.
-        arguments: see `run_training`.
+        spec: the student.
+        teacher_size: side of the teacher's views in pixels; by default what it was trained with.
     """
-    optim = part(config, OptimConfig)
+    optim = OptimConfig.of(config)
     check(optim, make_accelerator(runtime).num_processes, len(data))
     check_queue(config.queue_size, len(data))
     frozen_teacher = load_network(teacher, num_classes=0)
+    teacher_spec = input_spec(frozen_teacher, teacher_size)
     torch.manual_seed(runtime.seed)
-    trunk = new_trunk(arch)
-    mean, std, _ = statistics(trunk)
-    teacher_mean, teacher_std, own_size = statistics(frozen_teacher)
-    teacher_size = teacher_size or own_size
-    task = SEED(
-        trunk,
-        frozen_teacher,
-        size=size,
-        mean=mean,
-        std=std,
-        teacher_size=teacher_size,
-        teacher_mean=teacher_mean,
-        teacher_std=teacher_std,
-        queue_size=config.queue_size,
-        temperature=config.temperature,
-        teacher_temperature=config.teacher_temperature,
-        scale=config.crop_scale,
-        blur=config.blur,
-    )
-    return run_training(
-        task,
-        EpochLoader(data, config.batch_size, runtime.seed),
-        network=trunk,
-        arch=arch,
-        size=size,
-        optim=optim,
-        runtime=runtime,
-        out=out,
-        settings={**method_settings(config, SEEDConfig), "teacher": teacher, "teacher_size": teacher_size},
-        labels=None,
-        title="SEED",
-        arguments=arguments,
-    )
+    trunk = new_trunk(spec.arch)
+    task = SEED(trunk, frozen_teacher, config, input_spec(trunk, spec.size), teacher_spec)
+    loader = EpochLoader(data, config.batch_size, runtime.seed)
+    settings = {**method_settings(config, SEEDConfig), "teacher": teacher, "teacher_size": teacher_spec.size}
+    return run_training(task, loader, trunk, spec, optim=optim, runtime=runtime, settings=settings)
 
 
 def seed(args: SEEDArgs) -> None:
     """`sssd seed`."""
     tune_cpu()
-    runtime = part(args, RuntimeConfig)
+    runtime = RuntimeConfig.of(args)
     make_accelerator(runtime)
     out = open_out(args, "training")
-    config = replace(part(args, DataConfig), unlabelled=True, label_column=None)
+    config = replace(DataConfig.of(args), unlabelled=True, label_column=None)
     data = load_images(config, default_size=storage_default(args.image_size))
     size = choose_size(data, args.image_size)
-    arch = choose_model(args.model, size)
-    measured = seed_network(
-        data,
-        args.teacher,
-        part(args, SEEDConfig),
-        runtime,
-        arch=arch,
-        size=size,
-        out=out,
-        teacher_size=args.teacher_size,
-        arguments=args,
-    )
-    announce(out, f"{arch} taught by {args.teacher} on {len(data)} images of {data.name}", measured)
+    spec = RunSpec(arch=choose_model(args.model, size), size=size, out=out, title="SEED", arguments=args)
+    measured = seed_network(data, args.teacher, SEEDConfig.of(args), runtime, spec, teacher_size=args.teacher_size)
+    announce(out, f"{spec.arch} taught by {args.teacher} on {len(data)} images of {data.name}", measured)

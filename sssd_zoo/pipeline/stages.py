@@ -1,13 +1,13 @@
-"""Steps that are done once: what `sssd fit`, `sssd compare` and `sssd finetune` are made of."""
+"""Stages that are done once: what `sssd fit`, `sssd compare` and `sssd finetune` are made of."""
 
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from sssd_zoo.distributed import barrier, on_main, rank
-from sssd_zoo.distributed.hardware import machine
+from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK, damage, read_json, sha256_of, write_json
 from sssd_zoo.files.run_folder import adopt, check_writable, drop, kind_of, mark, replace
@@ -25,18 +25,43 @@ class Record(TypedDict):
     result: dict[str, Any] | None
 
 
-class Stages:
-    """Runs steps once: a step that has a result of the same inputs is skipped.
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a run, declared: `Stages.run` does it, or takes the result that is there.
 
-    The inputs of a step are its settings and the inputs of all steps before it, so a change concerns it and all after
+    Attributes:
+        name: of the stage and its folder.
+        action: does it, into the folder given; its result is kept in steps/.
+        settings: that decide its numbers; they take the place of the common inputs of the same names. A function where
+            they depend on an earlier stage's result.
+        after: the stages whose results it reads.
+        all_processes: every process takes part (training); else the main one alone.
+        measured_on: of a stage that measures, the digest of the true labels: for others of the same images it is
+            repeated without being asked to, as its figures would be wrong.
+        then: called in the main process after it, also where it was done before.
+    """
+
+    name: str
+    action: Callable[[Path], dict[str, Any]]
+    settings: dict[str, Any] | Callable[[], dict[str, Any]]
+    after: tuple[str, ...] = ()
+    all_processes: bool = False
+    measured_on: str | None = None
+    then: Callable[[], None] | None = None
+
+
+class Stages:
+    """Runs stages once: one that has a result of the same inputs is skipped.
+
+    The inputs of a stage are its settings and the inputs of all stages before it, so a change concerns it and all after
     it, and what does not depend on it stays. What was made with other inputs is replaced if `overwrite` says so, and
     not before the new result is complete: until then it is made in a folder beside, from which a killed run resumes.
     A result whose files are damaged is made again, too.
 
     Args:
         out: the run folder.
-        inputs: what all steps depend on.
-        overwrite: make steps anew that were made with other inputs; else they are refused.
+        inputs: what all stages depend on.
+        overwrite: repeat stages that were made with other inputs; else they are refused.
     """
 
     def __init__(self, out: Path, inputs: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -44,86 +69,81 @@ class Stages:
         self.results: dict[str, dict[str, Any]] = {}
         self.inputs: dict[str, dict[str, Any]] = {}
 
-    def run(
-        self,
-        name: str,
-        step: Callable[[Path], dict[str, Any]],
-        settings: dict[str, Any],
-        *,
-        after: tuple[str, ...] = (),
-        all_processes: bool = False,
-        measured_on: str | None = None,
-    ) -> dict[str, Any]:
-        """Runs one step, or takes its result as it is.
-
-        Args:
-            name: of the step and its folder.
-            step: does it, into the folder given; its result is kept in steps/.
-            settings: that decide its numbers; they take the place of the common inputs of the same names.
-            after: the steps whose results it reads.
-            all_processes: every process takes part (training); else the main one alone.
-            measured_on: of a step that measures, the digest of the true labels: for others of the same images it is
-                done again without being asked to, as its figures would be wrong.
+    def run(self, stage: Stage) -> dict[str, Any]:
+        """Runs one stage, or takes its result as it is.
 
         Returns:
-            The step's result and its `seconds`.
+            The stage's result and its `seconds`.
 
         Raises:
             UserError: if it was done with other inputs, and is not to be overwritten; or if the folder in its place
                 was not made by this package.
         """
-        inputs = {**self.common, **settings}
-        for earlier in after:
+        inputs = self._inputs(stage)
+        folder, before = on_main(lambda: self._state(stage.name))
+        changed = [] if before is None else _differences(before["inputs"], inputs)
+        wrong = on_main(lambda: damage(folder, before.get("sha256", {})) if before else None)
+        if before is not None and not wrong and not changed and before["result"] is not None:
+            print_main(f"[{stage.name}] done before")
+            self.results[stage.name] = before["result"]
+        else:
+            self._announce(stage.name, folder, before, inputs, wrong)
+            self._perform(stage, inputs, new=bool(changed))
+            self.results[stage.name] = read_json(self._places(stage.name)[1], Record)["result"]
+        if stage.then is not None and rank() == 0:
+            stage.then()
+        return self.results[stage.name]
+
+    def _inputs(self, stage: Stage) -> dict[str, Any]:
+        """All that decides a stage's result, as its record has it."""
+        inputs = {**self.common, **(stage.settings() if callable(stage.settings) else stage.settings)}
+        for earlier in stage.after:
             added = {k: v for k, v in self.inputs[earlier].items() if k not in self.common or self.common[k] != v}
             inputs |= {f"{earlier}.{key}": value for key, value in added.items()}
-        self.inputs[name] = inputs = json.loads(json.dumps(inputs))
-        wanted = inputs if measured_on is None else {**inputs, "measured_on": measured_on}
-        folder, before = on_main(lambda: self._found(name))
-        changed = [] if before is None else _differences(before["inputs"], wanted)
-        wrong = on_main(lambda: damage(folder, before.get("sha256", {})) if before else None)
+        self.inputs[stage.name] = inputs = json.loads(json.dumps(inputs))
+        return inputs if stage.measured_on is None else {**inputs, "measured_on": stage.measured_on}
+
+    def _announce(
+        self, name: str, folder: Path, before: dict[str, Any] | None, inputs: dict[str, Any], wrong: str | None
+    ) -> None:
+        """Says why a stage is done, or refuses to do it over a result of other inputs."""
+        changed = [] if before is None else _differences(before["inputs"], inputs)
         if wrong:
-            say(f"[{name}] done again, for {folder} is damaged: {wrong}")
-        elif before is not None and not changed and before["result"] is not None:
-            say(f"[{name}] done before")
-            self.results[name] = before["result"]
-            return self.results[name]
+            print_main(f"[{name}] repeated, because {folder} is damaged: {wrong}")
         if before is not None and changed and not self.overwrite and changed != ["measured_on"]:
             raise UserError(
-                f"{folder} was made with other settings or data ({_words(changed, before['inputs'], wanted)}): give a "
-                "new --out, or --overwrite to make anew what depends on them"
+                f"{folder} was made with other settings or data ({_described(changed, before['inputs'], inputs)}): "
+                "give a new --out, or --overwrite to repeat what depends on them"
             )
         if changed:
-            say(f"[{name}] done again, for other {', '.join(CALLED.get(key, key) for key in changed[:5])}")
-        say(f"[{name}] -> {folder}")
-        folder, record = self._places(name, new=bool(changed))
+            print_main(f"[{name}] repeated, for other {', '.join(CALLED.get(key, key) for key in changed[:5])}")
+        print_main(f"[{name}] -> {folder}")
+
+    def _perform(self, stage: Stage, inputs: dict[str, Any], *, new: bool) -> None:
+        """Does a stage; where it is `new`, beside the old result, which it then replaces."""
+        folder, record = self._places(stage.name, new=new)
         if rank() == 0:
-            _prepare(folder, record, wanted)
+            _prepare(folder, record, inputs)
         barrier()
         began = time.perf_counter()
-        result = step(folder) if all_processes or rank() == 0 else {}
+        result = stage.action(folder) if stage.all_processes or rank() == 0 else {}
         barrier()
         if rank() == 0:
             if not record.exists():
-                raise UserError(f"{self.out} was removed while [{name}] ran, and what earlier steps made with it")
-            seconds = round(time.perf_counter() - began, 1)
-            # What later steps read. Training's checkpoints have records of their own.
-            files = [path for kind in ("safetensors", "json", "parquet") for path in folder.rglob(f"*.{kind}")]
-            files = [
-                path for path in files if path.relative_to(folder).parts[0] != "checkpoints" and path.name != RUN_MARK
-            ]
-            result = {"seconds": seconds, **result}
-            write_json(record, {"inputs": wanted, "result": result, "sha256": sha256_of(folder, files)})
-            self._finish_replacing(name)
+                raise UserError(
+                    f"{self.out} was removed while [{stage.name}] ran, and what earlier stages made with it"
+                )
+            result = {"seconds": round(time.perf_counter() - began, 1), **result}
+            write_json(record, {"inputs": inputs, "result": result, "sha256": sha256_of(folder, _read_later(folder))})
+            self._finish_replacing(stage.name)
         barrier()
-        self.results[name] = read_json(self._places(name)[1], Record)["result"]
-        return self.results[name]
 
     def _places(self, name: str, *, new: bool = False) -> tuple[Path, Path]:
         """The folder and the record of a step; of `new`, those beside, which are to take their place."""
         called = f".{name}.new" if new else name
         return self.out / called, self.out / "steps" / f"{called}.json"
 
-    def _found(self, name: str) -> tuple[Path, dict[str, Any] | None]:
+    def _state(self, name: str) -> tuple[Path, dict[str, Any] | None]:
         """A step's folder, and the record of what lies in it: None where there is nothing that took any time.
 
         Raises:
@@ -152,6 +172,12 @@ class Stages:
         new_record.replace(record)
 
 
+def _read_later(folder: Path) -> list[Path]:
+    """The files of a stage that later ones read; training's checkpoints have records of their own."""
+    files = [path for kind in ("safetensors", "json", "parquet") for path in folder.rglob(f"*.{kind}")]
+    return [path for path in files if path.relative_to(folder).parts[0] != "checkpoints" and path.name != RUN_MARK]
+
+
 def _prepare(folder: Path, record: Path, inputs: dict[str, Any]) -> None:
     """Notes what a step is about to do; what is there of the same inputs is half done, and it resumes from that."""
     if record.exists() and _differences(read_json(record, Record)["inputs"], inputs):
@@ -166,19 +192,6 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     return sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
 
 
-def _words(changed: list[str], theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+def _described(changed: list[str], theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     named = [f"{key}: {theirs.get(key)!r:.30} there, {ours.get(key)!r:.30} now" for key in changed[:4]]
     return "; ".join(named + [f"and {len(changed) - 4} more"] * (len(changed) > 4))
-
-
-def machine_words(precision: str) -> str:
-    """What computes, in words."""
-    found = machine()
-    processes = f"{found['processes']} x " if found["processes"] > 1 else ""
-    return f"{found['device']}, {processes}{found['threads']} threads, torch {found['torch']}, {precision}"
-
-
-def say(text: str) -> None:
-    """Prints on the main process."""
-    if rank() == 0:
-        print(text, flush=True)

@@ -1,10 +1,19 @@
 """One file per method: a module from a batch to its loss. Tasks know no files, no optimisers and no data sets."""
 
-from sssd_zoo.tasks.anchored import AnchoredSelfDistillation
+from sssd_zoo.tasks.anchored import AnchoredSelfDistillation, FrozenEncoder
 from sssd_zoo.tasks.base import LabelTask, Task
 from sssd_zoo.tasks.clusterfit import ClusterFit
 from sssd_zoo.tasks.moco import MoCo
 from sssd_zoo.tasks.seed import SEED
 from sssd_zoo.tasks.sssd import SelfDistillation
 
-__all__ = ["SEED", "AnchoredSelfDistillation", "ClusterFit", "LabelTask", "MoCo", "SelfDistillation", "Task"]
+__all__ = [
+    "SEED",
+    "AnchoredSelfDistillation",
+    "ClusterFit",
+    "FrozenEncoder",
+    "LabelTask",
+    "MoCo",
+    "SelfDistillation",
+    "Task",
+]

@@ -6,13 +6,15 @@ dimension, F_i the features of exit i and P_i a linear predictor of its own, whi
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sssd_zoo.configs import AnchoredConfig
 from sssd_zoo.data.augment import BatchRandom, normalise, resize
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.tasks.sssd import SelfDistillation
 
 
@@ -27,45 +29,44 @@ def anchor_loss(predictions: Sequence[Tensor], target: Tensor) -> Tensor:
     return (1 - torch.stack(cosines)).sum()
 
 
+class FrozenEncoder(NamedTuple):
+    """A network whose features the exits predict, and what standardises them.
+
+    Attributes:
+        network: a timm network with `num_classes=0`.
+        spec: what it wants of its images.
+        feature_mean: float32 [D], of its features over the data.
+        feature_std: float32 [D].
+    """
+
+    network: nn.Module
+    spec: InputSpec
+    feature_mean: Tensor
+    feature_std: Tensor
+
+
 class AnchoredSelfDistillation(SelfDistillation):
     """Self distillation whose exits also predict a frozen encoder's features of the view that they see.
 
     Args:
-        model: see `SelfDistillation`.
-        encoder: a timm network with `num_classes=0`; it stays as it is, in eval mode.
-        encoder_size: side that the view is resized to for the encoder, in pixels.
-        encoder_mean: of the channels, for the encoder.
-        encoder_std: of the channels, for the encoder.
-        feature_mean: float32 [D], of the encoder's features over the data.
-        feature_std: float32 [D].
-        weight: w of the anchor.
-        others: the other arguments of `SelfDistillation`.
+        model: see `LabelTask`.
+        encoder: it stays as it is, in eval mode.
+        config: of the method; `config.anchor` is the weight w.
+        spec: see `Task`.
     """
 
+    config: AnchoredConfig
     feature_mean: Tensor
     feature_std: Tensor
 
-    def __init__(
-        self,
-        model: nn.Module,
-        encoder: nn.Module,
-        *,
-        encoder_size: int,
-        encoder_mean: Sequence[float],
-        encoder_std: Sequence[float],
-        feature_mean: Tensor,
-        feature_std: Tensor,
-        weight: float,
-        **others: Any,
-    ) -> None:
-        super().__init__(model, **others)
-        self.encoder = encoder.eval().requires_grad_(False)
-        self.encoder_size, self.encoder_mean, self.encoder_std = encoder_size, tuple(encoder_mean), tuple(encoder_std)
-        self.weight = weight
-        self.register_buffer("feature_mean", feature_mean)
-        self.register_buffer("feature_std", feature_std)
-        width = int(model.num_features)  # type: ignore[arg-type]
-        self.predictors = nn.ModuleList(nn.Linear(width, len(feature_mean)) for _ in range(4))
+    def __init__(self, model: nn.Module, encoder: FrozenEncoder, config: AnchoredConfig, spec: InputSpec) -> None:
+        super().__init__(model, config, spec)
+        self.encoder = encoder.network.eval().requires_grad_(False)
+        self.encoder_spec = encoder.spec
+        self.register_buffer("feature_mean", encoder.feature_mean)
+        self.register_buffer("feature_std", encoder.feature_std)
+        width, dim = int(model.num_features), len(encoder.feature_mean)  # type: ignore[arg-type]
+        self.predictors = nn.ModuleList(nn.Linear(width, dim) for _ in range(4))
 
     def train(self, mode: bool = True) -> "AnchoredSelfDistillation":
         """As a module's; the encoder stays in eval mode, or its BatchNorm would move."""
@@ -76,8 +77,8 @@ class AnchoredSelfDistillation(SelfDistillation):
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """One view as the network and as the encoder wants it, float32 [B, 3, side, side] each."""
         view = self.view(images, random)
-        larger = normalise(resize(view, self.encoder_size), self.encoder_mean, self.encoder_std)
-        return {"images": normalise(view, self.mean, self.std), "encoder": larger}
+        size, mean, std = self.encoder_spec
+        return {"images": normalise(view, self.mean, self.std), "encoder": normalise(resize(view, size), mean, std)}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Equation 4, with the weighted anchor added, and the `anchor` by itself."""
@@ -89,4 +90,4 @@ class AnchoredSelfDistillation(SelfDistillation):
         parts = self.distil(exits, batch["labels"])
         predictions = [predict(vectors) for predict, vectors in zip(self.predictors, exits.features, strict=True)]
         anchor = anchor_loss(predictions, target)
-        return {**parts, "loss": parts["loss"] + self.weight * anchor, "anchor": anchor.detach()}
+        return {**parts, "loss": parts["loss"] + self.config.anchor * anchor, "anchor": anchor.detach()}

@@ -1,11 +1,12 @@
 """What the engine asks of a method."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from sssd_zoo.configs import SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom, normalise, supervised_view
+from sssd_zoo.data.inputs import InputSpec
 
 
 class Task(nn.Module):
@@ -15,11 +16,10 @@ class Task(nn.Module):
     the engine's checkpoint holds it.
 
     Args:
-        size: side of the views in pixels.
-        mean: of the channels, for normalisation.
-        std: of the channels.
+        spec: side of the views, and what they are normalised by.
 
     Attributes:
+        size: side of the views in pixels; the engine changes it where a training goes through several.
         global_batchnorm: whether BatchNorm's statistics are to be those of the global batch, of all processes.
         compiled: whether to compile what `views` computes on an accelerator.
     """
@@ -27,9 +27,9 @@ class Task(nn.Module):
     global_batchnorm = True
     compiled = False
 
-    def __init__(self, size: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, spec: InputSpec) -> None:
         super().__init__()
-        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self.size, self.mean, self.std = spec
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What to train, as torch's optimisers take it: `params`, and `lr_scale` where a group's rate is not the run's.
@@ -67,7 +67,7 @@ class Task(nn.Module):
 
 
 def top1(logits: Tensor, labels: Tensor) -> Tensor:
-    """The share of images whose label, or the greatest of a soft one, is the first answer: a scalar."""
+    """The fraction of images whose label, or the greatest of a soft one, is the first answer: a scalar."""
     return (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).float().mean()
 
 
@@ -76,27 +76,16 @@ class LabelTask(Task):
 
     Args:
         model: a timm network with one class per label.
-        size: side of the views in pixels.
-        mean: of the channels, for normalisation.
-        std: of the channels.
-        crop: 'pad' or 'resized', see `supervised_view`.
-        scale: share of the area that a 'resized' crop keeps.
-        trunk_scale: learning rate of all but the classifiers, as a share of the run's.
+        config: of the views and, for methods that have weights, of the loss.
+        spec: see `Task`.
+        trunk_scale: learning rate of all but the classifiers, as a fraction of the run's.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        crop: str = "pad",
-        scale: tuple[float, float] = (0.08, 1.0),
-        trunk_scale: float = 1.0,
+        self, model: nn.Module, config: SelfDistillationConfig, spec: InputSpec, *, trunk_scale: float = 1.0
     ) -> None:
-        super().__init__(size, mean, std)
-        self.model, self.crop, self.scale, self.trunk_scale = model, crop, scale, trunk_scale
+        super().__init__(spec)
+        self.model, self.config, self.trunk_scale = model, config, trunk_scale
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The classifiers, and the rest at its own rate."""
@@ -119,4 +108,4 @@ class LabelTask(Task):
 
     def view(self, images: Tensor, random: BatchRandom) -> Tensor:
         """The view before normalisation, float32 [B, 3, size, size] in [0, 1]."""
-        return supervised_view(images, random, self.size, crop=self.crop, scale=self.scale)
+        return supervised_view(images, random, self.size, crop=self.config.crop, scale=self.config.crop_scale)

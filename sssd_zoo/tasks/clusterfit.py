@@ -17,7 +17,7 @@ class ClusterFit(LabelTask):
     """
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The mean cross-entropy, and the share of images whose label is the first answer."""
+        """The mean cross-entropy, and the fraction of images whose label is the first answer."""
         logits = self.model(batch["images"]).float()
         return {
             "loss": F.cross_entropy(logits, batch["labels"]),

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sssd_zoo.data.augment import BatchRandom, to_float
 from sssd_zoo.data.detection import DetectionBatch
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.tasks.base import Task
 
 BatchNormMode = Literal["train", "eval", "frozen"]
@@ -25,7 +26,7 @@ class Detection(Task):
     """
 
     def __init__(self, detector: Any, *, size: int, frozen: list[str], batchnorm: BatchNormMode) -> None:
-        super().__init__(size, detector.transform.image_mean, detector.transform.image_std)
+        super().__init__(InputSpec(size, tuple(detector.transform.image_mean), tuple(detector.transform.image_std)))
         self.detector = detector
         trunk = detector.backbone.body
         # Names, not modules: several processes get other BatchNorm modules in the places of these.

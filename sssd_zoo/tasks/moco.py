@@ -1,14 +1,15 @@
 """MoCo v2: instance discrimination with a momentum encoder and a queue of keys (He et al. 2020; Chen et al. 2020)."""
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sssd_zoo.configs import MoCoConfig
 from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise, put
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed import gather, rank, world_size
 from sssd_zoo.tasks.base import Task
 from sssd_zoo.tasks.queue import enqueue
@@ -44,7 +45,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> t
         temperature: > 0.
 
     Returns:
-        The mean loss, and the share of queries whose own key is the nearest, in 0..1; both scalars.
+        The mean loss, and the fraction of queries whose own key is the nearest, in 0..1; both scalars.
     """
     positive = (query * key).sum(1, keepdim=True)
     logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
@@ -55,56 +56,38 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> t
 class MoCo(Task):
     """MoCo v2 on one or several processes.
 
+    With `config.symmetric` both views are queries and keys in turn, and the two losses add up, as in MoCo's CIFAR
+    notebook; else the first view is the query and the second the key. `config.splits` says into how many parts of equal
+    size BatchNorm's statistics of a GLOBAL batch are split, as if on so many GPUs; it is a multiple of the number of
+    processes. The keys are shuffled over the parts, so that a query and its key share no statistics: without that the
+    network can tell the pair by them (section 3.3 of MoCo).
+
     Args:
         trunk: a timm model with `num_classes=0`.
-        size: side of the views in pixels.
-        mean: of the channels, for normalisation.
-        std: of the channels.
-        dim: length of an embedding.
-        queue_size: keys in the queue (METHOD: 4096 at 32 px, 65536 for ImageNet).
-        momentum: of the key encoder's moving average.
-        temperature: of InfoNCE.
-        symmetric: both views are queries and keys in turn, and the two losses add up, as in MoCo's CIFAR notebook;
-            else the first view is the query and the second the key.
-        splits: into how many parts of equal size BatchNorm's statistics of a GLOBAL batch are split, as if on so many
-            GPUs. The keys are shuffled over the parts, so that a query and its key share no statistics: without that
-            the network can tell the pair by them (section 3.3 of MoCo). A multiple of the number of processes.
-        scale: share of the area that a crop keeps.
-        blur: probability of a Gaussian blur.
+        config: of the method.
+        spec: see `Task`.
     """
 
     global_batchnorm = False  # parts of the batch keep statistics of their own, on purpose
     queue: Tensor
     pointer: Tensor
 
-    def __init__(
-        self,
-        trunk: nn.Module,
-        *,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        dim: int = 128,
-        queue_size: int = 4096,
-        momentum: float = 0.99,
-        temperature: float = 0.1,
-        symmetric: bool = True,
-        splits: int = 8,
-        scale: tuple[float, float] = (0.2, 1.0),
-        blur: float = 0.0,
-    ) -> None:
-        super().__init__(size, mean, std)
-        self.momentum, self.temperature, self.symmetric = momentum, temperature, symmetric
-        self.scale, self.blur = scale, blur
-        self.query_encoder = Encoder(trunk, dim)
-        split_batchnorm(self.query_encoder, splits // world_size())
+    def __init__(self, trunk: nn.Module, config: MoCoConfig, spec: InputSpec) -> None:
+        super().__init__(spec)
+        self.config = config
+        self.query_encoder = Encoder(trunk, config.dim)
+        split_batchnorm(self.query_encoder, config.splits // world_size())
         self.key_encoder = copy.deepcopy(self.query_encoder).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, config.dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """Two views, float32 [B, 3, size, size], and the shuffles of the keys, int64 [global batch] each."""
-        settings: dict[str, Any] = {"scale": self.scale, "blur": self.blur, "compiled": self.compiled}
+        settings: dict[str, Any] = {
+            "scale": self.config.crop_scale,
+            "blur": self.config.blur,
+            "compiled": self.compiled,
+        }
         views = [contrastive_view(images, random, self.size, **settings) for _ in range(2)]
         return {
             "views": [normalise(view, self.mean, self.std) for view in views],
@@ -115,7 +98,7 @@ class MoCo(Task):
     def before_step(self) -> None:
         """Moves the key encoder: theta_k <- m theta_k + (1 - m) theta_q (equation 2 of MoCo)."""
         torch._foreach_lerp_(
-            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1 - self.momentum
+            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1 - self.config.key_momentum
         )
 
     @torch.no_grad()
@@ -139,13 +122,13 @@ class MoCo(Task):
         first, second = batch["views"]
         # The queue changes below, before the backward pass that needs it as it was.
         queue = self.queue.clone()
-        pairs = [(first, second), (second, first)] if self.symmetric else [(first, second)]
+        pairs = [(first, second), (second, first)] if self.config.symmetric else [(first, second)]
         losses, hits, new = [], [], []
         for (query_view, key_view), shuffle in zip(pairs, batch["shuffles"], strict=False):
             keys = self.keys(key_view, shuffle)
             query = self.query_encoder(query_view)
             own = keys.chunk(world_size())[rank()]
-            loss, hit = info_nce(query, own, queue, self.temperature)
+            loss, hit = info_nce(query, own, queue, self.config.temperature)
             losses.append(loss)
             hits.append(hit)
             new.append(keys)

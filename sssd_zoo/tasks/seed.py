@@ -1,13 +1,14 @@
 """SEED: a student learns a frozen self-supervised teacher's similarities to a queue (Fang et al., arXiv:2101.04731)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sssd_zoo.configs import SEEDConfig
 from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise, resize
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed import gather
 from sssd_zoo.tasks.base import Task
 from sssd_zoo.tasks.moco import Encoder
@@ -15,7 +16,7 @@ from sssd_zoo.tasks.queue import enqueue
 
 
 def seed_loss(
-    student: Tensor, teacher: Tensor, queue: Tensor, *, temperature: float = 0.2, teacher_temperature: float = 0.01
+    student: Tensor, teacher: Tensor, queue: Tensor, *, temperature: float, teacher_temperature: float
 ) -> Tensor:
     """Soft cross-entropy of the similarities to the queue and to the image's own teacher embedding.
 
@@ -48,47 +49,23 @@ class SEED(Task):
     Args:
         trunk: the student, a timm model with `num_classes=0`.
         teacher: a timm model with `num_classes=0`; it stays as it is, in eval mode.
-        size: side of the student's views in pixels.
-        mean: of the channels, for the student.
-        std: of the channels.
-        teacher_size: side that the view is resized to for the teacher.
-        teacher_mean: of the channels, for the teacher.
-        teacher_std: of the channels.
-        queue_size: embeddings in the queue (paper: 65536).
-        temperature: of the student's softmax.
-        teacher_temperature: of the teacher's.
-        scale: share of the area that a crop keeps.
-        blur: probability of a Gaussian blur.
+        config: of the method.
+        spec: of the student's views.
+        teacher_spec: of the teacher's; the student's views are resized to its size.
     """
 
     queue: Tensor
     pointer: Tensor
 
     def __init__(
-        self,
-        trunk: nn.Module,
-        teacher: nn.Module,
-        *,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        teacher_size: int,
-        teacher_mean: Sequence[float],
-        teacher_std: Sequence[float],
-        queue_size: int = 4096,
-        temperature: float = 0.2,
-        teacher_temperature: float = 0.01,
-        scale: tuple[float, float] = (0.2, 1.0),
-        blur: float = 0.0,
+        self, trunk: nn.Module, teacher: nn.Module, config: SEEDConfig, spec: InputSpec, teacher_spec: InputSpec
     ) -> None:
-        super().__init__(size, mean, std)
-        self.teacher_size, self.teacher_mean, self.teacher_std = teacher_size, tuple(teacher_mean), tuple(teacher_std)
-        self.temperature, self.teacher_temperature = temperature, teacher_temperature
-        self.scale, self.blur = scale, blur
+        super().__init__(spec)
+        self.config, self.teacher_spec = config, teacher_spec
         dim = int(teacher.num_features)  # type: ignore[arg-type]
         self.student = Encoder(trunk, dim)
         self.teacher = teacher.eval().requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, dim), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     def train(self, mode: bool = True) -> "SEED":
@@ -99,10 +76,14 @@ class SEED(Task):
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """The view as the student and as the teacher wants it, float32 [B, 3, side, side] each."""
-        settings: dict[str, Any] = {"scale": self.scale, "blur": self.blur, "compiled": self.compiled}
+        settings: dict[str, Any] = {
+            "scale": self.config.crop_scale,
+            "blur": self.config.blur,
+            "compiled": self.compiled,
+        }
         view = contrastive_view(images, random, self.size, **settings)
-        larger = normalise(resize(view, self.teacher_size), self.teacher_mean, self.teacher_std)
-        return {"student": normalise(view, self.mean, self.std), "teacher": larger}
+        size, mean, std = self.teacher_spec
+        return {"student": normalise(view, self.mean, self.std), "teacher": normalise(resize(view, size), mean, std)}
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss and the mean `cosine` to the teacher's embeddings, which are queued when it trains."""
@@ -114,8 +95,8 @@ class SEED(Task):
             student,
             teacher,
             self.queue.clone(),
-            temperature=self.temperature,
-            teacher_temperature=self.teacher_temperature,
+            temperature=self.config.temperature,
+            teacher_temperature=self.config.teacher_temperature,
         )
         if self.training:
             enqueue(self.queue, self.pointer, gather(teacher))

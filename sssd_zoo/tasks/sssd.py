@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sssd_zoo.models.exits import Exits
 from sssd_zoo.tasks.base import LabelTask, top1
@@ -16,9 +16,9 @@ def self_distillation_loss(
     features: Sequence[Tensor],
     labels: Tensor,
     *,
-    alpha: float = 0.3,
-    lam: float = 0.003,
-    temperature: float = 1.0,
+    alpha: float,
+    lam: float,
+    temperature: float,
 ) -> dict[str, Tensor]:
     """Equation 4: CE(q_C, y) + (1 - a) sum_i CE(q_i, y) + a sum_i KL(q_C || q_i) + l sum_i ||F_i - F_C||^2.
 
@@ -61,21 +61,7 @@ def self_distillation_loss(
 
 
 class SelfDistillation(LabelTask):
-    """A multi-exit network that teaches its shallow exits by its deepest.
-
-    Args:
-        model: a network of this package with `output='ensemble'` and one class per label.
-        alpha: a of equation 4.
-        lam: lambda of equation 4.
-        temperature: of the KL term.
-        views: the other arguments of `LabelTask`.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, alpha: float = 0.3, lam: float = 0.003, temperature: float = 1.0, **views: Any
-    ) -> None:
-        super().__init__(model, **views)
-        self.alpha, self.lam, self.temperature = alpha, lam, temperature
+    """A multi-exit network that teaches its shallow exits by its deepest; `model` has `output='ensemble'`."""
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Equation 4 on a batch; see `distil`."""
@@ -83,8 +69,9 @@ class SelfDistillation(LabelTask):
 
     def distil(self, exits: Exits, labels: Tensor) -> dict[str, Tensor]:
         """Equation 4, and the fraction of images whose label each of the deepest exit's answers is."""
+        config = self.config
         parts = self_distillation_loss(
-            exits.logits, exits.features, labels, alpha=self.alpha, lam=self.lam, temperature=self.temperature
+            exits.logits, exits.features, labels, alpha=config.alpha, lam=config.lam, temperature=config.temperature
         )
         parts["label_top1"] = top1(exits.logits[-1], labels)
         return parts
