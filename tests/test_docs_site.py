@@ -130,7 +130,11 @@ def test_the_example_of_a_method_trains_and_resumes(tmp_path):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 8
     assert min(yaml.safe_load(line)["std"] for line in lines) > 0.01  # not collapsed
+    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert names["main"](str(tmp_path / "run"))["loss"] == measured["loss"]
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+    network = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert network.num_classes == 0
 
 
 # In a process of its own: a registered network stays in timm's list.

@@ -10,18 +10,19 @@ from torch import Tensor, nn
 
 from sssd_zoo.configs import DataConfig, OptimConfig, RuntimeConfig
 from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import load_images
-from sssd_zoo.models.networks import new_trunk, statistics
+from sssd_zoo.models.networks import input_spec, new_trunk
 from sssd_zoo.tasks import Task
-from sssd_zoo.training.engine import train
+from sssd_zoo.training.runs import RunSpec, run_training
 
 
 class SimSiam(Task):
     """Each view predicts the embedding of the other; without the `detach` all embeddings would become equal."""
 
-    def __init__(self, trunk: nn.Module, size: int, mean: Any, std: Any, dim: int = 256) -> None:
-        super().__init__(size, mean, std)
+    def __init__(self, trunk: nn.Module, spec: InputSpec, dim: int = 256) -> None:
+        super().__init__(spec)
         self.trunk = trunk
         self.projector = nn.Sequential(nn.Linear(trunk.num_features, dim, bias=False), nn.BatchNorm1d(dim))
         self.predictor = nn.Sequential(nn.Linear(dim, dim // 4), nn.ReLU(), nn.Linear(dim // 4, dim))
@@ -40,15 +41,15 @@ class SimSiam(Task):
 
 
 def main(out: str) -> dict[str, float]:
-    """A few steps on the bundled sample; run again, it resumes."""
+    """A few steps on the bundled sample; OUT is a network for `local-dir:OUT`. Run again, it resumes."""
     data = load_images(DataConfig(data="cifar10-sample", split="train[:256]", unlabelled=True), progress=False)
     optim, runtime = OptimConfig(epochs=2, batch_size=64, lr=0.05), RuntimeConfig(log_every=1, device="cpu")
+    run = RunSpec(arch="sssd_resnet18", size=data.size, out=Path(out), title="SimSiam")
     torch.manual_seed(runtime.seed)
-    trunk = new_trunk("sssd_resnet18")
-    mean, std, _ = statistics(trunk)
-    Path(out).mkdir(exist_ok=True)
-    task, loader = SimSiam(trunk, data.size, mean, std), EpochLoader(data, optim.batch_size, runtime.seed)
-    return train(task, loader, optim=optim, runtime=runtime, out=Path(out), identity={"data": data.fingerprint})
+    trunk = new_trunk(run.arch)
+    task = SimSiam(trunk, input_spec(trunk, run.size))
+    loader = EpochLoader(data, optim.batch_size, runtime.seed)
+    return run_training(task, loader, trunk, run, optim=optim, runtime=runtime, settings={"method": "simsiam"})
 
 
 if __name__ == "__main__":
