@@ -1,8 +1,6 @@
-"""Data and commands that several test files share."""
+"""Data that several test files share."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the workers, set before torch is imported
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parents[1]
+pytest.register_assert_rewrite("helpers")
 
 
 @pytest.fixture(scope="session")
@@ -27,18 +25,3 @@ def folder_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[..., number] += 120
             Image.fromarray(pixels).save(root / name / f"{image:02}.png")
     return root
-
-
-def command(
-    *words: str, timeout: float = 240, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Runs Python with these words in a process of its own; on one thread, so that results are the same anywhere."""
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )

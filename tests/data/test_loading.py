@@ -1,0 +1,179 @@
+"""Images in memory and on disk: corrupt ones, equal batches, and the order in which processes see them."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from helpers.data import everything, load
+from helpers.images import file_bytes, picture, write_parquet
+from sssd_zoo.data.loading import GlobalBatches
+from sssd_zoo.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"storage_size": 0}, "storage_size is 0;"),
+        ({"max_corrupt": -1}, "max_corrupt is -1;"),
+        ({"streaming": True}, "pretraining only"),
+    ],
+)
+def test_options(classes, options, message):
+    with pytest.raises(ValueError, match=message):
+        load(classes, **options)
+
+
+class TestCorrupt:
+    @pytest.fixture
+    def broken(self, classes) -> Path:
+        (classes / "dog" / "1.png").write_bytes(b"nonsense")
+        (classes / "eel" / "0.png").write_bytes(file_bytes(picture(0))[:-100])
+        (classes / "eel" / "gone.png").symlink_to(classes / "nowhere.png")
+        return classes
+
+    @pytest.mark.parametrize("in_memory", [True, False])
+    def test_over_the_limit(self, broken, in_memory):
+        with pytest.raises(UserError) as error:
+            load(broken, in_memory=in_memory, max_corrupt=2)
+        message = str(error.value)
+        assert message.startswith("3 images of classes (train) cannot be decoded, more than max_corrupt 2 (")
+        for name in ("dog/1.png: it is not an image", "eel/0.png: ", "eel/gone.png: No such file"):
+            assert name in message
+
+    @pytest.mark.parametrize("in_memory", [True, False])
+    def test_skipped_counted_named(self, broken, in_memory, caplog):
+        data = load(broken, in_memory=in_memory, max_corrupt=3)
+        assert data.rows.tolist() == [0, 1, 2, 4, 6, 7, 8]  # 3, 5 and 9 are corrupt
+        assert data.labels.tolist() == [0, 0, 1, 1, 2, 2, 2]
+        assert [Path(name).name for name, _ in data.corrupt] == ["1.png", "0.png", "gone.png"]
+        assert "skipped 3 corrupt images of classes (train), 3 so far" in caplog.text
+        assert str(broken / "dog" / "1.png") in caplog.text
+        _, images = everything(data)
+        np.testing.assert_array_equal(images[3], np.asarray(Image.open(broken / "dog" / "2.png")).transpose(2, 0, 1))
+
+    def test_rows_are_named_by_number(self, tmp_path):
+        file = write_parquet(tmp_path / "my.parquet", [file_bytes(picture(0)), b"x", file_bytes(picture(1))])
+        with pytest.raises(UserError, match=r"1 images .*\(row 1: it is not an image"):
+            load(file)
+        assert load(file, max_corrupt=1).corrupt == [
+            (1, "it is not an image of a known format, or of pixels that Pillow does not read")
+        ]
+
+    @pytest.mark.parametrize("in_memory", [True, False])
+    def test_all_corrupt(self, tmp_path, in_memory):
+        file = write_parquet(tmp_path / "my.parquet", [b"x", b"y"])
+        with pytest.raises(UserError, match="none of 2 images"):
+            load(file, in_memory=in_memory, max_corrupt=5)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_found_late(self, broken, workers, caplog):
+        data = load(broken, in_memory=False, verify=False, max_corrupt=3)
+        assert (len(data), data.corrupt) == (10, [])
+        with caplog.at_level(logging.WARNING):
+            index, images = everything(data, batch=5, workers=workers)
+        assert images.shape == (10, 3, 12, 12)
+        # Of the batches 0..4 and 5..9, 3 and then 5 and 9 are replaced by good ones beside them, and named.
+        assert index.tolist() == [0, 1, 2, 0, 4, 6, 6, 7, 8, 7]
+        assert torch.equal(images[3], images[0])
+        assert len(data.corrupt) == 3
+        assert caplog.text.count("skipped") == 2
+        everything(data, batch=5, workers=workers)  # known now, and not counted again
+        assert len(data.corrupt) == 3
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_found_late_and_over_the_limit(self, broken, workers):
+        data = load(broken, in_memory=False, verify=False, max_corrupt=1)
+        with pytest.raises(UserError, match=r"3 images .*more than max_corrupt 1 .*dog/1.png"):
+            everything(data, batch=5, workers=workers)
+        data = load(broken, in_memory=False, verify=False, max_corrupt=9)
+        with pytest.raises(UserError, match="none of 1 images"):
+            everything(data, batch=1, workers=workers)
+
+
+class TestBackends:
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_give_the_same_batches(self, classes, workers):
+        memory, disk = load(classes), load(classes, in_memory=False)
+        assert (memory.in_memory, disk.in_memory) == (True, False)
+        order = [torch.tensor([3, 1]), torch.tensor([8, 8, 0])]
+        for left, right in zip(memory.batches(order), disk.batches(order, workers=workers), strict=True):
+            assert left[1].dtype == torch.uint8
+            assert torch.equal(left[0], right[0])
+            assert torch.equal(left[1], right[1])
+        assert torch.equal(memory.gather(order[1]), disk.gather(order[1]))
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_leave_the_global_random_numbers_alone(self, classes, workers):
+        data = load(classes, in_memory=False)
+        torch.manual_seed(0)
+        everything(data, workers=workers)
+        after = torch.rand(3)
+        torch.manual_seed(0)
+        assert torch.equal(after, torch.rand(3))
+
+    def test_too_large_for_memory(self, classes, monkeypatch):
+        class Memory:
+            available = 2 * 9 * 3 * 12 * 12 - 1
+
+        monkeypatch.setattr("psutil.virtual_memory", lambda: Memory)
+        assert not load(classes).in_memory
+        Memory.available += 1
+        assert load(classes).in_memory
+
+
+class TestGlobalBatches:
+    @pytest.mark.parametrize("world", [2, 4])
+    def test_processes_share_what_one_would_see(self, world):
+        one = GlobalBatches(50, 8, seed=3)
+        parts = [GlobalBatches(50, 8, seed=3, rank=rank, world=world) for rank in range(world)]
+        assert {loader.steps_per_epoch for loader in (one, *parts)} == {6}
+        for epoch in range(2):
+            batches = zip(*(part.epoch(epoch) for part in parts), strict=True)
+            for whole, split in zip(one.epoch(epoch), batches, strict=True):
+                assert {len(part) for part in split} == {8 // world}
+                assert torch.equal(whole, torch.cat(split))
+
+    def test_order_is_a_function_of_seed_and_epoch(self):
+        def order(seed: int, epoch: int) -> list[int]:
+            return torch.cat(list(GlobalBatches(40, 8, seed).epoch(epoch))).tolist()
+
+        assert order(0, 0) == order(0, 0)
+        assert sorted(order(0, 0)) == list(range(40))
+        assert len({tuple(order(seed, epoch)) for seed in range(4) for epoch in range(4)}) == 16
+
+    def test_start_resumes(self):
+        batches = GlobalBatches(50, 8, seed=1)
+        whole = list(batches.epoch(2))
+        for start in (0, 3, 5, 6):
+            rest = list(batches.epoch(2, start))
+            assert len(rest) == 6 - start
+            assert all(torch.equal(left, right) for left, right in zip(rest, whole[start:], strict=True))
+
+    def test_in_order_and_whole(self):
+        parts = [GlobalBatches(11, 4, 0, rank=rank, world=2, shuffle=False, drop_last=False) for rank in range(2)]
+        assert parts[0].steps_per_epoch == 3
+        batches = [list(part.epoch(0)) for part in parts]
+        assert torch.cat([part for step in zip(*batches, strict=True) for part in step]).tolist() == list(range(11))
+
+    def test_global_random_numbers_are_left_alone(self):
+        torch.manual_seed(0)
+        list(GlobalBatches(50, 8, seed=1).epoch(0))
+        after = torch.rand(3)
+        torch.manual_seed(0)
+        assert torch.equal(after, torch.rand(3))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"batch_size": 9}, "larger than the data set, 8 images"),
+            ({"batch_size": 7, "world": 2}, "multiple of the 2 processes"),
+            ({"batch_size": 0}, "positive"),
+        ],
+    )
+    def test_bad_sizes(self, options, message):
+        with pytest.raises(UserError, match=message):
+            GlobalBatches(8, seed=0, **options)

@@ -1,0 +1,447 @@
+"""Detection: reading boxes, average precision against slow manual versions, what of a trunk moves, and the commands."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sssd_zoo  # noqa: F401
+from helpers.commands import ROOT, command, one_line, sssd
+from helpers.commands import TINY_DETECTION as TINY
+from helpers.images import CLASSES, draw, write_voc
+from sssd_zoo.configs import DetectionDataConfig, DetectorConfig
+from sssd_zoo.data.augment import BatchRandom
+from sssd_zoo.data.detection import DetectionBatch, load_detection
+from sssd_zoo.detection import detector as detection
+from sssd_zoo.detection.average_precision import coco_average_precision, voc_average_precision
+from sssd_zoo.detection.detector import build_detector, load_detector, stage_modules
+from sssd_zoo.errors import UserError
+from sssd_zoo.tasks.detection import Detection, flip_boxes
+
+BCCD = ROOT.parent / "shared" / "data" / "bccd"
+
+
+def write_coco(root: Path, numbers: range) -> Path:
+    (root / "train").mkdir(parents=True)
+    (root / "annotations").mkdir()
+    images, annotations = [], []
+    for number in numbers:
+        pixels, objects = draw(number)
+        Image.fromarray(pixels).save(root / "train" / f"{number}.jpg", quality=95)
+        images.append({"id": 100 + number, "file_name": f"{number}.jpg"})
+        for name, (left, top, right, bottom), crowd in objects:
+            box = [left, top, right - left, bottom - top]
+            category = 7 + 2 * CLASSES.index(name)
+            annotations.append({"image_id": 100 + number, "category_id": category, "bbox": box, "iscrowd": int(crowd)})
+    categories = [{"id": 7 + 2 * place, "name": name} for place, name in enumerate(CLASSES)]
+    file = root / "annotations" / "instances_train.json"
+    file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return file
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    return write_voc(tmp_path_factory.mktemp("data") / "VOC", {"trainval": range(6), "test": range(6, 9)})
+
+
+def read(*data, **arguments):
+    return load_detection(DetectionDataConfig(data=list(map(str, data)), workers=0, **arguments))
+
+
+def same(one, other):
+    assert one.class_names == other.class_names
+    assert len(one) == len(other)
+    for mine, theirs in zip(one.targets, other.targets, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in ("boxes", "labels", "difficult"))
+
+
+class TestReading:
+    def test_voc_gives_what_was_drawn(self, voc):
+        data = read(voc)
+        assert data.class_names == list(CLASSES)
+        ((index, batch),) = data.batches([torch.tensor([3, 0])])
+        assert index.tolist() == [3, 0]
+        for number, image, target in zip((3, 0), batch.images, batch.targets, strict=True):
+            pixels, objects = draw(number)
+            assert image.shape == (3, *pixels.shape[:2])
+            assert target["boxes"].tolist() == [list(map(float, box)) for _, box, _ in objects]
+            assert [data.class_names[label - 1] for label in target["labels"]] == [name for name, _, _ in objects]
+            assert target["difficult"].tolist() == [difficult for _, _, difficult in objects]
+
+    def test_coco_and_datasets_give_the_same(self, voc, tmp_path):
+        from datasets import ClassLabel, Dataset, Features, List, Value
+        from datasets import Image as ImageFeature
+
+        same(read(voc), read(write_coco(tmp_path / "coco", range(6))))
+        rows = {"image": [str(voc / "JPEGImages" / f"{number:06}.jpg") for number in range(6)], "objects": []}
+        for number in range(6):
+            objects = draw(number)[1]
+            rows["objects"].append(
+                [
+                    {"bbox": [a, b, c - a, d - b], "category": CLASSES.index(name), "difficult": difficult}
+                    for name, (a, b, c, d), difficult in objects
+                ]
+            )
+        things = {
+            "bbox": List(Value("float32")),
+            "category": ClassLabel(names=list(CLASSES)),
+            "difficult": Value("bool"),
+        }
+        features = Features(image=ImageFeature(), objects=List(things))
+        Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "saved")
+        same(read(voc), read(tmp_path / "saved"))
+        # The other way round: an object of lists, of corners, with the classes' names as text.
+        features = Features(
+            image=ImageFeature(), boxes={"bbox": List(List(Value("int64"))), "label": List(Value("string"))}
+        )
+        names = [
+            {"bbox": [box for _, box, _ in draw(number)[1]], "label": [name for name, _, _ in draw(number)[1]]}
+            for number in range(3)
+        ]
+        Dataset.from_dict({"image": rows["image"][:3], "boxes": names}, features=features).save_to_disk(
+            tmp_path / "other"
+        )
+        other = read(tmp_path / "other", objects_column="boxes", box_format="xyxy")
+        for mine, theirs in zip(read(voc).targets, other.targets, strict=False):
+            assert torch.equal(mine["boxes"], theirs["boxes"])
+            assert torch.equal(mine["labels"], theirs["labels"])
+        with pytest.raises(UserError, match=r"no column 'objects'.*image, boxes"):
+            read(tmp_path / "other")
+
+    def test_roots_and_splits_are_joined(self, voc, tmp_path):
+        again = write_voc(tmp_path / "VOC2", {"trainval": range(2), "test": range(3)})
+        assert len(read(voc, split="trainval+test")) == 9
+        assert len(read(voc, again)) == 8
+        assert read(voc).fingerprint != read(voc, again).fingerprint
+        with pytest.raises(UserError, match="no split 'val': ImageSets/Main has test, trainval"):
+            read(voc, split="val")
+
+    def test_bad_things_are_named_counted_and_a_number_decides(self, tmp_path, caplog):
+        root = write_voc(tmp_path / "VOC", {"trainval": range(5)})
+        (root / "JPEGImages/000000.jpg").unlink()
+        (root / "Annotations/000001.xml").write_text("<annotation>")
+        corners = "<xmin>5</xmin><ymin>5</ymin><xmax>5</xmax><ymax>9</ymax>"
+        flat = f"<object><name>disc</name><bndbox>{corners}</bndbox></object>"
+        outside = flat.replace(">5<", ">500<").replace(">9<", ">600<").replace("<xmax>500", "<xmax>600")
+        empty = flat.replace("<xmin>5</xmin>", "")
+        (root / "Annotations/000002.xml").write_text(f"<annotation>{flat}{outside}{empty}</annotation>")
+        with pytest.raises(UserError, match="5 images or objects") as error:
+            read(root)
+        for named in ("000000", "000001", "000002: a box of 'disc' without area, (5.0, 5.0, 5.0, 9.0)", "max_bad 0"):
+            assert named in str(error.value)
+        with caplog.at_level(logging.WARNING, "sssd_zoo"):
+            data = read(root, max_bad=5)
+        assert len(data.bad) == 5
+        assert "left out 5" in caplog.text
+        assert data.names == ["000002", "000003", "000004"]
+        assert data.targets[0]["boxes"].shape == (0, 4)
+        with pytest.raises(UserError, match=r"unknown class 'square'"):
+            read(root, max_bad=5, classes=["disc"])
+
+    def test_a_picture_that_ends_early_stops_the_run_with_its_name(self, tmp_path):
+        root = write_voc(tmp_path / "VOC", {"trainval": range(2)})
+        file = root / "JPEGImages/000001.jpg"
+        file.write_bytes(file.read_bytes()[:-200])
+        with pytest.raises(UserError, match="000001"):
+            list(read(root).batches([torch.arange(2)]))
+
+    def test_chunks_are_those_of_a_tensor(self):
+        for count, parts in ((4, 2), (5, 2), (7, 3), (2, 2)):
+            batch = DetectionBatch([torch.full((3, 1, 1), i) for i in range(count)], [{}] * count)
+            mine = [[int(image[0]) for image in part.images] for part in batch.chunk(parts)]
+            assert mine == [part.tolist() for part in torch.arange(count).chunk(parts)]
+
+    @pytest.mark.skipif(not BCCD.exists(), reason="BCCD is not on this machine")
+    def test_bccd(self):
+        with pytest.raises(UserError, match=r"2 images or objects.*BloodImage_00338.*without area"):
+            read(BCCD)
+        data = read(BCCD, max_bad=2)
+        assert data.class_names == ["Platelets", "RBC", "WBC"]
+        assert len(data) == 292
+
+
+def random_detections(seed, images=6, classes=2):
+    """Predictions near and off the truth, with difficult objects; scores of few digits, so that some tie."""
+    random = torch.Generator().manual_seed(seed)
+    predictions, targets = [], []
+    for _ in range(images):
+        count = int(torch.randint(0, 5, (1,), generator=random))
+        corner = torch.rand(count, 2, generator=random) * 60
+        truth = torch.cat([corner, corner + 10 + 20 * torch.rand(count, 2, generator=random)], 1)
+        labels = torch.randint(1, classes + 1, (count,), generator=random)
+        copies = torch.cat([truth, truth, truth]) + 6 * torch.randn(3 * count, 4, generator=random)
+        copies[:, 2:] = torch.maximum(copies[:, 2:], copies[:, :2] + 1)
+        answer = torch.where(torch.rand(3 * count, generator=random) < 0.8, labels.repeat(3), 1)
+        scores = (torch.rand(3 * count, generator=random) * 50).round() / 50
+        predictions.append({"boxes": copies, "scores": scores, "labels": answer})
+        targets.append({"boxes": truth, "labels": labels, "difficult": torch.rand(count, generator=random) < 0.25})
+    return predictions, targets
+
+
+def slow_voc(predictions, targets, label, iou):
+    """The development kit's rule, detection by detection, with overlaps counted by hand."""
+    everything = []
+    for image, prediction in enumerate(predictions):
+        order = sorted(range(len(prediction["scores"])), key=lambda i: -float(prediction["scores"][i]))
+        for i in order:
+            if prediction["labels"][i] == label:
+                everything.append((float(prediction["scores"][i]), image, prediction["boxes"][i].tolist()))
+    everything.sort(key=lambda item: -item[0])
+    positives = sum(
+        1 for t in targets for i in range(len(t["labels"])) if t["labels"][i] == label and not t["difficult"][i]
+    )
+    found, rights, wrongs, curve = set(), 0, 0, []
+    for _, image, (left, top, right, bottom) in everything:
+        best, match = -1.0, None
+        for i, (a, b, c, d) in enumerate(targets[image]["boxes"].tolist()):
+            if targets[image]["labels"][i] != label:
+                continue
+            inside = max(0, min(right, c) - max(left, a)) * max(0, min(bottom, d) - max(top, b))
+            overlap = inside / ((right - left) * (bottom - top) + (c - a) * (d - b) - inside)
+            if overlap > best:
+                best, match = overlap, i
+        if best >= iou and targets[image]["difficult"][match]:
+            pass  # neither right nor wrong
+        elif best >= iou and (image, match) not in found:
+            found.add((image, match))
+            rights += 1
+        else:
+            wrongs += 1
+        if rights + wrongs:
+            curve.append((rights / positives, rights / (rights + wrongs)) if positives else (0, 0))
+    best_from = [max((p for r, p in curve if r >= tenth / 10), default=0.0) for tenth in range(11)]
+    return 100 * sum(best_from) / 11, positives
+
+
+class TestAveragePrecision:
+    @pytest.mark.parametrize("seed", range(8))
+    @pytest.mark.parametrize("iou", [0.5, 0.75])
+    def test_voc_against_a_slow_version(self, seed, iou):
+        predictions, targets = random_detections(seed)
+        fast = voc_average_precision(predictions, targets, 2, iou=iou)
+        for label in (1, 2):
+            slow, positives = slow_voc(predictions, targets, label, iou)
+            assert (label in fast) == (positives > 0)
+            if positives:
+                assert fast[label] == pytest.approx(slow)
+
+    def test_the_truth_is_perfect_and_difficult_objects_do_not_count(self):
+        _, targets = random_detections(3)
+        perfect = [
+            {"boxes": t["boxes"], "labels": t["labels"], "scores": torch.full((len(t["labels"]),), 0.9)}
+            for t in targets
+        ]
+        easy = [
+            {name: value[~t["difficult"]] for name, value in p.items()} for p, t in zip(perfect, targets, strict=True)
+        ]
+        assert any(bool(t["difficult"].any()) for t in targets)
+        for answers in (perfect, easy):
+            assert set(voc_average_precision(answers, targets, 2).values()) == {100.0}
+            found = coco_average_precision(answers, targets, CLASSES)
+            assert found["ap"] == found["ap50"] == found["ap75"] == pytest.approx(100)
+
+    def test_a_wrong_first_answer_by_hand(self):
+        # One object, a wrong box at 0.9 and the right one at 0.5: precision 1/2 at every recall.
+        predictions = [
+            {
+                "boxes": torch.tensor([[50.0, 50, 60, 60], [0, 0, 10, 10]]),
+                "scores": torch.tensor([0.9, 0.5]),
+                "labels": torch.tensor([1, 1]),
+            }
+        ]
+        targets = [
+            {"boxes": torch.tensor([[0.0, 0, 10, 10]]), "labels": torch.tensor([1]), "difficult": torch.tensor([False])}
+        ]
+        assert voc_average_precision(predictions, targets, 2) == {1: pytest.approx(50)}
+        found = coco_average_precision(predictions, targets, CLASSES)
+        assert found["ap50"] == pytest.approx(50)
+        assert found["ap_per_class"] == {"disc": pytest.approx(50)}
+        targets[0]["difficult"][0] = True
+        with pytest.raises(UserError, match="no object to be found"):
+            coco_average_precision(predictions, targets, CLASSES)
+
+
+def tiny_task(frozen_stages=0, batchnorm="train", model="sssd_resnet18"):
+    torch.manual_seed(0)
+    # Else the last BatchNorm of each block begins at 0, and what is before it has no gradient in the first step.
+    body = timm.create_model(model, features_only=True, zero_init_last=False)
+    config = DetectorConfig(model=model, short_side=64, fpn_channels=16, regions=16, anchor_scale=4)
+    detector = build_detector(body, 2, config)
+    return Detection(detector, size=64, frozen=stage_modules(body, frozen_stages), batchnorm=batchnorm)
+
+
+class TestTask:
+    @pytest.mark.parametrize("batchnorm", ["train", "eval", "frozen"])
+    @pytest.mark.parametrize("frozen_stages", [0, 2])
+    def test_what_moves(self, voc, batchnorm, frozen_stages):
+        task = tiny_task(frozen_stages, batchnorm).train()
+        before = {name: value.clone() for name, value in task.state_dict().items()}
+        optimiser = torch.optim.SGD(task.parameter_groups()[0]["params"], lr=0.01)
+        ((_, batch),) = read(voc).batches([torch.tensor([1, 3])])
+        task(task.views(batch, BatchRandom(0, 0)))["loss"].backward()
+        optimiser.step()
+        body = "detector.backbone.body."
+        for name, value in task.state_dict().items():
+            if not name.startswith(body):
+                continue
+            part = name.removeprefix(body)
+            still = frozen_stages == 2 and part.startswith(("conv1.", "bn1.", "layer1."))
+            norm = "bn" in part or "downsample.1" in part
+            statistic = "running" in part or "num_batches" in part
+            if statistic:
+                moves = batchnorm == "train" and not still
+            elif norm:
+                moves = batchnorm != "frozen" and not still
+            else:
+                moves = not still
+            assert torch.equal(before[name], value) != moves, name
+
+    def test_stages_of_other_networks(self):
+        body = timm.create_model("sssd_resnet18", features_only=True)
+        assert stage_modules(body, 1) == ["conv1", "bn1", "act1"]
+        assert stage_modules(body, 2)[-1] == "layer1"
+        body = timm.create_model("convnext_atto", features_only=True)
+        assert stage_modules(body, 1) == ["stem_0", "stem_1", "stages_0"]
+        with pytest.raises(UserError, match="from 0 to 4"):
+            stage_modules(body, 5)
+
+    def test_difficult_objects_take_no_part_and_flips_keep_boxes_on_their_objects(self, voc):
+        task = tiny_task()
+        ((_, batch),) = read(voc).batches([torch.tensor([3, 0, 1, 2])])
+        widths = [image.shape[-1] for image in batch.images]
+        views = task.views(batch, BatchRandom(0, 1))
+        assert len(views["targets"][0]["boxes"]) == len(batch.targets[0]["boxes"]) - 1
+        flipped = 0
+        for image, stored, target, width in zip(views["images"], batch.images, views["targets"], widths, strict=True):
+            flipped += not torch.equal(image, stored / 255)
+            for (left, top, right, bottom), label in zip(target["boxes"].int().tolist(), target["labels"], strict=True):
+                inside = image[:, top + 2 : bottom - 2, left + 2 : right - 2].mean((1, 2))
+                assert int(inside.argmax()) == (0 if label == 1 else 2)
+                assert 0 <= left < right <= width
+        assert 0 < flipped < 4
+        boxes = torch.tensor([[1.0, 2, 5, 6]])
+        assert flip_boxes(boxes, 20).tolist() == [[15, 2, 19, 6]]
+        assert torch.equal(flip_boxes(flip_boxes(boxes, 20), 20), boxes)
+
+    def test_the_same_step_draws_the_same_whatever_the_global_generator(self, voc):
+        task = tiny_task(batchnorm="frozen").train()
+        ((_, batch),) = read(voc).batches([torch.tensor([0, 1])])
+        losses = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            state = torch.get_rng_state()
+            losses.append(task(task.views(batch, BatchRandom(0, 3)))["loss"].item())
+            assert torch.equal(state, torch.get_rng_state())
+        assert losses[0] == losses[1]
+
+    def test_an_image_without_objects_trains(self):
+        task = tiny_task().train()
+        empty = {
+            "boxes": torch.zeros(0, 4),
+            "labels": torch.zeros(0, dtype=torch.long),
+            "difficult": torch.zeros(0, dtype=torch.bool),
+        }
+        batch = DetectionBatch([torch.zeros(3, 40, 60, dtype=torch.uint8)] * 2, [empty, empty])
+        assert task(task.views(batch, BatchRandom(0, 0)))["loss"].isfinite()
+
+
+class TestCommands:
+    def test_a_stopped_run_goes_on_to_equal_weights_and_is_measured(self, voc, tmp_path, capsys, monkeypatch):
+        # The smallest network that timm has, as checkpoints are written at every step.
+        words = ["detect", "--data", f"[{voc}]", "--model", "test_resnet", "--pretrained", "false", *TINY]
+        words += ["--checkpoint_every", "1"]
+        assert sssd(*words, "--out", tmp_path / "whole", "--voc") == 0
+        out = capsys.readouterr().out
+        assert "AP75" in out
+        assert "VOC2007 AP50" in out
+
+        batches, count = detection.DetectionData.batches, 0
+
+        def stop(self, order):
+            nonlocal count
+            for pair in batches(self, order):
+                count += 1
+                if count == 5:
+                    raise KeyboardInterrupt
+                yield pair
+
+        with monkeypatch.context() as patch:
+            patch.setattr(detection.DetectionData, "batches", stop)
+            assert sssd(*words, "--out", tmp_path / "stopped") == 130
+        assert not (tmp_path / "stopped/model.safetensors").exists()
+        assert sssd(*words, "--out", tmp_path / "stopped") == 2
+        assert "--resume" in one_line(capsys)
+        assert sssd(*words, "--out", tmp_path / "stopped", "--resume", "--batchnorm", "eval") == 2
+        assert "batchnorm: 'train' there, 'eval' now" in one_line(capsys)
+        assert sssd(*words, "--out", tmp_path / "stopped", "--resume") == 0
+        weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+        assert weights[0] == weights[1]
+        metrics = json.loads((tmp_path / "whole/metrics.json").read_text())
+        assert 0 <= metrics["ap"] <= metrics["ap50"] <= 100
+        assert set(metrics["voc_ap50_per_class"]) == set(CLASSES)
+        assert Image.open(tmp_path / "whole/detections.png").size[0] > 600
+
+        done = command(
+            *("eval/detect.py", "--model", str(tmp_path / "whole"), "--data", f"[{voc}]", "--workers", "0", "--voc"),
+            *("--device", "cpu", "--out", str(tmp_path / "eval")),
+        )
+        assert done.returncode == 0, done.stderr
+        again = json.loads((tmp_path / "eval/metrics.json").read_text())
+        for name in ("ap", "ap50", "ap75", "voc_ap50"):
+            assert again[name] == pytest.approx(metrics[name], abs=1e-3)
+
+    @pytest.mark.slow
+    def test_two_processes_train_and_one_measures(self, voc, tmp_path):
+        words = ["train/detect.py", "--data", f"[{voc}]", "--model", "test_resnet", "--pretrained", "false", *TINY]
+        words += ["--batch_size", "4", "--frozen_stages", "1", "--out", str(tmp_path / "two")]
+        done = command("-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", *words)
+        assert done.returncode == 0, done.stderr
+        metrics = json.loads((tmp_path / "two/metrics.json").read_text())
+        assert metrics["machine"]["processes"] == 2
+        assert metrics["ap"] >= 0
+
+    def test_trunks_of_runs_and_of_timm(self, voc, tmp_path, capsys):
+        from sssd_zoo.models.saving import save_network
+
+        network = timm.create_model("sssd_resnet18", num_classes=3)
+        save_network(tmp_path / "run", network, "sssd_resnet18", input_size=64)
+        words = ["detect", "--data", f"[{voc}]", *TINY, "--epochs", "1", "--lr", "0", "--batchnorm", "frozen"]
+        assert sssd(*words, "--model", tmp_path / "run", "--out", tmp_path / "ours", "--frozen_stages", "2") == 0
+        trunk = network.state_dict()
+        found = {
+            name.removeprefix("backbone.body."): value
+            for name, value in load_file(tmp_path / "ours/model.safetensors").items()
+            if name.startswith("backbone.body.")
+        }
+        assert found.keys() == {name for name in trunk if not name.startswith(("exit", "fc."))}
+        assert all(torch.equal(value, trunk[name]) for name, value in found.items())
+        detector, classes = load_detector(tmp_path / "ours")
+        assert classes == list(CLASSES)
+        assert not detector.training
+        words[-1] = "eval"
+        assert sssd(*words, "--model", "resnet18", "--pretrained", "false", "--out", tmp_path / "timm") == 0
+        assert json.loads((tmp_path / "timm/detector.json").read_text())["architecture"] == "resnet18"
+        capsys.readouterr()
+
+    def test_mistakes(self, voc, tmp_path, capsys):
+        words = ["detect", "--data", f"[{voc}]", *TINY, "--out", tmp_path / "out"]
+        for more, what in (
+            (("--model", "sssd_resnet34"), "No pretrained weights"),
+            (("--model", "nothing"), "no model of that name"),
+            (("--model", "vit_tiny_patch16_224", "--pretrained", "false"), "take a convolutional network"),
+            (("--model", "resnet18", "--pretrained", "false", "--frozen_stages", "9"), "from 0 to 5"),
+            (("--model", "resnet18", "--pretrained", "false", "--test_split", "val"), "no split 'val'"),
+            (("--model", "resnet18", "--pretrained", "false", "--batch_size", "64"), "larger than the data set"),
+        ):
+            assert sssd(*words, *more) == 2
+            assert what in one_line(capsys)
+        assert not (tmp_path / "out").exists()
+        assert sssd("detect-eval", "--model", tmp_path, "--data", f"[{voc}]") == 2
+        assert "holds no detector" in one_line(capsys)
+        assert sssd("detect", "--data", f"[{tmp_path / 'none'}]", "--model", "resnet18", "--out", tmp_path / "o") == 2
+        assert "no file or folder" in one_line(capsys)

@@ -1,0 +1,233 @@
+"""Early exit: temperatures, thresholds and costs against slow versions, and `sssd early-exit` on tiny data."""
+
+import itertools
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import sssd_zoo  # noqa: F401  registers the models
+from helpers.commands import one_line, sssd
+from sssd_zoo.evaluation.calibration import (
+    MARGIN,
+    all_rules,
+    average_cost,
+    calibration_error,
+    early_answers,
+    fit_temperatures,
+    fold,
+    full_answers,
+)
+from sssd_zoo.evaluation.timing import measure_stages
+from sssd_zoo.models import StageCosts, ensemble_logits, multiply_adds, stage_costs
+from sssd_zoo.models.saving import save_network
+
+COSTS = StageCosts((100.0, 80.0, 70.0, 60.0), (9.0, 7.0, 5.0, 1.0))
+
+
+def random_logits(exits=4, count=200, classes=5, seed=0):
+    """Logits that tend to be right, the later exits more so, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=generator)
+    noise = torch.randn(exits, count, classes, generator=generator)
+    strength = torch.linspace(0.8, 2.0, exits).view(-1, 1, 1)
+    return noise + strength * F.one_hot(labels, classes), labels
+
+
+def test_temperatures_minimise_the_likelihood():
+    logits, labels = random_logits()
+    logits = logits * torch.tensor([0.3, 1.0, 4.0, 2.0]).view(-1, 1, 1)
+    found = fit_temperatures(logits, labels)
+    grid = torch.logspace(-1.5, 1.5, 3001).tolist()
+    for own, temperature in zip(logits, found, strict=True):
+        best = min(grid, key=lambda t, own=own: F.cross_entropy(own / t, labels).item())
+        assert temperature == pytest.approx(best, rel=2e-3)
+
+
+def test_calibration_error_by_hand():
+    logits, labels = random_logits(1)
+    confidence, answer = logits[0].softmax(1).max(1)
+    wanted = 0.0
+    for low in range(15):
+        inside = [i for i in range(200) if low / 15 < confidence[i] <= (low + 1) / 15]
+        if inside:
+            right = sum(int(answer[i] == labels[i]) for i in inside) / len(inside)
+            wanted += abs(right - sum(float(confidence[i]) for i in inside) / len(inside)) * len(inside) / 200
+    assert calibration_error(logits[0], labels) == pytest.approx(wanted, abs=1e-6)
+
+
+@torch.no_grad()
+def test_folded_temperatures_divide_the_logits():
+    model = timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    before = model.forward_exits(images).logits
+    fold(model, [0.5, 1.5, 2.0, 3.0])
+    for logits, old, temperature in zip(model.forward_exits(images).logits, before, (0.5, 1.5, 2, 3), strict=True):
+        torch.testing.assert_close(logits, old / temperature)
+
+
+def rule_by_hand(logits, labels, thresholds):
+    """Whether each image is answered right, and what it costs."""
+    rights, costs = [], []
+    for i, label in enumerate(labels.tolist()):
+        cost, asked = 0.0, []
+        for number in range(4):
+            cost += COSTS.stages[number]
+            if number < 3 and thresholds[number] == 1:
+                continue
+            cost += COSTS.heads[number]
+            asked.append(logits[number, i].softmax(0))
+            if number == 3 or asked[-1].max() > thresholds[number]:
+                answer = torch.stack(asked).mean(0) if number == 3 else asked[-1]
+                rights.append(int(answer.argmax()) == label)
+                break
+        costs.append(cost)
+    return torch.tensor(rights), torch.tensor(costs)
+
+
+def test_every_rule_is_measured_exactly():
+    logits, labels = random_logits(count=60)
+    rules = all_rules(logits, labels, COSTS, levels=4)
+    assert rules.lost.shape == (6, 6, 6)
+    full = full_answers(logits, labels) == labels
+    for place in itertools.product((0, 2, 4, 5), (1, 3, 4, 5), (0, 2, 4, 5)):
+        thresholds = [float(own[where]) for own, where in zip(rules.candidates, place, strict=True)]
+        right, cost = rule_by_hand(logits, labels, thresholds)
+        difference = full.double() - right.double()
+        assert rules.lost[place] == pytest.approx(100 * difference.mean().item())
+        assert rules.error[place] == pytest.approx(100 * difference.std(correction=0).item() / 60**0.5)
+        assert rules.cost[place] == pytest.approx(cost.mean().item())
+        answers, taken = early_answers(logits, thresholds)
+        assert torch.equal(answers == labels, right)
+        assert average_cost(taken, thresholds, COSTS) == pytest.approx(cost.mean().item())
+
+
+def test_choices_are_the_best_of_all():
+    logits, labels = random_logits()
+    rules = all_rules(logits, labels, COSTS, levels=6)
+    places = list(itertools.product(range(8), repeat=3))
+
+    def thresholds_of(place):
+        return [float(own[where]) for own, where in zip(rules.candidates, place, strict=True)]
+
+    def cost_of(thresholds):
+        return rule_by_hand(logits, labels, thresholds)[1].mean().item()
+
+    sure = [place for place in places if rules.lost[place] + MARGIN * rules.error[place] <= 12]
+    assert 0 < len(sure) < len(places)
+    least = min(float(rules.cost[place]) for place in sure)
+    assert cost_of(rules.cheapest(12)) == pytest.approx(least)
+    allowed = [place for place in places if rules.cost[place] <= 200]
+    best = min(allowed, key=lambda place: float(rules.lost[place]))
+    found = rules.most_accurate(200)
+    assert cost_of(found) <= 200
+    assert rule_by_hand(logits, labels, found)[0].sum() == rule_by_hand(logits, labels, thresholds_of(best))[0].sum()
+    assert rules.most_accurate(1) is None
+    assert rules.cheapest(-50) is None
+
+
+def test_the_ensemble_is_one_of_the_rules():
+    logits, labels = random_logits(count=400)
+    ensemble = (ensemble_logits(list(logits)).argmax(1) == labels).double().mean()
+    final = (logits[3].argmax(1) == labels).double().mean()
+    assert ensemble > final
+    rules = all_rules(logits, labels, COSTS)
+    asked, not_asked = len(rules.candidates[0]) - 2, len(rules.candidates[0]) - 1
+    assert rules.lost[asked, asked, asked] == 0  # no image leaves, and all exits answer
+    assert rules.lost[not_asked, not_asked, not_asked] == pytest.approx(100 * (ensemble - final).item())
+    assert rules.cheapest(0) is not None
+
+
+def test_confidences_that_round_to_1():
+    logits, labels = random_logits(count=60)
+    logits = logits * 100
+    assert (logits[:3].softmax(2).amax(2) == 1).float().mean() > 0.1
+    rules = all_rules(logits, labels, COSTS, levels=4)
+    for place in itertools.product((0, 3, 4, 5), repeat=3):
+        thresholds = [float(own[where]) for own, where in zip(rules.candidates, place, strict=True)]
+        right, cost = rule_by_hand(logits, labels, thresholds)
+        full = full_answers(logits, labels) == labels
+        assert rules.lost[place] == pytest.approx(100 * (full.double() - right.double()).mean().item())
+        assert rules.cost[place] == pytest.approx(cost.mean().item())
+
+
+def test_measured_stages():
+    model = timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1)).eval()
+    measured = measure_stages(model, torch.randn(2, 3, 32, 32), runs=2)
+    assert len(measured.stages) == len(measured.heads) == 4
+    assert all(value > 0 for value in (*measured.stages, *measured.heads))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A network that saw nothing, with three classes by name."""
+    torch.manual_seed(0)
+    model = timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1))
+    path = tmp_path_factory.mktemp("network")
+    save_network(path, model, "sssd_resnet18", input_size=32, label_names=["blue", "green", "red"])
+    return path
+
+
+def test_early_exit(folder, folder_of_images, tmp_path, capsys):
+    words = [folder, "--data", folder_of_images, "--split", "train", "--runs", "1", "--device", "cpu"]
+    millions = multiply_adds(timm.create_model(f"local-dir:{folder}"), (3, 32, 32))["3"] / 1e6
+    assert sssd("early-exit", *words, "--multiply_adds", f"{millions:.2f}", "--out", tmp_path / "out") == 0
+    assert "Throughput at batch 128" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    report = json.loads((tmp_path / "out" / "early_exit" / "report.json").read_text())
+    assert (tmp_path / "out" / "early_exit" / "figure.png").read_bytes()[:4] == b"\x89PNG"
+    text = (tmp_path / "out" / "early_exit" / "report.md").read_text()
+    assert str(folder_of_images) not in text
+    assert "24 images drawn by class from split train" in text
+
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert loaded.thresholds == config["model_args"]["thresholds"] == report["thresholds"]
+    before = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        pairs = zip(loaded.forward_exits(images).logits, before.forward_exits(images).logits, strict=True)
+        for (own, old), temperature in zip(pairs, config["early_exit"]["temperatures"], strict=True):
+            torch.testing.assert_close(own, old / temperature)
+        assert loaded.forward_early(images).exit.shape == (2,)
+
+    assert sum(report["exits_taken"]) == pytest.approx(1)
+    answers = report["answers"]
+    assert set(answers) == {"1", "2", "3", "4", "ensemble", "early exit"}
+    costs = stage_costs(loaded, (3, 32, 32))
+    assert answers["2"]["multiply_adds"] == sum(costs.stages[:2]) + costs.heads[1]
+    assert all(row["milliseconds"][batch] > 0 for row in answers.values() for batch in ("1", "128"))
+    assert all(report["speedup"][batch][name] > 0 for batch in ("1", "128") for name in ("ensemble", "4"))
+    assert {*report["calibration_error"]["1"]} == {"before", "after"}
+
+
+@pytest.mark.parametrize("budget", [("--latency", "1000"), ("--points_lost", "100")])
+def test_other_budgets(folder, folder_of_images, tmp_path, budget):
+    words = [folder, "--data", folder_of_images, "--split", "train", "--calibration_split", "train", "--runs", "1"]
+    assert sssd("early-exit", *words, *budget, "--device", "cpu", "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "early_exit" / "report.json").read_text())
+    assert report["budget"] == {budget[0].removeprefix("--"): float(budget[1])}
+    assert "48 images, split train" in report["measured_on"]
+    if budget[0] == "--points_lost":  # anything is allowed, so the cheapest is taken
+        assert report["exits_taken"] == [1, 0, 0, 0]
+    assert sssd("early-exit", *words, "--out", tmp_path / "out") == 2, "it is there already"
+
+
+def test_mistakes(folder, folder_of_images, tmp_path, capsys):
+    torch.manual_seed(0)
+    other = tmp_path / "other"
+    save_network(other, timm.create_model("sssd_resnet18", num_classes=4, layers=(1, 1, 1, 1)), "sssd_resnet18")
+    end = ["--data", folder_of_images, "--out", tmp_path / "out", "--device", "cpu"]
+    for words, text in (
+        ([folder, *end], "--split"),
+        ([other, *end, "--split", "train"], "3 classes"),
+        ([folder, *end, "--split", "train", "--latency", "1", "--points_lost", "1"], "one budget"),
+        ([folder, *end, "--split", "train", "--multiply_adds", "0.1"], "exit 1 alone takes"),
+        ([folder, *end, "--split", "train", "--holdout", "2"], "holdout is 2.0;"),
+        ([folder, *end, "--split", "train", "--runs", "0"], "runs is 0;"),
+        (["resnet10t", *end], "resnet10t"),
+    ):
+        assert sssd("early-exit", *words) == 2
+        assert text in one_line(capsys)
+        assert not (tmp_path / "out").exists()

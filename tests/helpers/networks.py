@@ -1,0 +1,33 @@
+"""The registered names, and seeded networks of them."""
+
+import copy
+from functools import lru_cache
+
+import timm
+import torch
+from torch import nn
+
+import sssd_zoo  # noqa: F401  registers the models with timm
+from sssd_zoo.models import SSSDResNet
+
+NAMES = timm.list_models("sssd_*")
+SHORT = {"layers": (1, 1, 1, 1)}
+
+
+def create(name="sssd_resnet18", **kwargs) -> SSSDResNet:
+    """A seeded network of one's own in eval mode."""
+    return copy.deepcopy(_created(name, **kwargs))
+
+
+@lru_cache(maxsize=6)  # making the weights takes longer than copying them
+def _created(name, **kwargs):
+    """BatchNorms are not the identity, so that no test passes by symmetry."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **{"num_classes": 7, **kwargs})
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.weight.device.type != "meta":
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+    return model.eval()

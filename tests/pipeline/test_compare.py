@@ -1,0 +1,75 @@
+"""`sssd compare` on tiny data: what it runs, what it reuses, and what its report says of what was not run."""
+
+import csv
+import json
+
+from PIL import Image
+
+from helpers.commands import TINY_COMPARE as TINY
+from helpers.commands import one_line, sssd
+from helpers.markdown import by_name, sections, table
+from sssd_zoo.evaluation.reports.comparison import METHODS, VARIANTS
+
+
+def report(out):
+    """Of report.md the rows of the methods and of the variants by their names, and all rows of the paper's tables."""
+    parts = sections((out / "report.md").read_text())
+    methods, changes = parts["Methods compared"], parts.get("One thing changed", "")
+    paper = [row for title, text in parts.items() if title.startswith("Table ") for row in table(text)]
+    return by_name(table(methods)), by_name(table(changes)) if changes else {}, paper
+
+
+def rows_of(out):
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_path, capsys):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY]
+    assert sssd(*words, "--methods", "[sssd, clusterfit]", "--seeds", "[0]") == 0
+    methods, changes, paper = report(tmp_path)
+    assert set(methods) == {title for name, title in METHODS.items() if name not in VARIANTS}
+    assert not changes
+    assert {title for title, cells in methods.items() if cells[0] != "not run"} == {"SSSD", "ClusterFit"}
+    assert ["paper", "CIFAR-10", "SSSD", "ResNet-18", "200", "the same", "78.54"] in [row[:7] for row in paper]
+    assert ["ours", "CIFAR-10", "SSSD", "ResNet-18", "200", "the same", "not run"] in [row[:7] for row in paper]
+    other = ["ours", folder_of_images.name, "ClusterFit", "sssd_resnet18", "1 epochs", "the same"]
+    assert other in [row[:6] for row in paper]
+    assert len(rows_of(tmp_path)) == 2
+
+    capsys.readouterr()
+    assert sssd(*words, "--seeds", "[0, 1]", "--methods", json.dumps(list(METHODS))) == 0
+    out = capsys.readouterr().out
+    assert out.count("done before") == 6, "pretext, labels, and both methods with their probes"
+    assert "[labels-soft] ->" in out
+    assert "[labels-redos] ->" in out
+    methods, changes, _ = report(tmp_path)
+    assert set(methods) == set(METHODS.values())
+    assert not [title for title, cells in methods.items() if "not run" in cells]
+    assert set(changes) == {METHODS[name] for name in VARIANTS}
+    rows = rows_of(tmp_path)
+    assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "01" for m in METHODS]
+    for row in rows:
+        plain = row["method"] in ("clusterfit", "seed")
+        assert [bool(row[name]) for name in ("exit 1", "exit 4", "ensemble")] == [not plain, True, not plain]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row["seed"] for row in results} == {0, 1}
+    # On so easy data both may be right in all answers: that the seeds are two runs shows in the weights.
+    weights = [(tmp_path / f"seed-{seed}/sssd/model.safetensors").read_bytes() for seed in (0, 1)]
+    assert weights[0] != weights[1]
+    assert Image.open(tmp_path / "accuracy.png").size[0] > 300
+
+
+def test_mistakes(folder_of_images, tmp_path, capsys):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path / "run", *TINY]
+    assert sssd(*words, "--methods", "[sssd, magic]") == 2
+    assert "magic" in one_line(capsys)
+    assert sssd(*words, "--methods", "[]") == 2
+    assert "methods is []" in one_line(capsys)
+    assert sssd(*words, "--seed_method.queue_size", "999") == 2
+    assert "queue_size 999" in one_line(capsys)
+    assert sssd(*words, "--methods", "[sssd-soft]", "--soft", "0") == 2
+    assert "soft is 0.0;" in one_line(capsys)
+    assert sssd(*words, "--methods", "[sssd-warm]", "--pretrain_model", "sssd_resnet34") == 2
+    assert "do not fit" in one_line(capsys)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,233 @@
+"""`sssd finetune`: the subsets, what is trained at which rate, that no label leaks, and the sweep."""
+
+import csv
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sssd_zoo  # noqa: F401
+from helpers.commands import one_line, sssd
+from sssd_zoo.configs import FinetuneArgs, SelfDistillationConfig
+from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.features import accuracies
+from sssd_zoo.evaluation.reports.paper import TABLE_4
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline.finetune import labelled_subset, starting_network, step_plan
+from sssd_zoo.tasks import ClusterFit, SelfDistillation
+from sssd_zoo.training import engine
+
+TINY = [
+    *(
+        "--image_size",
+        "16",
+        "--epochs",
+        "2",
+        "--batch_size",
+        "4",
+        "--lr",
+        "0.02",
+        "--trunk_lr",
+        "0.002",
+        "--scratch_lr",
+        "0.02",
+    ),
+    *("--device", "cpu", "--precision", "fp32"),
+]
+SPEC = InputSpec(32, (0.5,) * 3, (0.25,) * 3)
+PLAIN = SelfDistillationConfig()
+
+
+class TestSubsets:
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(4), 50))
+
+    @pytest.mark.parametrize(("how", "each"), [({"fraction": 0.1}, 5), ({"per_class": 7}, 7), ({"fraction": 0.001}, 1)])
+    def test_balanced_and_seeded(self, how, each):
+        subset = labelled_subset(self.labels, 3, **how)
+        assert np.bincount(self.labels[subset]).tolist() == [each] * 4
+        assert len(set(subset.tolist())) == 4 * each
+        assert np.array_equal(subset, labelled_subset(self.labels, 3, **how))
+        assert not np.array_equal(subset, labelled_subset(self.labels, 4, **how))
+
+    def test_smaller_ones_are_parts_of_larger_ones(self):
+        sizes = [set(labelled_subset(self.labels, 0, fraction=share).tolist()) for share in (0.02, 0.1, 0.5, 1)]
+        assert all(small < large for small, large in pairwise(sizes))
+        assert len(sizes[-1]) == len(self.labels)
+
+    def test_shares_of_uneven_classes_stay_uneven(self):
+        labels = np.repeat([0, 1], [100, 20])
+        assert np.bincount(labels[labelled_subset(labels, 0, fraction=0.25)]).tolist() == [25, 5]
+        with pytest.raises(UserError, match="class 1 has 20 labels"):
+            labelled_subset(labels, 0, per_class=21)
+
+
+class TestRates:
+    @pytest.mark.parametrize("exits", [False, True])
+    def test_every_parameter_has_the_rate_meant_for_it(self, exits):
+        model = timm.create_model("sssd_resnet18_cifar", num_classes=3, output="ensemble" if exits else "final")
+        task = (SelfDistillation if exits else ClusterFit)(model, PLAIN, SPEC, trunk_scale=0.1)
+        optimizer = engine.create_optimizer_v2(task.parameter_groups(), opt="momentum", lr=0.5)
+        scheduler = engine.make_scheduler(engine.OptimConfig(epochs=10), optimizer, 10)
+        names = {id(value): name for name, value in model.named_parameters()}
+        for step in (0, 50):
+            scheduler.step_update(step)
+            seen = set()
+            for group in optimizer.param_groups:
+                for value in group["params"]:
+                    name = names[id(value)]
+                    seen.add(name)
+                    head = name.startswith("fc.") or ".fc." in name
+                    height = 0.5 if step == 0 else 0.25  # half way down the cosine
+                    assert group["lr"] == pytest.approx(height * (1 if head else 0.1)), name
+            assert seen == set(names.values())
+
+    def test_a_plain_timm_network(self):
+        task = ClusterFit(timm.create_model("test_resnet", num_classes=3), PLAIN, SPEC, trunk_scale=0.1)
+        heads, trunk = task.parameter_groups()
+        assert len(heads["params"]) == 2
+        assert len(trunk["params"]) == len(list(task.parameters())) - 2
+
+    def test_one_rate_is_one_group(self):
+        model = timm.create_model("test_resnet", num_classes=3)
+        assert len(ClusterFit(model, PLAIN, SPEC).parameter_groups()) == 1
+
+
+class TestStart:
+    @pytest.mark.parametrize("method", ["final", "exits"])
+    def test_classifiers_that_saw_all_labels_are_dropped(self, method):
+        shipped = timm.create_model("sssd_resnet18_cifar", pretrained=True).state_dict()
+        model, arch = starting_network("sssd_resnet18_cifar.cifar10", "", method, 10)
+        assert arch == "sssd_resnet18_cifar"
+        for name, value in model.state_dict().items():
+            head = name.startswith("fc.") or ".fc." in name
+            assert torch.equal(value, shipped[name]) != head, name
+        assert hasattr(model, "exit1") == (method == "exits")
+
+    def test_scratch_has_new_weights_of_the_same_network(self):
+        model, arch = starting_network("scratch", "sssd_resnet18_cifar.cifar10", "final", 10)
+        shipped = timm.create_model("sssd_resnet18_cifar", pretrained=True).state_dict()
+        assert arch == "sssd_resnet18_cifar"
+        assert not torch.equal(model.layer1[0].conv1.weight, shipped["layer1.0.conv1.weight"])
+
+    def test_a_pretext_run_gets_exits(self, tmp_path):
+        trunk = timm.create_model("sssd_resnet18_cifar", num_classes=0, output="final")
+        save_network(tmp_path / "run", trunk, "sssd_resnet18_cifar", input_size=16)
+        model, _ = starting_network(str(tmp_path / "run"), "", "exits", 3)
+        assert all(torch.equal(model.state_dict()[name], value) for name, value in trunk.state_dict().items())
+        assert model.exit1.fc.out_features == 3
+        with pytest.raises(UserError, match="no exits"):
+            starting_network("scratch", "test_resnet", "exits", 3)
+
+
+def test_steps_at_least_and_batches_that_fit():
+    args = FinetuneArgs(data="data", out="out", models=["run"], epochs=3, min_steps=100, batch_size=32)
+    plan = step_plan(args, "run", 70, 1)
+    assert (plan.batch_size, plan.epochs, plan.lr) == (32, 50, args.lr)
+    assert step_plan(args, "scratch", 10_000, 1).epochs == 3
+    assert step_plan(args, "scratch", 10_000, 1).lr == args.scratch_lr
+    assert step_plan(args, "run", 21, 4).batch_size == 20
+    with pytest.raises(UserError, match="too few"):
+        step_plan(args, "run", 3, 2)
+
+
+def test_accuracies_by_hand():
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]], [[0.0, 9.0], [0.0, 1.0], [0.0, 0.5]]])
+    assert accuracies(logits, torch.tensor([0, 1, 0])) == ([100.0, pytest.approx(100 / 3)], pytest.approx(200 / 3))
+
+
+def rows_of(out):
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "distilled"
+    save_network(folder, timm.create_model("sssd_resnet18_cifar", num_classes=5), "sssd_resnet18_cifar", input_size=16)
+    return folder
+
+
+def test_the_sweep_reuses_what_is_there_and_draws(folder_of_images, distilled, tmp_path, capsys):
+    words = ["finetune", "--data", folder_of_images, "--out", tmp_path / "out", *TINY]
+    assert sssd(*words, "--models", "[test_resnet, scratch]", "--fractions", "[0.5]") == 2
+    assert "test_resnet" in one_line(capsys), "it has no weights that can be had offline"
+    assert sssd(*words, "--models", f"[{distilled}]", "--fractions", "[0.5]", "--seeds", "[0]") == 0
+    capsys.readouterr()
+    assert sssd(*words, "--models", f"[{distilled}, scratch]", "--fractions", "[0.2, 0.5]", "--seeds", "[0]") == 0
+    assert capsys.readouterr().out.count("done before") == 1
+    rows = rows_of(tmp_path / "out")
+    cells = [(row["model"], row["amount"], row["seed"]) for row in rows]
+    assert cells == [(name, amount, "0") for name in (str(distilled), "scratch") for amount in ("20.0", "50.0")]
+    assert int(rows[0]["labels"]) < int(rows[1]["labels"])
+    report = (tmp_path / "out/report.md").read_text()
+    assert "distilled over scratch" in report
+    assert str(tmp_path) not in report
+    assert str(TABLE_4["ResNet-50"][1]) in report
+    assert Image.open(tmp_path / "out/accuracy.png").size[0] > 900
+    cell = tmp_path / "out/scratch/50%/seed-0"
+    model = timm.create_model(f"local-dir:{cell}", pretrained=True)
+    assert model.num_classes == 3
+    assert not (cell / "checkpoints").exists()
+    # Other weights under the same name: their cells are trained again, those from scratch are not.
+    save_network(
+        distilled, timm.create_model("sssd_resnet18_cifar", num_classes=5), "sssd_resnet18_cifar", input_size=16
+    )
+    words += ["--models", f"[{distilled}, scratch]", "--fractions", "[0.2, 0.5]", "--seeds", "[0]"]
+    capsys.readouterr()
+    assert sssd(*words) == 2
+    assert "--overwrite" in one_line(capsys)
+    assert sssd(*words, "--overwrite") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == 2, (
+        "a change of the first network is one of scratch's weights only by its name"
+    )
+
+
+def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, tmp_path, monkeypatch):
+    words = ["finetune", "--data", folder_of_images, *TINY, "--seeds", "[0]", "--per_class", "[4]"]
+    words += ["--models", f"[{distilled}]", "--method", "exits", "--checkpoint_every", "2"]
+    assert sssd(*words, "--out", tmp_path / "whole") == 0
+    writing, lines = engine.Log.write, 0
+
+    def stop(self, values):
+        nonlocal lines
+        lines += 1
+        if lines == 3:
+            raise KeyboardInterrupt
+        writing(self, values)
+
+    words += ["--out", tmp_path / "stopped", "--log_every", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Log, "write", stop)
+        assert sssd(*words) == 130
+    assert sssd(*words) == 0
+    weights = [next((tmp_path / name).rglob("model.safetensors")) for name in ("whole", "stopped")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert "exit1.fc.weight" in load_file(weights[0])
+    steps = next((tmp_path / "whole").rglob("steps/seed-0.json"))
+    assert len(json.loads(steps.read_text())["result"]["exits"]) == 4
+
+
+def test_mistakes(folder_of_images, tmp_path, capsys):
+    words = ["finetune", "--data", folder_of_images, "--out", tmp_path / "out", *TINY]
+    for more, what in (
+        (("--models", "[]"), "models is []"),
+        (
+            ("--models", "[scratch]", "--fractions", "[10]"),
+            "fractions[0] is 10.0; it must be a number above 0 and up to 1",
+        ),
+        (("--models", "[scratch]", "--per_class", "[99]"), "fewer than 99"),
+        (("--models", "[scratch, scratch]"), "distinct"),
+        (("--models", "[nothing]"), "no model of that name"),
+        (("--models", "[scratch]", "--lr", "0"), "lr is 0.0; it must be a number above 0"),
+        (("--models", "[scratch]", "--fractions", "[0.01]", "--accumulate", "2"), "too few"),
+    ):
+        assert sssd(*words, *more) == 2
+        assert what in one_line(capsys)
+    assert not (tmp_path / "out").exists()
