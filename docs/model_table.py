@@ -21,7 +21,9 @@ def model_table(cards: Path) -> str:
         time = duration(sum(step["seconds"] for part in slices for step in part["times"]))
         if len(slices) > 1:
             time += f" in {len(slices)} slices"
-        machines = dict.fromkeys(part["machine"].split(", torch")[0] for part in slices)
+        machines = dict.fromkeys(
+            part["machine"].split(", torch")[0].replace(", 1 threads", ", 1 thread") for part in slices
+        )
         rows.append(
             [
                 f"[`{folder.name}`](hub_cards/{folder.name}/README.md)",

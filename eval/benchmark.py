@@ -14,7 +14,9 @@ import numpy as np
 import timm
 import torch
 
+from sssd_zoo.configs import MoCoConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
 from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
 from sssd_zoo.labels.kmeans import FloatArray, import_faiss, kmeans, normalise
@@ -23,6 +25,8 @@ from sssd_zoo.pipeline.export import onnx_bytes, run_onnx, session
 from sssd_zoo.tasks import ClusterFit, MoCo, SelfDistillation, Task
 
 OURS, BY_HAND, SAME_KERNELS = "sssd_zoo", "faiss by hand", "faiss by hand, same kernels"
+
+SPEC = InputSpec(32, (0.5,) * 3, (0.25,) * 3)
 
 
 def _features(n: int, d: int, k: int) -> FloatArray:
@@ -198,10 +202,8 @@ def benchmark_moco(batch_size: int = 256, splits: int = 4, steps: int = 5, round
     tune_cpu()
     precision = resolve_precision("auto", "cpu")
     trunk: Any = timm.create_model("sssd_resnet18_cifar", num_classes=0, output="final")
-    half, quarter = (0.5,) * 3, (0.25,) * 3
-    task = MoCo(trunk, size=32, symmetric=False, splits=splits, mean=half, std=quarter).to(
-        memory_format=torch.channels_last
-    )
+    config = MoCoConfig(symmetric=False, splits=splits)
+    task = MoCo(trunk, config, SPEC).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     per_image = 4 * multiply_adds(trunk, (3, 32, 32))["4"]
     images = torch.randint(0, 256, (10 * batch_size, 3, 32, 32), dtype=torch.uint8)
@@ -251,10 +253,10 @@ def benchmark_byot(batch_size: int = 128, steps: int = 5, rounds: int = 5) -> di
     """
     tune_cpu()
     precision = resolve_precision("auto", "cpu")
-    views: dict[str, Any] = {"size": 32, "mean": (0.5,) * 3, "std": (0.25,) * 3}
+    config = SelfDistillationConfig()
     tasks: dict[str, Task] = {
-        "plain": ClusterFit(timm.create_model("sssd_resnet18_cifar", num_classes=1000, output="final"), **views),
-        "byot": SelfDistillation(timm.create_model("sssd_resnet18_cifar", num_classes=1000), **views),
+        "plain": ClusterFit(timm.create_model("sssd_resnet18_cifar", num_classes=1000, output="final"), config, SPEC),
+        "byot": SelfDistillation(timm.create_model("sssd_resnet18_cifar", num_classes=1000), config, SPEC),
     }
     optimizers = {}
     for name, task in tasks.items():

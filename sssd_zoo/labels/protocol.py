@@ -56,6 +56,6 @@ class Labels(Protocol):
 
         Args:
             epoch: its number, from 0.
-            step: the step in it that a resumed run goes on from; 0 at its start.
+            step: the one in it that a resumed run continues from; 0 at the start of the epoch.
         """
         ...

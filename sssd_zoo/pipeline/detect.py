@@ -17,7 +17,7 @@ from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.detect_eval import measured_on
 from sssd_zoo.tasks.detection import Detection
-from sssd_zoo.training.engine import check, train
+from sssd_zoo.training.engine import check_trainable, train
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import announce, prepare_run_folder
 
@@ -32,7 +32,7 @@ def detect(args: DetectArgs) -> None:
     config, settings = DetectionDataConfig.of(args), DetectorConfig.of(args)
     data = load_detection(config)
     test = measured_on(config, args.test_data, args.test_split, data.class_names)
-    check(optim, processes, len(data))
+    check_trainable(optim, processes, len(data))
     torch.manual_seed(runtime.seed)
     body = load_network(args.model, pretrained=args.pretrained, features_only=True)
     detector = build_detector(body, len(data.class_names), settings)

@@ -35,7 +35,7 @@ from sssd_zoo.models.networks import (
     weights_digest,
 )
 from sssd_zoo.tasks import AnchoredSelfDistillation, ClusterFit, FrozenEncoder, SelfDistillation, Task
-from sssd_zoo.training.engine import check
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import RunSpec, announce, method_settings, run_training
 
@@ -82,7 +82,7 @@ def distill_network(
             settings["encoder"] = weights_digest(frozen.network)
             task = AnchoredSelfDistillation(model, frozen, config, views)
     optim = OptimConfig.of(config)
-    check(optim, make_accelerator(runtime).num_processes, len(data))
+    check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
     loader = EpochLoader(data, config.batch_size, runtime.seed)
     return run_training(task, loader, model, spec, optim=optim, runtime=runtime, settings=settings, labels=labels)
 
@@ -97,7 +97,8 @@ def new_student(arch: str, classes: int, method: Method, exits: str) -> Any:
         return new_trunk(arch, classes)
     if not arch.startswith("sssd_"):
         raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
-    return timm.create_model(arch, num_classes=classes, **({} if exits == "plain" else {"exits": exits}))
+    kind: dict[str, Any] = {} if exits == "plain" else {"exits": exits}
+    return timm.create_model(arch, num_classes=classes, **kind)
 
 
 def load_encoder(name: str | None, data: ImageData, forward: ForwardConfig) -> FrozenEncoder:

@@ -47,7 +47,7 @@ from sssd_zoo.models.networks import (
 from sssd_zoo.models.resnet import SSSDResNet
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.tasks import ClusterFit, SelfDistillation
-from sssd_zoo.training.engine import check
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import RunSpec, run_training, save_config
 
@@ -220,7 +220,7 @@ class Plan:
             check_sizes(arch, [self.size, *args.sizes])
         for amount in self.amounts:
             count = len(self.positions(amount, args.seeds[0]))
-            check(step_plan(args, args.models[0], count, self.processes), self.processes, count)
+            check_trainable(step_plan(args, args.models[0], count, self.processes), self.processes, count)
 
     def describe(self) -> str:
         """What is about to run, in a line."""

@@ -43,7 +43,7 @@ from sssd_zoo.models.networks import (
 from sssd_zoo.pipeline.pretrain import pretrain_network
 from sssd_zoo.pipeline.pseudo_label import cluster_images, describe_labels
 from sssd_zoo.pipeline.stages import Stage
-from sssd_zoo.training.engine import check
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import RunSpec, check_queue
 
@@ -204,7 +204,7 @@ def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, requ
     arch = choose_model(args.model, size)
     pretext = choose_pretext(args, config, args.pretrain, data, arch=arch, size=size, processes=processes)
     for optim in trained:
-        check(optim, processes, len(data))
+        check_trainable(optim, processes, len(data))
         check_sizes(arch, [size, *optim.sizes])
     if warm:
         pretext.check_warm_start(arch)
@@ -266,7 +266,7 @@ def choose_pretext(
             revision=None,
         )
         source = load_images(other, default_size=data.size, progress=rank() == 0)
-    check(moco, processes, len(source))
+    check_trainable(moco, processes, len(source))
     check_queue(moco.queue_size, len(source))
     check_sizes(pretrain_arch, [size, *moco.sizes])
     start = ""

@@ -28,7 +28,7 @@ from sssd_zoo.models.networks import (
     new_trunk,
 )
 from sssd_zoo.tasks import MoCo
-from sssd_zoo.training.engine import check
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import RunSpec, announce, check_queue, method_settings, run_training
 
@@ -68,7 +68,7 @@ def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes:
     if images is not None and images < 2:
         raise UserError(f"{data.name} has {images} image; contrastive learning needs others to tell it from")
     check_queue(config.queue_size, images)
-    check(OptimConfig.of(config), processes, images)
+    check_trainable(OptimConfig.of(config), processes, images)
     if config.splits % processes or (config.batch_size // config.accumulate) % max(1, config.splits):
         raise UserError(
             f"splits {config.splits} must be a multiple of the {processes} processes and divide the batch of "

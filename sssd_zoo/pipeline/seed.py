@@ -24,7 +24,7 @@ from sssd_zoo.models.networks import (
     new_trunk,
 )
 from sssd_zoo.tasks import SEED
-from sssd_zoo.training.engine import check
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import RunSpec, announce, check_queue, method_settings, run_training
 
@@ -49,7 +49,7 @@ def seed_network(
         teacher_size: side of the teacher's views in pixels; by default what it was trained with.
     """
     optim = OptimConfig.of(config)
-    check(optim, make_accelerator(runtime).num_processes, len(data))
+    check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
     check_queue(config.queue_size, len(data))
     frozen_teacher = load_network(teacher, num_classes=0)
     teacher_spec = input_spec(frozen_teacher, teacher_size)

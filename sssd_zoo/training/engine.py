@@ -8,7 +8,7 @@ processes see the samples and the views that one process with the same global ba
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -24,12 +24,12 @@ from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.distributed import on_main, rank, world_size
 from sssd_zoo.distributed.batchnorm import average_batchnorm, synchronise_batchnorm
 from sssd_zoo.errors import UserError
-from sssd_zoo.labels.soft import SoftLabels
+from sssd_zoo.labels.protocol import Labels, Targets
 from sssd_zoo.tasks import Task
-from sssd_zoo.training.checkpoints import Checkpoints
+from sssd_zoo.training.checkpoints import Checkpoints, Progress
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.log import Log
-from sssd_zoo.training.schedule import schedule
+from sssd_zoo.training.schedule import make_scheduler
 
 
 class Batch(Protocol):
@@ -58,14 +58,14 @@ class Loader(Protocol):
 
 
 def is_finite(module: nn.Module, optimizer: Any) -> bool:
-    """Whether all that training goes on from is finite: weights, buffers and the optimiser's state."""
+    """Whether everything a resumed training starts from is finite: weights, buffers and the optimiser's state."""
     states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     tensors = [value for value in (*module.state_dict().values(), *states) if value.is_floating_point()]
     return bool(torch.stack([value.isfinite().all().to(tensors[0].device) for value in tensors]).all())
 
 
-def check(config: OptimConfig, processes: int, images: int | None) -> None:
-    """Refuses what cannot train.
+def check_trainable(config: OptimConfig, processes: int, images: int | None) -> None:
+    """Refuses a batch size that cannot be trained with.
 
     Args:
         config: how to train.
@@ -77,7 +77,7 @@ def check(config: OptimConfig, processes: int, images: int | None) -> None:
     """
     if config.batch_size % (processes * config.accumulate):
         raise UserError(
-            f"batch_size {config.batch_size} does not divide by {processes} processes x accumulate "
+            f"batch_size {config.batch_size} is not divisible by {processes} processes x accumulate "
             f"{config.accumulate}; choose a multiple"
         )
     if config.batch_size // (processes * config.accumulate) < 2:
@@ -88,6 +88,213 @@ def check(config: OptimConfig, processes: int, images: int | None) -> None:
         )
 
 
+class Trainer:
+    """A training of one task, resumed where its run folder has a checkpoint; for the arguments see `train`."""
+
+    def __init__(
+        self,
+        task: Task,
+        loader: Loader,
+        *,
+        optim: OptimConfig,
+        runtime: RuntimeConfig,
+        out: Path,
+        identity: dict[str, Any],
+        labels: Labels | None = None,
+        title: str = "train",
+    ) -> None:
+        self.loader, self.labels, self.optim, self.runtime = loader, labels, optim, runtime
+        self.total_steps = optim.epochs * loader.steps_per_epoch
+        self.accelerator = make_accelerator(runtime)
+        self._prepare(task)
+        self.checkpoints = Checkpoints(out / "checkpoints", self._full_identity(identity))
+        self.progress = self._resume()
+        self.log = Log(out, runtime, self.progress.step, self.accelerator.is_main_process)
+        self.bar = self._progress_bar(title)
+        self.unlogged: list[dict[str, Tensor]] = []  # what the steps since the last line of the log returned
+        self.logged_at = time.perf_counter()
+        self.started_at = self.logged_at - self.progress.seconds  # as if the run had never been interrupted
+
+    def _prepare(self, task: Task) -> None:
+        """Moves the task to the device, makes optimiser and scheduler, and wraps for the processes."""
+        device, optim = self.accelerator.device, self.optim
+        self.task = task.to(device).to(memory_format=torch.channels_last)
+        self.task.compiled = self.runtime.compile
+        torch.backends.cudnn.benchmark = True  # the shapes are the same at every step
+        if task.global_batchnorm:
+            synchronise_batchnorm(task, device)
+        optimizer = create_optimizer_v2(
+            task.parameter_groups(),
+            opt=optim.optimizer,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            filter_bias_and_bn=False,
+        )
+        self.scheduler = make_scheduler(optim, optimizer, self.loader.steps_per_epoch)
+        self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
+        self.forward = torch.compile(self.model) if self.runtime.compile else self.model
+
+    def _full_identity(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """Everything that decides the run's numbers."""
+        return {
+            **identity,
+            **{f"optim.{name}": value for name, value in asdict(self.optim).items()},
+            "seed": self.runtime.seed,
+            "precision": self.accelerator.mixed_precision,
+            "processes": self.accelerator.num_processes,
+        }
+
+    def _resume(self) -> Progress:
+        """Loads the newest good checkpoint, if there is one."""
+        newest = on_main(self.checkpoints.newest)
+        if newest is None:
+            return Progress()
+        path, record = newest
+        self.checkpoints.load(self.accelerator, path)
+        return Progress.of(record)
+
+    def _progress_bar(self, title: str) -> Any:
+        return tqdm(
+            total=self.total_steps * self.optim.batch_size,
+            initial=self.progress.step * self.optim.batch_size,
+            desc=title,
+            unit="img",
+            unit_scale=True,
+            disable=not self.accelerator.is_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+        )
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step, that of the first group of parameters."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def seconds(self) -> float:
+        """Of training so far, those before a resume included."""
+        return time.perf_counter() - self.started_at
+
+    def run(self) -> dict[str, float]:
+        """Trains to the end and gives what `train` returns."""
+        self.task.train()
+        try:
+            while self.progress.step < self.total_steps:
+                self.run_epoch()
+        finally:
+            self.bar.close()
+            self.log.close()
+        self.accelerator.free_memory()
+        seconds = self.seconds
+        return {
+            "seconds": round(seconds, 1),
+            "images_per_second": round(self.total_steps * self.optim.batch_size / seconds, 1),
+            "loss": self.progress.epoch_loss,
+        }
+
+    def run_epoch(self) -> None:
+        """Trains to the end of the current epoch, with the log's lines and the checkpoints that are due."""
+        steps_per_epoch, every = self.loader.steps_per_epoch, self.runtime.checkpoint_every
+        epoch, start = divmod(self.progress.step, steps_per_epoch)
+        if start == 0:
+            self.progress.epoch_sum, self.progress.epoch_count = 0.0, 0
+        targets = None if self.labels is None else self.labels.for_epoch(epoch, start)
+        for positions, images in self.loader.epoch(epoch, start):
+            self.step(positions, images, targets)
+            step = self.progress.step
+            if step % self.runtime.log_every == 0:
+                self.flush()
+            if every and step % every == 0 and step % steps_per_epoch:
+                self.save()
+        self.flush()
+        if (epoch + 1) % max(1, self.runtime.checkpoint_epochs) == 0 or self.progress.step == self.total_steps:
+            self.save()
+
+    def step(self, positions: Tensor, images: Batch, targets: Targets | None) -> None:
+        """One optimiser step.
+
+        Args:
+            positions: of the images in the data set, int64 [b].
+            images: this process's part of the global batch.
+            targets: the labels of all images, if the task needs any.
+        """
+        step, chunks = self.progress.step, self.optim.accumulate
+        self.scheduler.step_update(step)
+        if self.optim.sizes:
+            self.task.size = self.optim.sizes[step * len(self.optim.sizes) // self.total_steps]
+        self.task.before_step()
+        parts = list(zip(positions.chunk(chunks), images.chunk(chunks), strict=True))
+        means: dict[str, Tensor] = {}
+        for number, (part_positions, part_images) in enumerate(parts):
+            random = BatchRandom(self.runtime.seed, step * chunks + number, rank(), world_size())
+            is_last = number == len(parts) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                values = self.forward(self._views(part_positions, part_images, targets, random))
+                self.accelerator.backward(values["loss"] / len(parts))
+            for name, value in values.items():
+                means[name] = means.get(name, 0) + value.detach() / len(parts)
+        if self.optim.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.unlogged.append(means)
+        self.progress.step += 1
+        self.bar.update(self.optim.batch_size)
+
+    def _views(self, positions: Tensor, images: Any, targets: Targets | None, random: BatchRandom) -> dict[str, Any]:
+        """What the task's `forward` takes, on the device."""
+        device = self.accelerator.device
+        batch = self.task.views(images.to(device, non_blocking=True), random)
+        if targets is not None:
+            batch["labels"] = targets[positions].to(device, non_blocking=True)
+        return batch
+
+    def flush(self) -> None:
+        """Logs the mean of the steps since the last line, over all processes; refuses a loss that is not finite."""
+        if not self.unlogged:
+            return
+        names = list(self.unlogged[0])
+        table = torch.stack([torch.stack([values[name].float() for name in names]) for values in self.unlogged])
+        table = self.accelerator.reduce(table, reduction="mean").cpu()  # [steps, names]
+        self.unlogged.clear()
+        losses = table[:, names.index("loss")]
+        self._check_losses(losses)
+        self.progress.epoch_sum += float(losses.sum())
+        self.progress.epoch_count += len(losses)
+        self._write_line(dict(zip(names, table.mean(0).tolist(), strict=True)), len(losses))
+
+    def _check_losses(self, losses: Tensor) -> None:
+        """Raises `UserError` if the loss of one of the last steps, float32 [steps], is not finite."""
+        not_finite = (~losses.isfinite()).nonzero()
+        if len(not_finite):
+            first = int(not_finite[0])
+            step = self.progress.step - len(losses) + first
+            problem = f"the loss became {losses[first].item()} at step {step} of {self.total_steps} (lr {self.lr:.3g})"
+            raise self.checkpoints.record_divergence(problem, step)
+
+    def _write_line(self, means: dict[str, float], steps: int) -> None:
+        """Writes the means over some steps into the log, and the loss beside the progress bar."""
+        now, step = time.perf_counter(), self.progress.step
+        rate = steps * self.optim.batch_size / (now - self.logged_at)
+        self.logged_at = now
+        epoch = step / self.loader.steps_per_epoch
+        line = {"step": step, "epoch": round(epoch, 4), **means, "lr": self.lr, "images_per_second": round(rate, 1)}
+        self.log.write(line)
+        epochs = f"{math.ceil(epoch)}/{self.optim.epochs}"
+        self.bar.set_postfix(epoch=epochs, loss=f"{means['loss']:.3f}", refresh=False)
+
+    def save(self) -> None:
+        """Writes a checkpoint; refuses weights that are not finite."""
+        self.flush()
+        average_batchnorm(self.task)
+        step = self.progress.step
+        if not is_finite(self.task, self.optimizer):
+            problem = f"the weights became infinite or NaN before step {step} of {self.total_steps} (lr {self.lr:.3g})"
+            raise self.checkpoints.record_divergence(problem, step)
+        self.progress.seconds = self.seconds
+        self.checkpoints.save(self.accelerator, self.progress, self.runtime.keep_last, self.runtime.keep_best)
+
+
 def train(
     task: Task,
     loader: Loader,
@@ -96,8 +303,7 @@ def train(
     runtime: RuntimeConfig,
     out: Path,
     identity: dict[str, Any],
-    labels: Tensor | SoftLabels | None = None,
-    relabel: Callable[[int, int], Tensor] | None = None,
+    labels: Labels | None = None,
     title: str = "train",
 ) -> dict[str, float]:
     """Trains `task` and leaves its trained weights in it.
@@ -107,155 +313,20 @@ def train(
         loader: the data.
         optim: how to train.
         runtime: where and how to run.
-        out: the run folder: checkpoints/ and metrics.jsonl are written there.
+        out: the run folder: checkpoints/ and metrics.jsonl are written there. If its newest checkpoint is of the same
+            identity, the run is resumed from it.
         identity: what else decides the numbers (data, architecture, the method's settings), for the check on resume.
-            A newest checkpoint of the same identity in `out` is gone on from.
-        labels: int64 [N] by position, or soft ones, for tasks that need them.
-        relabel: gives such labels anew before each epoch, and where a run is resumed in one, from the epoch's number
-            and the step in it.
+        labels: for tasks that need them; those that come of the network have been attached to it.
         title: for the progress bar.
 
     Returns:
-        `seconds` of training, `images_per_second` over them, both with the slices before a resume, and the last
+        `seconds` of training, `images_per_second` over them, both including the time before a resume, and the last
         epoch's mean `loss`.
 
     Raises:
         UserError: for settings that cannot train, a checkpoint of another run, a full disk, a loss that is not finite.
     """
-    accelerator = make_accelerator(runtime)
-    device = accelerator.device
-    task = task.to(device).to(memory_format=torch.channels_last)
-    task.compiled = runtime.compile
-    torch.backends.cudnn.benchmark = True  # the shapes are the same at every step
-    if task.global_batchnorm:
-        synchronise_batchnorm(task, device)
-    optimizer = create_optimizer_v2(
-        task.parameter_groups(),
-        opt=optim.optimizer,
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        momentum=optim.momentum,
-        filter_bias_and_bn=False,
+    trainer = Trainer(
+        task, loader, optim=optim, runtime=runtime, out=out, identity=identity, labels=labels, title=title
     )
-    scheduler = schedule(optim, optimizer, loader.steps_per_epoch)
-    model, optimizer = accelerator.prepare(task, optimizer)
-    forward = torch.compile(model) if runtime.compile else model
-
-    identity = {
-        **identity,
-        **{f"optim.{name}": value for name, value in asdict(optim).items()},
-        "seed": runtime.seed,
-        "precision": accelerator.mixed_precision,
-        "processes": accelerator.num_processes,
-    }
-    checkpoints = Checkpoints(out / "checkpoints", identity)
-    step, epoch_loss, epoch_count, earlier_seconds = 0, 0.0, 0, 0.0
-    found = on_main(checkpoints.newest)
-    if found:
-        checkpoints.load(accelerator, found[0])
-        step, epoch_loss, epoch_count = (found[1][name] for name in ("step", "epoch_sum", "epoch_count"))
-        earlier_seconds = found[1]["seconds"]
-    log = Log(out, runtime, step, accelerator.is_main_process)
-
-    total = optim.epochs * loader.steps_per_epoch
-    bar = tqdm(
-        total=total * optim.batch_size,
-        initial=step * optim.batch_size,
-        desc=title,
-        unit="img",
-        unit_scale=True,
-        disable=not accelerator.is_main_process,
-        mininterval=0.5 if sys.stderr.isatty() else 20,
-    )
-    pending: list[dict[str, Tensor]] = []
-    began = waited = time.perf_counter()
-
-    def flush() -> None:
-        """Averages the pending steps over the processes, refuses what is not finite, and logs their mean."""
-        nonlocal waited, epoch_loss, epoch_count
-        if not pending:
-            return
-        names = list(pending[0])
-        table = torch.stack([torch.stack([parts[name].float() for name in names]) for parts in pending])
-        table = accelerator.reduce(table, reduction="mean").cpu()
-        losses = table[:, names.index("loss")]
-        bad = (~losses.isfinite()).nonzero()
-        lr = optimizer.param_groups[0]["lr"]
-        if len(bad):
-            at = step - len(pending) + int(bad[0])
-            what = f"the loss became {losses[int(bad[0])].item()} at step {at} of {total} (lr {lr:.3g})"
-            raise checkpoints.not_finite(what, at)
-        now = time.perf_counter()
-        rate = len(pending) * optim.batch_size / (now - waited)
-        waited = now
-        epoch_loss += float(losses.sum())
-        epoch_count += len(pending)
-        means = dict(zip(names, table.mean(0).tolist(), strict=True))
-        epoch = step / loader.steps_per_epoch
-        log.write({"step": step, "epoch": round(epoch, 4), **means, "lr": lr, "images_per_second": round(rate, 1)})
-        bar.set_postfix(epoch=f"{math.ceil(epoch)}/{optim.epochs}", loss=f"{means['loss']:.3f}", refresh=False)
-        pending.clear()
-
-    def save() -> None:
-        flush()
-        average_batchnorm(task)
-        if not is_finite(task, optimizer):
-            lr = optimizer.param_groups[0]["lr"]
-            what = f"the weights became infinite or NaN before step {step} of {total} (lr {lr:.3g})"
-            raise checkpoints.not_finite(what, step)
-        seconds = earlier_seconds + time.perf_counter() - began
-        record = {"step": step, "epoch_sum": epoch_loss, "epoch_count": epoch_count, "seconds": seconds}
-        if epoch_count:
-            record["epoch_loss"] = epoch_loss / epoch_count
-        checkpoints.save(accelerator, record, runtime.keep_last, runtime.keep_best)
-
-    task.train()
-    try:
-        while step < total:
-            epoch, start = divmod(step, loader.steps_per_epoch)
-            if start == 0:
-                epoch_loss, epoch_count = 0.0, 0
-            if relabel is not None:
-                labels = relabel(epoch, start)
-            for positions, images in loader.epoch(epoch, start):
-                parts = list(zip(positions.chunk(optim.accumulate), images.chunk(optim.accumulate), strict=True))
-                scheduler.step_update(step)
-                if optim.sizes:
-                    task.size = optim.sizes[step * len(optim.sizes) // total]
-                task.before_step()
-                sums: dict[str, Tensor] = {}
-                for number, (some, some_images) in enumerate(parts):
-                    last = number == len(parts) - 1
-                    random = BatchRandom(runtime.seed, step * optim.accumulate + number, rank(), world_size())
-                    batch = task.views(some_images.to(device, non_blocking=True), random)
-                    if labels is not None:
-                        batch["labels"] = labels[some].to(device, non_blocking=True)
-                    with nullcontext() if last else accelerator.no_sync(model):
-                        parts_of_loss = forward(batch)
-                        accelerator.backward(parts_of_loss["loss"] / len(parts))
-                    for name, value in parts_of_loss.items():
-                        sums[name] = sums.get(name, 0) + value.detach() / len(parts)
-                if optim.clip_grad is not None:
-                    accelerator.clip_grad_norm_(model.parameters(), optim.clip_grad)
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                pending.append(sums)
-                bar.update(optim.batch_size)
-                if step % runtime.log_every == 0:
-                    flush()
-                if runtime.checkpoint_every and step % runtime.checkpoint_every == 0 and step % loader.steps_per_epoch:
-                    save()
-            flush()
-            if (epoch + 1) % max(1, runtime.checkpoint_epochs) == 0 or step == total:
-                save()
-    finally:
-        bar.close()
-        log.close()
-    accelerator.free_memory()
-    seconds = earlier_seconds + time.perf_counter() - began
-    return {
-        "seconds": round(seconds, 1),
-        "images_per_second": round(total * optim.batch_size / seconds, 1),
-        "loss": epoch_loss / max(1, epoch_count),
-    }
+    return trainer.run()

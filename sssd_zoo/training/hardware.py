@@ -15,10 +15,12 @@ from sssd_zoo.errors import UserError
 
 
 def make_accelerator(config: RuntimeConfig) -> Accelerator:
-    """An Accelerator of the run's precision; BatchNorm's buffers stay each process's own until they are averaged.
+    """An Accelerator with the run's device and precision; each process keeps BatchNorm buffers of its own.
+
+    `distributed.batchnorm` averages those before every checkpoint.
 
     Raises:
-        UserError: for what cannot be had here: training in fp16 on a CPU, and `compile` without a compiler.
+        UserError: for settings that do not work here: fp16 on a CPU, or `compile` without a compiler.
     """
     precision = resolve_precision(config.precision, config.device)
     # Accelerate keeps the first precision of a process for good; a later run of the same process may want another.
@@ -43,17 +45,17 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
 
 @cache
 def check_compiler(device: str) -> None:
-    """Compiles a function of one line, to find out now and not after the data whether `torch.compile` works here.
+    """Compiles a function of one line, so that a missing compiler shows before the data are loaded.
 
     Args:
-        device: torch's name of it.
+        device: torch's name of the device type.
 
     Raises:
-        UserError: if it does not.
+        UserError: if `torch.compile` does not work here.
     """
-    new = time.time()  # a constant that no cache knows
+    uncached = time.time()  # a constant that is in no cache of compiled functions
     try:
-        torch.compile(lambda value: value * new)(torch.ones(8, device=device))
+        torch.compile(lambda value: value * uncached)(torch.ones(8, device=device))
     except Exception as error:  # of any of its layers
         reason = str(error).splitlines()[0][:200]
         raise UserError(

@@ -13,22 +13,28 @@ from sssd_zoo.files.json_lines import read_metrics
 class Log:
     """metrics.jsonl and the trackers; only the main process writes.
 
-    A line is written at every `log_every` steps. The file is appended to; a resume first drops the lines after its
-    checkpoint, and a half line that a kill may have left, so it ends as that of a run never killed.
+    Lines are appended. A resumed run first drops those after its checkpoint, and a half line that a kill may have left,
+    so that its file ends up the same as that of a run that was never killed.
+
+    Args:
+        out: the run folder.
+        config: says which trackers.
+        step: optimiser steps done, more than 0 in a resumed run.
+        is_main: whether this is the main process.
     """
 
-    def __init__(self, out: Path, config: RuntimeConfig, step: int, main: bool) -> None:
-        self.path, self.main = out / "metrics.jsonl", main
-        self.trackers: list[Any] = []
-        if not main:
+    def __init__(self, out: Path, config: RuntimeConfig, step: int, is_main: bool) -> None:
+        self.path, self.is_main = out / "metrics.jsonl", is_main
+        self.tensorboard: Any = None
+        self.trackio: Any = None
+        if not is_main:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if "tensorboard" in config.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.trackers.append(SummaryWriter(out / "tensorboard", purge_step=step + 1))
-        self.trackio = None
+            self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=step + 1)
         if "trackio" in config.trackers:
             os.environ.setdefault("TRACKIO_DIR", str(out / "trackio"))
             import trackio
@@ -37,24 +43,23 @@ class Log:
             trackio.init(project="sssd-zoo", name=out.name, embed=False)
 
     def write(self, values: dict[str, float]) -> None:
-        """Appends one line; `values` holds `step` and numbers."""
-        if not self.main:
+        """Appends a line of numbers, one of which is `step`."""
+        if not self.is_main:
             return
+        step = int(values["step"])
         with disk_errors(self.path):
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
-            for writer in self.trackers:
+            if self.tensorboard is not None:
                 for name, value in values.items():
-                    writer.add_scalar(name, value, int(values["step"]))
+                    self.tensorboard.add_scalar(name, value, step)
         if self.trackio is not None:
-            self.trackio.log(
-                {name: value for name, value in values.items() if name != "step"}, step=int(values["step"])
-            )
+            self.trackio.log({name: value for name, value in values.items() if name != "step"}, step=step)
 
     def close(self) -> None:
         """Flushes the trackers."""
-        with disk_errors(self.path):
-            for writer in self.trackers:
-                writer.close()
-        if self.main and self.trackio is not None:
+        if self.tensorboard is not None:
+            with disk_errors(self.path):
+                self.tensorboard.close()
+        if self.trackio is not None:
             self.trackio.finish()

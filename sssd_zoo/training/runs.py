@@ -141,9 +141,9 @@ def run_training(
 
 def _data_identity(data: ImageData | StreamingImages) -> dict[str, Any]:
     """What tells images from others, for the check on resume."""
-    in_memory = isinstance(data, ImageData)
-    name, count = (data.fingerprint, len(data)) if in_memory else (data.name, data.count)
-    return {"data": name, "images": count, "storage_size": data.size}
+    if isinstance(data, ImageData):
+        return {"data": data.fingerprint, "images": len(data), "storage_size": data.size}
+    return {"data": data.name, "images": data.count, "storage_size": data.size}
 
 
 def announce(out: Path, what: str, measured: dict[str, float]) -> None:

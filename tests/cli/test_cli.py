@@ -245,8 +245,8 @@ def test_a_second_call_does_nothing_and_a_change_runs_what_depends_on_it(finishe
     assert sssd(*words, "--cluster.k", "5", "--overwrite") == 0
     out = capsys.readouterr().out
     assert "[pretrain] done before" in out
-    assert "[labels] done again, for other k" in out
-    assert "[distill] done again" in out
+    assert "[labels] repeated, for other k" in out
+    assert "[distill] repeated" in out
     assert sssd(*words, "--overwrite") == 0  # back, for the tests that come after
 
 

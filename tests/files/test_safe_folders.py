@@ -326,7 +326,7 @@ def test_other_true_labels_are_measured_again_unasked(tmp_path, capsys):
     assert stages.run("probe", step("cats"), {}, measured_on="a")["value"] == "cats"
     assert stages.run("probe", step("never"), {}, measured_on="a")["value"] == "cats"
     assert stages.run("probe", step("dogs"), {}, measured_on="b")["value"] == "dogs"
-    assert "done again, for other true labels" in capsys.readouterr().out
+    assert "repeated, for other true labels" in capsys.readouterr().out
     with pytest.raises(UserError, match="--overwrite"):
         stages.run("probe", step("never"), {"epochs": 9}, measured_on="c")
 
@@ -450,7 +450,7 @@ def test_other_labels_of_the_same_images_change_the_figures_alone(tmp_path, caps
     assert sssd(*words, "half", "--out", tmp_path / "run") == 0
     printed = capsys.readouterr().out
     assert printed.count("done before") == 3
-    assert "[probe] done again, for other true labels" in printed
+    assert "[probe] repeated, for other true labels" in printed
     assert sssd(*words, "half", "--out", tmp_path / "fresh") == 0
     ours, theirs = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "fresh"))
     for name in ("accuracy", "clustered", "quality", "classes", "sizes"):

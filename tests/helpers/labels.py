@@ -1,7 +1,10 @@
 """Features in groups, and the pseudo labels of their clusters."""
 
+from types import SimpleNamespace
+
 import numpy as np
 
+from sssd_zoo.configs import ClusterConfig
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 
 
@@ -14,16 +17,6 @@ def blobs(n=600, d=16, groups=6, seed=0):
 
 
 def pseudo_labels(clustering, rows, truth=None, near=None):
-    return PseudoLabels.from_clustering(
-        clustering,
-        rows=rows,
-        data="photos",
-        split="train",
-        fingerprint="abc",
-        model="resnet18",
-        seed=0,
-        iterations=20,
-        redos=3,
-        truth=truth,
-        near=near,
-    )
+    data = SimpleNamespace(rows=rows, name="photos", split="train", fingerprint="abc", labels=truth)
+    config = ClusterConfig(k=len(clustering.centroids), redos=3)
+    return PseudoLabels.from_clustering(clustering, data, config, model="resnet18", seed=0, near=near)

@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 
-import sssd_zoo  # noqa: F401
 from sssd_zoo.configs import DataConfig
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.errors import UserError
-from sssd_zoo.labels.online import OwnLabels
+from sssd_zoo.labels.online import OnlineLabels
 from sssd_zoo.labels.pseudo_labels import match_labels
 
 
@@ -33,37 +33,41 @@ def test_matching_undoes_a_renumbering():
 
 
 @pytest.fixture
-def own(folder_of_images: Path, tmp_path: Path) -> OwnLabels:
+def online(folder_of_images: Path, tmp_path: Path) -> OnlineLabels:
     torch.manual_seed(0)
     data = load_images(DataConfig(data=str(folder_of_images)), progress=False)
     model = timm.create_model("sssd_resnet18", num_classes=4)
-    return OwnLabels(model, data, 4, tmp_path, 32, (0.5,) * 3, (0.25,) * 3, seed=0)
+    labels = OnlineLabels(data, 4, seed=0)
+    labels.attach(model, tmp_path, InputSpec(32, (0.5,) * 3, (0.25,) * 3))
+    return labels
 
 
-def test_labels_of_an_epoch_keep_the_numbers_of_the_last(own):
-    labels = [own(epoch, 0) for epoch in range(5)]
+def test_labels_of_an_epoch_keep_the_numbers_of_the_last(online):
+    labels = [online.for_epoch(epoch, 0) for epoch in range(5)]
     assert all(one.shape == (48,) and one.min() >= 0 and one.max() < 4 for one in labels)
     # The network has not moved: other first centroids, much the same clusters, and so much the same numbers.
     assert min((one == other).float().mean() for one, other in pairwise(labels)) > 0.5
-    lines = [json.loads(line) for line in (own.out / "own_labels.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (online.out / "own_labels.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(5))
     assert lines[3]["kept"] == pytest.approx((labels[3] == labels[2]).float().mean().item())
     assert all(0 <= line["nmi"] <= 1 for line in lines)
-    assert sorted(path.name for path in (own.out / "own_labels").iterdir()) == [f"epoch-{n:04}.npy" for n in (2, 3, 4)]
+    assert sorted(path.name for path in (online.out / "own_labels").iterdir()) == [
+        f"epoch-{n:04}.npy" for n in (2, 3, 4)
+    ]
 
 
-def test_in_the_middle_of_an_epoch_they_are_those_from_before_it(own):
-    labels = own(0, 0)
+def test_in_the_middle_of_an_epoch_they_are_those_from_before_it(online):
+    labels = online.for_epoch(0, 0)
     with torch.no_grad():
-        for parameter in own.model.parameters():
+        for parameter in online.network.parameters():
             parameter.add_(0.1)
-    assert torch.equal(own(0, 3), labels)
+    assert torch.equal(online.for_epoch(0, 3), labels)
     with pytest.raises(UserError, match="in the middle of epoch 7"):
-        own(7, 1)
+        online.for_epoch(7, 1)
 
 
-def test_an_epoch_made_again_has_one_line(own):
-    first = [own(epoch, 0) for epoch in range(3)]
-    assert torch.equal(own(1, 0), first[1])
-    lines = [json.loads(line)["epoch"] for line in (own.out / "own_labels.jsonl").read_text().splitlines()]
+def test_an_epoch_made_again_has_one_line(online):
+    first = [online.for_epoch(epoch, 0) for epoch in range(3)]
+    assert torch.equal(online.for_epoch(1, 0), first[1])
+    lines = [json.loads(line)["epoch"] for line in (online.out / "own_labels.jsonl").read_text().splitlines()]
     assert lines == [0, 1]

@@ -57,7 +57,7 @@ def test_more_nearest_than_clusters():
 
 def test_mistakes():
     features, _ = blobs(n=100)
-    with pytest.raises(UserError, match="hard alone"):
+    with pytest.raises(UserError, match="hard only"):
         SoftLabels(labels_of(features, near=0), np.array([0]), 1.0)
     with pytest.raises(UserError, match="must be over 0"):
         SoftLabels(labels_of(features), np.array([0]), 0.0)

@@ -18,13 +18,14 @@ from helpers.commands import command
 from helpers.labels import blobs
 from helpers.training import Regression, Tensors, run
 from sssd_zoo.configs import DataConfig, DetectorConfig, OptimConfig, RuntimeConfig
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.detection.detector import build_detector, load_detector, save_detector
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.labels.kmeans import kmeans, normalise
-from sssd_zoo.labels.online import OwnLabels
+from sssd_zoo.labels.online import OnlineLabels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
@@ -255,7 +256,7 @@ class TestLossNotFinite:
         optim = OptimConfig(epochs=3, batch_size=32)
         optim.lr = lr  # what no command lets through
         runtime = RuntimeConfig(log_every=1, precision="fp32")
-        with pytest.raises(UserError, match="starts anew"):
+        with pytest.raises(UserError, match="starts from scratch"):
             train(Regression(), OneStep(), optim=optim, runtime=runtime, out=tmp_path, identity={})
         optim.lr, loader = 0.05, OneStep()
         train(Regression(), loader, optim=optim, runtime=runtime, out=tmp_path, identity={})
@@ -319,11 +320,12 @@ class TestLabels:
     def test_those_of_an_epoch_of_dacsd(self, damage, folder_of_images, tmp_path):
         data = load_images(DataConfig(data=str(folder_of_images)), progress=False)
         model = timm.create_model("sssd_resnet18", num_classes=4)
-        own = OwnLabels(model, data, 4, tmp_path, 32, (0.5,) * 3, (0.25,) * 3, seed=0)
-        own(0, 0)
+        labels = OnlineLabels(data, 4, seed=0)
+        labels.attach(model, tmp_path, InputSpec(32, (0.5,) * 3, (0.25,) * 3))
+        labels.for_epoch(0)
         damage(tmp_path / "own_labels" / "epoch-0000.npy")
         with pytest.raises(UserError, match="in the middle of epoch 0"):
-            own(0, 1)
+            labels.for_epoch(0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -456,8 +458,8 @@ def test_sssd_fit_makes_damaged_results_again(folder_of_images, tmp_path):
         if name.endswith("safetensors"):
             ours, theirs = (safetensors.torch.load(data) for data in ((tmp_path / "run" / name).read_bytes(), content))
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
-        assert f"[{name.split('/')[0]}] done again" in done.stdout
-    assert "done again" not in command(*words).stdout
+        assert f"[{name.split('/')[0]}] repeated" in done.stdout
+    assert "repeated" not in command(*words).stdout
     flip(tmp_path / "run" / "labels" / "labels.parquet")
     words = ["-m", "sssd_zoo.cli", "distill", "--data", str(folder_of_images), "--out", str(tmp_path / "other")]
     done = command(*words, "--labels", str(tmp_path / "run" / "labels"))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import sssd_zoo  # noqa: F401
 from helpers.commands import one_line, sssd
-from sssd_zoo.configs import FinetuneArgs
+from sssd_zoo.configs import FinetuneArgs, SelfDistillationConfig
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import accuracies
 from sssd_zoo.evaluation.reports.paper import TABLE_4
@@ -39,7 +40,8 @@ TINY = [
     ),
     *("--device", "cpu", "--precision", "fp32"),
 ]
-VIEWS = {"size": 16, "mean": (0.5,) * 3, "std": (0.2,) * 3}
+SPEC = InputSpec(32, (0.5,) * 3, (0.25,) * 3)
+PLAIN = SelfDistillationConfig()
 
 
 class TestSubsets:
@@ -69,9 +71,9 @@ class TestRates:
     @pytest.mark.parametrize("exits", [False, True])
     def test_every_parameter_has_the_rate_meant_for_it(self, exits):
         model = timm.create_model("sssd_resnet18_cifar", num_classes=3, output="ensemble" if exits else "final")
-        task = (SelfDistillation if exits else ClusterFit)(model, trunk_scale=0.1, **VIEWS)
+        task = (SelfDistillation if exits else ClusterFit)(model, PLAIN, SPEC, trunk_scale=0.1)
         optimizer = engine.create_optimizer_v2(task.parameter_groups(), opt="momentum", lr=0.5)
-        scheduler = engine.schedule(engine.OptimConfig(epochs=10), optimizer, 10)
+        scheduler = engine.make_scheduler(engine.OptimConfig(epochs=10), optimizer, 10)
         names = {id(value): name for name, value in model.named_parameters()}
         for step in (0, 50):
             scheduler.step_update(step)
@@ -86,14 +88,14 @@ class TestRates:
             assert seen == set(names.values())
 
     def test_a_plain_timm_network(self):
-        task = ClusterFit(timm.create_model("test_resnet", num_classes=3), trunk_scale=0.1, **VIEWS)
+        task = ClusterFit(timm.create_model("test_resnet", num_classes=3), PLAIN, SPEC, trunk_scale=0.1)
         heads, trunk = task.parameter_groups()
         assert len(heads["params"]) == 2
         assert len(trunk["params"]) == len(list(task.parameters())) - 2
 
     def test_one_rate_is_one_group(self):
         model = timm.create_model("test_resnet", num_classes=3)
-        assert len(ClusterFit(model, **VIEWS).parameter_groups()) == 1
+        assert len(ClusterFit(model, PLAIN, SPEC).parameter_groups()) == 1
 
 
 class TestStart:

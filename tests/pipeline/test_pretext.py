@@ -39,7 +39,7 @@ def ran(capsys) -> dict[str, str]:
     for line in capsys.readouterr().out.splitlines():
         if line.startswith("["):
             name = line[1:].split("]")[0]
-            found.setdefault(name, "before" if "done before" in line else "again" if "done again" in line else "new")
+            found.setdefault(name, "before" if "done before" in line else "again" if "repeated" in line else "new")
     return found
 
 

@@ -6,26 +6,23 @@ import torch
 import torch.nn.functional as F
 
 import sssd_zoo  # noqa: F401  registers the models with timm
+from sssd_zoo.configs import AnchoredConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
-from sssd_zoo.tasks import AnchoredSelfDistillation, SelfDistillation
+from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder, SelfDistillation
 from sssd_zoo.tasks.anchored import anchor_loss
 
 SMALL = {"channels": (8, 16, 32, 64), "layers": (1, 1, 1, 1)}
-VIEWS = {"size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+SPEC = InputSpec(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
 
-def make(weight: float, **changes: object) -> AnchoredSelfDistillation:
+def make(weight: float, **changes: torch.Tensor) -> AnchoredSelfDistillation:
     torch.manual_seed(0)
     model = timm.create_model("sssd_resnet18", num_classes=5, **SMALL)
-    encoder = timm.create_model("resnet18", num_classes=0, **SMALL)
-    settings = {
-        "encoder_size": 40,
-        "encoder_mean": (0.4, 0.4, 0.4),
-        "encoder_std": (0.3, 0.3, 0.3),
-        "feature_mean": torch.rand(64),
-        "feature_std": torch.rand(64) + 0.1,
-    }
-    return AnchoredSelfDistillation(model, encoder, weight=weight, **{**settings, **changes}, **VIEWS)
+    network = timm.create_model("resnet18", num_classes=0, **SMALL)
+    moments = {"feature_mean": torch.rand(64), "feature_std": torch.rand(64) + 0.1, **changes}
+    encoder = FrozenEncoder(network, InputSpec(40, (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)), **moments)
+    return AnchoredSelfDistillation(model, encoder, AnchoredConfig(anchor=weight), SPEC)
 
 
 def batch_of(task: AnchoredSelfDistillation, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -49,7 +46,9 @@ def test_loss_is_that_of_the_paper_with_the_anchor_added():
     task = make(weight=4.0)
     batch = batch_of(task)
     parts = task(batch)
-    plain = SelfDistillation(task.model, **VIEWS)({"images": batch["images"], "labels": batch["labels"]})
+    plain = SelfDistillation(task.model, SelfDistillationConfig(), SPEC)(
+        {"images": batch["images"], "labels": batch["labels"]}
+    )
     features = task.encoder(batch["encoder"])
     target = (features - task.feature_mean) / task.feature_std
     exits = task.model.forward_exits(batch["images"])

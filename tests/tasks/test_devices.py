@@ -1,15 +1,21 @@
 """Every method's step on torch's meta device: it has no numbers, but refuses tensors of two devices, as a GPU does."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 
 import sssd_zoo  # noqa: F401  registers the models with timm
+from sssd_zoo.configs import AnchoredConfig, MoCoConfig, SEEDConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
-from sssd_zoo.tasks import SEED, AnchoredSelfDistillation, ClusterFit, MoCo, SelfDistillation, Task
+from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.tasks import SEED, AnchoredSelfDistillation, ClusterFit, FrozenEncoder, MoCo, SelfDistillation, Task
 
 SMALL = {"channels": (8, 16, 32, 64), "layers": (1, 1, 1, 1)}
-VIEWS = {"size": 32, "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}
+SPEC = InputSpec(32, (0.5,) * 3, (0.25,) * 3)
+LARGER = InputSpec(40, (0.4,) * 3, (0.3,) * 3)
+PLAIN = SelfDistillationConfig()
 
 
 def trunk() -> torch.nn.Module:
@@ -20,24 +26,23 @@ def student() -> torch.nn.Module:
     return timm.create_model("sssd_resnet18", num_classes=5, **SMALL)
 
 
-def teacher() -> dict[str, object]:
-    return {"teacher_size": 40, "teacher_mean": (0.4, 0.4, 0.4), "teacher_std": (0.3, 0.3, 0.3)}
-
-
 def anchored() -> Task:
-    encoder = {"encoder_size": 40, "encoder_mean": (0.4, 0.4, 0.4), "encoder_std": (0.3, 0.3, 0.3)}
-    moments = {"feature_mean": torch.zeros(64), "feature_std": torch.ones(64)}
-    return AnchoredSelfDistillation(student(), trunk(), weight=4.0, **encoder, **moments, **VIEWS)
+    encoder = FrozenEncoder(trunk(), LARGER, torch.zeros(64), torch.ones(64))
+    return AnchoredSelfDistillation(student(), encoder, AnchoredConfig(anchor=4.0), SPEC)
+
+
+def moco(**settings: Any) -> Task:
+    return MoCo(trunk(), MoCoConfig(queue_size=32, splits=4, **settings), SPEC)
 
 
 TASKS = {
-    "moco": lambda: MoCo(trunk(), queue_size=32, splits=4, **VIEWS),
-    "moco, asymmetric, blurred": lambda: MoCo(trunk(), queue_size=32, splits=4, symmetric=False, blur=0.5, **VIEWS),
-    "seed": lambda: SEED(trunk(), trunk(), queue_size=32, **teacher(), **VIEWS),
-    "sssd": lambda: SelfDistillation(student(), **VIEWS),
-    "sssd, resized crops": lambda: SelfDistillation(student(), crop="resized", **VIEWS),
+    "moco": moco,
+    "moco, asymmetric, blurred": lambda: moco(symmetric=False, blur=0.5),
+    "seed": lambda: SEED(trunk(), trunk(), SEEDConfig(queue_size=32), SPEC, LARGER),
+    "sssd": lambda: SelfDistillation(student(), PLAIN, SPEC),
+    "sssd, resized crops": lambda: SelfDistillation(student(), SelfDistillationConfig(crop="resized"), SPEC),
     "anchored": anchored,
-    "clusterfit": lambda: ClusterFit(timm.create_model("resnet18", num_classes=5, **SMALL), **VIEWS),
+    "clusterfit": lambda: ClusterFit(timm.create_model("resnet18", num_classes=5, **SMALL), PLAIN, SPEC),
 }
 
 

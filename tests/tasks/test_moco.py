@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sssd_zoo.configs import MoCoConfig
 from sssd_zoo.data.augment import BatchRandom
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.tasks.moco import Encoder, MoCo, info_nce
 from sssd_zoo.tasks.queue import enqueue
 from sssd_zoo.tasks.split_batchnorm import split_batchnorm
@@ -30,8 +32,8 @@ class Trunk(nn.Module):
 
 def make(**kwargs) -> MoCo:
     torch.manual_seed(0)
-    settings = {"size": 12, "mean": MEAN, "std": STD, "dim": 5, "queue_size": 16, "splits": 2, "symmetric": False}
-    return MoCo(Trunk(), **{**settings, **kwargs})
+    settings = {"dim": 5, "queue_size": 16, "splits": 2, "symmetric": False, **kwargs}
+    return MoCo(Trunk(), MoCoConfig(**settings), InputSpec(12, MEAN, STD))
 
 
 def batch_of(task: MoCo, size: int = 8, step: int = 0) -> dict:

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sssd_zoo.configs import SEEDConfig
 from sssd_zoo.data.augment import BatchRandom
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.tasks import SEED
 from sssd_zoo.tasks.seed import seed_loss
 
@@ -26,8 +28,8 @@ class Trunk(nn.Module):
 
 def make(queue_size: int = 16) -> SEED:
     torch.manual_seed(0)
-    statistics = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "teacher_mean": (0.4,) * 3, "teacher_std": (0.2,) * 3}
-    return SEED(Trunk(6), Trunk(10), size=12, teacher_size=16, queue_size=queue_size, **statistics).train()
+    spec, teacher_spec = InputSpec(12, (0.5,) * 3, (0.25,) * 3), InputSpec(16, (0.4,) * 3, (0.2,) * 3)
+    return SEED(Trunk(6), Trunk(10), SEEDConfig(queue_size=queue_size), spec, teacher_spec).train()
 
 
 def batch_of(task: SEED, size: int = 8) -> dict:
@@ -89,7 +91,7 @@ def test_the_queue_takes_the_teacher_s_embeddings_after_the_loss():
     queue, batch = task.queue.clone(), batch_of(task)
     teacher = F.normalize(task.teacher(batch["teacher"]), dim=1)
     student = task.student(batch["student"])
-    expected = seed_loss(student, teacher, queue)
+    expected = seed_loss(student, teacher, queue, temperature=0.2, teacher_temperature=0.01)
     torch.testing.assert_close(task(batch)["loss"], expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(task.queue[:8], teacher)
     assert torch.equal(task.queue[8:], queue[8:])

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 import sssd_zoo  # noqa: F401
+from sssd_zoo.configs import SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.tasks.sssd import SelfDistillation, self_distillation_loss
+
+WEIGHTS = {"alpha": 0.3, "lam": 0.003, "temperature": 1.0}
 
 
 def softmax(logits: list[float], temperature: float = 1.0) -> list[float]:
@@ -62,17 +66,20 @@ def test_soft_labels_weigh_the_losses_of_hard_ones(answers):
         for i in range(5)
         for k, share in enumerate(shares[i].tolist())
     )
-    assert self_distillation_loss(logits, features, shares)["loss"].item() == pytest.approx(expected / 5, rel=1e-5)
+    assert self_distillation_loss(logits, features, shares, **WEIGHTS)["loss"].item() == pytest.approx(
+        expected / 5, rel=1e-5
+    )
     hard = torch.tensor([3, 0, 6, 6, 2])
     one_hot = torch.nn.functional.one_hot(hard, 7).float()
     torch.testing.assert_close(
-        self_distillation_loss(logits, features, one_hot), self_distillation_loss(logits, features, hard)
+        self_distillation_loss(logits, features, one_hot, **WEIGHTS),
+        self_distillation_loss(logits, features, hard, **WEIGHTS),
     )
 
 
 def test_the_teacher_learns_from_the_labels_only(answers):
     logits, features, labels = answers
-    self_distillation_loss(logits, features, labels)["loss"].backward()
+    self_distillation_loss(logits, features, labels, **WEIGHTS)["loss"].backward()
     teacher = logits[3].detach().clone().requires_grad_()
     torch.nn.functional.cross_entropy(teacher, labels).backward()
     torch.testing.assert_close(logits[3].grad, teacher.grad)
@@ -81,7 +88,7 @@ def test_the_teacher_learns_from_the_labels_only(answers):
 
 
 def test_parts_add_up(answers):
-    parts = self_distillation_loss(*answers)
+    parts = self_distillation_loss(*answers, **WEIGHTS)
     total = parts["ce_teacher"] + 0.7 * parts["ce_students"] + 0.3 * parts["kl"] + 0.003 * parts["feature"]
     torch.testing.assert_close(parts["loss"], total)
 
@@ -89,15 +96,18 @@ def test_parts_add_up(answers):
 def test_the_loss_does_not_depend_on_the_batch_size(answers):
     logits, features, labels = answers
     twice = self_distillation_loss(
-        [torch.cat([x, x]) for x in logits], [torch.cat([x, x]) for x in features], torch.cat([labels, labels])
+        [torch.cat([x, x]) for x in logits],
+        [torch.cat([x, x]) for x in features],
+        torch.cat([labels, labels]),
+        **WEIGHTS,
     )
-    torch.testing.assert_close(twice["loss"], self_distillation_loss(logits, features, labels)["loss"])
+    torch.testing.assert_close(twice["loss"], self_distillation_loss(logits, features, labels, **WEIGHTS)["loss"])
 
 
 def test_task_gives_every_parameter_a_gradient():
     torch.manual_seed(0)
     model = timm.create_model("sssd_resnet18", num_classes=5)
-    task = SelfDistillation(model, size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    task = SelfDistillation(model, SelfDistillationConfig(), InputSpec(32, (0.5,) * 3, (0.25,) * 3))
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     batch = task.views(images, BatchRandom(0, 0))
     out = task({**batch, "labels": torch.tensor([0, 1, 2, 3])})

@@ -23,8 +23,8 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.checkpoints import Checkpoints
-from sssd_zoo.training.engine import check, train
-from sssd_zoo.training.schedule import schedule
+from sssd_zoo.training.engine import check_trainable, train
+from sssd_zoo.training.schedule import make_scheduler
 
 
 def test_it_learns_and_logs_every_step(tmp_path):
@@ -55,7 +55,7 @@ def test_cosine_with_warmup_and_steps():
     def rates(**kwargs: Any) -> list[float]:
         optimizer = torch.optim.SGD([parameter], lr=1.0)
         config = OptimConfig(epochs=4, lr=1.0, **kwargs)
-        scheduler = schedule(config, optimizer, steps_per_epoch=5)
+        scheduler = make_scheduler(config, optimizer, steps_per_epoch=5)
         values = []
         for step in range(20):
             scheduler.step_update(step)
@@ -182,16 +182,22 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
 @pytest.mark.parametrize(
     ("settings", "images", "words"),
     [
-        ({"epochs": 0}, 64, "epochs is 0"),
         ({"batch_size": 65}, 64, "larger than the data set of 64"),
-        ({"batch_size": 9, "accumulate": 2}, 64, "does not divide"),
+        ({"batch_size": 9, "accumulate": 2}, 64, "not divisible"),
         ({"batch_size": 4, "accumulate": 4}, 64, "single images"),
-        ({"batch_size": 8, "warmup_epochs": 300}, 64, "warmup_epochs"),
     ],
 )
 def test_settings_that_cannot_train(settings, images, words):
     with pytest.raises(UserError, match=words):
-        check(OptimConfig(**{"batch_size": 8, **settings}), 1, images)
+        check_trainable(OptimConfig(**{"batch_size": 8, **settings}), 1, images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"), [({"epochs": 0}, "epochs is 0"), ({"warmup_epochs": 300}, "warmup_epochs 300 must be fewer")]
+)
+def test_settings_that_cannot_train_on_any_data(settings, words):
+    with pytest.raises(ValueError, match=words):
+        OptimConfig(batch_size=8, **settings)
 
 
 def test_auto_precision_is_what_the_hardware_has(monkeypatch):
