@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_MIN := .venv-min
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow lint typecheck clean
@@ -24,6 +25,13 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/pip
 	@echo "Installing sssd-zoo, its dependencies and its development tools into $(VENV) (torch is large: some minutes)"
 	$(BIN)/python -m pip install --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+# An environment of its own, with the lowest version that pyproject.toml admits of each dependency.
+$(VENV_MIN)/.installed: pyproject.toml tests/minimum_versions.py
+	$(PYTHON) -m venv --clear $(VENV_MIN)
+	$(PYTHON) tests/minimum_versions.py > $(VENV_MIN)/constraints.txt
+	$(VENV_MIN)/bin/python -m pip install --constraint $(VENV_MIN)/constraints.txt --editable '.[dev]'
+	@touch $@
 
 venv: $(VENV)/.installed-dev ## make .venv with the package and its development tools
 
