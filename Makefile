@@ -3,9 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VENV_MIN := .venv-min
+VENV_WHEEL := .venv-wheel
+
+# What an installed wheel must do without the checkout: load the bundled weights and run them.
+define TRY_WHEEL
+import sssd_zoo, timm, torch
+network = timm.create_model("sssd_resnet18_cifar", pretrained=True).eval()
+print(sssd_zoo.__file__, tuple(network(torch.zeros(1, 3, 32, 32)).shape))
+endef
+export TRY_WHEEL
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint typecheck clean
+.PHONY: help venv demo test test-slow test-min wheel check-tag release lint typecheck clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -38,11 +47,31 @@ venv: $(VENV)/.installed-dev ## make .venv with the package and its development 
 demo: $(VENV)/.installed ## run the whole pipeline on the shipped sample (10,000 images)
 	$(BIN)/sssd fit --config train/recipes/demo.yaml --out runs/demo
 
-test: $(VENV)/.installed-dev ## run the fast tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: $(VENV)/.installed-dev ## run the fast tests and print the coverage
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
 
 test-slow: $(VENV)/.installed-dev ## run every test, the slow ones too
 	$(BIN)/python -m pytest -n auto --dist loadfile -m ''
+
+test-min: $(VENV_MIN)/.installed ## run the fast tests with the lowest versions of the dependencies
+	$(VENV_MIN)/bin/python -m pytest -n auto --dist loadfile
+
+wheel: ## build dist/, install the wheel in an environment of its own and try it
+	rm -rf dist
+	$(PYTHON) -m venv --clear $(VENV_WHEEL)
+	$(VENV_WHEEL)/bin/python -m pip install build
+	$(VENV_WHEEL)/bin/python -m build
+	$(PYTHON) -m venv --clear $(VENV_WHEEL)
+	$(VENV_WHEEL)/bin/python -m pip install dist/*.whl
+	cd $(VENV_WHEEL) && env -u PYTHONPATH bin/sssd models
+	cd $(VENV_WHEEL) && env -u PYTHONPATH bin/python -c "$$TRY_WHEEL"
+
+check-tag: ## check that TAG is `v` and the version in pyproject.toml
+	@version="v$$(sed -n 's/^version = "\(.*\)"$$/\1/p' pyproject.toml)"; test "$$TAG" = "$$version" || \
+		{ echo "error: the tag is '$$TAG' but pyproject.toml says $$version" >&2; exit 2; }
+
+release: check-tag ## make a GitHub release of TAG with the files of dist/
+	gh release create "$$TAG" --verify-tag --generate-notes dist/*
 
 lint: $(VENV)/.installed-dev ## check style and formatting
 	$(BIN)/ruff check .
@@ -51,6 +80,6 @@ lint: $(VENV)/.installed-dev ## check style and formatting
 typecheck: $(VENV)/.installed-dev ## check types, strictly
 	$(BIN)/mypy
 
-clean: ## remove .venv, caches and built packages (runs/ stays)
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the environments, caches and built packages (runs/ stays)
+	rm -rf $(VENV) $(VENV_MIN) $(VENV_WHEEL) dist .coverage* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

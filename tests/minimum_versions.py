@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
@@ -9,7 +10,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 
 def minimum_versions() -> dict[str, str]:
     """The lower bound of every dependency and extra, by name; those without one are left out."""
-    requirements = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    requirements = chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
     bounds = (re.match(r"([\w.-]+)(?:\[[^]]*\])?>=([\w.]+)", requirement) for requirement in requirements)
     return {bound[1]: bound[2] for bound in bounds if bound}
 
