@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, command
 from torch import Tensor, nn
 
-from sssd_zoo.configs import OptimConfig, RuntimeConfig
+from sssd_zoo.configs import OptimConfig, RuntimeConfig, SettingsError
 from sssd_zoo.distributed.hardware import resolve_precision
 from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
@@ -239,7 +239,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
     ],
 )
 def test_settings_that_cannot_train(settings, images, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises((UserError, SettingsError), match=words):
         check(OptimConfig(**{"batch_size": 8, **settings}), 1, images)
 
 

@@ -179,7 +179,7 @@ def test_export_replaces_only_an_export(suffix, tmp_path, capsys):
         pytest.importorskip("onnxscript")
     out.write_text("a photo")
     assert sssd(*words) == 2
-    assert "it stays" in one_line(capsys)
+    assert "so it is kept" in one_line(capsys)
     assert out.read_text() == "a photo"
     out.unlink()
     half = tmp_path / f".{out.name}.tmp-{dead()}"

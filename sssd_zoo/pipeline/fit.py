@@ -25,9 +25,9 @@ import torch
 
 from sssd_zoo.configs import FitArgs, SelfDistillationConfig
 from sssd_zoo.data.loading import ImageData
-from sssd_zoo.data.walk import listed
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.protocol import evaluation_data, evaluation_features, knn_features, probe_features, put_heads
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.markdown import Results, write_report
