@@ -12,10 +12,10 @@ from torch import Tensor
 from sssd_zoo.configs import DataConfig, ForwardConfig, ProbeConfig
 from sssd_zoo.data.layout import composed
 from sssd_zoo.data.loading import ImageData, fits_on_gpu, load_images, split_names
-from sssd_zoo.data.walk import listed
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import compute_device
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.features import network_features
 from sssd_zoo.evaluation.knn import knn as knn_accuracy
 from sssd_zoo.evaluation.probe import Probe, check_labels, linear_probe
