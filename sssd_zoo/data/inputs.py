@@ -1,6 +1,6 @@
 """From an encoded image to a network's input, in the one way in which accuracy is measured: stored, then resized."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +8,14 @@ from torch import Tensor
 from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data.augment import normalise, resize, to_float
 from sssd_zoo.data.images import Encoded, decode, natural_size
+
+
+class InputSpec(NamedTuple):
+    """What a network wants of its images: side in pixels, and the channels' mean and std to normalise by."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def storage_default(image_size: int | None) -> int:

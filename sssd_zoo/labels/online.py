@@ -13,10 +13,11 @@ import torch.distributed as dist
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank, world_size
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.features import extract_features
+from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.labels.kmeans import IntArray, kmeans, normalise
@@ -97,17 +98,10 @@ class OwnLabels:
         return labels
 
     def _make(self, epoch: int) -> IntArray:
-        device = next(self.model.parameters()).device
-        features = extract_features(
-            self.model,
-            self.data.batches(torch.arange(len(self.data)).split(256)),
-            count=len(self.data),
-            mean=self.mean,
-            std=self.std,
-            device=device,
-            size=self.size,
-            autocast=self.autocast,
-        )[-1]
+        spec = InputSpec(self.size, self.mean, self.std)
+        batches = self.data.batches(torch.arange(len(self.data)).split(256))
+        read = read_batches(self.model, batches, spec, autocast=self.autocast)
+        features = stack_features(read, len(self.data))[-1]
         labels = kmeans(normalise(features.numpy()), self.k, seed=self.seed + epoch, iterations=self.iterations).labels
         line: dict[str, Any] = {"epoch": epoch, "clusters": len(np.unique(labels))}
         if epoch:
