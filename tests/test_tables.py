@@ -11,10 +11,10 @@ from sssd_zoo.evaluation.reports.comparison import (
     Setting,
     changes_table,
     comparison_table,
+    mean_and_range,
     paper_row,
     paper_tables,
     results_csv,
-    spread,
 )
 from sssd_zoo.evaluation.reports.paper import TABLES, named_rows
 
@@ -59,9 +59,9 @@ def table(lines, number):
     return rows[2:]
 
 
-def test_spread_and_rows():
-    assert spread([1.0]) == "1.00"
-    assert spread([1.0, 2.0, 6.0]) == "3.00 (1.00, 6.00)"
+def test_mean_and_range_and_rows():
+    assert mean_and_range([1.0]) == "1.00"
+    assert mean_and_range([1.0, 2.0, 6.0]) == "3.00 (1.00, 6.00)"
     lines = comparison_table([result("seed")])
     assert next(line for line in lines if "SEED" in line) == "| SEED |  |  |  | 50.00 |  | 1 |  | 1 min 00 s |"
     assert sum("not run" in line for line in lines) == len(METHODS) - len(VARIANTS) - 1

@@ -29,7 +29,7 @@ from sssd_zoo.errors.text import code, markdown
 from sssd_zoo.evaluation.features import accuracies, exit_logits, float32_classifiers, network_features
 from sssd_zoo.evaluation.protocol import Evaluation, evaluation_data
 from sssd_zoo.evaluation.reports import figures
-from sssd_zoo.evaluation.reports.comparison import spread
+from sssd_zoo.evaluation.reports.comparison import mean_and_range
 from sssd_zoo.evaluation.reports.markdown import table
 from sssd_zoo.evaluation.reports.paper import TABLE_4
 from sssd_zoo.files import atomic_write_text
@@ -273,12 +273,13 @@ def write(args: FinetuneArgs, rows: list[dict[str, Any]], out: Path, *, data_nam
     unit = "labels of each class" if args.per_class else "labels (%)"
     figures.label_curves(curves, TABLE_4, out / "accuracy.png", axis=unit)
     heads = [f"{amount:g}" if args.per_class else f"{amount:g} %" for amount in amounts]
-    means = [[markdown(name), *(spread(curve[amount]) for amount in amounts)] for name, curve in curves.items()]
+    means = [[markdown(name), *(mean_and_range(curve[amount]) for amount in amounts)] for name, curve in curves.items()]
     first = next(iter(curves))
     for name, curve in curves.items():
         if name != first:
             leads = [
-                spread([a - b for a, b in zip(curves[first][amount], curve[amount], strict=True)]) for amount in amounts
+                mean_and_range([a - b for a, b in zip(curves[first][amount], curve[amount], strict=True)])
+                for amount in amounts
             ]
             means.append([f"{markdown(first)} over {markdown(name)}", *leads])
     counts = {amount: sorted({row["labels"] for row in rows if row["amount"] == amount}) for amount in amounts}
