@@ -83,8 +83,8 @@ def evaluation_data(
     """
     assert data.labels is not None  # callers look
     names = [name for name in split_names(config) if name != data.split.split("[")[0]]
-    wanted = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
-    for name in wanted:
+    candidates = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
+    for name in candidates:
         if name == data.split:
             continue
         test = load_images(
