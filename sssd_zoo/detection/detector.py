@@ -29,7 +29,7 @@ from sssd_zoo.data.augment import grey, to_float
 from sssd_zoo.data.detection import DetectionData
 from sssd_zoo.detection.average_precision import coco_average_precision, voc_average_precision
 from sssd_zoo.distributed import rank
-from sssd_zoo.distributed.hardware import DTYPES, resolve_precision
+from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.reports import figures
@@ -195,7 +195,7 @@ def predict(detector: FasterRCNN, data: DetectionData, config: ForwardConfig) ->
     Returns:
         For each image, on the CPU: `boxes`, float32 [m, 4] xyxy in its pixels, `scores` [m], `labels` [m] in 1..C.
     """
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
+    device = compute_device(config.device)
     autocast = DTYPES[resolve_precision(config.precision, config.device)]
     detector.eval().to(device)
     found: list[dict[str, Tensor]] = []

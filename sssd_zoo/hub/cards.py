@@ -25,11 +25,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from sssd_zoo.configs import DataConfig
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import code, markdown
-from sssd_zoo.evaluation.features import extract_features
+from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.evaluation.knn import knn
 from sssd_zoo.evaluation.reports.markdown import AccuracyRow, Results, duration, read_results
 from sssd_zoo.evaluation.reports.paper import named_rows
@@ -42,6 +43,7 @@ from sssd_zoo.files import (
 )
 from sssd_zoo.files.untrusted import copy_files, read_yaml
 from sssd_zoo.hub.model_card import ANSWERS, eval_result_files, model_card
+from sssd_zoo.models import classifiers
 from sssd_zoo.models.networks import load_network, statistics
 from sssd_zoo.models.saving import network_weights
 
@@ -289,7 +291,7 @@ def check(network: Any) -> dict[str, float]:
 
     def features(split: str, count: int) -> torch.Tensor:
         batches = splits[split].batches(torch.arange(count).split(250))
-        return extract_features(network, batches, count=count, mean=mean, std=std, device="cpu", size=size)
+        return stack_features(read_batches(network, batches, InputSpec(size, mean, std)), count)
 
     test, truth = features("test", CHECK_IMAGES), labels["test"][:CHECK_IMAGES]
     if list(network.pretrained_cfg.get("label_names") or []) != splits["test"].class_names:
@@ -297,7 +299,6 @@ def check(network: Any) -> dict[str, float]:
             features("train", 2000)[-1], labels["train"][:2000], test[-1], truth, num_classes=10, k=20, temperature=0.1
         )
         return {"knn": found}
-    heads = [network.exit1.fc, network.exit2.fc, network.exit3.fc, network.fc]
-    answers = torch.stack([head(own).softmax(1) for head, own in zip(heads, test, strict=True)])
+    answers = torch.stack([head(own).softmax(1) for head, own in zip(classifiers(network), test, strict=True)])
     right = [float((own.argmax(1) == truth).float().mean() * 100) for own in (*answers, answers.mean(0))]
     return dict(zip(ANSWERS, right, strict=True))

@@ -22,6 +22,13 @@ class StageCosts(NamedTuple):
     stages: tuple[float, ...]
     heads: tuple[float, ...]
 
+    def answer(self, name: str) -> float:
+        """The cost of the answer of an exit '1' to '4' alone, or of the 'ensemble' of all."""
+        if name == "ensemble":
+            return sum(self.stages) + sum(self.heads)
+        number = int(name)
+        return sum(self.stages[:number]) + self.heads[number - 1]
+
 
 def stage_costs(model: SSSDResNet, input_size: tuple[int, int, int]) -> StageCosts:
     """Multiply-adds, whole numbers, of the stages and heads of a network with all exits, for one image."""
@@ -46,9 +53,8 @@ def multiply_adds(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[s
     """
     if model.output != "ensemble":
         return {"4" if model.output == "final" else model.output: _module_costs(model, input_size).total()}
-    stages, heads = stage_costs(model, input_size)
-    answers = {str(i): int(sum(stages[:i]) + heads[i - 1]) for i in range(1, 5)}
-    return answers | {"ensemble": int(sum(stages) + sum(heads))}
+    costs = stage_costs(model, input_size)
+    return {name: int(costs.answer(name)) for name in ("1", "2", "3", "4", "ensemble")}
 
 
 def _module_costs(model: SSSDResNet, input_size: tuple[int, int, int]) -> Counter[str]:

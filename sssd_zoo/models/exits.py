@@ -49,6 +49,63 @@ def ensemble_logits(logits: list[Tensor]) -> Tensor:
     return torch.logsumexp(log_probabilities, dim=0) - math.log(len(logits))
 
 
+def exits_asked(thresholds: Sequence[float]) -> list[int]:
+    """The exits, of 1 to 4, whose heads run on an image that none of them lets go; one whose threshold is 1 does not.
+
+    Args:
+        thresholds: of the exits 1 to 3, in 0..1.
+    """
+    return [number for number, threshold in enumerate([*thresholds, 0], start=1) if threshold < 1]
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """The greatest softmax probability, which an exit's threshold is compared with: [..., C] to [...]."""
+    return logits.softmax(-1).amax(-1)
+
+
+def exits_taken(confidences: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """The exit, int64 [N] in 1..4, that each image leaves at: the first with a confidence above its threshold, or 4.
+
+    Args:
+        confidences: of the exits 1 to 3, or of all four, float [3 or 4, N].
+        thresholds: of the exits 1 to 3, in 0..1.
+    """
+    leaves = confidences[:3] > torch.tensor(thresholds).unsqueeze(1)
+    last = torch.ones_like(leaves[:1])
+    return torch.cat([leaves, last]).to(torch.uint8).argmax(0) + 1
+
+
+def early_logits(logits: Tensor, thresholds: Sequence[float]) -> EarlyExits:
+    """What `SSSDResNet.forward_early` gives, from the logits of exits that all ran: a slow but plain statement of it.
+
+    Args:
+        logits: of all exits, float [4, N, C].
+        thresholds: of the exits 1 to 3, in 0..1.
+    """
+    taken = exits_taken(confidence(logits), thresholds)
+    last = ensemble_logits([logits[number - 1] for number in exits_asked(thresholds)])
+    answers = torch.cat([logits[:3].float(), last.unsqueeze(0)])
+    return EarlyExits(answers[taken - 1, torch.arange(len(taken))], taken)
+
+
+def classifiers(model: Any) -> list[Any]:
+    """The classifiers of a network with all exits, in order; the one classifier of any other timm network."""
+    if getattr(model, "output", None) == "ensemble":
+        return [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
+    return [model.get_classifier()]
+
+
+def stages_and_heads(model: Any) -> list[tuple[nn.Sequential, nn.Sequential]]:
+    """The four stages of a network with all exits, the stem in the first, each with what turns its map into logits."""
+    stem = [model.conv1, model.bn1, model.act1, model.maxpool]
+    return [
+        (nn.Sequential(*stem, model.layer1), nn.Sequential(model.exit1, model.global_pool, model.exit1.fc)),
+        (nn.Sequential(model.layer2), nn.Sequential(model.exit2, model.global_pool, model.exit2.fc)),
+        (nn.Sequential(model.layer3), nn.Sequential(model.exit3, model.global_pool, model.exit3.fc)),
+        (nn.Sequential(model.layer4), nn.Sequential(model.global_pool, model.fc)),
+    ]
+
+
 def bottleneck_layer(
     in_chs: int,
     out_chs: int,

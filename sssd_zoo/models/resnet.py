@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sssd_zoo.errors import UserError
 from sssd_zoo.models.class_names import CIFAR10, TINY_IMAGENET
-from sssd_zoo.models.exits import EarlyExits, Exit, Exits, ensemble_logits
+from sssd_zoo.models.exits import EarlyExits, Exit, Exits, confidence, ensemble_logits, exits_asked
 
 __all__ = ["SSSDResNet"]  # register_model adds the entry points
 
@@ -342,17 +342,18 @@ class SSSDResNet(ResNet):
         assert thresholds is not None
         taken = torch.full((len(x),), 4, device=x.device)
         here = torch.arange(len(x), device=x.device)  # which images are still in the batch
+        numbers_asked = exits_asked(thresholds)
         asked: list[Tensor] = []  # what the exits have answered for those
         parts: list[tuple[Tensor, Tensor]] = []
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         stages = ((self.layer1, self.exit1), (self.layer2, self.exit2), (self.layer3, self.exit3))
         for number, ((stage, exit_head), threshold) in enumerate(zip(stages, thresholds, strict=True), start=1):
             x = stage(x)
-            if threshold == 1:
+            if number not in numbers_asked:
                 continue
             logits = exit_head.fc(self.global_pool(exit_head(x))).float()
             asked.append(logits)
-            leaves = logits.softmax(dim=1).amax(dim=1) > threshold
+            leaves = confidence(logits) > threshold
             count = int(leaves.sum())  # the only wait for the device in a stage
             if not count:
                 continue  # no copy of the map where it does not get smaller

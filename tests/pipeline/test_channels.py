@@ -82,11 +82,11 @@ def test_predict_answers_as_the_network_does(grey, tmp_path, capsys):
 
 
 def test_the_page_prepares_grey_images(grey, folder_of_images):
-    from sssd_zoo.hub.page import prepare
+    from sssd_zoo.hub.page import network_input
 
     network = load_network(str(grey))
     data = (folder_of_images / "red/00.png").read_bytes()
-    found = prepare(data, network)
+    found = network_input(data, network)
     assert found.shape == (1, 1, 16, 16)
     stored = torch.from_numpy(decode(Encoded(0, data, None), 16).copy())[None].float() / 255
     mean, std, _ = statistics(network)
