@@ -152,9 +152,9 @@ def test_measuring_and_calibrating(grey, images, tmp_path, capsys):
 
 
 def test_the_check_of_a_card(grey):
-    from sssd_zoo.hub.cards import check
+    from sssd_zoo.hub.cards import sample_accuracy
 
-    assert 0 <= check(load_network(str(grey)))["knn"] <= 100
+    assert 0 <= sample_accuracy(load_network(str(grey)))["knn"] <= 100
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_other_channel_counts_are_refused_in_one_line(channels, images, tmp_path
     ):
         out = [] if words[0] in ("predict", "knn") else ["--out", tmp_path / "out"]
         assert sssd(*words, *out) == 2, words
-        assert f"takes images of {channels} channels" in one_line(capsys)
+        assert f"takes images with {channels} channels" in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
