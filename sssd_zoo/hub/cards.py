@@ -213,9 +213,7 @@ def write_card(
         license_name=options.license_name,
         figures={f"figures/{file}": captions.get(file, SHOWN[file]) for file in SHOWN if file in figures},
     )
-    described: dict[str, Any] = {"sha256": digest, "bytes": len(weights)}
-    if sample is not None:
-        described["check"] = sample
+    described = {"sha256": digest, "bytes": len(weights), **({} if sample is None else {"check": sample})}
     atomic_write_text(folder / "README.md", text)
     write_json(folder / "config.json", config)
     write_json(folder / "metrics.json", {**results, "weights": described})

@@ -113,7 +113,7 @@ def model_card(
         num_classes=classes,
         label_names=config.get("label_names"),
         thresholds=config["model_args"].get("thresholds"),
-        answers=_exits_table(metrics, context),
+        exits_table=_exits_table(metrics, context),
         probed=bool(metrics),
         figures={path: markdown(caption) for path, caption in (figures or {}).items()},
         facts=describe(context),

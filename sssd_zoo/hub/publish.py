@@ -1,9 +1,9 @@
 """To the Hub and back: `sssd publish`, `sssd publish-labels` and `sssd pull`.
 
-Only listed files are copied to a temporary folder, so a run's other files (checkpoints, a .env) and the targets of links
-cannot slip in. That folder is uploaded in one commit, whole or not at all, then fetched from the Hub again and compared.
-huggingface_hub checks only the size of a download, so downloads are compared with the sha256 in the repository's
-metrics.json or pseudo_labels.json. Tokens are left to huggingface_hub: its login or HF_TOKEN.
+Only listed files are copied to a temporary folder, so a run's other files (checkpoints, a .env) and the targets of
+links cannot slip in. That folder is uploaded in one commit, whole or not at all, then fetched from the Hub again and
+compared. huggingface_hub checks only the size of a download, so downloads are compared with the sha256 in the
+repository's metrics.json or pseudo_labels.json. Tokens are left to huggingface_hub: its login or HF_TOKEN.
 """
 
 import shlex
@@ -167,9 +167,7 @@ def prepare(api: HfApi, config: RepoConfig, repo_type: str) -> tuple[str | None,
     head = branches.get(branch)
     tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(config.tag or "")
     if tagged is not None and tagged != head:
-        raise UserError(
-            f"{config.repo} has a tag {config.tag} on another commit, which is not moved; give another --tag"
-        )
+        raise UserError(f"{config.repo} has a tag {config.tag} on another commit, which stays; give another --tag")
     if head is None and not branch.startswith("refs/"):
         api.create_branch(config.repo, branch=branch, repo_type=repo_type)
     return head or branches.get(constants.DEFAULT_REVISION), tagged
@@ -380,5 +378,8 @@ def reason(error: BaseException) -> str:
             return f"{todo.get(status, 'the Hub failed: run the command again later')} (status {status})"
         if isinstance(each, HTTPError):
             kind = type(each).__name__
-            return f"the Hub cannot be reached at {constants.ENDPOINT} ({kind}): check the network and run the command again"
+            return (
+                f"the Hub cannot be reached at {constants.ENDPOINT} ({kind}): check the network and run the command "
+                "again"
+            )
     return f"the Hub's client failed ({' '.join(str(error).split())[:200]}): run the command again"

@@ -67,7 +67,7 @@ def check_sizes(arch: str, sizes: list[int]) -> None:
     smallest = config.min_input_size[-1] if config and config.min_input_size else 1
     if min(sizes) < smallest:
         raise UserError(
-            f"views of {min(sizes)} px are too small for {arch}, which needs at least {smallest} px: give larger sizes, or "
+            f"views of {min(sizes)} px are too small for {arch}, which needs at least {smallest}: give larger sizes or "
             "a network with the stem for small images (sssd_resnet18_cifar)"
         )
 

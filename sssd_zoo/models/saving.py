@@ -75,7 +75,7 @@ def network_config(
         config: dict[str, Any] = read_json(path)
     # timm reads it from the top; transformers, which does too, stumbles over a second one.
     config["model_args"].pop("num_classes", None)
-    # The network's current thresholds: those it was created with may have been calibrated, or dropped with its classifiers.
+    # The current thresholds: since the network was created they may have been calibrated, or dropped.
     config["model_args"].pop("thresholds", None)
     if getattr(model, "thresholds", None) is not None:
         config["model_args"]["thresholds"] = model.thresholds

@@ -52,7 +52,7 @@ def detect(args: DetectArgs) -> None:
         figures.loss_curves({"Faster R-CNN": read_metrics(out / "metrics.jsonl")}, out / "curves.png")
         save_detector(out, task.detector, settings, data.class_names)
         if test is not None:
-            write_metrics(args, task.detector, test, measured)
+            write_metrics(out, args, task.detector, test, measured)
     barrier()
 
 
@@ -64,16 +64,18 @@ def make_task(args: DetectArgs, settings: DetectorConfig, num_classes: int) -> D
     return Detection(detector, size=args.short_side, frozen=frozen, batchnorm=args.batchnorm)
 
 
-def write_metrics(args: DetectArgs, detector: FasterRCNN, test: DetectionData, measured: dict[str, float]) -> None:
+def write_metrics(
+    out: Path, args: DetectArgs, detector: FasterRCNN, test: DetectionData, measured: dict[str, float]
+) -> None:
     """Measures a trained detector, writes metrics.json and prints average precision.
 
     Args:
+        out: the run folder.
         args: of the command.
         detector: the trained one.
         test: images to measure on.
         measured: of the training, see `engine.train`.
     """
-    out = Path(args.out)
     processes = make_accelerator(part(args, RuntimeConfig)).num_processes
     # Scores in half precision tie at the top, and average precision depends on their order.
     forward = ForwardConfig(batch_size=max(1, args.batch_size // processes), precision="fp32", device=args.device)

@@ -41,7 +41,7 @@ def publish(args: PublishArgs) -> None:
             difference = float((logits_on_noise(fetched) - logits_on_noise(folder)).abs().max())
             if not difference <= 1e-5:
                 raise UserError(
-                    f"the logits of the network of {where} differ from those of the one that was sent, by {difference:.2g}"
+                    f"the network of {where} gives other logits than the one that was sent, by {difference:.2g}"
                 )
 
         send(args, folder, "model", compare)
