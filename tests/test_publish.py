@@ -269,7 +269,7 @@ def test_a_calibrated_network_is_published_with_its_thresholds(empty, sssd, run,
     torch.testing.assert_close(
         load(files["model.safetensors"])["fc.weight"].float(), network.fc.weight, atol=1e-3, rtol=0
     )
-    assert "`early_exit/report.md` has what that gives" in files["README.md"].decode()
+    assert "`early_exit/report.md` has the results" in files["README.md"].decode()
     assert sssd("pull", REPO, "--out", tmp_path / "pulled").status == 0
     pulled = timm.create_model(f"local-dir:{tmp_path / 'pulled'}", pretrained=True).eval()
     assert pulled.forward_early(torch.randn(2, 3, 32, 32)).exit.shape == (2,)
@@ -304,7 +304,7 @@ def test_a_branch_a_pull_request_and_a_tag_that_stays(published, sssd, run, tmp_
     assert done.status == 0, done
     assert repo.refs["main"] == first
     assert repo.tags["v2"] == repo.refs["next"] != first
-    assert "tag v2 of another commit" in sssd("publish", run, "--repo", REPO, "--tag", "v2").error
+    assert "tag v2 on another commit" in sssd("publish", run, "--repo", REPO, "--tag", "v2").error
     assert "drop --private" in sssd("publish", run, "--repo", REPO, "--private").error
     assert "drop --revision" in sssd("publish", run, "--repo", REPO, "--pull_request", "--revision", "x").error
     assert repo.refs["main"] == first
@@ -317,7 +317,7 @@ def test_mistakes_are_one_line(empty, sssd, run, tmp_path):
     assert "not a finished run" in sssd("publish", tmp_path, "--repo", REPO).error
     assert "ORG/NAME" in sssd("publish", run, "--repo", "network").error
     assert "ORG/NAME" in sssd("publish", run, "--repo", "a/b/c").error
-    assert "fits no file" in sssd("publish", run, "--repo", REPO, "--include", "*.gif").error
+    assert "matches no further file" in sssd("publish", run, "--repo", REPO, "--include", "*.gif").error
     assert "no bundled weights 'resnet'" in sssd("pull", "resnet", "--out", tmp_path / "x").error
     (tmp_path / "mine").write_text("mine")
     assert "holds mine;" in sssd("pull", REPO, "--out", tmp_path, "--overwrite").error
