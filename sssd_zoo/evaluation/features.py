@@ -13,7 +13,7 @@ from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
-from sssd_zoo.models.networks import statistics
+from sssd_zoo.models.networks import input_spec
 
 
 def pooled_features(model: Any, images: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def feature_batches(
         order: the positions of each batch, int64 [B].
         read: what to read, see `read_batches`.
     """
-    mean, std, size = statistics(model)
+    size, mean, std = input_spec(model)
     device = compute_device(config.device)
     data.move(device)
     return read_batches(

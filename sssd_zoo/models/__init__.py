@@ -1,4 +1,4 @@
-"""The multi-exit networks that timm sees, their answers, and what an answer costs."""
+"""The multi-exit networks that timm sees, their outputs, and what each exit costs."""
 
 from sssd_zoo.models.cost import StageCosts, multiply_adds, stage_costs
 from sssd_zoo.models.exits import (

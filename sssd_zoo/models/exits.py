@@ -1,4 +1,4 @@
-"""Exit heads: what turns the map of an early stage into the vector and the logits of a classifier of its own."""
+"""Exit heads: each turns the map of an early stage into features and the logits of its own classifier."""
 
 import math
 from collections import OrderedDict
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Exits(NamedTuple):
-    """The answers of all four exits in order, the final classifier last.
+    """The outputs of all four exits in order, the final classifier last.
 
     Attributes:
         logits: four tensors [B, num_classes], q_1..q_3 and q_C before the softmax.
@@ -24,11 +24,11 @@ class Exits(NamedTuple):
 
 
 class EarlyExits(NamedTuple):
-    """The answers of a batch whose images left at different exits.
+    """The logits of a batch whose images left at different exits.
 
     Attributes:
-        logits: float32 [B, num_classes], of the exit that each image took; at exit 4, of the ensemble of all exits that
-            were asked on the way.
+        logits: float32 [B, num_classes], of the exit that each image took; at exit 4, of the ensemble of all heads that
+            ran on the way.
         exit: int64 [B] in 1..4.
     """
 
@@ -146,10 +146,10 @@ class Attention(nn.Module):
     """Weighs every number of a map [B, chs, H, W] by a mask in 0..1 that is computed from the map.
 
     The attention of exits in the follow-up of BYOT (Zhang, Bao and Ma, TPAMI 2022, reference 26 of the SSSD paper;
-    first in SCAN, NeurIPS 2019): a stride-2 depthwise separable convolution looks at the map from a distance, its
-    result is brought back to the map's size, and a sigmoid makes it the mask. Theirs is followed by separable
+    first in SCAN, NeurIPS 2019): the mask is the sigmoid of a stride-2 depthwise separable convolution of the map,
+    resized to the map's size. Theirs is followed by separable
     convolutions; here the bottleneck layers of the plain exits stay, so that attention is all that differs. It costs
-    (9 + chs) * chs * H * W / 4 multiply-adds.
+    (9 + chs) * chs * H * W / 4 MACs.
 
     Args:
         chs: channels of the map.
@@ -188,7 +188,7 @@ class Exit(nn.Module):
         strides: of the stages after this one.
         fc: the classifier, or an identity.
         narrow: see `bottleneck_layer`.
-        attention: begin with an `Attention` on the stage's map.
+        attention: start with an `Attention` on the stage's map.
         norm_layer: makes a normalisation of a number of channels.
         act_layer: makes an activation.
         dd: device and dtype of the parameters.

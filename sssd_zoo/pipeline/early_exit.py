@@ -46,7 +46,7 @@ from sssd_zoo.evaluation.timing import BATCH, ONE_BY_ONE, interleaved, measure_s
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.models import SSSDResNet, StageCosts, classifiers, ensemble_logits, stage_costs
-from sssd_zoo.models.networks import channels, load_network, statistics
+from sssd_zoo.models.networks import channels, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
 EXITS = ("1", "2", "3", "4")
@@ -110,7 +110,7 @@ def load_samples(args: EarlyExitArgs, model: Any) -> tuple[Sample, Sample]:
             )
         config = replace(config, split=split)
     config = replace(config, storage_size=config.storage_size or model.storage_size)
-    size = storage_default(statistics(model)[2])
+    size = storage_default(input_spec(model).size)
     test = load_images(config, default_size=size, require_labels=True)
     check_classes(test, model, args.model)
     if args.calibration_split is not None:
@@ -172,7 +172,7 @@ def early_exit(args: EarlyExitArgs) -> None:
     calibrated, test_calibrated = logits / scale, test_logits / scale
 
     device = next(model.parameters()).device
-    size = statistics(model)[2]
+    size = input_spec(model).size
     macs = stage_costs(model, (channels(model), size, size))
     costs = macs
     if args.latency is not None:

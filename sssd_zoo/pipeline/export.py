@@ -33,7 +33,7 @@ from sssd_zoo.evaluation.protocol import Evaluation, check_classes, evaluation_d
 from sssd_zoo.files import atomic_write_bytes, write_json
 from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
 from sssd_zoo.models import SSSDResNet, stages_and_heads
-from sssd_zoo.models.networks import channels, load_network, statistics
+from sssd_zoo.models.networks import channels, input_spec, load_network
 from sssd_zoo.models.resnet import check_thresholds
 from sssd_zoo.models.saving import save_network
 
@@ -75,7 +75,7 @@ class Stage(nn.Module):
 
 def metadata(model: Any, output: str) -> dict[str, Any]:
     """What a program that runs an exported network needs to know."""
-    mean, std, size = statistics(model)
+    size, mean, std = input_spec(model)
     names = model.pretrained_cfg.get("label_names")
     return {
         "architecture": str(model.pretrained_cfg["architecture"]),
@@ -326,7 +326,7 @@ def export_int8(model: SSSDResNet, args: ExportArgs, graph: bytes, outputs: list
     """Writes the int8 form of a graph beside it, and prints both accuracies."""
     assert args.data is not None  # `export` saw to it
     config = DataConfig(data=args.data, split=args.split, storage_size=model.storage_size)
-    data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
+    data = load_images(config, default_size=storage_default(input_spec(model).size), require_labels=True)
     check_classes(data, model, args.model)
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=0.5, seed=args.seed)
     drawn = torch.randperm(len(evaluation.train_positions), generator=torch.Generator().manual_seed(args.seed))

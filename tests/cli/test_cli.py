@@ -273,7 +273,7 @@ def test_card_of_a_run(finished, tmp_path, capsys):
     assert "no row 'MNIST'" in one_line(capsys)
     assert (out / "README.md").read_text() == text
     assert sssd("card", "--run", tmp_path, "--out", tmp_path / "other") == 2
-    assert "no finished run" in one_line(capsys)
+    assert "not a finished run" in one_line(capsys)
     assert sssd("publish", finished, "--repo", "org/name", "--dry-run") == 0
     listed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert {"README.md", "model.safetensors", "metrics.json", "figures/accuracy.png"} <= set(listed)

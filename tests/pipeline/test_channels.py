@@ -14,7 +14,7 @@ import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import one_line, sssd
 from sssd_zoo.data.augment import LUMA, normalise
 from sssd_zoo.data.images import Encoded, decode
-from sssd_zoo.models.networks import load_network, statistics
+from sssd_zoo.models.networks import input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
 CLASSES = ["blue", "green", "red"]
@@ -48,7 +48,7 @@ def images(folder_of_images, tmp_path_factory):
 
 def test_grey_is_luma_normalised_by_the_mean_of_the_statistics(grey):
     network = load_network(str(grey))
-    mean, std, size = statistics(network)
+    size, mean, std = input_spec(network)
     assert (len(mean), len(std), size) == (1, 1, 16)
     stored = torch.rand(2, 3, 16, 16)
     luma = sum(weight * stored[:, i] for i, weight in enumerate(LUMA))
@@ -59,7 +59,7 @@ def test_grey_is_luma_normalised_by_the_mean_of_the_statistics(grey):
 def test_a_grey_network_made_of_an_rgb_one_has_one_mean():
     network = timm.create_model("sssd_resnet18_cifar", pretrained=True, in_chans=1)
     whole = timm.create_model("sssd_resnet18_cifar", pretrained=True)
-    (mean,), (std,), _ = statistics(network)
+    _, (mean,), (std,) = input_spec(network)
     assert mean == pytest.approx(sum(whole.pretrained_cfg["mean"]) / 3)
     assert std == pytest.approx(sum(whole.pretrained_cfg["std"]) / 3)
 
@@ -71,7 +71,7 @@ def test_predict_answers_as_the_network_does(grey, tmp_path, capsys):
     assert sssd("predict", grey, tmp_path, "--output", "ensemble", "--format", "jsonl", *CPU) == 0
     grey_answer, rgb_answer = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     network = load_network(str(grey)).eval()
-    mean, std, _ = statistics(network)
+    _, mean, std = input_spec(network)
     image = torch.from_numpy(pixels / 255).float()[None, None]
     with torch.no_grad():
         confidence, label = network((image - mean[0]) / std[0]).softmax(1).max(1)
@@ -89,7 +89,7 @@ def test_the_page_prepares_grey_images(grey, folder_of_images):
     found = network_input(data, network)
     assert found.shape == (1, 1, 16, 16)
     stored = torch.from_numpy(decode(Encoded(0, data, None), 16).copy())[None].float() / 255
-    mean, std, _ = statistics(network)
+    _, mean, std = input_spec(network)
     torch.testing.assert_close(found, normalise(stored, mean, std))
 
 
@@ -152,9 +152,9 @@ def test_measuring_and_calibrating(grey, images, tmp_path, capsys):
 
 
 def test_the_check_of_a_card(grey):
-    from sssd_zoo.hub.cards import check
+    from sssd_zoo.hub.cards import sample_accuracy
 
-    assert 0 <= check(load_network(str(grey)))["knn"] <= 100
+    assert 0 <= sample_accuracy(load_network(str(grey)))["knn"] <= 100
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_other_channel_counts_are_refused_in_one_line(channels, images, tmp_path
     ):
         out = [] if words[0] in ("predict", "knn") else ["--out", tmp_path / "out"]
         assert sssd(*words, *out) == 2, words
-        assert f"takes images of {channels} channels" in one_line(capsys)
+        assert f"takes images with {channels} channels" in one_line(capsys)
     assert not (tmp_path / "out").exists()
 
 
