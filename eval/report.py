@@ -1,4 +1,4 @@
-"""Trains, measures and reports several methods side by side: `accelerate launch eval/report.py --help`."""
+"""Another name of compare.py, from before it had this one."""
 
 from sssd_zoo.cli import run
 

@@ -31,8 +31,8 @@ class _AfterTimm(MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                sys.meta_path.remove(self)
                 importlib.import_module("sssd_zoo.models")
+                sys.meta_path.remove(self)  # not before: after a Ctrl-C in between, timm is imported anew
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -137,6 +137,6 @@ def read_arguments(name: str, words: list[str], prog: str) -> Any:
         values = dict(vars(parser.instantiate(parsed)))
         values.pop("config", None)
         settings = config(**values)
-    except ValueError as error:  # of settings that exclude one another
+    except ValueError as error:  # a SettingsError, which jsonargparse may wrap
         raise UserError(str(error)) from error
     return expand_paths(settings)

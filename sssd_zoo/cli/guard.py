@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from sssd_zoo.configs.ranges import SettingsError
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK
 
@@ -73,7 +74,7 @@ class Guard:
                 end_without_output(self.problems[0])
             if isinstance(error, UserError) and error.told:
                 raise SystemExit(2) from None
-            if isinstance(error, UserError):
+            if isinstance(error, (UserError, SettingsError)):
                 fail(str(error))
             if not isinstance(error, Exception):
                 raise

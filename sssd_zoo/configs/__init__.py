@@ -1,4 +1,7 @@
-"""The settings of every step as dataclasses: one definition for Python, the `sssd` command and the recipes."""
+"""The settings of every step as dataclasses: one definition for Python, the `sssd` command and the recipes.
+
+This package imports nothing else of sssd-zoo.
+"""
 
 from sssd_zoo.configs.commands import (
     CardArgs,
@@ -34,6 +37,7 @@ from sssd_zoo.configs.methods import (
     SEEDConfig,
     SelfDistillationConfig,
 )
+from sssd_zoo.configs.ranges import SettingsError
 from sssd_zoo.configs.training import OptimConfig, RuntimeConfig
 
 __all__ = [
@@ -70,5 +74,6 @@ __all__ = [
     "SEEDArgs",
     "SEEDConfig",
     "SelfDistillationConfig",
+    "SettingsError",
     "SpaceArgs",
 ]

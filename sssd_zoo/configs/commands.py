@@ -46,12 +46,13 @@ class PretrainArgs(DataConfig, RuntimeConfig, MoCoConfig):
     """Pretrains a network without labels by MoCo v2.
 
     Args:
-        out: run folder to write; timm loads it by `local-dir:OUT`.
-        model: timm name of the network; by default one of this package for the size of the images.
-        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
-        steps_per_epoch: for a stream whose data set does not tell its length.
-        resume: go on from the newest checkpoint in `out`.
-        overwrite: drop the run that `out` holds and start anew.
+        out: run folder to write; timm loads it as `local-dir:OUT`.
+        model: timm name of the network; by default one of this package's, chosen by the image size.
+        image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
+            224.
+        steps_per_epoch: steps that count as one epoch; needed for a stream of unknown length.
+        resume: resume from the newest checkpoint in `out`.
+        overwrite: discard the run in `out` and start again.
     """
 
     out: str
@@ -67,10 +68,10 @@ class PseudoLabelArgs(DataConfig, ForwardConfig, ClusterConfig):
     """Clusters the features of a pretrained network into pseudo labels.
 
     Args:
-        model: run folder of the pretraining, or any timm model's name.
-        out: folder of the labels to write.
-        seed: of k-means.
-        overwrite: replace what such a command wrote into `out`; other files stay.
+        model: run folder of the pretraining, or the name of any timm model.
+        out: folder to write the labels into.
+        seed: random seed of k-means.
+        overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
     """
 
     model: str
@@ -81,23 +82,25 @@ class PseudoLabelArgs(DataConfig, ForwardConfig, ClusterConfig):
 
 @dataclass(kw_only=True)
 class DistillArgs(DataConfig, RuntimeConfig, AnchoredConfig):
-    """Trains a network on pseudo, random or true labels: by default a four-exit one that teaches itself.
+    """Trains a network on pseudo, random or true labels: by default a four-exit network by self distillation.
 
     Args:
-        labels: folder of pseudo labels, 'random' (the baseline), 'true' (the upper reference), or 'own': clusters of
-            the network's own features, anew before each epoch (DACSD).
-        method: 'sssd', or 'clusterfit' for the network without exits on the same labels.
-        out: run folder to write; timm loads it by `local-dir:OUT`.
+        labels: folder of pseudo labels, 'random' (the baseline), 'true' (the upper bound), or 'own': clusters of the
+            network's own features, recomputed before each epoch (DACSD).
+        method: 'sssd' for self distillation, or 'clusterfit' for a network without exits on the same labels.
+        out: run folder to write; timm loads it as `local-dir:OUT`.
         k: number of classes of 'random' and 'own' labels.
-        model: timm name of a network of this package; by default that for the size of the images.
-        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
-        init: run folder whose weights the trunk starts from; by default it starts from scratch, as in the paper.
-        encoder: the network whose features every exit also predicts, where `anchor` is more than 0: run folder, or any
-            timm model's name.
-        soft: temperature of soft labels by the distances to the nearest centroids, in units of the images' mean squared
-            distance to their own; by default the labels are hard, as in the paper. Needs labels with --nearest over 1.
-        resume: go on from the newest checkpoint in `out`.
-        overwrite: drop the run that `out` holds and start anew.
+        model: timm name of the network, one of this package's; by default chosen by the image size.
+        image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
+            224.
+        init: run folder whose weights the trunk starts from; by default random initialisation, as in the paper.
+        encoder: network whose features every exit also predicts if `anchor` is above 0: a run folder, or the name of
+            any timm model.
+        soft: temperature of soft labels, which weight the nearest centroids by distance, in units of the images' mean
+            squared distance to their own centroid. By default labels are hard, as in the paper. Needs labels made with
+            --nearest above 1.
+        resume: resume from the newest checkpoint in `out`.
+        overwrite: discard the run in `out` and start again.
     """
 
     labels: str
@@ -118,13 +121,14 @@ class SEEDArgs(DataConfig, RuntimeConfig, SEEDConfig):
     """Distils a frozen network, such as one pretrained without labels, into a smaller one by SEED.
 
     Args:
-        teacher: run folder, or any timm model's name.
-        out: run folder to write; timm loads it by `local-dir:OUT`.
-        model: timm name of the student; by default one of this package for the size of the images.
-        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
-        teacher_size: side that the views are resized to for the teacher; by default what it was trained with.
-        resume: go on from the newest checkpoint in `out`.
-        overwrite: drop the run that `out` holds and start anew.
+        teacher: run folder, or the name of any timm model.
+        out: run folder to write; timm loads it as `local-dir:OUT`.
+        model: timm name of the student network; by default one of this package's, chosen by the image size.
+        image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
+            224.
+        teacher_size: side in pixels that the views are resized to for the teacher; by default its own input size.
+        resume: resume from the newest checkpoint in `out`.
+        overwrite: discard the run in `out` and start again.
     """
 
     teacher: str
@@ -138,14 +142,15 @@ class SEEDArgs(DataConfig, RuntimeConfig, SEEDConfig):
 
 @dataclass(kw_only=True)
 class LinearArgs(DataConfig, ForwardConfig, ProbeConfig):
-    """Trains a linear probe on every exit of a frozen network and measures them and their ensemble.
+    """Trains a linear probe on every exit of a frozen network, and measures the probes and their ensemble.
 
     Args:
-        model: run folder, or any timm model's name.
-        out: folder to write: metrics.json, and the network with the probes as its heads; by default only prints.
-        test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
-        seed: of the probes.
-        overwrite: replace what such a command wrote into `out`; other files stay.
+        model: run folder, or the name of any timm model.
+        out: folder to write metrics.json and the network with the probes as its heads into; by default results are only
+            printed.
+        test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
+        seed: random seed of the probes and of the held-out fraction.
+        overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
     """
 
     model: str
@@ -157,15 +162,15 @@ class LinearArgs(DataConfig, ForwardConfig, ProbeConfig):
 
 @dataclass(kw_only=True)
 class KNNArgs(DataConfig, ForwardConfig):
-    """Measures every exit of a frozen network by a weighted nearest-neighbour vote.
+    """Measures every exit of a frozen network by weighted k-nearest-neighbour classification.
 
     Args:
-        model: run folder, or any timm model's name.
-        test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
-        neighbours: that vote.
-        temperature: of their weights, exp(cosine / temperature).
-        holdout: share of the images that are measured, where the data have no split for that.
-        seed: of the held-out part.
+        model: run folder, or the name of any timm model.
+        test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
+        neighbours: number of neighbours (k).
+        temperature: temperature of the neighbours' weights, exp(cosine similarity / temperature).
+        holdout: fraction of the images to measure on, if the data set has no test or validation split.
+        seed: random seed of the held-out fraction.
     """
 
     model: str
@@ -178,22 +183,23 @@ class KNNArgs(DataConfig, ForwardConfig):
 
 @dataclass(kw_only=True)
 class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
-    """Does it all: pretrains, labels, distils, measures and reports. Run it again to go on where it stopped.
+    """Runs the whole pipeline: pretrains, clusters, distils, measures and reports. Rerun it to resume.
 
     Args:
         out: run folder to write.
-        model: timm name of the student, a network of this package; by default that for the size of the images.
-        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
-        test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
+        model: timm name of the student network, one of this package's; by default chosen by the image size.
+        image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
+            224.
+        test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
         pretrain: MoCo v2.
         cluster: k-means.
         distill: self distillation.
-        warm_start: let the trunk of the distilled network start from the pretrained weights, not from scratch as in
-            the paper.
-        soft: temperature of soft labels, see `sssd distill`; wants `cluster.nearest` over 1, such as 8.
-        probe: linear probes, where there are labels.
-        baseline: also distil on random labels, where there are true ones to compare by.
-        overwrite: make anew what `out` holds of other settings or data; what does not depend on them is reused.
+        warm_start: initialise the trunk of the distilled network from M_ssl, not at random as in the paper.
+        soft: temperature of soft labels, see `sssd distill`; needs `cluster.nearest` above 1, such as 8. By default
+            labels are hard.
+        probe: linear probes, if the data set has labels.
+        baseline: also distil on random labels, as a baseline, if the data set has labels to measure by.
+        overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
     """
 
     out: str
@@ -212,26 +218,27 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
 
 @dataclass(kw_only=True)
 class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
-    """Trains and measures several methods on the same images, and reports them beside the paper's figures.
+    """Trains and measures several methods on the same images, and reports them beside the paper's results.
 
     Args:
-        out: folder to write; what is there already of the same settings is reused.
-        methods: any of 'sssd', 'random' (BYOT on random labels), 'true' (BYOT on true labels), 'clusterfit', 'seed',
-            'dacsd'; and SSSD with one thing changed: 'sssd-warm' (the trunk starts from M_ssl's weights), 'sssd-redos'
-            (the best of several k-means), 'sssd-soft' (soft labels).
-        seeds: of the runs; each does every method once. They take the place of --seed.
-        model: timm name of the student, a network of this package; by default that for the size of the images.
-        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
-        test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
+        out: folder to write; results already there are reused if their settings are the same.
+        methods: any of 'sssd', 'random' (BYOT on random labels), 'true' (BYOT on true labels), 'clusterfit', 'seed' and
+            'dacsd'; and variants of SSSD: 'sssd-warm' (trunk initialised from M_ssl), 'sssd-redos' (best of several
+            runs of k-means) and 'sssd-soft' (soft labels).
+        seeds: random seeds; every method is run once for each. They replace --seed.
+        model: timm name of the student network, one of this package's; by default chosen by the image size.
+        image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
+            224.
+        test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
         pretrain: MoCo v2.
-        cluster: k-means; its K is also that of random and of DACSD's labels.
-        distill: of all methods that learn labels.
+        cluster: k-means; its k is also the number of classes of random labels and of DACSD's.
+        distill: training of all methods that learn from labels.
         seed_method: SEED.
-        redos: of the k-means of 'sssd-redos'.
-        soft: temperature of the labels of 'sssd-soft', which are over each image's 8 nearest centroids.
+        redos: number of random initialisations of k-means for 'sssd-redos'.
+        soft: temperature of the soft labels of 'sssd-soft', which cover each image's 8 nearest centroids.
         probe: linear probes.
-        also: folders of other comparisons, with other data or pretexts, whose rows are to stand in the same tables.
-        overwrite: make anew what `out` holds of other settings or data; what does not depend on them is reused.
+        also: folders of other comparisons, on other data or pretexts, to include in the same tables.
+        overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
     """
 
     out: str
@@ -256,26 +263,27 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
 
 @dataclass(kw_only=True)
 class EarlyExitArgs(DataConfig):
-    """Calibrates a network's early exit on held-out images: a temperature per exit, and thresholds for a budget.
+    """Calibrates a network's early exit on held-out images: a temperature per exit, and thresholds that meet a budget.
 
-    The budget is one of --points_lost, --multiply_adds and --latency; without any it is --points_lost 0.5.
+    Give one budget: --points_lost, --multiply_adds or --latency; the default is --points_lost 0.5.
 
     Args:
-        model: folder of a network or a run, its timm name, or hf-hub:NAME; its four exits must be trained classifiers.
+        model: folder of a network or of a run, timm name, or hf-hub:NAME; its four exits must be trained classifiers.
         out: folder to write: the calibrated network with its thresholds, and early_exit/ with the report and figure.
-        split: labelled split that the classifiers were not trained on; by default 'test' or 'validation'. A part of it
-            calibrates, and all is measured on the rest.
-        calibration_split: calibrate on this split instead, and measure on all of `split`.
-        holdout: share of `split` to calibrate on, drawn by class.
-        points_lost: run as little as possible, and lose at most so many points of accuracy against the full network,
-            that is the final classifier or the ensemble, whichever is better, with 95 percent confidence.
-        multiply_adds: be as accurate as possible with at most so many million multiply-adds an image on average.
-        latency: be as accurate as possible in at most so many milliseconds an image on average, one by one, here.
+        split: labelled split that the classifiers were not trained on; by default 'test' or 'validation'. A fraction of
+            it is used for calibration, and results are measured on the rest.
+        calibration_split: split to calibrate on instead; results are then measured on all of `split`.
+        holdout: fraction of `split` to calibrate on, stratified by class.
+        points_lost: minimise the cost while losing at most this many percentage points of accuracy against the full
+            network (its final classifier or its ensemble, whichever is better), with 95 percent confidence.
+        multiply_adds: maximise the accuracy at an average cost of at most this many million MACs per image.
+        latency: maximise the accuracy at an average latency of at most this many milliseconds per image, at batch size
+            1 on this machine.
         batch_size: images per forward pass where nothing is timed.
-        device: 'auto' takes the GPU if there is one.
-        runs: timed runs of every network, in turn.
-        seed: of the calibrating part and of the timed images.
-        overwrite: replace what such a command wrote into `out`; other files stay.
+        device: 'auto' uses a GPU if there is one; 'cpu' never does.
+        runs: number of timed runs of each network, interleaved.
+        seed: random seed of the calibration images and of the timed images.
+        overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
     """
 
     model: str
@@ -294,23 +302,23 @@ class EarlyExitArgs(DataConfig):
 
 @dataclass(kw_only=True)
 class ExportArgs(Checked):
-    """Writes a network for deployment: ONNX, torch.export or safetensors; see docs/deploy.md.
+    """Exports a network for deployment as ONNX, torch.export or safetensors; see docs/deploy.md.
 
     Args:
-        model: folder of a network or a run, its timm name, or hf-hub:NAME.
-        out: file to write, or folder for safetensors and for the stages of early exit.
+        model: folder of a network or of a run, timm name, or hf-hub:NAME.
+        out: file to write; a folder for safetensors and for the stages of early exit.
         output: an exit's number ('4' and 'final' are the same), 'ensemble', 'all' for one graph with four outputs, or
-            'early-exit' for a graph per stage; safetensors of the last three are the whole network.
-        format: 'onnx' (its batch size is dynamic, as torch-export's), 'torch-export' or 'safetensors'.
-        thresholds: of early exit; by default those stored with the network.
-        int8: also write the ONNX graph in int8, and measure both.
-        data: labelled images for --int8, as for the other commands.
-        split: of them, to calibrate activations' ranges on; by default 'train', or the only one.
-        test_split: split to measure on; by default 'test' or 'validation', else half of `split`.
-        calibration_images: that many images of `split` calibrate.
-        batch_size: images per forward pass of those.
-        seed: of the choice of calibrating images.
-        overwrite: replace `out`, where it is an older export.
+            'early-exit' for one graph per stage; as safetensors the last three are the whole network.
+        format: 'onnx' or 'torch-export', both with a dynamic batch size, or 'safetensors'.
+        thresholds: thresholds of early exit at exits 1 to 3, 0 to 1; by default those stored with the network.
+        int8: also write the ONNX graph quantised to int8, and measure both.
+        data: labelled images for --int8, given as for the other commands.
+        split: split to calibrate the activation ranges on; by default 'train', or the only one.
+        test_split: split to measure on; by default 'test' or 'validation', otherwise half of `split`.
+        calibration_images: number of images of `split` to calibrate on.
+        batch_size: images per forward pass while calibrating.
+        seed: random seed of the choice of calibration images.
+        overwrite: replace `out` if it is an earlier export.
     """
 
     model: str
@@ -330,21 +338,22 @@ class ExportArgs(Checked):
 
 @dataclass(kw_only=True)
 class PredictArgs(ForwardConfig):
-    """Classifies images, and says which exit answered.
+    """Classifies images, and reports which exit answered.
 
     Args:
-        model: folder of a network or a run, its timm name, or hf-hub:NAME.
+        model: folder of a network or of a run, timm name, or hf-hub:NAME.
         images: image files, or folders of them.
-        output: an exit's number, 'final', 'ensemble' or 'early-exit', where an image that no exit is sure of is listed
-            under exit 4 and has the ensemble's answer; 'auto' is early exit where the network has thresholds or they
-            are given, else what the network answers by itself: all of it the ensemble.
-        thresholds: of early exit; by default those stored with the network.
-        format: 'table', or 'jsonl' for a line of JSON per image.
-        max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
-        max_pixels: images of more cannot be decoded: a small file may hold a picture that takes gigabytes. JPEG is
-            decoded at a fraction of its size and counts as that.
-        precision: of the trunk; 'auto' takes fp32 for early exit, which is calibrated in it, else bf16 where the
-            hardware has it.
+        output: an exit's number, 'final', 'ensemble', or 'early-exit', where images that no exit is confident about are
+            listed under exit 4 and get the ensemble's answer. 'auto' is early exit if the network has thresholds or
+            --thresholds is given, otherwise the network's default output, which is the ensemble if all exits are
+            loaded.
+        thresholds: thresholds of early exit at exits 1 to 3, 0 to 1; by default those stored with the network.
+        format: 'table', or 'jsonl' for one JSON object per image.
+        max_corrupt: number of undecodable images to skip before giving up; each one is named.
+        max_pixels: largest number of pixels an image may have to be decoded: a small file can expand to gigabytes. JPEG
+            is decoded at reduced resolution and counted at that size.
+        precision: precision of the trunk; 'auto' uses fp32 for early exit, which is calibrated in fp32; otherwise bf16
+            where the hardware supports it, fp16 on older GPUs, and fp32.
     """
 
     model: str
@@ -358,29 +367,31 @@ class PredictArgs(ForwardConfig):
 
 @dataclass(kw_only=True)
 class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
-    """Fine-tunes networks on a few labels, class-balanced, over several seeds; run it again to go on where it stopped.
+    """Fine-tunes networks on class-balanced subsets of the labels, over several seeds. Rerun it to resume.
 
     Args:
-        out: folder to write; what is there already of the same settings is reused.
-        models: to start from: run folders, timm names (with their pretrained weights), and 'scratch', new weights for
-            the first of the others, to compare with.
-        method: 'final' trains the trunk and a new FC by cross-entropy, as the paper does; 'exits' all exits of a
-            network of this package by self distillation.
-        fractions: shares of each class's labels, 0..1 (paper: 0.01, 0.1 to 0.5), at least one label of each class.
-            Smaller subsets of a seed are parts of its larger ones.
-        per_class: numbers of labels of each class, in the place of fractions.
-        seeds: of the subsets, the new classifiers and the training. They take the place of --seed.
-        image_size: side of the views in pixels; by default the images' own up to 40 px, else 224.
-        test_split: split to measure on; by default 'test' or 'validation', else a part held out of `split`.
-        holdout: share of the images kept from training to measure on, where the data have no split for that.
+        out: folder to write; results already there are reused if their settings are the same.
+        models: networks to fine-tune: run folders, timm names (with their pretrained weights), and 'scratch' for the
+            first of the others randomly initialised, as a baseline.
+        method: 'final' trains the trunk and a new FC layer with cross-entropy, as in the paper; 'exits' trains all
+            exits of a network of this package by self distillation.
+        fractions: fractions of each class's labels, above 0 and up to 1 (paper: 0.01, 0.1 to 0.5), at least one label
+            per class. For a given seed, smaller subsets are contained in larger ones.
+        per_class: numbers of labels per class, instead of fractions.
+        seeds: random seeds of the subsets, the initialisation and the training. They replace --seed.
+        image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
+            224.
+        test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
+        holdout: fraction of the images held out of training to measure on, if the data set has no test or validation
+            split.
         epochs: passes over the labelled images.
-        min_steps: optimiser steps at least, so that a few labels are seen more often.
-        batch_size: images per optimiser step, over all processes; less where there are fewer labelled images.
-        lr: learning rate at its height of the new classifiers of a network that has weights already.
-        trunk_lr: learning rate at its height of the rest of it.
-        scratch_lr: learning rate at its height of a network from scratch, for all of it.
-        weight_decay: of all parameters; the paper fine-tunes without regularisation.
-        overwrite: make anew what `out` holds of other settings or data; what does not depend on them is reused.
+        min_steps: minimum number of optimiser steps; small subsets are repeated for more epochs to reach it.
+        batch_size: images per optimiser step, over all processes; smaller if there are fewer labelled images.
+        lr: peak learning rate of the new classifiers of a pretrained network.
+        trunk_lr: peak learning rate of the trunk of a pretrained network.
+        scratch_lr: peak learning rate of a network trained from scratch, for all its parameters.
+        weight_decay: weight decay, applied to all parameters; the paper fine-tunes without it.
+        overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
     """
 
     out: str
@@ -407,20 +418,14 @@ class DetectArgs(DetectionDataConfig, DetectorConfig, RuntimeConfig, OptimConfig
 
     Args:
         out: run folder to write.
-        epochs: passes over the data.
-        batch_size: images per optimiser step, over all processes.
-        lr: learning rate at its height; 0.02 is for 16 images.
-        weight_decay: of all parameters, BatchNorm's and biases too.
-        schedule: 'cosine' falls to 0, 'step' is multiplied by `gamma` at each of `milestones`.
-        warmup_epochs: of linear growth from 0.
-        milestones: epochs, for 'step'.
-        sizes: short sides of the images in pixels over equal parts of the training, such as [160, 240]; by default all
-            are of `short_side`.
-        test_data: to measure on; by default that of `data`.
-        test_split: to measure on; by default 'test' or 'val' where there is one.
-        voc: also measure VOC2007's AP50, of 11 points.
-        resume: go on from the newest checkpoint in `out`.
-        overwrite: drop the run that `out` holds and start anew.
+        lr: peak learning rate; the default 0.02 is for 16 images.
+        sizes: progressive resizing: short sides of the images in pixels for successive equal parts of training, such as
+            [160, 240]. By default all images have `short_side`.
+        test_data: sources to measure on, given like `data`; by default those of `data`.
+        test_split: split to measure on; by default 'test' or 'val' if there is one.
+        voc: also report the 11-point AP50 of VOC2007.
+        resume: resume from the newest checkpoint in `out`.
+        overwrite: discard the run in `out` and start again.
     """
 
     out: str
@@ -440,18 +445,19 @@ class DetectArgs(DetectionDataConfig, DetectorConfig, RuntimeConfig, OptimConfig
 
 @dataclass(kw_only=True)
 class DetectEvalArgs(DetectionDataConfig, ForwardConfig):
-    """Measures a trained detector by average precision.
+    """Measures the average precision of a trained detector.
 
     Args:
         model: run folder of `sssd detect`.
-        split: to measure on; by default 'test' or 'val'.
-        classes: to measure; they must be the detector's, which is the default.
+        split: split to measure on; by default 'test' or 'val'.
+        classes: class names, which must be the detector's; by default they are.
         batch_size: images per forward pass.
-        precision: of the forward pass; in half precision scores tie.
-        short_side: of the images in pixels; by default as in training.
-        voc: also measure VOC2007's AP50, of 11 points.
-        out: folder to write: metrics.json, and pictures of detections beside the truth; by default only prints.
-        overwrite: replace what such a command wrote into `out`; other files stay.
+        precision: precision of the forward pass; in half precision many scores are equal.
+        short_side: short side of the images in pixels; by default as in training.
+        voc: also report the 11-point AP50 of VOC2007.
+        out: folder to write metrics.json and pictures of detections beside the ground truth into; by default results
+            are only printed.
+        overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
     """
 
     model: str
@@ -465,14 +471,15 @@ class DetectEvalArgs(DetectionDataConfig, ForwardConfig):
 
 @dataclass(kw_only=True)
 class SpaceArgs(Checked):
-    """Shows a page to try a network on, or publishes it as a Space: `sssd space RUN`.
+    """Serves a page to try a network on, or publishes it as a Space: `sssd space RUN`.
 
     Args:
-        run: run folder of `sssd fit`, a folder with a network, or a name: 'sssd_resnet18_cifar.cifar10', 'hf-hub:...'.
-        port: of the page on this machine; by default the first that is free from 7860 on.
-        run_images: show images of the run's data, as examples and beside their clusters; they are published too.
-        push: ORG/NAME of a Space on the Hugging Face Hub to publish, instead of showing the page here.
-        private: make the Space private; a public one of that name is refused.
+        run: run folder of `sssd fit`, folder of a network, or its name: 'sssd_resnet18_cifar.cifar10', 'hf-hub:...'.
+        port: port of the page on this machine; by default the first free one from 7860 on.
+        run_images: show images of the run's data set, as examples and beside their clusters; with --push they are
+            published too.
+        push: ORG/NAME of a Space on the Hugging Face Hub to publish, instead of serving the page here.
+        private: make the Space private; an existing public Space of that name is refused.
         dry_run: list the files that would be published and their sizes, and stop.
     """
 
@@ -486,10 +493,10 @@ class SpaceArgs(Checked):
 
 @dataclass(kw_only=True)
 class ModelsArgs(Checked):
-    """Lists the networks of this package with what each exit costs, and the weights that ship with their accuracies.
+    """Lists the networks of this package with the cost of each exit, and the bundled weights with their accuracies.
 
     Args:
-        pattern: which networks, as a shell pattern.
+        pattern: shell pattern of the network names to list.
     """
 
     pattern: str = "sssd_*"
@@ -497,18 +504,19 @@ class ModelsArgs(Checked):
 
 @dataclass(kw_only=True)
 class CardArgs(Checked):
-    """Assembles what is to be known of a trained network in one folder: card, config, metrics, logs, recipe, figures.
+    """Collects a trained network's model card, config, metrics, logs, recipe and figures in one folder.
 
     Args:
         run: run folder of `sssd fit`.
         out: folder to write.
-        name: timm name and tag of the weights, where they ship with the package: 'sssd_resnet18_cifar.cifar10'.
-        weights: file for the weights in half precision; by default model.safetensors in `out`.
-        calibrated: folder that `sssd early-exit` made of the run: its network, which has thresholds, is taken.
-        paper: row of the paper's tables to stand beside ours, such as 'CIFAR-10: ResNet-18, 200 epochs'.
-        license: of the weights, as the Hub names it.
-        remarks: sentences for the card that no file of the run tells, such as where the images come from.
-        overwrite: replace what such a command wrote into `out`; other files stay.
+        name: timm name and tag of the weights if they are bundled with the package, such as
+            'sssd_resnet18_cifar.cifar10'.
+        weights: file to write the half-precision weights to; by default model.safetensors in `out`.
+        calibrated: folder that `sssd early-exit` made from the run; its network, which has thresholds, is used.
+        paper: row of the paper's tables to show for comparison, such as 'CIFAR-10: ResNet-18, 200 epochs'.
+        license: licence of the weights, as the Hub names it.
+        remarks: sentences to add to the card that no file of the run contains, such as where the images come from.
+        overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
     """
 
     run: str
@@ -524,16 +532,16 @@ class CardArgs(Checked):
 
 @dataclass(kw_only=True)
 class RepoConfig(Checked):
-    """Where on the Hub something goes, and how.
+    """Where and how to publish on the Hub.
 
     Args:
-        repo: the Hub repository, ORG/NAME; made if it is not there.
-        private: make it private; a public one of that name is refused.
-        revision: branch to commit to, made if it is not there; by default 'main'.
-        tag: for the commit; a tag that is there is never moved.
+        repo: Hub repository, ORG/NAME; created if it does not exist.
+        private: make the repository private; an existing public one is refused.
+        revision: branch to commit to, created if it does not exist; by default 'main'.
+        tag: tag of the commit; existing tags are never moved.
         pull_request: open a pull request instead of committing to the branch.
-        commit_message: first line of the commit's message.
-        dry_run: list the files and their sizes, and stop.
+        commit_message: first line of the commit message.
+        dry_run: list the files that would be published and their sizes, and stop.
     """
 
     repo: str
@@ -549,13 +557,13 @@ class RepoConfig(Checked):
 class PublishArgs(RepoConfig):
     """Publishes a trained network with its card on the Hub, and loads it back to compare: `sssd publish RUN --repo R`.
 
-    Log in by `hf auth login`, or set HF_TOKEN.
+    Log in with `hf auth login`, or set HF_TOKEN.
 
     Args:
-        run: run folder of `sssd fit`, or a folder of `sssd card`.
-        calibrated: folder that `sssd early-exit` made of the run: its network, which has thresholds, is published.
-        include: shell patterns of other files of `run` to go with it, such as 'report.md' or '[report.md, "*.svg"]'.
-        license: of the weights, as the Hub names it.
+        run: run folder of `sssd fit`, or folder of `sssd card`.
+        calibrated: folder that `sssd early-exit` made from the run; its network, which has thresholds, is published.
+        include: shell patterns of other files in `run` to publish, such as 'report.md' or '[report.md, "*.svg"]'.
+        license: licence of the weights, as the Hub names it.
     """
 
     run: str
@@ -568,11 +576,11 @@ class PublishArgs(RepoConfig):
 class PublishLabelsArgs(RepoConfig):
     """Publishes pseudo labels as a data set on the Hub: `sssd publish-labels FOLDER --repo R`.
 
-    Log in by `hf auth login`, or set HF_TOKEN.
+    Log in with `hf auth login`, or set HF_TOKEN.
 
     Args:
         labels: folder of pseudo labels.
-        license: of the labels, as the Hub names it.
+        license: licence of the labels, as the Hub names it.
     """
 
     labels: str
@@ -581,14 +589,14 @@ class PublishLabelsArgs(RepoConfig):
 
 @dataclass(kw_only=True)
 class PullArgs(Checked):
-    """Fetches a published network or labels, and checks the sha256 of what came: `sssd pull NAME --out FOLDER`.
+    """Downloads a published network or pseudo labels, and verifies their sha256: `sssd pull NAME --out FOLDER`.
 
     Args:
-        name: weights that ship, such as 'sssd_resnet18_cifar.cifar10', or a Hub repository, ORG/NAME.
+        name: bundled weights, such as 'sssd_resnet18_cifar.cifar10', or a Hub repository, ORG/NAME.
         out: folder to write.
-        labels: the repository holds pseudo labels.
-        revision: branch, tag or commit of the repository.
-        overwrite: replace what such a command wrote into `out`; other files stay.
+        labels: the repository holds pseudo labels, not a network.
+        revision: branch, tag or commit of the repository; by default 'main'.
+        overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
     """
 
     name: str

@@ -5,7 +5,7 @@ from typing import Literal
 
 from sssd_zoo.configs.ranges import Checked, Count, CountOrZero, DistinctNames, Names, Pixels, Workers
 
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs; decoding that many takes up to 1 GB
+MAX_PIXELS = 89_478_485  # above this Pillow warns of decompression bombs; decoding takes up to 1 GB
 
 
 @dataclass(kw_only=True)
@@ -13,24 +13,25 @@ class DataConfig(Checked):
     """Which images to read, and how.
 
     Args:
-        data: 'cifar10-sample' (ships with the package), a Hub id such as uoft-cs/cifar10 (`id:configuration` where it
-            has several), an image folder with or without class sub-folders, a parquet file or a folder of them, or a
-            `save_to_disk` folder.
-        split: of the data set; by default 'train', or the only one. 'train[:20000]' and 'train[10%:20%]' are parts of
-            it by rows, where nothing streams.
-        image_column: of the data set; by default found by its type or name.
-        label_column: of the data set; by default found by its type or name, and labels are optional.
-        unlabelled: use no labels, whatever the data have: for images in sub-folders that are no classes, such as dates
-            or cameras.
-        storage_size: side in pixels of the square that each image is stored as; by default the images' own if all are
-            square, alike and at most 96 px, otherwise a size that fits the model.
-        max_corrupt: images that may be skipped because they cannot be decoded; each one is named.
-        max_pixels: images of more cannot be decoded: a small file may hold a picture that takes gigabytes. JPEG is
-            decoded at a fraction of its size and counts as that.
-        in_memory: decode all images once and keep them; by default if they take at most half of the free memory.
-        streaming: never hold the whole set, not even on disk: for pretraining on sets of the Hub.
-        workers: threads or processes that decode.
-        revision: commit or branch of a data set on the Hub.
+        data: 'cifar10-sample' (bundled), a Hub id such as uoft-cs/cifar10 (`id:configuration` if it has several), an
+            image folder with or without class sub-folders, a parquet file or a folder of them, or a `save_to_disk`
+            folder.
+        split: split to read; by default 'train', or the only one. 'train[:20000]' and 'train[10%:20%]' select rows; not
+            available with --streaming.
+        image_column: column that holds the images; by default found by its type or name.
+        label_column: column that holds the labels; by default found by its type or name. Labels are optional unless a
+            command needs them.
+        unlabelled: ignore all labels, for instance where sub-folders are dates or cameras rather than classes.
+        storage_size: side in pixels of the square that each image is stored as; by default the images' own size if all
+            are square, equal in size and at most 96 px, otherwise a size that fits the network.
+        max_corrupt: number of undecodable images to skip before giving up; each one is named.
+        max_pixels: largest number of pixels an image may have to be decoded: a small file can expand to gigabytes. JPEG
+            is decoded at reduced resolution and counted at that size.
+        in_memory: decode all images once and keep them in memory; by default if they need at most half of the free
+            memory.
+        streaming: read the images as a stream without downloading the data set; for pretraining only.
+        workers: number of threads or processes that decode images.
+        revision: commit, branch or tag of the data set on the Hub; by default the latest.
     """
 
     data: str
@@ -52,18 +53,20 @@ class DetectionDataConfig(Checked):
     """Which images with boxes to read, and how.
 
     Args:
-        data: one or several, joined: roots of Pascal VOC trees (Annotations, ImageSets/Main, JPEGImages), COCO JSON
-            files, Hub ids, parquet files or `save_to_disk` folders with a column of objects.
-        split: a list of ImageSets/Main, or a split of `datasets`; several are joined by '+', as in train+val.
-        image_folder: of COCO's images; by default the JSON file's own folder or one beside it.
-        objects_column: of `datasets`: holds `bbox`, and `category`, `label` or `labels`, for each object.
-        box_format: of `datasets`: 'xywh' as COCO has them, or 'xyxy'.
-        classes: their names; by default those that the data have. Objects of others cannot be used.
-        max_bad: how many images and objects that cannot be used may be left out, each one named: images without file or
-            annotation, listed twice, or of another size than their annotation says, and objects without a box, without
-            area or of unknown classes.
-        max_pixels: images of more cannot be used: a small file may hold a picture that takes gigabytes.
-        workers: processes that decode.
+        data: one or several sources, concatenated: roots of Pascal VOC trees (Annotations, ImageSets/Main, JPEGImages),
+            COCO JSON files, Hub ids, parquet files, or `save_to_disk` folders with a column of objects.
+        split: list in ImageSets/Main, or split of a `datasets` source; '+' joins several, as in train+val. COCO files
+            have no splits. By default 'trainval' of a VOC tree; 'train', or the only split, of other sources.
+        image_folder: folder of the COCO images; by default the JSON file's own folder or one beside it.
+        objects_column: column of a `datasets` source that holds, for each object, `bbox` and one of `category`,
+            `category_id`, `label` and `labels`.
+        box_format: box format of a `datasets` source in pixels: 'xywh' as in COCO, or 'xyxy'.
+        classes: class names; by default those in the data. Objects of other classes are unusable.
+        max_bad: number of unusable images and objects to leave out before giving up; each one is named. Unusable are
+            images that have no file or annotation, are listed twice, or differ in size from their annotation, and
+            objects that have no box, an empty box or an unknown class.
+        max_pixels: largest number of pixels an image may have to be used: a small file can expand to gigabytes.
+        workers: number of processes that decode images.
     """
 
     data: Names

@@ -8,13 +8,14 @@ from sssd_zoo.configs.ranges import Checked, Count, LearningRate, ProperFraction
 
 @dataclass(kw_only=True)
 class ProbeConfig(Checked):
-    """Linear probes: one linear layer per exit on frozen features.
+    """Linear probes: one linear layer per exit, trained on frozen features.
 
     Args:
         probe_epochs: passes over the features.
-        probe_lr: learning rate at its height, falling to 0 by a cosine.
-        probe_weight_decay: of the layers' weights.
-        holdout: share of the images kept from the probes to measure them, where the data have no split for that.
+        probe_lr: peak learning rate; it decays to 0 by a cosine schedule.
+        probe_weight_decay: weight decay of the probes.
+        holdout: fraction of the images held out of training to measure the probes on, if the data set has no test or
+            validation split.
     """
 
     probe_epochs: Count = 30
@@ -25,12 +26,13 @@ class ProbeConfig(Checked):
 
 @dataclass(kw_only=True)
 class ForwardConfig(Checked):
-    """How a trained network is run over images.
+    """How a trained network is run on images.
 
     Args:
         batch_size: images per forward pass.
-        precision: of the forward pass; 'auto' takes bf16 where the hardware has it, else fp32.
-        device: 'auto' takes the GPU if there is one.
+        precision: precision of the forward pass; 'auto' uses bf16 where the hardware supports it, fp16 on older GPUs,
+            and fp32 otherwise.
+        device: 'auto' uses a GPU if there is one; 'cpu' never does.
     """
 
     batch_size: Count = 256

@@ -23,22 +23,21 @@ from sssd_zoo.configs.training import OptimConfig
 
 @dataclass(kw_only=True)
 class MoCoConfig(OptimConfig):
-    """MoCo v2; the defaults are for 32-px images, recipes hold those for others.
+    """MoCo v2; the defaults are for 32-px images, recipes have those for other sizes.
 
     Args:
-        epochs: passes over the data.
-        batch_size: images per optimiser step, over all processes.
-        lr: learning rate at its height; 0.06 is 0.03 per 256 images.
-        dim: length of an embedding.
-        queue_size: keys in the queue; not more than there are images.
-        key_momentum: of the key encoder's moving average.
-        temperature: of InfoNCE.
-        symmetric: both views are queries and keys in turn; twice the cost of a step.
-        splits: parts of the global batch with BatchNorm statistics of their own, the keys shuffled over them.
-        crop_scale: smallest and largest share of the area that a view keeps.
-        blur: probability of a Gaussian blur (0 at 32 px, 0.5 at 224).
-        init: network whose trunk's weights to start from, a run folder or a timm name, to go on from weights that are
-            there; by default new ones.
+        lr: peak learning rate; the default 0.06 is 0.03 per 256 images.
+        dim: dimension of the embeddings.
+        queue_size: number of keys in the queue; at most the number of images.
+        key_momentum: momentum of the key encoder's exponential moving average.
+        temperature: temperature of the InfoNCE loss.
+        symmetric: symmetric loss: each view is the query once and the key once. This doubles the cost of a step.
+        splits: number of groups that the batch is split into for BatchNorm, the keys shuffled across them; a multiple
+            of the number of processes.
+        crop_scale: smallest and largest fraction of an image's area that a random resized crop keeps.
+        blur: probability of Gaussian blur; 0.5 is usual at 224 px, 0 at 32 px.
+        init: run folder or timm name of a network whose trunk weights training starts from; by default random
+            initialisation.
     """
 
     dim: Channels = 128
@@ -57,12 +56,12 @@ class ClusterConfig(Checked):
     """k-means on the features of the pretrained network.
 
     Args:
-        k: number of clusters asked for (paper: CIFAR-10 1000, CIFAR-100 500, ImageNet 5000).
-        iterations: of k-means.
-        redos: runs from different first centroids, the best kept.
-        nearest: centroids to which each image's distance is kept; more than 1 allows soft labels.
-        on_disk: keep the features in a file beside the labels and cluster them from there, to the same labels; by
-            default where they would take more than half of the free memory.
+        k: number of clusters to form; empty ones are dropped (paper: CIFAR-10 1000, CIFAR-100 500, ImageNet 5000).
+        iterations: iterations of k-means.
+        redos: number of random initialisations; the best clustering is kept.
+        nearest: number of nearest centroids to store with each image; soft labels need more than 1.
+        on_disk: keep the features in a file beside the labels and cluster from there; the labels are the same. By
+            default where the features would need more than half of the free memory.
     """
 
     k: Clusters = 1000
@@ -74,13 +73,13 @@ class ClusterConfig(Checked):
 
 @dataclass(kw_only=True)
 class PretextConfig(Checked):
-    """Which network's features are clustered: M_ssl. By default one like the student, pretrained on the same images.
+    """M_ssl, the network whose features are clustered; by default the student architecture, pretrained on `data`.
 
     Args:
-        features: a network to take as it is, nothing is pretrained then: any timm name, hf-hub:NAME, or a run folder.
-        pretrain_model: timm name of the network to pretrain, where it is not to be the student's.
-        pretrain_data: what to pretrain on (D_pre), where it is not `data`; given as that is.
-        pretrain_split: of `pretrain_data`; by default 'train', or the only one.
+        features: existing network to use as M_ssl, without pretraining: any timm name, hf-hub:NAME, or a run folder.
+        pretrain_model: timm name of the network to pretrain; by default the student architecture.
+        pretrain_data: images to pretrain on (D_pre), given like `data`; by default those of `data`.
+        pretrain_split: split of `pretrain_data`; by default 'train', or the only one.
     """
 
     features: str | None = None
@@ -94,14 +93,13 @@ class SelfDistillationConfig(OptimConfig):
     """Self distillation, equation 4 of the paper.
 
     Args:
-        batch_size: images per optimiser step, over all processes.
-        lr: learning rate at its height.
-        alpha: weight of the KL term; 1 - alpha weighs the students' cross-entropies.
-        lam: weight of the feature term.
-        temperature: of the softmaxes in the KL term.
-        crop: 'pad' shifts by up to an eighth of the side, 'resized' cuts boxes of `crop_scale` of the area.
-        crop_scale: smallest and largest share of the area, for 'resized'.
-        exits: 'plain', or 'attention' for exits that weigh their map by a mask first (BYOT's follow-up).
+        alpha: weight of the KL term; the students' cross-entropy terms are weighted by 1 - alpha.
+        lam: weight of the feature term (lambda).
+        temperature: softmax temperature in the KL term.
+        crop: 'pad' shifts the image by up to an eighth of its side; 'resized' takes a random resized crop.
+        crop_scale: smallest and largest fraction of an image's area that a 'resized' crop keeps.
+        exits: type of the exits: 'plain', or 'attention', which masks the feature map by learnt attention first (BYOT's
+            follow-up).
     """
 
     batch_size: Count = 128
@@ -116,11 +114,11 @@ class SelfDistillationConfig(OptimConfig):
 
 @dataclass(kw_only=True)
 class AnchoredConfig(SelfDistillationConfig):
-    """Self distillation, and beyond the paper its anchored form, see `sssd_zoo.tasks.anchored`.
+    """Self distillation, and its anchored form, which is not in the paper: see `sssd_zoo.tasks.anchored`.
 
     Args:
-        anchor: weight of the anchor, by which every exit also predicts the features of the network that was clustered;
-            0, as in the paper, leaves it out; the bundled CIFAR-10 network had 4.
+        anchor: weight of the anchor loss, by which every exit also predicts the features of the network that was
+            clustered. 0, as in the paper, disables it; the bundled CIFAR-10 network was trained with 4.
     """
 
     anchor: Weight = 0.0
@@ -131,13 +129,12 @@ class SEEDConfig(OptimConfig):
     """SEED, a method that SSSD is compared with; the defaults are for 32-px images.
 
     Args:
-        batch_size: images per optimiser step, over all processes.
-        lr: learning rate at its height; the paper's 0.03 is per 256 images.
-        queue_size: of the teacher's embeddings (paper: 65536); not more than there are images.
-        temperature: of the student's softmax.
-        teacher_temperature: of the teacher's softmax (0.01 in the paper's text, 1e-4 by default in its code).
-        crop_scale: smallest and largest share of the area that a view keeps.
-        blur: probability of a Gaussian blur (0 at 32 px, 0.5 at 224).
+        lr: peak learning rate; the paper uses 0.03 per 256 images.
+        queue_size: number of teacher embeddings in the queue (paper: 65536); at most the number of images.
+        temperature: softmax temperature of the student.
+        teacher_temperature: softmax temperature of the teacher (paper: 0.01; default of its code: 1e-4).
+        crop_scale: smallest and largest fraction of an image's area that a random resized crop keeps.
+        blur: probability of Gaussian blur; 0.5 is usual at 224 px, 0 at 32 px.
     """
 
     batch_size: Count = 256
@@ -155,19 +152,19 @@ class DetectorConfig(Checked):
     """Faster R-CNN on a trunk.
 
     Args:
-        model: run folder, or any timm model's name, for the trunk.
-        pretrained: with its weights; 'false' gives the trunk new ones, to compare with.
-        frozen_stages: of the trunk, from its stem on: 1 is the stem of a ResNet, 2 also its first stage. Their weights
-            and their BatchNorm's statistics stay.
-        batchnorm: of the trunk's other stages: 'train' uses the statistics of the global batch and learns scale and
-            shift, 'eval' keeps the pretrained statistics and learns scale and shift, 'frozen' keeps all. The first is
-            the default, as features learnt without labels are not scaled for detection (He et al. 2020, MoCo, section
-            4.2); the others are for supervised trunks, or for a few images per step.
-        short_side: of the images in pixels.
-        long_side: of the images in pixels, at most; by default 5/3 of the short one.
-        fpn_channels: of the feature pyramid.
-        anchor_scale: side of an anchor over its map's stride.
-        regions: per image that the box head is trained on.
+        model: run folder or timm name of the network that gives the trunk.
+        pretrained: use the network's weights; 'false' initialises the trunk at random, as a baseline.
+        frozen_stages: number of stages of the trunk to freeze, from the stem on: 1 is the stem of a ResNet, 2 also its
+            first stage. Weights and BatchNorm statistics of frozen stages stay fixed.
+        batchnorm: BatchNorm in the other stages of the trunk: 'train' uses the statistics of the global batch and
+            learns scale and shift, 'eval' keeps the pretrained statistics and learns scale and shift, 'frozen' keeps
+            all of them. 'train' is the default because features learnt without labels are not scaled for detection (He
+            et al. 2020, MoCo, section 4.2); the others suit supervised trunks or few images per step.
+        short_side: short side of the images in pixels.
+        long_side: maximum long side of the images in pixels; by default 5/3 of the short side.
+        fpn_channels: channels of the feature pyramid.
+        anchor_scale: side of the anchors, as a multiple of the stride of their feature map.
+        regions: number of regions sampled per image to train the box head on.
     """
 
     model: str

@@ -1,15 +1,14 @@
-"""What a value may be, said once in its type: `lr: LearningRate` is a float from 0 to 10,000, whoever gives it.
+"""The valid values of each setting, stated once in its type: `lr: LearningRate` is a float from 0 to 10,000.
 
 To a type checker the types of this module are plain numbers and lists; their second half, `Range` or `Items`, is what
-`problems` checks. A dataclass that inherits from `Checked` refuses wrong values when it is made. The `sssd` command
-asks `problems` about its arguments before that, to tell of all of them at once, and `files.read_json` about what it
-read.
+`problems` checks. A dataclass that inherits from `Checked` raises `SettingsError` for wrong values. The `sssd` command
+calls `problems` on its arguments first, to report all of them at once, and `files.read_json` calls it on what it read.
 """
 
 import math
 import os
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from itertools import pairwise
@@ -28,7 +27,7 @@ from typing import (
     is_typeddict,
 )
 
-MOST = 2**31 - 1  # of anything counted: what is passed on to C as an int
+LARGEST_COUNT = 2**31 - 1  # counts are passed on to C as an int
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,18 +37,18 @@ class Range:
     Attributes:
         low: the smallest.
         high: the largest.
-        open_low: `low` itself is not one of them.
-        open_high: `high` itself is not one of them.
+        open_low: `low` itself is excluded.
+        open_high: `high` itself is excluded.
     """
 
     low: float
-    high: float = MOST
+    high: float = LARGEST_COUNT
     open_low: bool = False
     open_high: bool = False
 
     def __repr__(self) -> str:
         """As the help shows it behind the type."""
-        if self.high == MOST and not self.open_low:
+        if self.high == LARGEST_COUNT and not self.open_low:
             return f"of at least {self.low}"
         if self.open_low and self.open_high:
             return f"between {self.low:g} and {self.high:g}"
@@ -69,13 +68,13 @@ class Items:
     """How many items a list has, and how they follow one another.
 
     Attributes:
-        least: of them.
-        most: of them.
+        least: smallest number of items.
+        most: largest number of items.
         order: 'distinct', 'ascending' (neighbours may be equal), or any.
     """
 
     least: int = 0
-    most: int = MOST
+    most: int = LARGEST_COUNT
     order: Literal["any", "distinct", "ascending"] = "any"
 
     def __repr__(self) -> str:
@@ -132,9 +131,13 @@ Names = Annotated[list[str], Items(1)]
 DistinctNames = Annotated[list[str], Items(1, order="distinct")]
 
 
+class SettingsError(ValueError):
+    """A value that a setting cannot have; the `sssd` command reports it in one line, like a `UserError`."""
+
+
 @dataclass(kw_only=True)
 class Checked:
-    """A base for dataclasses that hold arguments: none is ever made with a value that its field's type forbids."""
+    """Base of the settings: an instance never holds a value that its field's type forbids."""
 
     @classmethod
     def of(cls, settings: Any) -> Self:
@@ -142,36 +145,33 @@ class Checked:
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` that names every value out of its range."""
-        refuse(problems(vars(self), type(self)))
-
-
-def refuse(found: Iterable[str]) -> None:
-    """Raises `ValueError` of these problems, if there are any."""
-    if lines := list(found):
-        raise ValueError("; ".join(lines))
+        """Raises `SettingsError` that names every invalid value."""
+        if invalid := problems(vars(self), type(self)):
+            raise SettingsError("; ".join(invalid))
 
 
 def problems(value: Any, kind: Any, name: str = "") -> list[str]:
-    """What is wrong with a value, a line each; [] if it is of this type and in its range.
+    """What is wrong with a value, one line per problem; [] if it has this type and is in its range.
 
     Args:
-        value: to check; for a dataclass or `TypedDict`, also a mapping of its fields.
+        value: the value to check; for a dataclass or `TypedDict`, also a mapping of its fields.
         kind: the type: numbers, strings, booleans, None, `Literal`, `Annotated`, unions, lists, tuples, dictionaries,
-            `TypedDict` and `Checked` dataclasses, of one another. Other types are not looked into.
-        name: what to call the value.
+            `TypedDict` and `Checked` dataclasses, nested in any way. Other types are not checked.
+        name: name of the value in the messages.
     """
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        found = problems(value, args[0], name)
-        texts = [text for mark in args[1:] if (text := mark.problem(value))] if not found else []
-        return found + [f"{name} is {_short(value)}; it {text}" for text in texts]
+        wrong_type = problems(value, args[0], name)
+        texts = [text for limit in args[1:] if (text := limit.problem(value))] if not wrong_type else []
+        return wrong_type + [f"{name} is {_short(value)}; it {text}" for text in texts]
     if origin in (NotRequired, Required):
         return problems(value, args[0], name)
     if origin in (Union, types.UnionType):
-        tried = [problems(value, option, name) for option in args]
-        fits = [option for option in args if option is not type(None)]
-        return [] if [] in tried else tried[args.index(fits[0])] if len(fits) == 1 else _not(value, kind, name)
+        by_option = [problems(value, option, name) for option in args]
+        options = [option for option in args if option is not type(None)]
+        if [] in by_option:
+            return []
+        return by_option[args.index(options[0])] if len(options) == 1 else _not(value, kind, name)
     if origin is Literal:
         return [] if value in args else [f"{name} is {_short(value)}; it must be {_choice(args)}"]
     if isinstance(kind, type) and (is_typeddict(kind) or issubclass(kind, Checked)):
@@ -195,22 +195,22 @@ def _fields(value: Any, kind: type, name: str) -> list[str]:
     if not isinstance(value, dict):
         # A dataclass was checked when it was made.
         return [] if not is_typeddict(kind) and isinstance(value, kind) else _not(value, dict, name)
-    found = []
+    invalid = []
     for field, field_kind in _hints(kind).items():
         inner = f"{name}.{field}" if name else field
         if field in value:
-            found += problems(value[field], field_kind, inner)
+            invalid += problems(value[field], field_kind, inner)
             if isinstance(value[field], str) and issubclass(kind, Checked):
-                found += _text_problem(value[field], inner)
+                invalid += _text_problem(value[field], inner)
         elif field in getattr(kind, "__required_keys__", ()):
-            found.append(f"{inner} is missing")
-    return found
+            invalid.append(f"{inner} is missing")
+    return invalid
 
 
 def _text_problem(text: str, name: str) -> list[str]:
-    if not text:  # as of a shell variable that is not set; as a path it would be the folder that one stands in
+    if not text:  # from an unset shell variable; as a path it would mean the current folder
         return [f"{name} is empty; leave it out, or give it a value"]
-    return [f"{name} holds a NUL character, which no name can have"] if "\0" in text else []
+    return [f"{name} contains a NUL character, which no name can have"] if "\0" in text else []
 
 
 def _items(value: Any, origin: Any, args: tuple[Any, ...], name: str) -> list[str]:
@@ -241,9 +241,9 @@ def _finite(value: Any) -> bool:
 
 
 def _not(value: Any, kind: Any, name: str) -> list[str]:
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
-    words |= {dict: "a mapping of names to values", type(None): "null"}
-    return [f"{name or 'it'} is {_short(value)}; it must be {words.get(kind, kind)}"]
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list"}
+    names |= {dict: "a mapping of names to values", type(None): "null"}
+    return [f"{name or 'it'} is {_short(value)}; it must be {names.get(kind, kind)}"]
 
 
 def _choice(options: tuple[Any, ...]) -> str:

@@ -15,31 +15,36 @@ from sssd_zoo.configs.ranges import (
     Pixels,
     Positive,
     Seed,
+    SettingsError,
     Weight,
 )
 
-USUAL_OPTIMIZERS = ("momentum", "sgd", "adamw", "lamb")  # timm has them: it need not be imported to be asked
+USUAL_OPTIMIZERS = ("momentum", "sgd", "adamw", "lamb")  # known to timm, so it need not be imported to check
 
 
 @dataclass(kw_only=True)
 class OptimConfig(Checked):
-    """How one network is trained.
+    """How a network is trained.
 
     Args:
-        epochs: passes over the data.
+        epochs: passes over the training images.
         batch_size: images per optimiser step, over all processes.
-        accumulate: parts that a process cuts its share of the batch into, to save memory.
-        optimizer: timm's name of it; 'momentum' is plain SGD with momentum, 'sgd' that of Nesterov.
-        lr: learning rate at its height.
-        momentum: of the optimiser.
-        weight_decay: of all parameters, BatchNorm's and biases too, as the reference codes do.
-        schedule: 'cosine' falls to 0, 'step' is multiplied by `gamma` at each of `milestones`.
-        warmup_epochs: of linear growth from 0.
-        milestones: epochs, for 'step'.
-        gamma: factor, for 'step'.
-        clip_grad: largest norm of the gradient; none by default.
-        sizes: sides of the views in pixels over equal parts of the training, such as [16, 24, 32]: small views first
-            cost less; by default all are of the run's image size.
+        accumulate: gradient accumulation: number of micro-batches that each process splits its part of the batch into,
+            to save memory.
+        optimizer: timm name of the optimiser; 'momentum' is plain SGD with momentum, 'sgd' is SGD with Nesterov
+            momentum.
+        lr: peak learning rate; it is not scaled by the batch size.
+        momentum: momentum, for optimisers that have one, such as SGD.
+        weight_decay: weight decay, applied to all parameters including biases and BatchNorm, as in the reference
+            implementations.
+        schedule: learning-rate schedule: 'cosine' decays to 0; 'step' multiplies the rate by `gamma` at each of
+            `milestones`.
+        warmup_epochs: epochs of linear warm-up from 0; may be fractional, and must be fewer than `epochs`.
+        milestones: epochs at which the 'step' schedule lowers the learning rate.
+        gamma: factor of the 'step' schedule.
+        clip_grad: maximum norm of the gradient; by default gradients are not clipped.
+        sizes: progressive resizing: sides of the views in pixels for successive equal parts of training, such as [16,
+            24, 32]. Smaller views are cheaper. By default all views have the run's image size.
     """
 
     epochs: Count = 200
@@ -57,11 +62,11 @@ class OptimConfig(Checked):
     sizes: list[Pixels] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for values that no data could be trained with, and an optimizer that timm cannot make."""
+        """Raises `SettingsError` also for a warm-up without end and for an optimiser that timm cannot create."""
         super().__post_init__()
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs {self.warmup_epochs} must be fewer than epochs {self.epochs}")
-        if self.optimizer in USUAL_OPTIMIZERS:
+            raise SettingsError(f"warmup_epochs is {self.warmup_epochs}; it must be fewer than epochs, {self.epochs}")
+        if self.optimizer in USUAL_OPTIMIZERS and self.momentum > 0:  # Nesterov momentum of 0 is refused by torch
             return
         import torch
         from timm.optim import create_optimizer_v2
@@ -74,29 +79,33 @@ class OptimConfig(Checked):
                 weight_decay=self.weight_decay,
                 momentum=self.momentum,
             )
-        except Exception as error:  # each of timm's hundred optimizers has its own
-            raise ValueError(
+        except Exception as error:  # timm's optimisers raise errors of many types
+            raise SettingsError(
                 f"optimizer '{self.optimizer}': {error}; choose another, such as momentum, sgd, adamw or lamb"
             ) from error
         if getattr(trial, "is_second_order", False):
-            raise ValueError(f"optimizer '{self.optimizer}' needs second derivatives, which are not computed here")
+            raise SettingsError(
+                f"optimizer '{self.optimizer}' needs second derivatives, which are not computed; choose another, such "
+                "as sgd or adamw"
+            )
 
 
 @dataclass(kw_only=True)
 class RuntimeConfig(Checked):
-    """Where and how a run executes; nothing here but `seed` and `precision` changes its numbers.
+    """Where and how a run executes; apart from rounding, only `seed` and `precision` affect its results.
 
     Args:
-        seed: of weights, order, views, clusters and probes.
-        precision: 'auto' takes bf16 where the hardware has it, else fp32.
-        compile: torch.compile the network: pays on GPUs, not on CPUs.
-        device: 'auto' takes the GPU if there is one; 'cpu' does not.
-        checkpoint_every: steps between checkpoints, beside those at the ends of epochs; 0: none.
-        checkpoint_epochs: epochs between checkpoints, for epochs of few steps.
-        keep_last: checkpoints kept, the newest.
-        keep_best: checkpoints kept, those of the lowest training loss.
-        log_every: steps between lines of metrics.jsonl.
-        trackers: any of 'tensorboard' and 'trackio', beside metrics.jsonl.
+        seed: random seed of initialisation, data order, augmentation, k-means and probes.
+        precision: 'auto' uses bf16 where the hardware supports it, fp16 on older GPUs, and fp32 otherwise.
+        compile: compile the network with torch.compile; worthwhile on GPUs, not on CPUs.
+        device: 'auto' uses a GPU if there is one; 'cpu' never does.
+        checkpoint_every: steps between checkpoints within an epoch, in addition to those at the ends of epochs; 0 for
+            none.
+        checkpoint_epochs: epochs between checkpoints; raise it if an epoch has few steps.
+        keep_last: number of most recent checkpoints to keep; at least one is always kept.
+        keep_best: number of checkpoints with the lowest training loss to keep as well.
+        log_every: steps between lines in metrics.jsonl.
+        trackers: experiment trackers to log to in addition to metrics.jsonl: 'tensorboard', 'trackio' or both.
     """
 
     seed: Seed = 0

@@ -1,1 +1,1 @@
-"""Images in: sources, decoding, batches, augmentation, and the shipped sample."""
+"""Data: sources, decoding, batches, augmentation, and the bundled sample."""

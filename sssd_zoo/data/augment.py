@@ -1,9 +1,9 @@
-"""Augmentation of whole batches on the device: one set of random parameters per image, none of it per-image Python.
+"""Augmentation of whole batches on the device, with random parameters per image and no Python loop over images.
 
-torchvision's v2 transforms, given a batch, draw ONE set of parameters for all of it, which is wrong for contrastive
-learning; per-image transforms are an order of magnitude slower. The distributions here are those of torchvision's
-RandomResizedCrop, ColorJitter (ops in a random order per image, every result clamped), RandomGrayscale, GaussianBlur,
-RandomHorizontalFlip and RandomCrop with padding. Images stay uint8 until they are augmented.
+torchvision's v2 transforms draw one set of parameters for a whole batch, which is wrong for contrastive learning;
+per-image transforms are an order of magnitude slower. The distributions here are those of torchvision's
+RandomResizedCrop, ColorJitter (operations in a random order per image, every result clamped), RandomGrayscale,
+GaussianBlur, RandomHorizontalFlip and RandomCrop with padding. Images stay uint8 until they are augmented.
 """
 
 import functools
@@ -19,13 +19,13 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights of PIL and torchvision
 
 
 class BatchRandom:
-    """Random numbers for one training step, the same whatever the number of processes, and without state.
+    """Random numbers for one training step, stateless and independent of the number of processes.
 
     Every draw is made for the global batch from a generator seeded by (seed, step) and cut to the rank's slice. So a
     resumed run needs no generator state, and two processes see the numbers that one would.
 
     Args:
-        seed: the run's seed, >= 0.
+        seed: random seed of the run, >= 0.
         step: the number of the training step, >= 0.
         rank: this process's number, 0..world-1.
         world: the number of processes.
@@ -36,16 +36,16 @@ class BatchRandom:
         self.generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77 + 1) % 2**63)
         self.rank, self.world = rank, world
 
-    def _own(self, numbers: Tensor) -> Tensor:
+    def _rank_slice(self, numbers: Tensor) -> Tensor:
         return numbers.chunk(self.world)[self.rank]
 
     def uniform(self, batch: int, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """Float32 [batch, *shape], uniform in [low, high)."""
-        return self._own(torch.rand(batch * self.world, *shape, generator=self.generator)) * (high - low) + low
+        return self._rank_slice(torch.rand(batch * self.world, *shape, generator=self.generator)) * (high - low) + low
 
     def integers(self, batch: int, *shape: int, high: int) -> Tensor:
         """Int64 [batch, *shape], uniform in 0..high-1."""
-        return self._own(torch.randint(high, (batch * self.world, *shape), generator=self.generator))
+        return self._rank_slice(torch.randint(high, (batch * self.world, *shape), generator=self.generator))
 
     def permutation(self, batch: int) -> Tensor:
         """Int64 [batch * world]: a permutation of the GLOBAL batch, the same in every process."""
@@ -53,7 +53,7 @@ class BatchRandom:
 
 
 def put(tensor: Tensor, images: Tensor) -> Tensor:
-    """A small tensor on the device of `images`, without waiting for it: a GPU's queue of kernels stays full."""
+    """A small tensor moved to the device of `images` asynchronously, so that a GPU's queue of kernels stays full."""
     return tensor.to(images.device, non_blocking=True)
 
 
@@ -86,21 +86,21 @@ def crop_boxes(random: BatchRandom, batch: int, size: int, scale: tuple[float, f
     """Boxes of torchvision's RandomResizedCrop with aspect ratios 3/4 to 4/3.
 
     Args:
-        random: the step's random numbers.
+        random: random numbers of the step.
         batch: number of boxes.
         size: side of the square source images in pixels.
-        scale: smallest and largest share of the image's area.
+        scale: smallest and largest fraction of the image's area.
 
     Returns:
         Float32 [batch, 4]: left, top, width, height in whole pixels.
     """
-    attempts = 10  # as torchvision; one that does not fit is drawn again
+    attempts = 10  # as in torchvision: a box that does not fit is redrawn
     area = random.uniform(batch, attempts, low=scale[0], high=scale[1]) * (size * size)
     ratio = torch.exp(random.uniform(batch, attempts, low=math.log(3 / 4), high=math.log(4 / 3)))
     width, height = torch.round(torch.sqrt(area * ratio)), torch.round(torch.sqrt(area / ratio))
     fits = (width > 0) & (height > 0) & (width <= size) & (height <= size)
     first = torch.where(fits.any(1), fits.to(torch.uint8).argmax(1), 0).unsqueeze(1)
-    # Where none of the ten fits, torchvision takes the largest centred box: on a square image, all of it.
+    # If none of the ten fits, torchvision uses the largest centred box: on a square image, the whole image.
     whole = ~fits.any(1)
     width = torch.where(whole, size, width.gather(1, first).squeeze(1))
     height = torch.where(whole, size, height.gather(1, first).squeeze(1))
@@ -155,7 +155,7 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by shift [B, 1, 1, 1], in turns (-0.5..0.5), through HSV as torchvision does."""
+    """Rotates the hue by shift [B, 1, 1, 1], in turns (-0.5..0.5), in HSV as torchvision does."""
     value, minimum = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = value - minimum
     red, green, blue = images.split(1, dim=1)
@@ -182,13 +182,13 @@ def draw_jitter(
     strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
     probability: float = 0.8,
 ) -> tuple[Tensor, Tensor]:
-    """The random numbers of RandomApply([ColorJitter(*strength)], probability) of torchvision, per image.
+    """The random numbers of torchvision's RandomApply([ColorJitter(*strength)], probability), drawn per image.
 
     Args:
-        random: the step's random numbers.
+        random: random numbers of the step.
         batch: number of images.
-        strength: of brightness, contrast, saturation and hue.
-        probability: of jittering an image at all.
+        strength: strength of brightness, contrast, saturation and hue jitter.
+        probability: probability of jittering an image at all.
 
     Returns:
         The amounts, float32 [batch, 4], one for each of `OPERATIONS`; and their order, int64 [batch, 4]: which one
@@ -203,7 +203,7 @@ def draw_jitter(
 
 
 def colour_jitter(images: Tensor, amounts: Tensor, order: Tensor) -> Tensor:
-    """Jitters each image by the operations of its own order; computes only what is chosen, which is fast on a CPU.
+    """Jitters each image with the operations in its order; computes only the chosen ones, which is fast on a CPU.
 
     Args:
         images: float [B, 3, H, W] in [0, 1]; changed in place.
@@ -222,9 +222,9 @@ def colour_jitter(images: Tensor, amounts: Tensor, order: Tensor) -> Tensor:
 
 
 def colour_jitter_dense(images: Tensor, amounts: Tensor, order: Tensor) -> Tensor:
-    """`colour_jitter` of shapes that do not depend on the numbers: computes every operation for every image.
+    """`colour_jitter` with static shapes: computes every operation for every image.
 
-    That is four times the arithmetic, but a GPU never has to wait for a count, and torch.compile fuses it.
+    That is four times the arithmetic, but a GPU need not synchronise for a count, and torch.compile fuses it.
     """
     for turn in range(4):
         changed = images
@@ -236,12 +236,12 @@ def colour_jitter_dense(images: Tensor, amounts: Tensor, order: Tensor) -> Tenso
 
 
 def gaussian_blur(images: Tensor, random: BatchRandom, probability: float, sigma: tuple[float, float]) -> Tensor:
-    """Blurs each image with `probability`, by a Gaussian of its own width, uniform in `sigma` (pixels); reflects edges.
+    """Blurs each image with `probability` by a Gaussian whose sigma is uniform in `sigma` (pixels); reflects edges.
 
     Args:
         images: float [B, 3, H, W]; changed in place.
-        random: the step's random numbers.
-        probability: of blurring an image.
+        random: random numbers of the step.
+        probability: probability of blurring an image.
         sigma: smallest and largest standard deviation in pixels.
 
     Returns:
@@ -282,7 +282,7 @@ def contrastive_view(
         size: side of the view in pixels.
         scale: fraction of the area that a crop keeps.
         blur: probability of a Gaussian blur, sigma 0.1 to 2 pixels at 224 px (MoCo v2: 0.5; at 32 px: 0).
-        compiled: compile the view of an accelerator by torch.compile.
+        compiled: compile the view with torch.compile on a GPU.
 
     Returns:
         Float32 [B, 3, size, size] in [0, 1]. Source: Chen et al., arXiv:2003.04297, and its reference code.
@@ -307,7 +307,7 @@ def contrastive_view(
 def _dense_view(
     images: Tensor, boxes: Tensor, flip: Tensor, amounts: Tensor, order: Tensor, to_grey: Tensor, size: int
 ) -> Tensor:
-    """`contrastive_view` before the blur, of shapes that do not depend on the random numbers."""
+    """`contrastive_view` before the blur, with static shapes."""
     view = colour_jitter_dense(crop_resize(to_float(images), boxes, flip, size), amounts, order)
     return torch.where(to_grey.view(-1, 1, 1, 1), grey(view), view)
 
@@ -323,7 +323,7 @@ def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor
 
     Args:
         images: uint8 [B, 3, S, S].
-        random: the step's random numbers.
+        random: random numbers of the step.
         padding: pixels added on each side before the crop.
 
     Returns:
@@ -337,7 +337,7 @@ def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor
     columns = put(start[:, 1:] + torch.where(flip, steps.flip(0), steps), images)
     padded = F.pad(images, (padding,) * 4)
     wide = side + 2 * padding
-    # Multiplied out on the images' device: at 32 px this index is 32 times what it is made of, too much to send.
+    # Expanded on the images' device: at 32 px the index is 32 times as large as its factors, too much to transfer.
     index = (rows[:, :, None] * wide + columns[:, None, :]).view(batch, 1, -1)
     return padded.flatten(2).gather(2, index.expand(-1, channels, -1)).view(batch, channels, side, side)
 
@@ -345,11 +345,11 @@ def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor
 def supervised_view(
     images: Tensor, random: BatchRandom, size: int, *, crop: str, scale: tuple[float, float] = (0.08, 1.0)
 ) -> Tensor:
-    """The view that a classifier is trained on: a random crop and a flip.
+    """The training view of a classifier: a random crop and a flip.
 
     Args:
         images: uint8 [B, 3, S, S].
-        random: the step's random numbers.
+        random: random numbers of the step.
         size: side of the view in pixels.
         crop: 'pad' shifts by up to an eighth of the side (4 at 32 px, the CIFAR protocol), 'resized' cuts
             boxes of `scale` of the area (the ImageNet protocol).

@@ -14,6 +14,7 @@ from sssd_zoo.data.layout import SPLIT_NAMES, composed
 from sssd_zoo.data.sources import Splits
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 
 logger = logging.getLogger("sssd_zoo")
 
@@ -23,110 +24,111 @@ LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
 
 @dataclass
 class Labels:
-    """The labels of a split: `values` int64 [N] in 0..C-1, and the C `names`."""
+    """The labels of a split: `values`, int64 [N] in 0..C-1, and the C class `names`."""
 
     values: NDArray[np.int64]
     names: list[str]
 
 
-def pick_split(splits: Splits, wanted: str | None, name: str) -> str:
-    """The split's name: the one asked for ('val' finds 'validation'), or 'train', or the only one.
+def pick_split(splits: Splits, split: str | None, name: str) -> str:
+    """The name of the split asked for ('val' finds 'validation'); by default 'train', or the only split.
 
     Raises:
-        UserError: if there is none of that name, or none is asked for and it is not clear which to take.
+        UserError: if there is no split of that name, or no default.
     """
-    if wanted is None:
+    if split is None:
         if "train" in splits or len(splits) == 1:
             return "train" if "train" in splits else next(iter(splits))
         raise UserError(f"{name} has no split 'train': choose one with split: {', '.join(splits)}")
-    if wanted in splits:
-        return wanted
-    canonical = SPLIT_NAMES.get(wanted.lower())
+    if split in splits:
+        return split
+    canonical = SPLIT_NAMES.get(split.lower())
     if canonical is None or canonical not in splits:
-        raise UserError(f"{name} has no split {wanted!r}: it has {', '.join(splits)}")
+        raise UserError(f"{name} has no split {split!r}: choose one of {', '.join(splits)}")
     return canonical
 
 
-def take_split(splits: Splits, wanted: str | None, name: str) -> tuple[Splits, str]:
-    """The split asked for, which may be a part of one: 'train[:20000]', 'train[10%:20%]', as `datasets` writes it.
+def take_split(splits: Splits, selection: str | None, name: str) -> tuple[Splits, str]:
+    """The split asked for, which may be a slice of one: 'train[:20000]', 'train[10%:20%]', as `datasets` writes it.
 
     Args:
         splits: all splits.
-        wanted: as `pick_split` takes it, or with the first row and the row after the last, as numbers or percentages.
-        name: of the data, for messages.
+        selection: a split as for `pick_split`, or a slice of one, its bounds as row numbers or percentages.
+        name: name of the data, for messages.
 
     Returns:
-        The splits, with the part as one more, and its name among them.
+        The splits, with the slice as an additional one, and the name of the one asked for.
 
     Raises:
-        UserError: as `pick_split` does, and for a part that is not written so, or holds no rows.
+        UserError: as `pick_split` does, and for a slice that is malformed or has no rows.
     """
-    if wanted is None or "[" not in wanted:
-        return splits, pick_split(splits, wanted, name)
-    written = re.fullmatch(r"([^\[]+)\[(\d+%?)?:(\d+%?)?\]", wanted)
-    if written is None:
-        raise UserError(f"split {wanted!r}: write a part of a split like 'train[:20000]' or 'train[10%:20%]'")
-    split = pick_split(splits, written[1], name)
+    if selection is None or "[" not in selection:
+        return splits, pick_split(splits, selection, name)
+    parsed = re.fullmatch(r"([^\[]+)\[(\d+%?)?:(\d+%?)?\]", selection)
+    if parsed is None:
+        raise UserError(f"split {selection!r}: write a part of a split like 'train[:20000]' or 'train[10%:20%]'")
+    split = pick_split(splits, parsed[1], name)
     rows = splits[split]
 
     def row(text: str) -> int:
         return min(len(rows), round(len(rows) * int(text[:-1]) / 100) if text.endswith("%") else int(text))
 
-    start, end = row(written[2] or "0"), row(written[3] or "100%")
+    start, end = row(parsed[2] or "0"), row(parsed[3] or "100%")
     if start >= end:
-        raise UserError(f"{name} has no rows in {wanted!r}: {split} has {len(rows)}")
-    part = f"{split}[{written[2] or ''}:{written[3] or ''}]"
+        raise UserError(f"{name} has no rows in {selection!r}: {split} has {len(rows)}")
+    part = f"{split}[{parsed[2] or ''}:{parsed[3] or ''}]"
     return {**splits, part: rows.select(range(start, end))}, part
 
 
-def image_column(features: Mapping[str, Any], wanted: str | None, name: str) -> str:
-    """The column of the images: the one asked for, or the only one of the type Image, or the one of a usual name.
+def image_column(features: Mapping[str, Any], column: str | None, name: str) -> str:
+    """The column of the images: the one asked for, the only one of type Image, or the one with a usual name.
 
     Raises:
-        UserError: if there is none, or several are as likely, or the one asked for holds something else.
+        UserError: if there is none, there are several candidates, or the one asked for holds something else.
     """
     from datasets import Image
 
-    columns = ", ".join(features)
-    if wanted is not None:
-        if wanted not in features:
-            raise UserError(f"{name} has no column {wanted!r} for image_column: it has {columns}")
-        if not _may_hold_images(features[wanted]):
-            raise UserError(f"column {wanted!r} of {name} holds {_kind(features[wanted])}, not images (of {columns})")
-        return wanted
-    found = [column for column, feature in features.items() if isinstance(feature, Image)]
-    if not found:
-        found = [column for column in IMAGE_COLUMNS if column in features and _may_hold_images(features[column])]
-    usual = [column for column in IMAGE_COLUMNS if column in found]
-    if len(found) > 1 and not usual:
-        raise UserError(f"{name} has several columns of images, {', '.join(found)}: choose one with image_column")
-    if not found:
-        raise UserError(f"{name} has no column of images: it has {columns}; name one with image_column")
-    return usual[0] if usual else found[0]
+    names = ", ".join(features)
+    if column is not None:
+        if column not in features:
+            raise UserError(f"{name} has no column {column!r} for image_column: choose one of {names}")
+        if not _may_hold_images(features[column]):
+            kind = _kind(features[column])
+            raise UserError(f"column {column!r} of {name} holds {kind}, not images: choose another of {names}")
+        return column
+    candidates = [key for key, feature in features.items() if isinstance(feature, Image)]
+    if not candidates:
+        candidates = [key for key in IMAGE_COLUMNS if key in features and _may_hold_images(features[key])]
+    usual = [key for key in IMAGE_COLUMNS if key in candidates]
+    if len(candidates) > 1 and not usual:
+        raise UserError(f"{name} has several columns of images, {', '.join(candidates)}: choose one with image_column")
+    if not candidates:
+        raise UserError(f"{name} has no column of images: it has {names}; name one with image_column")
+    return usual[0] if usual else candidates[0]
 
 
-def read_labels(splits: Splits, split: str, wanted: str | None, name: str, *, required: bool) -> Labels | None:
-    """Reads the labels of a split: integers as they are named by the data set, or else numbered in sorted order.
+def read_labels(splits: Splits, split: str, label_column: str | None, name: str, *, required: bool) -> Labels | None:
+    """Reads the labels of a split: class numbers of the data set, or values numbered in sorted order.
 
-    Names and numbers are those of all splits together, so that they mean the same in each. A negative label, or none,
-    says that the row is not labelled, as the Hub's test splits do. Whole numbers may be stored as floats, which one
-    missing label makes pandas do. Names are in Unicode's composed form (NFC).
+    Names and numbers are those of all splits together, so that they mean the same in each. A row with a negative or
+    missing label is unlabelled, as in test splits on the Hub. Whole numbers may be stored as floats, as pandas does if
+    a label is missing. Names are in Unicode's composed form (NFC).
 
     Args:
         splits: all splits.
         split: the one to read.
-        wanted: the column; None finds it.
-        name: of the data, for messages.
-        required: whether rows or classes without labels are errors; otherwise they are warned of.
+        label_column: the column; None finds it.
+        name: name of the data, for messages.
+        required: make unlabelled rows and classes without rows errors; otherwise they are warnings.
 
     Returns:
-        The labels, or None if there are none for all rows.
+        The labels, or None unless all rows have one.
 
     Raises:
-        UserError: if the column asked for is not there or holds no classes; if labels are required and some row has
-            none, or some class has no row.
+        UserError: if the column asked for does not exist or holds no classes; if labels are required and a row has
+            none, or a class has no rows.
     """
-    column = _label_column(splits[split], wanted, f"{name} ({split})")
+    column = _label_column(splits[split], label_column, f"{name} ({split})")
     if column is None:
         if required:
             held = ", ".join(splits[split].features)
@@ -146,10 +148,9 @@ def read_labels(splits: Splits, split: str, wanted: str | None, name: str, *, re
         return None
     empty = [names[label] for label in np.flatnonzero(np.bincount(values, minlength=len(names)) == 0)]
     if empty:
-        listed = ", ".join(empty[:10]) + (", ..." if len(empty) > 10 else "")
-        problem = f"{len(empty)} of {len(names)} classes have no rows in {name} ({split}): {listed}"
+        problem = f"{len(empty)} of {len(names)} classes have no rows in {name} ({split}): {listed(empty, 10)}"
         if required:
-            raise UserError(f"{problem}; add rows of them, or remove the classes from the data set")
+            raise UserError(f"{problem}; add rows of these classes, or remove the classes from the data set")
         if rank() == 0:
             logger.warning("%s", problem)
     return Labels(values, names)
@@ -176,7 +177,7 @@ def _is_float(feature: Any) -> bool:
 
 
 def _holds_classes(rows: Any, column: str) -> bool:
-    """Whether a column may hold classes, and numbers stored as floats are all whole, or not there."""
+    """Whether a column may hold classes; numbers stored as floats must be whole or missing."""
     feature = rows.features[column]
     if not _is_float(feature):
         return _may_hold_classes(feature)
@@ -188,23 +189,26 @@ def _kind(feature: Any) -> str:
     return str(getattr(feature, "dtype", None) or type(feature).__name__)
 
 
-def _label_column(rows: Any, wanted: str | None, name: str) -> str | None:
+def _label_column(rows: Any, column: str | None, name: str) -> str | None:
     from datasets import ClassLabel
 
     features: dict[str, Any] = rows.features
-    if wanted is not None:
-        if wanted not in features:
-            raise UserError(f"{name} has no column {wanted!r} for label_column: it has {', '.join(features)}")
-        if not _holds_classes(rows, wanted):
-            raise UserError(f"column {wanted!r} of {name} holds {_kind(features[wanted])}, not one class per row")
-        return wanted
-    usual = [column for column in LABEL_COLUMNS if column in features]
-    for column in usual:
-        if _holds_classes(rows, column):
-            return column
-    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    if len(found) == 1:
-        return found[0]
+    if column is not None:
+        if column not in features:
+            raise UserError(f"{name} has no column {column!r} for label_column: choose one of {', '.join(features)}")
+        if not _holds_classes(rows, column):
+            raise UserError(
+                f"column {column!r} of {name} holds {_kind(features[column])}, not one class per row: choose another "
+                "with label_column"
+            )
+        return column
+    usual = [key for key in LABEL_COLUMNS if key in features]
+    for key in usual:
+        if _holds_classes(rows, key):
+            return key
+    class_labels = [key for key, feature in features.items() if isinstance(feature, ClassLabel)]
+    if len(class_labels) == 1:
+        return class_labels[0]
     if usual and rank() == 0:
         kind = "fractions" if _is_float(features[usual[0]]) else _kind(features[usual[0]])
         logger.warning("column %r of %s holds %s, not one class per row: it is not used", usual[0], name, kind)
@@ -212,7 +216,7 @@ def _label_column(rows: Any, wanted: str | None, name: str) -> str | None:
 
 
 def _class_numbers(splits: Splits, split: str, column: str, name: str) -> tuple[NDArray[np.int64], list[str]]:
-    """Class numbers of a split, int64 [N], negative where there is none, and the names of the classes."""
+    """Class numbers of a split, int64 [N], negative if unlabelled, and the class names."""
     from datasets import ClassLabel
 
     feature = splits[split].features[column]
@@ -225,7 +229,7 @@ def _class_numbers(splits: Splits, split: str, column: str, name: str) -> tuple[
         names = list(dict.fromkeys(map(composed, feature.names)))
         classes = np.array([names.index(composed(spelt)) for spelt in feature.names] + [-1], dtype=np.int64)
         return classes[np.maximum(numbers, -1)], names
-    everywhere = {
+    all_values = {
         value
         for rows in splits.values()
         if column in rows.features
@@ -234,7 +238,7 @@ def _class_numbers(splits: Splits, split: str, column: str, name: str) -> tuple[
         and _holds_classes(rows, column)
         for value in _values(rows, column)
     }
-    kept = sorted(value for value in everywhere if value is not None and (isinstance(value, str) or value >= 0))
+    kept = sorted(value for value in all_values if value is not None and (isinstance(value, str) or value >= 0))
     number = {value: label for label, value in enumerate(kept)}
     return np.array([number.get(value, -1) for value in values], dtype=np.int64), [str(value) for value in kept]
 
@@ -244,7 +248,7 @@ def _is_text(feature: Any) -> bool:
 
 
 def _values(rows: Any, column: str) -> list[Any]:
-    """The values of a label column as they name classes: whole numbers as int, None where there is no label."""
+    """The values of a label column: whole numbers as int, None for a missing label."""
     values = _column(rows, column)
     if _is_float(rows.features[column]):
         return [None if value is None or math.isnan(value) else int(value) for value in values]

@@ -1,4 +1,4 @@
-"""Kinds of image files: which are read, and what to do about the others."""
+"""Image file formats: those that are read, and what to do about the others."""
 
 import importlib
 import stat
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # what Git keeps instead of a file that was not pulled
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of the placeholder for a file that was not pulled
 
 
 def _endings(names: str) -> tuple[str, ...]:
@@ -14,7 +14,7 @@ def _endings(names: str) -> tuple[str, ...]:
 
 
 def _decodable() -> tuple[str, ...]:
-    """The endings that are read: those that Pillow always decodes, and those of plugins where they are installed."""
+    """The extensions that are read: those that Pillow always decodes, and those of installed plugins."""
     for module, register in (("pillow_heif", "register_heif_opener"), ("pillow_avif", None), ("pillow_jxl", None)):
         try:
             plugin = importlib.import_module(module)
@@ -31,16 +31,16 @@ def _decodable() -> tuple[str, ...]:
 
 EXTENSIONS = _decodable()
 _CONVERT = "convert them to PNG or JPEG"
-UNREAD = {  # endings of images, and of what holds images, that are not read; and what to do about it
+UNREAD = {  # extensions of images and of image containers that are not read, and what to do about them
     **dict.fromkeys(_endings("heic heif hif"), "pip install pillow-heif"),
     **dict.fromkeys(_endings("avif"), "pip install -U pillow (11.3 or newer decodes them)"),
     **dict.fromkeys(_endings("jxl"), "pip install pillow-jxl-plugin"),
     **dict.fromkeys(
         _endings("dng raw cr2 cr3 crw nef nrw arw srf sr2 raf orf rw2 pef srw 3fr iiq x3f erf kdc mrw"),
-        "camera RAW: convert them to TIFF or JPEG, with rawpy or darktable say",
+        "camera RAW: convert them to TIFF or JPEG, for example with rawpy or darktable",
     ),
     **dict.fromkeys(_endings("npy npz mat h5 hdf5"), "arrays: save them as PNG, or as parquet with images"),
-    **dict.fromkeys(_endings("dcm dicom nii mha mhd nrrd"), "medical images: convert them to PNG, with pydicom say"),
+    **dict.fromkeys(_endings("dcm dicom nii mha mhd nrrd"), "medical images: convert them to PNG, as with pydicom"),
     **dict.fromkeys(_endings("zip tar tgz gz 7z rar"), "unpack them"),
     **dict.fromkeys(
         _endings(
@@ -55,10 +55,10 @@ for _ending in EXTENSIONS:
 
 
 def regular_file(path: Path) -> Path:
-    """The path, if a regular file lies there: reading a pipe or a device would not end.
+    """The path, if it is a regular file: reading a pipe or a device would not end.
 
     Raises:
-        OSError: if it is something else, or nothing.
+        OSError: if it is something else, or does not exist.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is not a regular file")

@@ -1,8 +1,8 @@
-"""Encoded images to uint8 arrays of one size, by one path for every format.
+"""Decodes images of any format to uint8 arrays of one size.
 
 Pillow decodes all of them. torchvision's decode_jpeg took 0.4 of its time at 32 px (22,700 against 8,600 images/s on
-one core of an EPYC, one run on a busy machine), but it is deprecated since 0.29 and knows JPEG only, and the images are
-decoded once. The codec runs without Python's lock, the rest of the work does not: threads are for large images.
+one core of an EPYC, one run on a busy machine), but it is deprecated since 0.29 and reads JPEG only, and each
+image is decoded once. Only the codec runs without Python's lock, so threads help with large images.
 """
 
 import hashlib
@@ -28,17 +28,17 @@ from sssd_zoo.data.formats import LFS_POINTER, regular_file
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Formats whose header does not tell what decoding takes: they hold files of others, or are programs for Ghostscript.
+# Formats whose header does not bound the memory for decoding: containers of other files, or programs for Ghostscript.
 UNBOUNDED = frozenset(("BLP", "DCX", "EPS", "FPX", "ICNS", "ICO", "IPTC", "MIC"))
 
 LARGE = 2**24  # pixels; larger images are decoded one at a time in a process, however many threads it has
 
 STRIP = 2**20  # pixels of a deep image that are scaled at a time
 
-# The greatest of what deep pixels usually span, and the factor to 0..255: the first range that holds them is taken.
+# Usual maxima of deep pixels, and the factors to 0..255: the first range that holds all values is used.
 USUAL = {"float": ((1.0, 255.0), (255.0, 1.0)), "integer": ((255.0, 1.0), (65535.0, 1 / 256))}
 
-LARGEST_NATURAL = 96  # images up to this side are kept as they are, larger ones are resized to what the caller asks
+LARGEST_NATURAL = 96  # images up to this side keep their size, larger ones are resized as the caller asks
 
 GDAL_NODATA, SAMPLE_FORMAT = 42113, 339  # tags of TIFF
 
@@ -54,7 +54,7 @@ Corrupt = tuple[int | str, str]  # row number, or path where the image is a file
 
 
 class Encoded(NamedTuple):
-    """One image as it lies in the data set: its path or row number, its bytes, and why these are missing, if so."""
+    """One encoded image of a data set: its path or row number, its bytes, and the reason if these are missing."""
 
     name: int | str
     data: bytes
@@ -81,13 +81,13 @@ class EncodedImages:
         return len(self.rows)
 
     def read(self, index: Sequence[int] | NDArray[np.int64]) -> list[Encoded]:
-        """Reads rows in the order asked for; one that cannot be read carries the reason."""
+        """Reads rows in the order given; an unreadable one carries the reason."""
         images = self.rows[list(map(int, index))][self.column].to_pylist()
         return [encoded(int(row), image) for row, image in zip(index, images, strict=True)]
 
 
 def encoded(name: int | str, image: dict[str, Any] | None) -> Encoded:
-    """Turns the `{'bytes', 'path'}` of an undecoded `Image` feature into an `Encoded`; reads the file if need be."""
+    """Turns the `{'bytes', 'path'}` of an undecoded `Image` feature into an `Encoded`; reads the file if necessary."""
     if image is None:
         return Encoded(name, b"", "the row has no image")
     if image["bytes"] is not None:
@@ -117,13 +117,13 @@ def _open(data: bytes) -> Image.Image:
 
 @contextmanager
 def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = None) -> Iterator[Image.Image]:
-    """Opens an encoded image, of which nothing is decoded yet: what its header says decides whether it may be.
+    """Opens an encoded image without decoding it, if its header states a permitted size.
 
-    So a small file never takes the memory of a huge picture, whatever its format and mode.
+    So a small file never expands to a huge image in memory, whatever its format and mode.
 
     Args:
         data: the encoded image.
-        max_pixels: that may be decoded.
+        max_pixels: largest number of pixels that may be decoded.
         shrink_to: where the format can be decoded at a fraction of its size, as JPEG can, the shorter side may shrink
             to twice this; pixels are counted after that.
 
@@ -131,17 +131,17 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = No
         CorruptImageError: if it has more pixels.
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # else Pillow itself would refuse what the user allows
+        Image.MAX_IMAGE_PIXELS = max_pixels  # otherwise Pillow itself would refuse what the user allows
     try:
         picture = _open(data)
     except Image.DecompressionBombError:
         raise CorruptImageError(f"it has more pixels than --max_pixels {max_pixels} allows") from None
     with picture:
         width, height = picture.size
-        # A JPEG decoder can halve the image up to three times for free; twice the size leaves the filter its part.
+        # A JPEG decoder can halve the image up to three times at no cost; the filter then resizes from twice the size.
         if shrink_to is not None and min(picture.size) > 2 * shrink_to:
             picture.draft("RGB", (2 * shrink_to, 2 * shrink_to))
-        # A progressive JPEG is held whole before it shrinks.
+        # A progressive JPEG is decoded whole before it shrinks.
         pixels = width * height if picture.info.get("progressive") else picture.width * picture.height
         if pixels > max_pixels:
             raise CorruptImageError(f"its {width} x {height} pixels are more than --max_pixels {max_pixels} allows")
@@ -150,22 +150,22 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = No
 
 
 def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Decodes an image to the stored form: RGB, upright by its EXIF tag, a centred square resized to size x size.
+    """Decodes an image to its stored form: RGB, rotated by its EXIF tag, centre-cropped and resized to size x size.
 
-    Of an image that is not square, the middle is kept: the shorter side becomes `size` (bilinear, antialiased), the
-    longer one is cropped. Alpha is dropped, grey is repeated, of several frames the first is taken. Pixels of more than
-    8 bits are scaled, see `to_rgb`.
+    The shorter side is resized to `size` (bilinear, antialiased), the longer one is centre-cropped. Alpha is dropped,
+    grey is repeated over the channels, and the first of several frames is used. Pixels of more than 8 bits are scaled,
+    see `to_rgb`.
 
     Args:
         image: the encoded image.
         size: side of the result in pixels.
-        max_pixels: that may be decoded, see `opened`.
+        max_pixels: largest number of pixels that may be decoded, see `opened`.
 
     Returns:
         uint8 [3, size, size].
 
     Raises:
-        CorruptImageError: if it cannot be read or decoded whole, or has too many pixels.
+        CorruptImageError: if it cannot be read or fully decoded, or has too many pixels.
     """
     if image.error is not None:
         raise CorruptImageError(image.error)
@@ -188,22 +188,22 @@ def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[n
 
 
 def to_rgb(picture: Image.Image, *, upright: bool = True) -> Image.Image:
-    """Decodes an opened picture to RGB; `upright` turns it as its EXIF tag says (Pillow always turns TIFF).
+    """Decodes an opened picture to RGB; `upright` applies its EXIF rotation (Pillow always applies that of TIFF).
 
-    Deep pixels, that is 16- and 32-bit integers and floats, have no black and white of their own. Where all values lie
-    in 0..1 (floats), else in 0..255, else in 0..65535 (integers), that range becomes 0..255; but values that use less
-    than a tenth of it, or lie in none, are scaled from their own least to their greatest, as ImageJ and matplotlib show
-    them. NaN and what a GeoTIFF calls "no data" become 0, infinities 0 or 255; they do not count for the range. Of
-    16-bit colour Pillow keeps the upper 8 bits, which has to be more than a tenth of their range.
+    Deep pixels, that is 16- and 32-bit integers and floats, have no defined black and white. The first of the ranges
+    0..1 (floats), 0..255 and 0..65535 (integers) that holds all values is mapped to 0..255; values that lie in none of
+    them, or use less than a tenth of it, are scaled from their minimum to their maximum, as in ImageJ and matplotlib.
+    NaN and the "no data" value of a GeoTIFF become 0, infinities 0 or 255, and none of them counts for the range.
+    Pillow keeps the upper 8 bits of 16-bit colour, which must use more than a tenth of their range.
 
     Raises:
-        CorruptImageError: if no value is a finite number, or 16-bit colour would become next to black.
+        CorruptImageError: if no value is a finite number, or 16-bit colour would become nearly black.
     """
     deep_colour = len(picture.getbands()) > 1 and any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
     picture.load()
     if deep_colour and _brightest(picture) < 255 / 10:
         raise CorruptImageError("its 16-bit colours use less than a tenth of their range: save it in 8 bits")
-    # Of EXIF the orientation matters only; looking for it in images without EXIF would cost a tenth of the decoding.
+    # Only the EXIF orientation matters; looking for it in images without EXIF would add a tenth to the decoding time.
     if upright and (picture.info.get("exif") or picture.format == "TIFF"):
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode == "RGB":
@@ -216,16 +216,16 @@ def to_rgb(picture: Image.Image, *, upright: bool = True) -> Image.Image:
 
 
 def _brightest(picture: Image.Image) -> float:
-    """The greatest value of its colours."""
+    """The largest value of its colour channels."""
     extrema: Any = picture.getextrema()  # of several bands
     return max(float(greatest) for band, (_, greatest) in zip(picture.getbands(), extrema, strict=True) if band != "A")
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
-    """A deep picture in 8 bits, see `to_rgb`; strip by strip, as NumPy's copies of a whole one take many times it."""
+    """A deep picture in 8 bits, see `to_rgb`; strip by strip, as NumPy copies of the whole take too much memory."""
     tags = getattr(picture, "tag_v2", {})
     no_data = _number(tags.get(GDAL_NODATA))
-    # Pillow reads uint32, which a TIFF holds where it does not say otherwise, as if it were int32.
+    # Pillow reads uint32, the default of TIFF, as int32.
     unsigned = picture.mode == "I" and bool(tags) and tags.get(SAMPLE_FORMAT, (1,)) == (1,)
 
     def strips() -> Iterator[NDArray[np.float64]]:
@@ -246,11 +246,11 @@ def _scaled(picture: Image.Image) -> Image.Image:
     usual = USUAL["float" if picture.mode == "F" else "integer"]
     top, factor = next(((top, factor) for top, factor in usual if least >= 0 and greatest <= top), (None, usual[-1][1]))
     span = greatest - least
-    own_range = span > 0 and (top is None or span < top / 10)
+    stretch = span > 0 and (top is None or span < top / 10)
     result = Image.new("L", picture.size)
     line = 0
     for values in strips():
-        levels = (values - least) / span * 255 if own_range else values * factor
+        levels = (values - least) / span * 255 if stretch else values * factor
         levels = np.nan_to_num(levels, nan=0, posinf=255, neginf=0).clip(0, 255).astype(np.uint8)
         result.paste(Image.fromarray(levels), (0, line))
         line += len(levels)
@@ -258,7 +258,7 @@ def _scaled(picture: Image.Image) -> Image.Image:
 
 
 def _number(text: Any) -> np.float32 | None:
-    """What the text of a GeoTIFF's "no data" tag says, as the picture's own values are rounded."""
+    """The value in a GeoTIFF's "no data" tag, rounded like the picture's values."""
     try:
         return np.float32(text)
     except (TypeError, ValueError):
@@ -266,13 +266,13 @@ def _number(text: Any) -> np.float32 | None:
 
 
 def natural_size(images: Sequence[Encoded]) -> int | None:
-    """The side that all images share, if they are square and at most 96 px; otherwise None. Broken ones are ignored."""
+    """The common side of the images if they are square and at most 96 px, otherwise None. Corrupt ones are ignored."""
     sizes = set()
     for image in images:
         try:
             with _open(image.data) as picture:
                 sizes.add(picture.size)
-        except Exception:  # decoding will name it
+        except Exception:  # decoding reports it
             continue
     if len(sizes) != 1:
         return None
@@ -281,11 +281,11 @@ def natural_size(images: Sequence[Encoded]) -> int | None:
 
 
 def fingerprint(images: EncodedImages, *, progress: bool) -> str:
-    """Names a data set by its content and order, whatever it is stored in and however it is decoded.
+    """Identifies a data set by its content and order, however it is stored and decoded.
 
     Args:
         images: all rows of the split, readable or not.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
         SHA-256 in hex over the number of rows and, for each row, length and encoded bytes; of more than 200,000 rows,
@@ -304,23 +304,23 @@ def fingerprint(images: EncodedImages, *, progress: bool) -> str:
     return digest.hexdigest()
 
 
-def spaced(count: int, wanted: int) -> NDArray[np.int64]:
-    """Evenly spaced row numbers, first and last included: all of them if there are no more than `wanted`."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+def spaced(count: int, samples: int) -> NDArray[np.int64]:
+    """Evenly spaced row numbers, first and last included: all of them if there are at most `samples`."""
+    return np.unique(np.linspace(0, count - 1, min(count, samples)).round().astype(np.int64))
 
 
 def decode_all(
     images: EncodedImages, size: int, *, keep: bool, workers: int, progress: bool, max_pixels: int = MAX_PIXELS
 ) -> tuple[Tensor | None, NDArray[np.int64], list[Corrupt]]:
-    """Decodes a whole split in threads, to keep its images or only to find the corrupt ones.
+    """Decodes a whole split in threads, to keep its images or only to find corrupt ones.
 
     Args:
         images: the N encoded images.
-        size: side S of the images kept; images only looked at are decoded at the lowest resolution their format has.
-        keep: whether to return the images.
-        workers: threads.
-        progress: show a bar.
-        max_pixels: of an image, see `decode`.
+        size: side S of the images kept; others are decoded at the lowest resolution of their format.
+        keep: return the images.
+        workers: number of threads.
+        progress: show a progress bar.
+        max_pixels: largest number of pixels of an image, see `decode`.
 
     Returns:
         The images that could be decoded, uint8 [M, 3, S, S], if kept; their row numbers, int64 [M]; the corrupt ones.
@@ -330,7 +330,7 @@ def decode_all(
     into = None if pixels is None else pixels.numpy()
     good = np.ones(count, dtype=bool)
 
-    def work(start: int) -> tuple[int, list[Corrupt]]:
+    def decode_chunk(start: int) -> tuple[int, list[Corrupt]]:
         chunk, corrupt = images.read(np.arange(start, min(start + CHUNK, count))), []
         for row, image in enumerate(chunk, start):
             try:
@@ -343,17 +343,17 @@ def decode_all(
                 corrupt.append((image.name, str(error)))
         return len(chunk), corrupt
 
-    found: list[Corrupt] = []
+    all_corrupt: list[Corrupt] = []
     with (
         quiet_pillow(),
         ThreadPoolExecutor(max(1, workers)) as pool,
         tqdm(total=count, desc="decode" if keep else "check", unit="img", disable=not progress) as bar,
     ):
-        for done, corrupt in pool.map(work, range(0, count, CHUNK)):
-            found += corrupt
+        for done, corrupt in pool.map(decode_chunk, range(0, count, CHUNK)):
+            all_corrupt += corrupt
             bar.update(done)
     rows = np.flatnonzero(good)
-    return (pixels[torch.from_numpy(rows)] if pixels is not None and found else pixels), rows, found
+    return (pixels[torch.from_numpy(rows)] if pixels is not None and all_corrupt else pixels), rows, all_corrupt
 
 
 def decode_batch(
@@ -368,7 +368,7 @@ def decode_batch(
         images: the B encoded images.
         size: side S of the result.
         run: `map`, or that of an executor.
-        max_pixels: of an image, see `decode`.
+        max_pixels: largest number of pixels of an image, see `decode`.
 
     Returns:
         uint8 [B, 3, S, S]; int64 [B], which image of the batch lies in each place; the corrupt ones. If all are
@@ -399,7 +399,7 @@ def decode_batch(
 
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
-    """Keeps Pillow's remarks on odd metadata out of the progress bars; what matters raises and is counted."""
+    """Silences Pillow's warnings about metadata; errors that matter raise and are counted."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield

@@ -1,4 +1,4 @@
-"""From an encoded image to a network's input, in the one way in which accuracy is measured: stored, then resized."""
+"""Turns encoded images into network inputs exactly as accuracy is measured: stored first, then resized."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ class InputSpec(NamedTuple):
 
 
 def storage_default(image_size: int | None) -> int:
-    """The side that larger images are stored at: an eighth more than the views' 224 px, or than what is asked for."""
+    """The side that larger images are stored at: 8/7 of the views' side, which is 224 px by default."""
     return round((image_size or 224) * 8 / 7)
 
 
@@ -32,12 +32,12 @@ def prepared(stored: Tensor, network: Any) -> Tensor:
 def prepare(image: Encoded, network: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decodes one image to a network's input, float32 [1, 3, size, size] on its device.
 
-    It is stored at the size at which the network's accuracy was measured. Networks that do not tell it (those saved by
-    earlier versions, and the bundled ones) were measured on small square images as they are, on others at
+    It is stored at the size at which the network's accuracy was measured. Networks that do not record it (of earlier
+    versions, or bundled) were measured on small square images at their own size, on others at
     `storage_default`.
 
     Raises:
-        CorruptImageError: if it cannot be decoded, or its header tells of more than `max_pixels` pixels.
+        CorruptImageError: if it cannot be decoded, or its header states more than `max_pixels` pixels.
     """
     default = storage_default(int(network.pretrained_cfg["input_size"][-1]))
     side = getattr(network, "storage_size", None) or natural_size([image]) or default

@@ -1,7 +1,7 @@
-"""Splits and classes, as the names of files and folders tell of them.
+"""Finds splits and classes in the names of files and folders.
 
 The rules are those of `datasets` (its data_files.py and folder_based_builder.py, version 5.2), so that a folder has the
-same splits and classes in both. Where they would leave the user guessing, the folder is refused.
+same splits and classes in both. Ambiguous folders are refused.
 """
 
 import re
@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from sssd_zoo.data.walk import listed, warn_once
+from sssd_zoo.data.walk import warn_once
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -30,9 +31,9 @@ class Layout:
 
     Attributes:
         splits: the images of each split, paths relative to the folder.
-        depth: which part of a path is the class.
+        depth: index of the path part that is the class.
         labelled: the splits whose images all lie in class folders.
-        classes: names of the classes, in Unicode's composed form (NFC); empty if there are not two of them.
+        classes: names of the classes, in Unicode's composed form (NFC); empty if there are fewer than two.
     """
 
     splits: dict[str, list[PurePath]]
@@ -51,17 +52,17 @@ def composed(name: str) -> str:
 
 
 def split_word(name: str) -> str | None:
-    """The split that one of a name's words tells of: 'train' of train2017, train_images and my-train."""
+    """The split that a word of a name stands for: 'train' in train2017, train_images and my-train."""
     words = _SEPARATORS.split(name.lower())
     return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 
 def split_of_parquet(path: PurePath) -> str:
-    """The split of a parquet file, by its folders or else its own name; 'train' if neither tells of one."""
+    """The split of a parquet file, by its folders or else its own name; 'train' if neither names one."""
     for folder in path.parts[:-1]:
         if (split := split_word(folder)) is not None:
             return split
-    # The Hub's own names give the split as it is: 'fold_1-00000-of-00002'.
+    # File names of the Hub contain the split: 'fold_1-00000-of-00002'.
     numbered = re.fullmatch(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*", path.stem)
     if numbered is not None:
         return SPLIT_NAMES.get(numbered[1].lower(), numbered[1])
@@ -71,17 +72,17 @@ def split_of_parquet(path: PurePath) -> str:
 def image_layout(root: Path, images: list[PurePath], *, unlabelled: bool = False) -> Layout:
     """Groups the images of a folder into splits and classes.
 
-    Splits are folders, below which the class folders lie, or else told of by the names of all files. What lies beside
-    the folders of splits is left out, as `datasets` does, and named. Images beside class folders, or a single class
-    folder, leave a split without labels. A folder that holds all images is passed through.
+    Splits are folders that contain the class folders, or else words in the names of all files. Images beside the split
+    folders are left out, as in `datasets`, with a warning. A split with images beside class folders, or with a single
+    class folder, has no labels. A folder that holds all images is skipped.
 
     Args:
         root: the folder, for messages.
         images: paths relative to it, in order.
-        unlabelled: take no folder for a class.
+        unlabelled: treat no folder as a class.
 
     Raises:
-        UserError: where it is not clear which folders are splits, or which are classes.
+        UserError: if it is unclear which folders are splits, or which are classes.
     """
     base = _shared_depth(images)
     by_folder = _split_folders(root, images, base)
@@ -113,12 +114,12 @@ def image_layout(root: Path, images: list[PurePath], *, unlabelled: bool = False
 
 
 def _folder(image: PurePath, depth: int) -> str:
-    """The folder at this depth of a path, '' for a file that lies there."""
+    """The folder at this depth of a path, '' for a file at this depth."""
     return image.parts[depth] if len(image.parts) > depth + 1 else ""
 
 
 def _shared_depth(images: list[PurePath], depth: int = 0) -> int:
-    """The depth below the folders, from `depth` on, that all images share: they hold one folder each, and no split."""
+    """The depth below the folders, from `depth` on, that contain all images and are not splits."""
     while all(len(image.parts) > depth + 2 for image in images):
         names = {image.parts[depth] for image in images}
         if len(names) != 1 or split_word(names.pop()) is not None:
@@ -128,11 +129,11 @@ def _shared_depth(images: list[PurePath], depth: int = 0) -> int:
 
 
 def _sure_splits(names: Iterable[str], *, alone: bool) -> dict[str, str]:
-    """The names that must be splits: by themselves (train, test2017), or by another split's name of the same pattern.
+    """The names that must be splits: on their own (train, test2017), or beside another split of the same pattern.
 
     Args:
         names: of files or folders side by side.
-        alone: whether a name may be sure by itself.
+        alone: whether a name can be a split on its own.
     """
     patterns: dict[str, dict[str, str]] = defaultdict(dict)
     for name in names:
@@ -149,7 +150,7 @@ def _sure_splits(names: Iterable[str], *, alone: bool) -> dict[str, str]:
 
 
 def _split_folders(root: Path, images: list[PurePath], base: int) -> dict[str, str]:
-    """The folders at this depth that are splits, and which; {} if none are."""
+    """The folders at this depth that are splits, mapped to their splits; {} if none are."""
     names = sorted({_folder(image, base) for image in images} - {""})
     flat = {_folder(image, base) for image in images} == set(names)
     maybe = {name: split for name in names if (split := split_word(name)) is not None}
@@ -169,13 +170,13 @@ def _split_folders(root: Path, images: list[PurePath], base: int) -> dict[str, s
     look = listed(sorted(sure or maybe))
     beside = listed([name for name in names if name not in (sure or maybe)] or ["images"])
     raise UserError(
-        f"{root} has folders named as splits ({look}) beside others ({beside}), so which images to train on is not "
+        f"{root} has folders named like splits ({look}) beside others ({beside}), so which images to train on is not "
         "clear: put those to train on into a folder 'train', or rename the folders"
     )
 
 
 def _split_files(root: Path, images: list[PurePath]) -> dict[str, str]:
-    """The splits that the names of all files tell of (train_001.png, test_001.png), by their stems; {} if none."""
+    """The splits in the names of all files (train_001.png, test_001.png), by their stems; {} if none."""
     stems = {image.stem for image in images}
     sure = _sure_splits(stems, alone=False)
     if sure and len(sure) < len(stems):
@@ -187,7 +188,7 @@ def _split_files(root: Path, images: list[PurePath]) -> dict[str, str]:
 
 
 def _refuse_splits_below(root: Path, images: list[PurePath], base: int) -> None:
-    """Raises `UserError` where splits lie deeper than they are looked for: they would be taken for images alike."""
+    """Raises `UserError` if splits lie deeper than expected: their images would all be mixed."""
     children: dict[PurePath, set[str]] = defaultdict(set)
     for parts in {image.parts[:-1] for image in images}:
         for depth in range(base + 1, len(parts)):
@@ -195,13 +196,13 @@ def _refuse_splits_below(root: Path, images: list[PurePath], base: int) -> None:
     for folder, names in sorted(children.items()):
         if len(set(_sure_splits(names, alone=True).values())) > 1:
             raise UserError(
-                f"{root} has splits further below, in {folder.as_posix()} ({listed(sorted(names))}): give that folder "
+                f"{root} has splits in a sub-folder, {folder.as_posix()} ({listed(sorted(names))}): give that folder "
                 "itself, or put the splits above all other folders"
             )
 
 
 def _labelled(root: Path, splits: Mapping[str, list[PurePath]], depth: int) -> set[str]:
-    """The splits whose images all lie in class folders, of which the training split has some too."""
+    """The splits whose images all lie in class folders, some of which the training split has too."""
     labelled = set()
     for split, images in splits.items():
         loose = [image.as_posix() for image in images if len(image.parts) <= depth + 1]
@@ -210,19 +211,19 @@ def _labelled(root: Path, splits: Mapping[str, list[PurePath]], depth: int) -> s
         elif len(loose) < len(images):
             warn_once(
                 f"{root} ({split}) has no labels: {len(loose)} of its images lie beside the sub-folders "
-                f"({listed(loose)}); move them to give it classes, or tell by --unlabelled that it has none"
+                f"({listed(loose)}); move them into class folders, or give --unlabelled"
             )
     known = {composed(image.parts[depth]) for image in splits.get("train", ()) if "train" in labelled}
     for split in sorted(labelled - {"train"} if known else ()):
         names = {composed(image.parts[depth]) for image in splits[split]}
         if names.isdisjoint(known):
-            warn_once(f"{root} ({split}) has no labels: its folders ({listed(sorted(names))}) are no classes of train")
+            warn_once(f"{root} ({split}) has no labels: its folders ({listed(sorted(names))}) are not classes of train")
             labelled.discard(split)
     return labelled
 
 
 def _refuse_nested_classes(root: Path, layout: Layout) -> None:
-    """Raises `UserError` where class folders hold folders of different names: which are the classes is not clear."""
+    """Raises `UserError` if class folders contain differently named folders: it is unclear which are the classes."""
     below = {image.parts[layout.depth + 1 : -1]: image for split in layout.labelled for image in layout.splits[split]}
     if len(below) > 1:
         examples = sorted(image.parent.as_posix() for image in below.values())

@@ -1,4 +1,4 @@
-"""What feeds the training loop: each process's part of every global batch, from memory or from a stream."""
+"""Loaders of the training loop: they yield each process's part of every global batch, from memory or a stream."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -12,13 +12,13 @@ from sssd_zoo.errors import UserError
 
 
 class EpochLoader:
-    """Feeds the engine from a data set whose rows have numbers, each process its part of every global batch.
+    """Feeds the engine from a data set with row numbers: each process gets its part of every global batch.
 
     Args:
         data: the images.
         batch_size: images per step, over all processes.
-        seed: of the order.
-        positions: int64, the images to take; by default all.
+        seed: random seed of the order.
+        positions: int64, positions of the images to use; by default all.
     """
 
     def __init__(self, data: ImageData, batch_size: int, seed: int, positions: Tensor | None = None) -> None:
@@ -39,17 +39,17 @@ class StreamLoader:
     Args:
         data: the stream.
         batch_size: images per step, over all processes.
-        seed: of the order.
-        steps_per_epoch: where the stream does not know its length.
+        seed: random seed of the order.
+        steps_per_epoch: steps that count as one epoch; by default from the stream's length.
 
     Raises:
-        UserError: if neither tells how long an epoch is.
+        UserError: if neither gives the length of an epoch.
     """
 
     def __init__(self, data: StreamingImages, batch_size: int, seed: int, steps_per_epoch: int | None) -> None:
         self.data, self.batch_size, self.seed = data, batch_size, seed
         if steps_per_epoch is None and data.count is None:
-            raise UserError(f"the stream of {data.name} does not tell its length; give --steps_per_epoch")
+            raise UserError(f"the stream of {data.name} has an unknown length; give --steps_per_epoch")
         self.steps_per_epoch = steps_per_epoch or (data.count or 0) // batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,14 +1,15 @@
-"""Images in, batches of uint8 tensors out.
+"""Loads images as batches of uint8 tensors.
 
-Small sets are decoded once into one tensor; sets that do not fit are decoded batch by batch in DataLoader workers. Both
-give the same images in the same order: `GlobalBatches` decides the order, and nothing else does.
+Data sets that fit in memory are decoded once into one tensor; others are decoded batch by batch in DataLoader workers.
+Both give the same images in the same order, which `GlobalBatches` alone decides.
 """
 
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -19,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sssd_zoo.configs import DataConfig
-from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import (
     Corrupt,
@@ -33,20 +33,23 @@ from sssd_zoo.data.images import (
 )
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
+
+Batch = TypeVar("Batch")
 
 logger = logging.getLogger("sssd_zoo")
 
 NAMED = 10  # corrupt images that a message names; all of them are in `ImageData.corrupt`
 
-LOOKED_AT = 256  # evenly spaced images whose size decides the storage size
+SAMPLED_SIZES = 256  # evenly spaced images whose sizes decide the storage size
 
 
 class CorruptTally:
-    """Counts and names corrupt images, each once, and stops when there are too many.
+    """Counts and names corrupt images, each once, and raises an error if there are too many.
 
     Args:
-        origin: the data, for messages.
-        limit: how many may be skipped.
+        origin: name of the data, for messages.
+        limit: number of images that may be skipped.
     """
 
     def __init__(self, origin: str, limit: int) -> None:
@@ -54,10 +57,10 @@ class CorruptTally:
         self.corrupt: list[Corrupt] = []
 
     def add(self, corrupt: list[Corrupt], tried: int, *, shared: bool = False) -> None:
-        """Adds what was found among `tried` images; where all processes find the same (`shared`), one tells of it.
+        """Adds the corrupt ones of `tried` images; if all processes find the same (`shared`), only one reports them.
 
         Raises:
-            UserError: if the limit is passed, or none of them is good.
+            UserError: if the limit is exceeded, or all of them are corrupt.
         """
         known = set(self.corrupt)
         new = [image for image in dict.fromkeys(corrupt) if image not in known]
@@ -65,13 +68,27 @@ class CorruptTally:
         if len(self.corrupt) > self.limit:
             raise UserError(
                 f"{len(self.corrupt)} images of {self.origin} cannot be decoded, more than max_corrupt {self.limit} "
-                f"({_named(self.corrupt)}): mend or remove them, or raise max_corrupt to skip them"
+                f"({_named(self.corrupt)}): fix or remove them, or raise max_corrupt to skip them"
             )
         if corrupt and len(corrupt) == tried:
-            raise UserError(f"none of {tried} images of {self.origin} read together can be decoded ({_named(corrupt)})")
+            raise UserError(
+                f"none of {tried} images of {self.origin} can be decoded ({_named(corrupt)}): check that they are "
+                "complete, or give other data"
+            )
         if new and (not shared or rank() == 0):
             total = len(self.corrupt)
             logger.warning("skipped %d corrupt images of %s, %d so far (%s)", len(new), self.origin, total, _named(new))
+
+
+@dataclass(frozen=True)
+class OpenedSplit:
+    """A split of a data set: its names, its encoded images, and their fingerprint and labels."""
+
+    name: str
+    split: str
+    encoded: EncodedImages
+    fingerprint: str
+    labels: columns.Labels | None
 
 
 class ImageData:
@@ -80,50 +97,47 @@ class ImageData:
     `load_images` makes it. Positions 0..len-1 count the kept images; `rows` maps them to row numbers of the split.
 
     Attributes:
-        name: what to call the data: the Hub id, or the name of the file or folder.
+        name: name of the data: the Hub id, or the name of the file or folder.
         split: the split's name.
         fingerprint: SHA-256 of the encoded images in their order, the same for every storage size and backend.
         rows: int64 [N], the row number of each kept image.
         labels: int64 [N] in 0..C-1, or None.
         class_names: the C names, or None.
         size: side S of the stored images.
-        corrupt: row number or path, and reason, of each image that could not be decoded and is left out.
-        in_memory: whether all images are decoded already.
+        corrupt: row number or path, and reason, of each undecodable image that is left out.
+        in_memory: whether all images are decoded and kept in memory.
     """
 
     def __init__(
         self,
+        source: OpenedSplit,
+        config: DataConfig,
         *,
-        name: str,
-        split: str,
-        encoded: EncodedImages,
-        fingerprint: str,
         rows: NDArray[np.int64],
-        labels: columns.Labels | None,
         size: int,
-        tally: "CorruptTally",
+        tally: CorruptTally,
         pixels: Tensor | None,
-        workers: int,
-        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.name, self.split, self.fingerprint, self.rows, self.size = name, split, fingerprint, rows, size
+        self.name, self.split, self.fingerprint = source.name, source.split, source.fingerprint
+        self.rows, self.size = rows, size
+        labels = source.labels
         self.labels = None if labels is None else labels.values[rows]
         self.class_names = None if labels is None else labels.names
         self.corrupt = tally.corrupt
         self.in_memory = pixels is not None
-        self._tally, self._workers, self._pixels = tally, workers, pixels
-        self._decoder = _Decoder(encoded, rows, size, max_pixels)
+        self._tally, self._workers, self._pixels = tally, config.workers, pixels
+        self._decoder = _Decoder(source.encoded, rows, size, config.max_pixels)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def move(self, device: torch.device) -> None:
-        """Keeps the decoded images on a GPU, where they fit; they never come back from it."""
+        """Moves the decoded images to a GPU if they fit, for good."""
         if self._pixels is not None and not self._pixels.is_cuda and fits_on_gpu(self._pixels, device):
             self._pixels = self._pixels.to(device)
 
     def gather(self, index: Tensor) -> Tensor:
-        """The images at `index`, int64 [B] positions, as uint8 [B, 3, S, S]; decodes them now if not in memory."""
+        """The images at `index`, int64 [B] positions, as uint8 [B, 3, S, S]; decoded now unless in memory."""
         if self._pixels is not None:
             return self._pixels[index.to(self._pixels.device)].cpu()
         _, images, corrupt = self._decoder[index.numpy()]
@@ -135,28 +149,21 @@ class ImageData:
 
         Args:
             order: int64 [B] positions for each batch, as `GlobalBatches.epoch` gives them.
-            workers: DataLoader processes when the images are not in memory; by default as configured.
+            workers: DataLoader processes if the images are not in memory; by default those of the configuration.
 
         Yields:
-            The positions, int64 [B], and their images, uint8 [B, 3, S, S], on the device that `move` put them on. An
-            image that turns out to be corrupt is replaced, in both, by another of its batch.
+            The positions, int64 [B], and their images, uint8 [B, 3, S, S], on the device that `move` put them on. A
+            corrupt image is replaced, in both, by another of its batch.
 
         Raises:
-            UserError: when more images have turned out to be corrupt than `max_corrupt`.
+            UserError: if more than `max_corrupt` images are corrupt.
         """
         if self._pixels is not None:
             for index in order:
                 yield index, self._pixels[index.to(self._pixels.device, non_blocking=True)]
             return
-        loader: DataLoader[tuple[Tensor, Tensor, list[Corrupt]]] = DataLoader(
-            self._decoder,
-            batch_size=None,
-            sampler=(index.numpy() for index in order),
-            num_workers=self._workers if workers is None else workers,
-            collate_fn=_as_it_is,
-            generator=torch.Generator(),  # else it would draw from, and so move, the global generator
-        )
-        for index, images, corrupt in loader:
+        workers = self._workers if workers is None else workers
+        for index, images, corrupt in read_in_order(self._decoder, order, workers):
             self._tally.add(corrupt, len(index))
             yield index, images
 
@@ -169,63 +176,56 @@ def load_images(
     verify: bool = True,
     progress: bool = True,
 ) -> ImageData:
-    """Opens a split, reads its labels, takes its fingerprint and decodes its images, to keep them if they fit.
+    """Opens a split, reads its labels, computes its fingerprint and decodes its images, kept in memory if they fit.
 
-    Images that do not fit in memory are decoded once to find the corrupt ones, at the lowest resolution their format
-    has, so that every step works on the same rows.
+    Images that do not fit in memory are decoded once at the lowest resolution of their format to find corrupt ones, so
+    that every step works on the same rows.
 
     Args:
         config: which images.
-        default_size: storage size of images that are not small, square and alike.
+        default_size: storage size of images that are not small, square and equal in size.
         require_labels: make missing labels, and classes without rows, errors.
-        verify: look for corrupt images now, in memory or not. Without it `ImageData.batches` finds them late, which is
-            good enough for pretraining.
-        progress: show bars, in the main process.
+        verify: look for corrupt images now, even if they do not fit in memory. Otherwise `ImageData.batches` finds them
+            while it reads, which is enough for pretraining.
+        progress: show progress bars in the main process.
 
     Raises:
-        UserError: if the data cannot be found or read, columns or split are not there, labels are required and
+        UserError: if the data cannot be found or read, a column or split does not exist, labels are required but
             missing, or more than `max_corrupt` images are corrupt.
     """
     if config.streaming:
-        raise UserError("streaming serves pretraining only: every other step needs the rows by number")
+        raise UserError("streaming is for pretraining only, as other steps need row numbers: drop --streaming")
     if config.unlabelled and (require_labels or config.label_column is not None):
-        raise UserError("--unlabelled leaves out the labels, which this step or --label_column asks for: drop one")
+        raise UserError("--unlabelled leaves out the labels, which this step or --label_column needs: drop one of them")
     progress = progress and rank() == 0
-    name = sources.short_name(config.data)
-    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled, progress=progress)
-    splits, split = columns.take_split(splits, config.split, name)
-    if len(splits[split]) == 0:
-        raise UserError(f"{name} ({split}) has no rows")
-    encoded = open_encoded(splits[split], config.image_column, name)
-    labels = None
-    if not config.unlabelled:
-        labels = columns.read_labels(splits, split, config.label_column, name, required=require_labels)
-    size = config.storage_size or natural_size(encoded.read(spaced(len(encoded), LOOKED_AT))) or default_size
-    digest = fingerprint(encoded, progress=progress)
+    source = _open_split(config, require_labels=require_labels, progress=progress)
+    encoded = source.encoded
+    size = config.storage_size or natural_size(encoded.read(spaced(len(encoded), SAMPLED_SIZES))) or default_size
     keep = config.in_memory
     if keep is None:
         keep = fits_in_memory(len(encoded) * 3 * size * size)
     rows = np.arange(len(encoded))
     pixels: Tensor | None = None
-    tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
+    tally = CorruptTally(f"{source.name} ({source.split})", config.max_corrupt)
     if keep or verify:
         pixels, rows, corrupt = decode_all(
             encoded, size, keep=keep, workers=config.workers, progress=progress, max_pixels=config.max_pixels
         )
         tally.add(corrupt, len(encoded), shared=True)
-    return ImageData(
-        name=name,
-        split=split,
-        encoded=encoded,
-        fingerprint=digest,
-        rows=rows,
-        labels=labels,
-        size=size,
-        tally=tally,
-        pixels=pixels,
-        workers=config.workers,
-        max_pixels=config.max_pixels,
-    )
+    return ImageData(source, config, rows=rows, size=size, tally=tally, pixels=pixels)
+
+
+def _open_split(config: DataConfig, *, require_labels: bool, progress: bool) -> OpenedSplit:
+    name = sources.short_name(config.data)
+    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled, progress=progress)
+    splits, split = columns.take_split(splits, config.split, name)
+    if len(splits[split]) == 0:
+        raise UserError(f"{name} ({split}) has no rows: choose another split")
+    encoded = open_encoded(splits[split], config.image_column, name)
+    labels = None
+    if not config.unlabelled:
+        labels = columns.read_labels(splits, split, config.label_column, name, required=require_labels)
+    return OpenedSplit(name, split, encoded, fingerprint(encoded, progress=progress), labels)
 
 
 def split_names(config: DataConfig) -> list[str]:
@@ -235,29 +235,29 @@ def split_names(config: DataConfig) -> list[str]:
     )
 
 
-def open_encoded(rows: Any, wanted: str | None, name: str) -> EncodedImages:
-    """The encoded images of a split, whatever its image column is stored as."""
+def open_encoded(rows: Any, image_column: str | None, name: str) -> EncodedImages:
+    """The encoded images of a split, however its image column is stored."""
     from datasets import Image
 
-    column = columns.image_column(rows.features, wanted, name)
+    column = columns.image_column(rows.features, image_column, name)
     return EncodedImages(rows.cast_column(column, Image(decode=False)), column)
 
 
 class GlobalBatches:
-    """Which samples each step of each epoch sees: a function of (seed, epoch, step), whatever the number of processes.
+    """The samples of each step: a function of (seed, epoch, step), independent of the number of processes.
 
     Args:
         n: number of samples.
-        batch_size: of all processes together.
-        seed: of the order.
-        rank: this process, 0..world-1: it gets the rank-th contiguous part of every global batch.
+        batch_size: samples per step, over all processes.
+        seed: random seed of the order.
+        rank: number of this process, 0..world-1: it gets the rank-th contiguous part of every global batch.
         world: number of processes.
         shuffle: draw a new order for each epoch; otherwise 0..n-1.
-        drop_last: leave out the last batch if it is not full. If kept, its parts may differ in length by one or more,
-            down to none.
+        drop_last: leave out an incomplete last batch. If kept, the processes' parts of it may differ in length, down to
+            none.
 
     Raises:
-        UserError: if the batch does not divide by the processes, or no batch is full.
+        UserError: if the batch size is not a multiple of the processes, or exceeds the number of samples.
     """
 
     def __init__(
@@ -292,7 +292,7 @@ class GlobalBatches:
 
 
 class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
-    """Batches as items: positions in; positions, images and corrupt images out. It is what DataLoader workers run."""
+    """Batches as items, for DataLoader workers: positions in; positions, images and corrupt images out."""
 
     def __init__(self, encoded: EncodedImages, rows: NDArray[np.int64], size: int, max_pixels: int) -> None:
         self.encoded, self.rows, self.size, self.max_pixels = encoded, rows, size, max_pixels
@@ -305,19 +305,33 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
         return torch.from_numpy(positions[places]), images, corrupt
 
 
-def _as_it_is(batch: Any) -> Any:
+def read_in_order(dataset: Dataset[Batch], order: Iterable[Tensor], workers: int) -> Iterator[Batch]:
+    """Reads batches of a dataset that is indexed by positions, int64 [B], in this order in DataLoader workers."""
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=(positions.numpy() for positions in order),
+            num_workers=workers,
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # otherwise it would draw from, and so advance, the global generator
+        )
+    )
+
+
+def _unchanged(batch: Batch) -> Batch:
     return batch
 
 
-def fits_in_memory(wanted: int) -> bool:
-    """Whether `wanted` bytes are at most half of the free memory, shared by the processes of this machine."""
+def fits_in_memory(size: int) -> bool:
+    """Whether `size` bytes in each process of this machine take at most half of the free memory."""
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))
-    fits = [bool(wanted * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= free // 2)]
+    fits = [bool(size * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= free // 2)]
     if dist.is_available() and dist.is_initialized():
-        # All processes must take the same way: corrupt images shorten the set in memory, but not the other.
+        # All processes must decide alike: corrupt images are left out of a data set in memory, but not of the other.
         dist.broadcast_object_list(fits)
     return fits[0]
 
@@ -328,5 +342,5 @@ def fits_on_gpu(tensor: Tensor, device: torch.device) -> bool:
 
 
 def _named(corrupt: list[Corrupt]) -> str:
-    named = [f"{f'row {name}' if isinstance(name, int) else name}: {reason}" for name, reason in corrupt[:NAMED]]
-    return "; ".join(named + ([f"and {len(corrupt) - NAMED} more"] if len(corrupt) > NAMED else []))
+    images = [f"{f'row {name}' if isinstance(name, int) else name}: {reason}" for name, reason in corrupt]
+    return listed(images, NAMED, "; ")

@@ -1,10 +1,10 @@
-"""Makes the sample that the package ships: 10,000 train and 2,000 test images of CIFAR-10.
+"""Creates the sample that is bundled with the package: 10,000 train and 2,000 test images of CIFAR-10.
 
     python -m sssd_zoo.data.make_sample FOLDER
 
 FOLDER holds train.parquet and test.parquet of CIFAR-10 with the columns img (JPEG bytes) and label. The images are
-drawn class by class with a fixed seed, kept in the source's order, and their JPEG bytes are copied as they are: at 32
-px most of a JPEG is tables that are the same in every image, which zstd removes across images.
+drawn class by class with a fixed seed, kept in the source's order, and their JPEG bytes are copied unchanged: at 32
+px most of a JPEG file is tables that are identical in all images, which zstd compresses away.
 """
 
 import argparse

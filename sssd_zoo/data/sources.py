@@ -1,6 +1,6 @@
-"""Where images come from: the shipped sample, the Hub, folders, parquet files, `save_to_disk` folders.
+"""Where images come from: the bundled sample, the Hub, folders, parquet files and `save_to_disk` folders.
 
-Each becomes splits of Hugging Face `datasets`, whose columns `columns.py` then looks at.
+Each is opened as splits of Hugging Face `datasets`; `columns.py` then finds their columns.
 """
 
 import logging
@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from sssd_zoo.data.layout import image_layout, split_of_parquet
-from sssd_zoo.data.walk import Found, refuse_pointers, walk, warn_once
+from sssd_zoo.data.walk import FolderContent, refuse_pointers, walk, warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import disk_errors
@@ -21,13 +21,13 @@ logger = logging.getLogger("sssd_zoo")
 
 SAMPLE_NAME = "cifar10-sample"
 SAMPLE_FOLDER = Path(__file__).with_name("sample")
-HUB_TIMEOUT = 10.0  # seconds: without a first short look, `datasets` retries an unreachable Hub for half a minute
+HUB_TIMEOUT = 10.0  # seconds; without this check `datasets` retries an unreachable Hub for half a minute
 
 Splits = Mapping[str, Any]  # split name -> Dataset or IterableDataset
 
 
 def short_name(data: str) -> str:
-    """What to call the data in files that are passed on: a Hub id as it is, a path without the folders above it."""
+    """The name of the data in files that are shared: a Hub id as it is, a path without its parent folders."""
     try:
         path = Path(data).expanduser()
         return path.resolve().name if path.exists() else data
@@ -50,7 +50,7 @@ def open_splits(
             `save_to_disk` folder; or a Hub id, with `:configuration` behind it where the data set has several.
         revision: commit or branch, for the Hub.
         streaming: read rows as they are asked for.
-        unlabelled: the sub-folders of an image folder are no classes.
+        unlabelled: treat no sub-folder of an image folder as a class.
         progress: show the bars of downloads.
 
     Returns:
@@ -76,7 +76,7 @@ def _open_path(path: Path, streaming: bool, unlabelled: bool) -> Splits:
 
     if path.is_file():
         if path.suffix != ".parquet":
-            raise UserError(f"{path} is a file of another kind: give a parquet file or a folder")
+            raise UserError(f"{path} is another kind of file: give a parquet file or a folder")
         return _parquet({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
     if not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder: give a parquet file or a folder")
@@ -93,8 +93,8 @@ def _open_path(path: Path, streaming: bool, unlabelled: bool) -> Splits:
     return _image_folder(found, unlabelled)
 
 
-def _parquet_folder(found: Found, streaming: bool) -> Splits:
-    """Splits of parquet files; a metadata.parquet without images beside it is one of them."""
+def _parquet_folder(found: FolderContent, streaming: bool) -> Splits:
+    """Splits of parquet files; a metadata.parquet without images beside it counts as one."""
     files = defaultdict(list)
     for file in sorted([*found.parquet, *(file for file in found.metadata if file.suffix == ".parquet")]):
         files[split_of_parquet(file)].append(str(found.root / file))
@@ -108,7 +108,7 @@ def _parquet_folder(found: Found, streaming: bool) -> Splits:
     return _parquet(files, found.root, streaming)
 
 
-def _image_folder(found: Found, unlabelled: bool) -> Splits:
+def _image_folder(found: FolderContent, unlabelled: bool) -> Splits:
     """Splits of an image folder: `split/class/...`, `class/...`, `split/...` or images alone, see `image_layout`."""
     from datasets import ClassLabel, Dataset, Features, Image
 
@@ -127,8 +127,8 @@ def _image_folder(found: Found, unlabelled: bool) -> Splits:
     return splits
 
 
-def _described_folder(found: Found, images: Mapping[str, list[PurePath]]) -> Splits:
-    """Splits of images that metadata files list, with the columns of these: as `datasets` reads them."""
+def _described_folder(found: FolderContent, images: Mapping[str, list[PurePath]]) -> Splits:
+    """Splits of the images that metadata files list, with their columns, as `datasets` reads them."""
     from datasets import load_dataset
 
     below: dict[PurePath, set[str]] = defaultdict(set)
@@ -140,8 +140,8 @@ def _described_folder(found: Found, images: Mapping[str, list[PurePath]]) -> Spl
     for file in found.metadata:
         if len(below[file.parent]) > 1:
             raise UserError(
-                f"{found.root / file} lies above the splits {', '.join(sorted(below[file.parent]))}: put one with the "
-                "images of each split into its folder"
+                f"{found.root / file} lies above the splits {', '.join(sorted(below[file.parent]))}: put one into the "
+                "folder of each split"
             )
         for split in below[file.parent]:
             files[split].append(str(found.root / file))
@@ -171,12 +171,12 @@ def _parquet(files: Mapping[str, list[str]], origin: Path, streaming: bool) -> S
     from datasets import load_dataset
 
     def load() -> Any:
-        # Files without rows, which `datasets` cannot read, say nothing.
+        # `datasets` cannot read files without rows.
         filled = {split: [file for file in paths if pq.read_metadata(file).num_rows] for split, paths in files.items()}
         filled = {split: paths for split, paths in filled.items() if paths}
         if not filled:
             raise UserError(f"{origin} has no rows")
-        # Each split by itself: read together, all would have to have the columns and types of the first.
+        # Each split separately: read together, all would need the columns and types of the first.
         return {
             split: load_dataset(
                 "parquet",
@@ -194,15 +194,15 @@ def _parquet(files: Mapping[str, list[str]], origin: Path, streaming: bool) -> S
 
 
 def _stamped(files: list[str]) -> Any:
-    """Files by name, so that no sign in a path is taken for a pattern, and with what tells whether they have changed.
+    """Files by exact name, so that no path is taken for a pattern, with stamps that change when they do.
 
-    `datasets` itself looks at the time of the last change alone, which copying tools set back.
+    `datasets` itself uses only the time of modification, which copying tools preserve.
     """
     from datasets.data_files import DataFilesList
 
     chained = next((file for file in files if "::" in file), None)
     if chained is not None:
-        raise UserError(f"the path {chained} has '::', which `datasets` takes for a file in an archive: rename it")
+        raise UserError(f"the path {chained} has '::', which `datasets` reads as a file in an archive: rename it")
     stamps = [Path(file).stat() for file in files]
     return DataFilesList(
         [str(Path(file).absolute()) for file in files],
@@ -211,7 +211,7 @@ def _stamped(files: list[str]) -> Any:
 
 
 def _common_features(files: list[str]) -> Any:
-    """The columns of parquet files that differ in them: one whose labels are all missing has no type for them."""
+    """The common columns of parquet files whose columns differ: a column of missing labels has no type."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features, Value
@@ -229,7 +229,7 @@ def _common_features(files: list[str]) -> Any:
 
 
 def _load(load: Callable[[], Any], origin: Path) -> Any:
-    """Runs a local load of `datasets` without its bars; what it cannot read becomes a `UserError`."""
+    """Runs a local load of `datasets` without progress bars; its errors become a `UserError`."""
     import datasets
     import pyarrow as pa
 
@@ -255,19 +255,23 @@ def _open_hub(name: str, configuration: str | None, revision: str | None, stream
     try:
         HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT)
     except RevisionNotFoundError as error:
-        raise UserError(f"the Hub's data set {name} has no revision {revision!r}") from error
+        raise UserError(
+            f"the Hub's data set {name} has no revision {revision!r}: give a branch, tag or commit of it by --revision"
+        ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"there is no file or folder {name} here, nor a data set of that name on the Hub that you may read "
             "(for a private one, log in with `hf auth login`)"
         ) from error
     except HFValidationError as error:
-        raise UserError(f"no file or folder {name}, and that is not a name the Hub can have") from error
+        raise UserError(
+            f"there is no file or folder {name}, and it is not a valid Hub id: give a path or ORG/NAME"
+        ) from error
     except HfHubHTTPError as error:
         if error.response is None or error.response.status_code < 500:
             raise UserError(f"the Hub refuses the data set {name}: {_reason(error)}") from error
         unreachable = True
-    except Exception:  # its HTTP client's errors, which differ between versions, and its offline mode
+    except Exception:  # errors of its HTTP client, which differ between versions, and of its offline mode
         unreachable = True
     try:
         with _quiet(bars=progress), _offline(unreachable), disk_errors(Path(datasets.config.HF_DATASETS_CACHE)):
@@ -293,7 +297,7 @@ def _open_hub(name: str, configuration: str | None, revision: str | None, stream
 
 @contextmanager
 def _quiet(*, bars: bool) -> Iterator[None]:
-    """Silences `datasets` for a while: its log, which repeats what it raises, and unless `bars` its progress bars."""
+    """Silences the log of `datasets`, which repeats what it raises, and, unless `bars`, its progress bars."""
     import datasets
 
     verbosity, hidden = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
@@ -310,7 +314,7 @@ def _quiet(*, bars: bool) -> Iterator[None]:
 
 @contextmanager
 def _offline(offline: bool) -> Iterator[None]:
-    """Makes `datasets` go straight to its cache instead of trying the Hub again and again."""
+    """Makes `datasets` use its cache directly instead of retrying the Hub."""
     import datasets
 
     before = datasets.config.HF_HUB_OFFLINE
@@ -329,13 +333,13 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _reraise_disk_error(error: Exception) -> None:
-    """`datasets` wraps a full disk into an error of its own; `disk_errors` wants to see the bare one."""
+    """Raises the disk error that `datasets` has wrapped, so that `disk_errors` recognises it."""
     for cause in _causes(error):
         if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
             raise cause from error
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause that says anything, on one line."""
+    """The text of the innermost cause that has one, on one line."""
     texts = [" ".join(str(cause).split()) for cause in _causes(error)]
     return next((text[:300] for text in reversed(texts) if text), type(error).__name__)

@@ -1,6 +1,6 @@
-"""Images of sets too large to hold: read as they come, split by process, shuffled in a buffer.
+"""Streams data sets that are too large to store, split by process and shuffled in a buffer.
 
-It serves pretraining, which needs no labels and no row numbers; every other step needs both.
+This is for pretraining, which needs neither labels nor row numbers; every other step needs both.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 
 BUFFER = 4096  # encoded images from which the next one is drawn
-LOOKED_AT = 16  # first images, whose size decides the storage size
-SHARDS = 64  # parts that a set on this disk is cut into, to be read in another order each epoch
+SAMPLED_SIZES = 16  # first images, whose sizes decide the storage size
+SHARDS = 64  # parts of a local data set, read in a different order each epoch
 
 
 class StreamingImages:
     """A stream of images without labels; `load_streaming` makes it.
 
     Attributes:
-        name: what to call the data.
+        name: name of the data.
         split: the split's name.
         size: side S of the images.
-        count: number of rows where the data set tells it, else None.
+        count: number of rows if the data set states it, else None.
         corrupt: path or hash, and reason, of each image that this process could not decode.
     """
 
@@ -40,9 +40,9 @@ class StreamingImages:
         self._rows, self._column, self._workers = rows, column, max(1, config.workers)
         self._max_pixels = config.max_pixels
         self._tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
-        first = [_encoded(row[column]) for row in rows.take(LOOKED_AT)]
+        first = [_encoded(row[column]) for row in rows.take(SAMPLED_SIZES)]
         if not first:
-            raise UserError(f"{name} ({split}) has no rows")
+            raise UserError(f"{name} ({split}) has no rows: choose another split")
         self.size = config.storage_size or natural_size(first) or default_size
         info = rows.info.splits
         self.count: int | None = info[split].num_examples if info and split in info else None
@@ -55,24 +55,24 @@ class StreamingImages:
     def batches(
         self, batch_size: int, seed: int, epoch: int, start: int = 0, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields batches without end: after the last row the stream goes on in a new order.
+        """Yields batches without end: after the last row the stream restarts in a new order.
 
-        So processes whose shares differ never wait for one another; an epoch is as many steps as the caller takes.
+        So processes with different numbers of rows never wait for one another; the caller decides how long an epoch is.
 
         Args:
-            batch_size: of all processes together.
-            seed: of the order.
+            batch_size: images per step, over all processes.
+            seed: random seed of the order.
             epoch: the order is a function of seed, epoch, rank and world.
-            start: steps to leave out: their rows are read, but not decoded.
-            rank: this process.
-            world: number of processes; each gets shards of its own if they divide, else every world-th row.
+            start: steps to skip: their rows are read, but not decoded.
+            rank: number of this process.
+            world: number of processes; each gets its own shards if they divide evenly, else every world-th row.
 
         Yields:
             The position of each image in this process's stream, int64 [batch_size / world], and the images, uint8
             [batch_size / world, 3, S, S]. A corrupt image is replaced, in both, by another of its batch.
 
         Raises:
-            UserError: if the batch does not divide by the processes, or more than `max_corrupt` images are corrupt.
+            UserError: if the batch size is not a multiple of the processes, or too many images are corrupt.
         """
         if batch_size < 1 or batch_size % world:
             raise UserError(f"batch_size {batch_size} must be a positive multiple of the {world} processes")
@@ -96,26 +96,26 @@ class StreamingImages:
         from datasets.distributed import split_dataset_by_node
 
         for again in count():
-            # As one number: `set_epoch` gets lost when `datasets` splits by process. Odd factors keep triples apart.
+            # One seed, as `set_epoch` is lost when `datasets` splits by process. Odd factors keep triples distinct.
             mixed = (seed * 0x9E3779B1 + epoch * 0x85EBCA77 + again * 0xC2B2AE3D) % 2**63
             rows = self._rows.shuffle(seed=mixed, buffer_size=BUFFER)
             row = None
             for row in split_dataset_by_node(rows, rank, world):
                 yield row[self._column]
             if row is None:
-                raise UserError(f"{self._tally.origin} has fewer rows than there are processes, {world}")
+                raise UserError(f"{self._tally.origin} has fewer rows than there are processes, {world}: start fewer")
 
 
 def load_streaming(config: DataConfig, *, default_size: int = 224, progress: bool = True) -> StreamingImages:
     """Opens a split as a stream.
 
     Args:
-        config: which images; `in_memory`, `label_column` and `unlabelled` do not matter.
-        default_size: storage size of images that are not small, square and alike.
-        progress: show the bars of downloads.
+        config: which images; `in_memory`, `label_column` and `unlabelled` are ignored.
+        default_size: storage size of images that are not small, square and equal in size.
+        progress: show the progress bars of downloads.
 
     Raises:
-        UserError: if the data cannot be found or read, or split or column are not there.
+        UserError: if the data cannot be found or read, or the split or column does not exist.
     """
     from datasets import Dataset, Image
 
@@ -141,7 +141,7 @@ def load_streaming(config: DataConfig, *, default_size: int = 224, progress: boo
 
 
 def _encoded(image: dict[str, Any] | None) -> Encoded:
-    """Streams have no row numbers: an image is named by its path, or else by its content, the same in each epoch."""
+    """An encoded image, named by its path or else its hash, as streams have no row numbers."""
     name = (
         image["path"] or f"image {hashlib.sha256(image['bytes'] or b'').hexdigest()[:12]}" if image else "an empty row"
     )

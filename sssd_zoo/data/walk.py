@@ -1,4 +1,4 @@
-"""One walk over a folder of images, for training as for `sssd predict`: each regular file once, whatever links say."""
+"""Finds the images in a folder, for training and for `sssd predict`: each regular file once, despite links."""
 
 import logging
 import os
@@ -11,28 +11,28 @@ from pathlib import Path, PurePath
 from sssd_zoo.data.formats import EXTENSIONS, LFS_POINTER, UNREAD
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 from sssd_zoo.files import RUN_MARK
 
 logger = logging.getLogger("sssd_zoo")
 
-NAMED = 5  # files of a kind that a message names
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of the Hub's image folders
-# Folders that systems leave behind: they hold thumbnails, deleted images, or what nobody may read.
+# Folders that operating systems create: they hold thumbnails, deleted images or unreadable files.
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 @dataclass
-class Found:
-    """What lies below a folder: paths relative to it, in order.
+class FolderContent:
+    """What a folder and its sub-folders hold: sorted paths relative to it.
 
     Attributes:
         root: the folder.
-        images: files with an image's ending, also where they cannot be opened: decoding names those.
+        images: files with an image's extension, also if they cannot be opened: decoding reports those.
         parquet: parquet files, without `metadata`.
         metadata: files of `METADATA_NAMES`.
-        unread: images of kinds that are not read, by ending.
-        others: the number of other files.
-        left_out: what was not followed or taken, by the reason.
+        unread: number of images in unsupported formats, by extension.
+        others: number of other files.
+        left_out: paths that were skipped, by reason.
     """
 
     root: Path
@@ -44,30 +44,30 @@ class Found:
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def warn(self) -> None:
-        """Names and counts, in the main process, what looks like data and is not read."""
+        """Warns, in the main process, about what looks like data but is not read."""
         if self.left_out or self.unread:
             warn_once(f"not read in {self.root}: {self.describe()}")
 
     def describe(self) -> str:
-        """What looks like data and is not read, on one line; '' where there is nothing."""
+        """What looks like data but is not read, on one line; '' if there is nothing."""
         parts = [f"{count} {ending} files ({UNREAD[ending]})" for ending, count in self.unread.most_common()]
         parts += [f"{len(names)} {reason} ({listed(names)})" for reason, names in self.left_out.items()]
         return "; ".join(parts)
 
     def no_images(self) -> UserError:
-        """The error to raise where there is nothing to read."""
+        """The error to raise if there is nothing to read."""
         if self.unread or self.left_out:
             return UserError(f"{self.root} holds no images that can be read: {self.describe()}")
         if others := self.others + len(self.parquet) + len(self.metadata):
             return UserError(f"{self.root} holds no images: none of its {others} files ends in {' '.join(EXTENSIONS)}")
-        return UserError(f"{self.root} is empty, it holds no images: give a folder with images or parquet files")
+        return UserError(f"{self.root} is empty: give a folder with images or parquet files")
 
 
-def walk(root: Path) -> Found:
-    """Looks through a folder and all below it, hidden files and folders left out.
+def walk(root: Path) -> FolderContent:
+    """Looks through a folder and its sub-folders, except hidden files and folders.
 
-    Each file and folder is taken once, by device and inode: under its own name where links lead to it, too. Links out
-    of the folder are followed, but not to a folder above it. Run folders of this package are not data.
+    Each file and folder is taken once, by device and inode, and under its own name even if links lead to it. Links out
+    of the folder are followed, except to a parent of it. Run folders of this package are not data.
 
     Args:
         root: the folder.
@@ -75,11 +75,13 @@ def walk(root: Path) -> Found:
     Raises:
         UserError: if it, or a folder below it, cannot be read, or if it is a run folder.
     """
-    found = Found(root)
+    content = FolderContent(root)
     if not _is_text(str(root)):
         raise UserError(f"the name of {printable(root)} is not UTF-8: rename it")
     if (root / RUN_MARK).exists():
-        raise UserError(f"{root} is a run folder of this package ({RUN_MARK} marks it), not data: keep the two apart")
+        raise UserError(
+            f"{root} is a run folder of this package ({RUN_MARK} marks it), not data: give a folder of images"
+        )
     inside = root.resolve()
     seen = {_identity(folder.stat()) for folder in (inside, *inside.parents)}
     folders, links = [PurePath()], deque[PurePath]()
@@ -87,47 +89,52 @@ def walk(root: Path) -> Found:
         # Links come last, so that what can be reached both ways is taken under its own name.
         if not folders:
             link = links.popleft()
-            if _take(link, root / link, found, seen, linked=True):
+            if _take(link, root / link, content, seen, linked=True):
                 folders.append(link)
             continue
         folder = folders.pop()
-        for entry in _entries(folder, found):
+        for entry in _entries(folder, content):
             path = folder / entry.name
             if entry.is_symlink():
                 links.append(path)
-            elif _take(path, entry, found, seen, linked=False):
+            elif _take(path, entry, content, seen, linked=False):
                 folders.append(path)
-    for files in (found.images, found.parquet, found.metadata):
+    for files in (content.images, content.parquet, content.metadata):
         files.sort(key=PurePath.as_posix)
-    return found
+    return content
 
 
-def _entries(folder: PurePath, found: Found) -> list["os.DirEntry[str]"]:
-    """What lies in a folder, sorted; nothing of a run folder."""
+def _entries(folder: PurePath, content: FolderContent) -> list["os.DirEntry[str]"]:
+    """The entries of a folder, sorted; none for a run folder."""
     try:
-        with os.scandir(found.root / folder) as opened:
+        with os.scandir(content.root / folder) as opened:
             entries = {entry.name: entry for entry in opened}
     except OSError as error:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
     # Runs of earlier versions have no mark.
     old_run = folder.parts and "config.yaml" in entries and not {"steps", "checkpoints"}.isdisjoint(entries)
     if RUN_MARK in entries or old_run:
-        found.left_out["run folders of this package"].append(folder.as_posix())
+        content.left_out["run folders of this package"].append(folder.as_posix())
         return []
     return [entries[name] for name in sorted(entries) if not name.startswith(".") and name not in SYSTEM_FOLDERS]
 
 
 def _take(
-    path: PurePath, entry: "Path | os.DirEntry[str]", found: Found, seen: set[tuple[int, int]], *, linked: bool
+    path: PurePath,
+    entry: "Path | os.DirEntry[str]",
+    content: FolderContent,
+    seen: set[tuple[int, int]],
+    *,
+    linked: bool,
 ) -> bool:
-    """Sorts a file into `found`; True of a folder that is to be looked through."""
+    """Adds a file to `content`; returns True for a folder to look through."""
     ending = path.suffix.lower()
     files = (
-        found.metadata
+        content.metadata
         if path.name in METADATA_NAMES
-        else found.images
+        else content.images
         if ending in EXTENSIONS
-        else found.parquet
+        else content.parquet
         if ending == ".parquet"
         else None
     )
@@ -139,19 +146,19 @@ def _take(
     folder = status is not None and stat.S_ISDIR(status.st_mode)
     if not folder and files is None:
         if ending in UNREAD:
-            found.unread[ending] += 1
+            content.unread[ending] += 1
         else:
-            found.others += 1
+            content.others += 1
     elif not _is_text(path.name):
-        found.left_out["names that are not UTF-8, rename them"].append(printable(path))
-    elif status is None and files is found.images:
-        files.append(path)  # decoding names it and gives the reason
+        content.left_out["names that are not UTF-8, rename them"].append(printable(path))
+    elif status is None and files is content.images:
+        files.append(path)  # decoding reports it with the reason
     elif status is None:
-        found.left_out["broken links"].append(path.as_posix())
+        content.left_out["broken links"].append(path.as_posix())
     elif not folder and not stat.S_ISREG(status.st_mode):
-        found.left_out["pipes, sockets or devices"].append(path.as_posix())
+        content.left_out["pipes, sockets or devices"].append(path.as_posix())
     elif _identity(status) in seen and (folder or linked or status.st_nlink > 1):
-        found.left_out["links to what is read already"].append(path.as_posix())
+        content.left_out["links to what is read already"].append(path.as_posix())
     else:
         seen.add(_identity(status))
         if files is not None and not folder:
@@ -161,7 +168,7 @@ def _take(
 
 
 def refuse_pointers(files: list[Path], origin: Path) -> None:
-    """Raises `UserError` where files are still git-lfs pointers."""
+    """Raises `UserError` if files are still git-lfs pointers."""
     pointers = []
     for file in files:
         with file.open("rb") as opened:
@@ -176,18 +183,13 @@ def refuse_pointers(files: list[Path], origin: Path) -> None:
 
 @cache
 def warn_once(text: str) -> None:
-    """Warns in the main process, once: a command opens its data set for each split."""
+    """Warns in the main process, only once: a command opens its data set once per split."""
     if rank() == 0:
         logger.warning("%s", text)
 
 
-def listed(names: list[str]) -> str:
-    """A few names for a message."""
-    return ", ".join(names[:NAMED] + ([f"and {len(names) - NAMED} more"] if len(names) > NAMED else []))
-
-
 def printable(path: PurePath) -> str:
-    """A path with the bytes that are no UTF-8 escaped."""
+    """A path with bytes that are not UTF-8 escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 

@@ -1,4 +1,4 @@
-"""How good detections are: COCO's average precision by torchmetrics, and VOC2007's by its own rule."""
+"""Average precision of detections: COCO's by torchmetrics, and VOC2007's eleven-point rule."""
 
 import importlib.util
 import logging
@@ -15,7 +15,7 @@ Detections = Sequence[Mapping[str, Tensor]]
 
 
 def coco_backend() -> str:
-    """The package that counts for torchmetrics.
+    """The COCO package that torchmetrics is to use.
 
     Raises:
         UserError: if there is none.
@@ -29,7 +29,7 @@ def coco_backend() -> str:
 def coco_average_precision(predictions: Detections, targets: Detections, class_names: Sequence[str]) -> dict[str, Any]:
     """COCO's AP (mean over the IoU 0.5 to 0.95 and the classes), AP50 and AP75.
 
-    Difficult objects are given as COCO's crowds: not to be found, and what is found on them is not counted.
+    Difficult objects are passed as COCO's crowds: they need not be found, and detections on them are not counted.
 
     Args:
         predictions: of each image: `boxes`, float32 [m, 4] xyxy; `scores`, float32 [m]; `labels`, int64 [m] in 1..C.
@@ -37,30 +37,30 @@ def coco_average_precision(predictions: Detections, targets: Detections, class_n
         class_names: the C names.
 
     Returns:
-        `ap`, `ap50`, `ap75` in percent, and `ap_per_class` by name for the classes that the images have.
+        `ap`, `ap50`, `ap75` in percent, and `ap_per_class` by name for the classes that occur in the images.
 
     Raises:
-        UserError: if no package for it is installed, or no object is there to be found.
+        UserError: if no COCO package is installed, or the images have no object to find.
     """
     from torchmetrics.detection import MeanAveragePrecision
 
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
     backend: Any = coco_backend()
     if all(bool(target["difficult"].all()) for target in targets):
-        raise UserError("there is no object to be found in the images to measure on; give others")
-    # The process that calls has all predictions: torchmetrics would otherwise wait for the others'.
+        raise UserError("the test images have no object to find; give others")
+    # This process has all predictions: torchmetrics would otherwise wait for those of the other processes.
     metric = MeanAveragePrecision(class_metrics=True, backend=backend, sync_on_compute=False)
     crowds = [{"boxes": t["boxes"], "labels": t["labels"], "iscrowd": t["difficult"].to(torch.long)} for t in targets]
     metric.update([dict(prediction) for prediction in predictions], crowds)
-    found = metric.compute()
-    # Of a class without objects to be found COCO's AP is -1.
+    result = metric.compute()
+    # COCO's AP of a class without objects to find is -1.
     per_class = dict(
-        zip(found["classes"].reshape(-1).tolist(), found["map_per_class"].reshape(-1).tolist(), strict=True)
+        zip(result["classes"].reshape(-1).tolist(), result["map_per_class"].reshape(-1).tolist(), strict=True)
     )
     return {
-        "ap": 100 * float(found["map"]),
-        "ap50": 100 * float(found["map_50"]),
-        "ap75": 100 * float(found["map_75"]),
+        "ap": 100 * float(result["map"]),
+        "ap50": 100 * float(result["map_50"]),
+        "ap75": 100 * float(result["map_75"]),
         "ap_per_class": {class_names[label - 1]: 100 * ap for label, ap in per_class.items() if ap >= 0},
     }
 
@@ -83,35 +83,48 @@ def voc_average_precision(
     Returns:
         AP in percent of each class, 1..C, that has an object that is not difficult.
     """
-    result = {}
+    precisions = {}
     for label in range(1, num_classes + 1):
-        outcomes: list[tuple[float, bool]] = []  # score and whether it is right
+        outcomes: list[tuple[float, bool]] = []  # score, and whether the detection is right
         objects = 0
         for prediction, target in zip(predictions, targets, strict=True):
-            own = target["labels"] == label
-            truth, difficult = target["boxes"][own], target["difficult"][own].tolist()
-            objects += difficult.count(False)
-            mine = prediction["labels"] == label
-            scores, order = prediction["scores"][mine].float().sort(descending=True, stable=True)
-            boxes = prediction["boxes"][mine][order]
-            if len(truth):
-                overlaps, best = box_iou(boxes.float(), truth.float()).max(dim=1)
-                pairs = list(zip(overlaps.tolist(), best.tolist(), strict=True))
-            else:
-                pairs = [(0.0, 0)] * len(boxes)
-            taken: set[int] = set()
-            for score, (overlap, thing) in zip(scores.tolist(), pairs, strict=True):
-                if overlap < iou or not len(truth):
-                    outcomes.append((score, False))
-                elif not difficult[thing]:
-                    outcomes.append((score, thing not in taken))
-                    taken.add(thing)
+            image_outcomes, image_objects = _match(prediction, target, label, iou)
+            outcomes += image_outcomes
+            objects += image_objects
         if objects:
             outcomes.sort(key=lambda outcome: -outcome[0])
-            right = torch.tensor([float(correct) for _, correct in outcomes], dtype=torch.float64).cumsum(0)
-            precision = right / torch.arange(1, len(right) + 1)
-            recall = right / objects
-            # Tenths as quotients, like the recalls: 0.1 summed up would miss some of them by a rounding.
-            tops = [precision[recall >= tenth / 10] for tenth in range(11)]
-            result[label] = 100 * sum(float(top.max()) for top in tops if len(top)) / 11
-    return result
+            precisions[label] = _eleven_points([correct for _, correct in outcomes], objects)
+    return precisions
+
+
+def _match(
+    prediction: Mapping[str, Tensor], target: Mapping[str, Tensor], label: int, iou: float
+) -> tuple[list[tuple[float, bool]], int]:
+    """Scores of an image's detections of a class and whether they are right, and its number of objects to find."""
+    of_class = target["labels"] == label
+    truth, difficult = target["boxes"][of_class], target["difficult"][of_class].tolist()
+    predicted = prediction["labels"] == label
+    scores, order = prediction["scores"][predicted].float().sort(descending=True, stable=True)
+    boxes = prediction["boxes"][predicted][order]
+    if not len(truth):
+        return [(score, False) for score in scores.tolist()], 0
+    overlaps, best = box_iou(boxes.float(), truth.float()).max(dim=1)
+    outcomes = []
+    detected: set[int] = set()
+    for score, overlap, index in zip(scores.tolist(), overlaps.tolist(), best.tolist(), strict=True):
+        if overlap < iou:
+            outcomes.append((score, False))
+        elif not difficult[index]:
+            outcomes.append((score, index not in detected))
+            detected.add(index)
+    return outcomes, difficult.count(False)
+
+
+def _eleven_points(correct: list[bool], objects: int) -> float:
+    """VOC2007's average precision in percent, of detections in the order of their scores."""
+    right = torch.tensor([float(each) for each in correct], dtype=torch.float64).cumsum(0)
+    precision = right / torch.arange(1, len(right) + 1)
+    recall = right / objects
+    # Tenths as quotients, like the recalls: summing up 0.1 would miss some of them by a rounding error.
+    tops = [precision[recall >= tenth / 10] for tenth in range(11)]
+    return 100 * sum(float(top.max()) for top in tops if len(top)) / 11

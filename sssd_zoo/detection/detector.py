@@ -1,7 +1,7 @@
-"""Faster R-CNN on a multi-exit trunk: the detector, its training (`sssd detect`) and its measures (`sssd detect-eval`).
+"""Faster R-CNN on a multi-exit trunk: building, saving, loading and measuring a detector.
 
-The trunk is what timm's `features_only` gives of a network, under torchvision's feature pyramid and heads (table 5 of
-the SSSD paper). A run folder holds detector.json and model.safetensors; `load_detector` reads them.
+The trunk is a network made with timm's `features_only`, under torchvision's feature pyramid and heads (table 5 of the
+SSSD paper). A run folder holds detector.json and model.safetensors; `load_detector` reads them.
 """
 
 from collections.abc import Sequence
@@ -29,18 +29,18 @@ from sssd_zoo.data.augment import grey, to_float
 from sssd_zoo.data.detection import DetectionData
 from sssd_zoo.detection.average_precision import coco_average_precision, voc_average_precision
 from sssd_zoo.distributed import rank
-from sssd_zoo.distributed.hardware import DTYPES, resolve_precision
+from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_bytes, check_content, sha256_of, write_json
 from sssd_zoo.models.checks import check_network, read_config
-from sssd_zoo.models.networks import channels, check_weights, load_network, statistics
+from sssd_zoo.models.networks import channels, check_weights, input_spec, load_network
 from sssd_zoo.models.saving import network_weights
 
 SHOWN = 6  # test images in detections.png
 
-SURE = 0.5  # score of the boxes drawn there
+CONFIDENT = 0.5  # the lowest score of the boxes drawn there
 
 
 class Pyramid(nn.Module):
@@ -75,21 +75,21 @@ def build_detector(body: Any, num_classes: int, config: DetectorConfig) -> Faste
     Args:
         body: a timm network made with `features_only=True`.
         num_classes: without the background.
-        config: the rest.
+        config: sizes of images, anchors, pyramid and regions.
 
     Raises:
-        UserError: if the trunk does not give maps of growing strides.
+        UserError: if the trunk's maps do not have growing strides.
     """
     reductions = body.feature_info.reduction()[-4:]
     widths = body.feature_info.channels()[-4:]
-    # An odd size tells a network that takes any from one built for a single one.
+    # An unusual size separates networks that take any size from those built for a single one.
     try:
         with torch.no_grad():
             maps = [tuple(each.shape) for each in body.eval()(torch.zeros(1, channels(body), 96, 160))[-4:]]
     except (RuntimeError, AssertionError, ValueError):
         maps = []
-    wanted = [(1, count, 96 // step, 160 // step) for count, step in zip(widths, reductions, strict=True)]
-    if maps != wanted or len(set(reductions)) < len(reductions):
+    expected = [(1, count, 96 // step, 160 // step) for count, step in zip(widths, reductions, strict=True)]
+    if maps != expected or len(set(reductions)) < len(reductions):
         raise UserError(
             f"'{config.model}' does not give maps [B, C, H, W] of growing strides for images of any size; take a "
             "convolutional network"
@@ -97,8 +97,8 @@ def build_detector(body: Any, num_classes: int, config: DetectorConfig) -> Faste
     steps = [*reductions, 2 * reductions[-1]]
     sizes = tuple((round(config.anchor_scale * step),) for step in steps)
     levels = [str(number) for number in range(len(reductions))]
-    mean, std, _ = statistics(body)
-    per_channel = 3 // len(mean)  # images stay RGB until `Pyramid` makes them grey for a network that wants that
+    _, mean, std = input_spec(body)
+    per_channel = 3 // len(mean)  # images stay RGB until `Pyramid` makes them grey for a network of one channel
     return FasterRCNN(
         Pyramid(body, config.fpn_channels),
         num_classes + 1,
@@ -116,7 +116,7 @@ def stage_modules(body: Any, stages: int) -> list[str]:
     """Names of the trunk's modules up to its `stages`-th map: 1 is the stem of a ResNet, 2 also its first stage.
 
     Raises:
-        UserError: if it has fewer stages, or they cannot be told.
+        UserError: if it has fewer stages, or they cannot be told apart.
     """
     if stages == 0:
         return []
@@ -130,7 +130,7 @@ def stage_modules(body: Any, stages: int) -> list[str]:
 
 
 class DetectorRecord(TypedDict):
-    """What detector.json says."""
+    """The contents of detector.json."""
 
     architecture: str
     model_args: dict[str, Any]
@@ -145,7 +145,7 @@ def save_detector(folder: Path, detector: FasterRCNN, config: DetectorConfig, cl
     body: Any = detector.backbone.body
     skipped = ("features_only", "num_classes", "global_pool")
     arguments = {name: value for name, value in get_model_args(body).items() if name not in skipped}
-    (folder / "detector.json").unlink(missing_ok=True)  # it comes last, so that it never describes other weights
+    (folder / "detector.json").unlink(missing_ok=True)  # written last, so that it never describes other weights
     atomic_write_bytes(folder / "model.safetensors", network_weights(detector))
     content = {
         "sha256": sha256_of(folder, [folder / "model.safetensors"]),
@@ -163,12 +163,12 @@ def load_detector(folder: str | Path) -> tuple[FasterRCNN, list[str]]:
     """A trained detector in evaluation mode and the names of its classes.
 
     Raises:
-        UserError: if the folder holds none.
+        UserError: if the folder holds no detector, or a damaged one.
     """
     folder = Path(folder)
     missing = [name for name in ("detector.json", "model.safetensors") if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder} holds no detector: {' and '.join(missing)} missing; did its run end?")
+        raise UserError(f"{folder} holds no detector: {' and '.join(missing)} missing; did its run finish?")
     content = read_config(folder / "detector.json")
     check_content(folder / "detector.json", content, DetectorRecord)
     check_weights(folder, content)
@@ -184,8 +184,8 @@ def load_detector(folder: str | Path) -> tuple[FasterRCNN, list[str]]:
     return detector.eval(), content["classes"]
 
 
-def predict(detector: FasterRCNN, data: DetectionData, config: ForwardConfig) -> list[dict[str, Tensor]]:
-    """Detects in all images in order.
+def detect_objects(detector: FasterRCNN, data: DetectionData, config: ForwardConfig) -> list[dict[str, Tensor]]:
+    """Detects objects in all images, in order.
 
     Args:
         detector: put into evaluation mode.
@@ -193,12 +193,13 @@ def predict(detector: FasterRCNN, data: DetectionData, config: ForwardConfig) ->
         config: batch size, precision and device.
 
     Returns:
-        For each image, on the CPU: `boxes`, float32 [m, 4] xyxy in its pixels, `scores` [m], `labels` [m] in 1..C.
+        For each image, on the CPU: `boxes`, float32 [m, 4] xyxy in its pixels, `scores` [m] in [0, 1], `labels` [m] in
+        1..C.
     """
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else "cpu")
+    device = compute_device(config.device)
     autocast = DTYPES[resolve_precision(config.precision, config.device)]
     detector.eval().to(device)
-    found: list[dict[str, Tensor]] = []
+    detections: list[dict[str, Tensor]] = []
     order = torch.arange(len(data)).split(config.batch_size)
     with (
         tqdm(total=len(data), desc="detect", unit="img", disable=rank() != 0) as bar,
@@ -206,40 +207,47 @@ def predict(detector: FasterRCNN, data: DetectionData, config: ForwardConfig) ->
         torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
     ):
         for index, batch in data.batches(order):
-            answers = detector([to_float(image.to(device)) for image in batch.images])
-            found += [{name: value.float().cpu() for name, value in answer.items()} for answer in answers]
+            outputs = detector([to_float(image.to(device)) for image in batch.images])
+            detections += [{name: value.float().cpu() for name, value in output.items()} for output in outputs]
             bar.update(len(index))
-    return [{**answer, "labels": answer["labels"].long()} for answer in found]
+    return [{**each, "labels": each["labels"].long()} for each in detections]
 
 
-def measure(detector: FasterRCNN, data: DetectionData, config: ForwardConfig, out: Path | None, *, voc: bool) -> Any:
-    """Average precision of a detector, in percent; metrics.json and detections.png where there is a folder.
+def measure_detector(
+    detector: FasterRCNN, data: DetectionData, config: ForwardConfig, out: Path | None, *, voc: bool
+) -> dict[str, Any]:
+    """Average precision of a detector in percent; with a folder, also metrics.json and detections.png in it.
 
     Args:
         detector: to measure.
-        data: on what; its classes are the detector's.
+        data: the test images, whose classes are the detector's.
         config: how to run it.
-        out: the folder, or none.
-        voc: also VOC2007's AP50.
+        out: the folder, if any.
+        voc: also measure VOC2007's AP50.
     """
-    predictions = predict(detector, data, config)
+    detections = detect_objects(detector, data, config)
     metrics: dict[str, Any] = {"test": data.name, "images": len(data), "left_out": len(data.bad)}
-    metrics |= coco_average_precision(predictions, data.targets, data.class_names)
+    metrics |= coco_average_precision(detections, data.targets, data.class_names)
     if voc:
-        per_class = voc_average_precision(predictions, data.targets, len(data.class_names))
+        per_class = voc_average_precision(detections, data.targets, len(data.class_names))
         metrics["voc_ap50"] = sum(per_class.values()) / len(per_class)
         metrics["voc_ap50_per_class"] = {data.class_names[label - 1]: ap for label, ap in per_class.items()}
     if out is not None:
-        shown = range(0, len(data), max(1, len(data) // SHOWN))[:SHOWN]
-        images, targets = [], []
-        for _, batch in data.batches([torch.tensor(list(shown))]):
-            images, targets = [image.numpy() for image in batch.images], batch.targets
-        sure = [
-            {name: value[predictions[i]["scores"] >= SURE] for name, value in predictions[i].items()} for i in shown
-        ]
-        figures.detections(images, targets, sure, data.class_names, out / "detections.png")
+        draw_detections(detections, data, out / "detections.png")
         write_json(out / "metrics.json", metrics)
     return metrics
+
+
+def draw_detections(detections: list[dict[str, Tensor]], data: DetectionData, path: Path) -> None:
+    """Draws the confident detections and the true boxes of a few images that are spread over the data."""
+    shown = range(0, len(data), max(1, len(data) // SHOWN))[:SHOWN]
+    images, targets = [], []
+    for _, batch in data.batches([torch.tensor(list(shown))]):
+        images, targets = [image.numpy() for image in batch.images], batch.targets
+    confident = [
+        {name: value[detections[i]["scores"] >= CONFIDENT] for name, value in detections[i].items()} for i in shown
+    ]
+    figures.detections(images, targets, confident, data.class_names, path)
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, and what they tell one another."""
+"""Communication between the processes of a run, of which there may be only one."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,23 +13,23 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Number of processes, 1 without torch.distributed."""
+    """The number of processes; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, 0 without torch.distributed."""
+    """The rank of this process; 0 without torch.distributed."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def barrier() -> None:
-    """Waits for all processes."""
+    """Waits until all processes arrive here."""
     if world_size() > 1:
         dist.barrier()
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Runs `action` in the main process; its result, or its `UserError`, is that of every process."""
+    """Runs `action` in the main process, and returns its result, or raises its `UserError`, in every process."""
     if world_size() == 1:
         return action()
     outcome: list[Any] = [None, None]
@@ -49,7 +49,7 @@ def on_main(action: Callable[[], T]) -> T:
 
 @torch.no_grad()
 def gather(tensor: Tensor) -> Tensor:
-    """Concatenates [b, ...] of all processes to [b * world, ...], without gradients; one process gets its own back."""
+    """Concatenates [b, ...] of all processes to [b * world, ...], without gradients; unchanged for one process."""
     if world_size() == 1:
         return tensor
     tensor = tensor.contiguous()

@@ -1,4 +1,4 @@
-"""BatchNorm over all processes, on CPUs as on GPUs."""
+"""BatchNorm synchronised over all processes, on CPUs as well as GPUs."""
 
 import torch
 import torch.distributed as dist
@@ -12,8 +12,8 @@ from sssd_zoo.distributed import world_size
 def average_batchnorm(module: nn.Module) -> None:
     """Replaces every running mean and variance by its average over the processes.
 
-    Each process tracks the statistics of its own samples; as the moving average is linear, this gives what one process
-    that saw all of them would hold.
+    Each process tracks the statistics of its own samples; as the moving average is linear, this equals what a single
+    process would have tracked over all of them.
     """
     if world_size() == 1:
         return
@@ -26,7 +26,7 @@ def average_batchnorm(module: nn.Module) -> None:
 
 
 class CPUSyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm with the statistics of the global batch, for gloo processes: torch's SyncBatchNorm is for GPUs only."""
+    """BatchNorm with the statistics of the global batch on CPUs: torch's SyncBatchNorm is for GPUs only."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises [B, C, H, W] as if the batches of all processes were one."""

@@ -1,4 +1,4 @@
-"""`ACCELERATE_USE_CPU`-launched runs: starting the other processes of a run on CPUs, and ending with them."""
+"""Starts the other processes of `accelerate launch --cpu`, and ends every process of a run when one is lost."""
 
 import os
 import signal
@@ -17,21 +17,20 @@ import psutil
 from sssd_zoo.distributed import world_size
 from sssd_zoo.errors import UserError
 
-_POLL = 0.5  # seconds between looks at the other processes
+_POLL = 0.5  # seconds between checks of the other processes
 
 _PARENT = "SSSD_ZOO_PARENT"  # in the environment of the processes that `start_other_processes` starts
 
 
 def start_other_processes() -> list[subprocess.Popen[bytes]]:
-    """Starts the processes that `accelerate launch --cpu --num_processes N` was asked for; this one is the first.
+    """Starts the other processes of `accelerate launch --cpu --num_processes N`; this one has rank 0.
 
-    Without MPI, Accelerate's launcher (seen in 1.15) starts a single process for `--cpu`, whatever N, which would then
-    train on alone without a word. It leaves MASTER_PORT in the environment, but no rank; N stands on its command line.
-    Other launchers (torchrun, MPI, Accelerate's own for GPUs) set the ranks themselves, end all processes when one
-    fails, and are left alone.
+    Without MPI, Accelerate's launcher (seen in 1.15) starts a single process for `--cpu`, whatever N is, which would
+    silently train alone. It sets MASTER_PORT in the environment, but no rank; N is on its command line. Other launchers
+    (torchrun, MPI, Accelerate's own for GPUs) set the ranks and end all processes when one fails; they need no help.
 
     From here on every process watches those that it depends on, and ends when one of them is lost: a collective that
-    waits for a lost process returns after the timeout of the group, which is a day, because the main process clusters
+    waits for a lost process returns only after the timeout of the group, which is a day, as the main process clusters
     and measures alone for hours.
     """
     if parent := os.environ.get(_PARENT):
@@ -44,27 +43,27 @@ def start_other_processes() -> list[subprocess.Popen[bytes]]:
     if ranked or "MASTER_PORT" not in os.environ or "ACCELERATE_USE_CPU" not in os.environ:
         return []
     launcher = psutil.Process().parent()
-    words = [part for word in launcher.cmdline() for part in word.split("=", 1)]
-    names = ("--num_processes", "--num-processes")
-    asked = next((int(value) for name, value in pairwise(words) if name in names), 1)
+    arguments = [part for argument in launcher.cmdline() for part in argument.split("=", 1)]
+    flags = ("--num_processes", "--num-processes")
+    processes = next((int(value) for flag, value in pairwise(arguments) if flag in flags), 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = {"WORLD_SIZE": str(asked), "LOCAL_WORLD_SIZE": str(asked), "MASTER_PORT": str(port)}
-    ranks = [{**common, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(asked)]
+    common = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_PORT": str(port)}
+    ranks = [{**common, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(processes)]
     os.environ.update(ranks[0])
     environment = {**os.environ, _PARENT: str(os.getpid())}
     command = [sys.executable, *sys.orig_argv[1:]]
-    others = [subprocess.Popen(command, env={**environment, **own}) for own in ranks[1:]]
+    others = [subprocess.Popen(command, env={**environment, **rank}) for rank in ranks[1:]]
     Thread(target=_watch, args=(launcher.pid, others), daemon=True).start()
     return others
 
 
 @contextmanager
 def others_tell_first() -> Iterator[None]:
-    """Delays errors that nobody foresaw: of a lost process, a collective tells that a connection was closed.
+    """Delays unexpected errors: if a process is lost, a collective reports only that a connection was closed.
 
-    Until then the watch, or the launcher, has ended this process, too, and what is printed is the cause.
+    By then the watching thread or the launcher has ended this process as well, and only the cause is printed.
     """
     try:
         yield
@@ -77,11 +76,11 @@ def others_tell_first() -> Iterator[None]:
 
 
 def end_other_processes(others: list[subprocess.Popen[bytes]], error: BaseException | None) -> None:
-    """Waits for the processes that were started; where this one of several failed, ends it and them at once.
+    """Waits for the processes that were started; if this one failed, ends it and them at once.
 
     Args:
         others: from `start_other_processes`.
-        error: what ends this process, whose cause has been printed if it is a `SystemExit`; None if all went well.
+        error: the exception that ends this process, already reported if it is a `SystemExit`; None if there is none.
     """
     if error is None:
         for number, process in enumerate(others, start=1):
@@ -90,32 +89,35 @@ def end_other_processes(others: list[subprocess.Popen[bytes]], error: BaseExcept
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if not isinstance(error, SystemExit):
             sys.excepthook(type(error), error, error.__traceback__)
-        # Not by the interpreter's own end, in which NCCL's would wait for the other processes.
+        # Not by a normal exit, in which NCCL would wait for the other processes.
         _end(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
 
 
 def _watch(parent: int, others: list[subprocess.Popen[bytes]]) -> None:
-    """Ends this process as soon as its parent is gone, or one of those that it started has failed."""
+    """Ends this process as soon as its parent is gone, or a process that it started has failed."""
     while True:
         time.sleep(_POLL)
         for number, process in enumerate(others, start=1):
             if process.poll():
                 _end_for(number, process)
         if os.getppid() != parent:
-            _end(1, f"the process that started process {os.environ['RANK']} was lost, so that this one ends, too")
+            _end(
+                1,
+                f"the parent of process {os.environ['RANK']} was lost, so it ends; run the command again to resume",
+            )
 
 
 def _end_for(number: int, process: subprocess.Popen[bytes]) -> NoReturn:
-    """Ends this process as the one of that number ended; of one that was killed, which could not tell, says so."""
+    """Ends this process with the status of the one with that number; reports it if that one was killed by a signal."""
     status = process.returncode
     if status > 0:
         _end(status)
     name = signal.Signals(-status).name
-    _end(128 - status, f"process {number} was ended by {name}, so that all end; run the command again to resume")
+    _end(128 - status, f"process {number} was ended by {name}, so all processes end; run the command again to resume")
 
 
 def _end(status: int, message: str | None = None) -> NoReturn:
-    """Ends this process and all that it started, whatever its threads wait for."""
+    """Ends this process and all that it started, even if its threads are blocked."""
     if message is not None:
         print(f"\nerror: {message}", file=sys.stderr)  # below the progress bar of the main thread
     for stream in (sys.stdout, sys.stderr):

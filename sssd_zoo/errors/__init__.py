@@ -1,4 +1,4 @@
-"""The one exception a user of sssd-zoo is meant to read, and an interrupted start in one line."""
+"""The exception for mistakes of the user, and a quiet end for a start that is interrupted."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 
 from sssd_zoo.errors.text import plain
 
-LONGEST = 10_000  # characters of a message: names in it can be as long as a stranger likes
+LONGEST = 10_000  # characters of a message, as names in it may have any length
 
 
 class UserError(ValueError):
@@ -18,7 +18,7 @@ class UserError(ValueError):
     The `sssd` command and the scripts print it as ``error: ...`` and exit with status 2; no traceback is shown.
 
     Attributes:
-        told: whether another process of the same command prints it.
+        told: whether another process of the same command reports it.
     """
 
     told = False
@@ -29,10 +29,10 @@ class UserError(ValueError):
 
 @contextmanager
 def quiet_start() -> Iterator[None]:
-    """Lets Ctrl-C end a program in one line while the block imports, which takes seconds, instead of a traceback.
+    """Makes Ctrl-C end a program with one line instead of a traceback while the block imports modules for seconds.
 
-    `KeyboardInterrupt` goes its way to whoever catches it; only where nobody does is it told in one line. Imports that
-    swallow it, as torch's of NumPy does, leave halves of modules behind, so it is raised again after them.
+    `KeyboardInterrupt` can still be caught; only an uncaught one is reported in one line. Imports that swallow it, as
+    torch's import of NumPy does, leave modules partly initialised, so it is raised again after them.
     """
     received: list[int] = []
 

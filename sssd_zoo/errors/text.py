@@ -1,7 +1,7 @@
-"""Words of strangers (names of classes, files and data sets, answers of a server) on their way to a reader.
+"""Makes untrusted text (names of classes, files and data sets, answers of a server) safe to show.
 
-A name can hold whatever its author liked: escape sequences that a terminal obeys, characters that turn the reading
-direction, tags, table rows, formulas. Each kind of reader has one function here, and all names reach it through that:
+A name may contain anything: escape sequences that a terminal obeys, characters that change the reading direction, tags,
+table rows, formulas. There is one function per output format, and all names go through it:
 
 - a terminal: `safe_terminal` around the whole `sssd` command, and `plain` in every `UserError`
 - Markdown, in reports and cards: `markdown` in running text, `code` between backticks
@@ -13,7 +13,7 @@ direction, tags, table rows, formulas. Each kind of reader has one function here
 import html as library
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
@@ -36,10 +36,15 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def plain(value: Any, longest: int = LONGEST) -> str:
-    r"""A name as one line of visible characters: others as escapes ('\x1b'), too many cut off ('...')."""
+    r"""A name as one line of visible characters: others become escapes ('\x1b'), long names are cut ('...')."""
     words = str(value)
     words = words if len(words) <= longest else words[: longest - 3] + "..."
     return _HIDDEN_IN_A_NAME.sub(_escaped, words)
+
+
+def listed(names: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
+    """The first names of a list for a message, and how many more there are."""
+    return separator.join([*names[:limit], *([f"and {len(names) - limit} more"] if len(names) > limit else [])])
 
 
 def html(value: Any) -> str:
@@ -48,28 +53,28 @@ def html(value: Any) -> str:
 
 
 def markdown(value: Any) -> str:
-    """A name in a line of Markdown, as it is: no tag, emphasis, link or formula. `report.table` sees to its bars."""
+    """A name in a line of Markdown without tags, emphasis, links or formulas. `markdown.table` escapes its bars."""
     return library.escape(_MARKDOWN.sub(lambda sign: "\\" + sign[0], plain(value)), quote=False)
 
 
 def code(value: Any) -> str:
-    """A name between backticks in Markdown; without them where it could end them or, by a backslash, a table's cell."""
+    """A name between backticks in Markdown; without them if it contains backticks or backslashes."""
     words = plain(value)
     return markdown(words) if "`" in words or "\\" in words else f"`{words}`"
 
 
 class Terminal:
-    """A stream that shows control characters as escapes, so that no name moves the cursor or rewrites what was said.
+    """A stream that shows control characters as escapes, so that no name can move the cursor or rewrite output.
 
     Args:
-        stream: to write to; all that is not writing is left to it.
+        stream: the stream to write to; other methods are its own.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, words: str) -> int:
-        """Writes `words` as they may be seen; what progress bars move the cursor with passes."""
+        """Writes `words` with control characters escaped, except the cursor movements of progress bars."""
         if not _CURSOR.fullmatch(words):
             start = words[:1] if words[:1] == "\r" else ""
             words = start + _HIDDEN.sub(_escaped, words[len(start) :].replace("\r\n", "\n"))
@@ -86,7 +91,7 @@ class Terminal:
 
 @contextmanager
 def safe_terminal() -> Iterator[None]:
-    """Lets all that is written to stdout and stderr in the block, by whatever library, pass through `Terminal`."""
+    """Passes everything written to stdout and stderr in the block, by any library, through `Terminal`."""
     out: Any = Terminal(sys.stdout)
     err: Any = Terminal(sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,40 +14,41 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from sssd_zoo.configs import EarlyExitArgs
 from sssd_zoo.errors import UserError
-from sssd_zoo.models import StageCosts, ensemble_logits
+from sssd_zoo.models import StageCosts, classifiers, confidence, early_logits, ensemble_logits, exits_asked
 
 BINS = 15  # of the expected calibration error, as in Guo et al.
 
-LEVELS = 48  # steps between the quantiles of its confidences tried as an exit's threshold: with 1, 50 x 50 x 50 rules
+LEVELS = (
+    48  # steps between the quantiles of its confidences that an exit's threshold is tried at; with 1, 50 to the 3rd
+)
 
-ASKED = tuple(itertools.product((True, False), repeat=3))  # which of the exits 1 to 3 are run at all
-
-POINTS_LOST = 0.5  # the budget where none is given
+POINTS_LOST = 0.5  # the budget where none is given, in points of accuracy
 
 MARGIN = 1.645  # standard errors added to the points lost on the calibrating images: a one-sided bound of 95 percent
 
 
 def fit_temperatures(logits: Tensor, labels: Tensor) -> list[float]:
-    """The temperature of each exit that makes its negative log-likelihood least, by L-BFGS on its logarithm.
+    """The temperature of each exit that minimises its negative log-likelihood, found by L-BFGS on its logarithm.
 
     Args:
         logits: float [E, N, C].
         labels: int64 [N].
     """
     temperatures = []
-    for own in logits.detach().double():
+    for exit_logits in logits.detach().double():
         log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
         optimiser = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
-
-        def loss(own: Tensor = own, log_temperature: Tensor = log_temperature) -> float:
-            log_temperature.grad = None
-            value = F.cross_entropy(own / log_temperature.exp(), labels)
-            value.backward()
-            return value.item()
-
-        optimiser.step(loss)
+        optimiser.step(partial(_likelihood_step, log_temperature, exit_logits, labels))
         temperatures.append(log_temperature.exp().item())
     return temperatures
+
+
+def _likelihood_step(log_temperature: Tensor, logits: Tensor, labels: Tensor) -> float:
+    """The negative log-likelihood of one exit, and its gradient in `log_temperature.grad`."""
+    log_temperature.grad = None
+    loss = F.cross_entropy(logits / log_temperature.exp(), labels)
+    loss.backward()
+    return loss.item()
 
 
 def calibration_error(logits: Tensor, labels: Tensor) -> float:
@@ -61,11 +63,6 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     )
 
 
-def classifiers(model: Any) -> list[Any]:
-    """The classifiers of a network with all exits, in order."""
-    return [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
-
-
 @torch.no_grad()
 def fold(model: Any, temperatures: Sequence[float]) -> None:
     """Divides each exit's classifier by its temperature, so that the network's logits are calibrated."""
@@ -74,60 +71,30 @@ def fold(model: Any, temperatures: Sequence[float]) -> None:
         head.bias.div_(temperature)
 
 
-def exits_taken(confidences: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Which exit each image leaves at, int64 [N] in 1..4; the rule of `forward_early`.
-
-    Args:
-        confidences: greatest softmax probabilities of the exits 1 to 3, or of all four, float [3 or 4, N].
-        thresholds: of the exits 1 to 3.
-    """
-    leaves = confidences[:3] > torch.tensor(thresholds).unsqueeze(1)
-    last = torch.ones_like(leaves[:1])
-    return torch.cat([leaves, last]).to(torch.uint8).argmax(0) + 1
-
-
-def last_answers(logits: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """What images are answered that no exit is sure of, int64 [N]: the ensemble of the exits that were asked.
-
-    Args:
-        logits: of all exits, float [4, N, C].
-        thresholds: of the exits 1 to 3; one at 1 is not asked.
-    """
-    asked = [own for own, threshold in zip(logits, [*thresholds, 0], strict=True) if threshold < 1]
-    return ensemble_logits(asked).argmax(1)
-
-
 def early_answers(logits: Tensor, thresholds: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """The classes that `forward_early` answers, and the exits taken, both int64 [N].
-
-    Args:
-        logits: of all exits, float [4, N, C].
-        thresholds: of the exits 1 to 3.
-    """
-    taken = exits_taken(logits.softmax(2).amax(2), thresholds)
-    answers = torch.stack([*logits[:3].argmax(2), last_answers(logits, thresholds)])
-    return answers.gather(0, taken.unsqueeze(0) - 1)[0], taken
+    """The classes that `forward_early` answers, and the exits taken, both int64 [N]; see `early_logits`."""
+    early = early_logits(logits, thresholds)
+    return early.logits.argmax(1), early.exit
 
 
 def average_cost(taken: Tensor, thresholds: Sequence[float], costs: StageCosts) -> float:
-    """The mean cost of an image whose batch left at the exits `taken`; heads whose threshold is 1 are not run."""
-    total = 0.0
+    """The mean cost of images that left at the exits `taken`, int64 [N]; heads whose threshold is 1 are not run."""
+    total, asked = 0.0, exits_asked(thresholds)
     for number in range(1, 5):
-        runs = number == 4 or thresholds[number - 1] < 1
         reach = float((taken >= number).double().mean())
-        total += reach * (costs.stages[number - 1] + runs * costs.heads[number - 1])
+        total += reach * (costs.stages[number - 1] + (number in asked) * costs.heads[number - 1])
     return total
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Every rule of early exit on a grid of thresholds, and what it does on the images it was made of.
+    """What every triple of candidate thresholds does on the calibrating images.
 
     Attributes:
         candidates: float32 [3, L + 2], the thresholds of the exits 1 to 3: quantiles of the confidences from 0 to 1,
-            of which the last lets no image leave, then 1, at which the exit is not asked.
-        lost: float64 [L + 2, L + 2, L + 2], by the places of the three thresholds: points of accuracy lost against the
-            full network, that is against the final classifier or the ensemble, whichever is more accurate.
+            the last of which lets no image leave, then 1, at which the exit is not asked.
+        lost: float64 [L + 2, L + 2, L + 2], by the indices of the three thresholds: points of accuracy lost against
+            the full network, that is against the final classifier or the ensemble, whichever is more accurate.
         error: float64 of the same shape, the standard error of that difference, which is one of paired answers.
         cost: float64 of the same shape, the mean cost of an image.
     """
@@ -138,9 +105,10 @@ class Rules:
     cost: Tensor
 
     def cheapest(self, lost: float) -> list[float] | None:
-        """The thresholds of the least cost that lose at most so many points with 95 percent confidence, if any.
+        """The cheapest thresholds that lose at most so many points with 95 percent confidence, if any.
 
-        Without that the cheapest of so many rules is one that the images happen to favour, and loses more on others.
+        The confidence matters: the cheapest of so many triples is one that these images happen to favour, and would
+        lose more on others.
         """
         return self._best(-self.cost, self.lost + MARGIN * self.error <= lost + 1e-9)
 
@@ -151,9 +119,107 @@ class Rules:
     def _best(self, value: Tensor, allowed: Tensor) -> list[float] | None:
         if not allowed.any():
             return None
-        place = int(torch.where(allowed, value, -torch.inf).argmax())
-        places = np.unravel_index(place, value.shape)
-        return [float(own[where]) for own, where in zip(self.candidates, places, strict=True)]
+        places = np.unravel_index(int(torch.where(allowed, value, -torch.inf).argmax()), value.shape)
+        return [float(thresholds[i]) for thresholds, i in zip(self.candidates, places, strict=True)]
+
+
+class ThresholdGrid:
+    """Sums over the images that are still in the network, for every triple of candidate thresholds at once.
+
+    An image leaves an exit at all candidates below its confidence, so what stays is a cumulative histogram over the
+    three exits: exact, and one pass for all S x S x S triples, where S is the number of candidates.
+
+    Attributes:
+        candidates: float32 [3, S], thresholds of the exits 1 to 3, rising; at the last, 1, an exit is not asked.
+        count: N, the number of images.
+
+    Example:
+        Two images, and the candidates 0, 0.5 and 1 for each exit. Exit 1 is 40 and 90 percent sure of them:
+
+        >>> candidates = torch.tensor([[0.0, 0.5, 1.0]] * 3)
+        >>> grid = ThresholdGrid(candidates, torch.tensor([[0.4, 0.9], [0.7, 0.9], [0.8, 0.9]]))
+
+        Of two images, both leave exit 1 at a threshold of 0, the second at 0.5, and none at 1:
+
+        >>> before1, after1, after2, after3 = grid.staying(torch.ones(2))
+        >>> before1.flatten().tolist(), after1.flatten().tolist()
+        ([2.0], [0.0, 1.0, 2.0])
+
+        The first, which stays at exit 1's 0.5, leaves exit 2 at a threshold of 0.5, so nothing is left; both stay at
+        thresholds of 1:
+
+        >>> after2[1].flatten().tolist(), after2[2].flatten().tolist()
+        ([0.0, 0.0, 1.0], [0.0, 0.0, 2.0])
+
+        Stages cost 10 here and heads 1. At thresholds of 0 both images run one of each; at 0.5 the first runs two of
+        each; thresholds of 1 run all stages, and the last head alone:
+
+        >>> cost = grid.cost(StageCosts((10, 10, 10, 10), (1, 1, 1, 1)))
+        >>> float(cost[0, 0, 0]), float(cost[1, 0, 0]), float(cost[2, 2, 2])
+        (11.0, 16.5, 41.0)
+    """
+
+    def __init__(self, candidates: Tensor, confidences: Tensor) -> None:
+        """Sorts images by the candidates that they leave at.
+
+        Args:
+            candidates: see the class.
+            confidences: of the exits 1 to 3, float32 [3, N].
+        """
+        self.candidates, self.count = candidates, confidences.shape[1]
+        self._size = candidates.shape[1]
+        # An image leaves at the candidates below its confidence: those with the indices 0 to bucket - 1.
+        buckets = torch.searchsorted(candidates, confidences)
+        self._cells = (buckets[0] * self._size + buckets[1]) * self._size + buckets[2]
+
+    @classmethod
+    def of_quantiles(cls, confidences: Tensor, levels: int) -> "ThresholdGrid":
+        """A grid of `levels` + 1 quantiles of each exit's confidences, and 1."""
+        quantiles = torch.quantile(confidences, torch.linspace(0, 1, levels + 1), dim=1).T
+        quantiles = quantiles.clamp(max=1 - torch.finfo(torch.float32).eps)  # 1 itself means that the exit is not asked
+        candidates = torch.cat([quantiles, torch.ones(3, 1)], dim=1)
+        candidates[:, 0] = 0  # at which all leave
+        return cls(candidates, confidences)
+
+    def staying(self, weights: Tensor) -> list[Tensor]:
+        """Sums of weights, [N], over the images still there before exit 1, and after the exits 1, 2 and 3.
+
+        Returns:
+            Float64 [1, 1, 1], [S, 1, 1], [S, S, 1] and [S, S, S], by the thresholds of the exits passed.
+        """
+        size = self._size
+        histogram = torch.bincount(self._cells, weights.double(), minlength=size**3).view(size, size, size)
+        sums = histogram.cumsum(0).cumsum(1).cumsum(2)
+        return [sums[-1:, -1:, -1:], sums[:, -1:, -1:], sums[:, :, -1:], sums]
+
+    def fraction(self, at_exits: Tensor, at_end: Mapping[tuple[bool, ...], Tensor]) -> Tensor:
+        """The fraction of the images whose answer has a property, float64 [S, S, S].
+
+        Args:
+            at_exits: whether it has it where it is the exit's, bool [3, N].
+            at_end: whether it has it where no exit is sure, bool [N], by which of the exits 1 to 3 are asked.
+        """
+        stays = [self.staying(column) for column in at_exits]
+        left = sum(stays[i][i] - stays[i][i + 1] for i in range(3))
+        ended = torch.empty((self._size,) * 3, dtype=torch.float64)
+        for asked, column in at_end.items():
+            region = tuple(slice(0, -1) if is_asked else slice(-1, None) for is_asked in asked)
+            ended[region] = self.staying(column)[3][region]
+        return (left + ended) / self.count
+
+    def cost(self, costs: StageCosts) -> Tensor:
+        """The mean cost of an image, float64 [S, S, S]; the head of an exit at the threshold 1 is not run."""
+        reached = self.staying(torch.ones(self.count))
+        cost = torch.zeros((self._size,) * 3, dtype=torch.float64)
+        for i, (stage, head) in enumerate(zip(costs.stages, costs.heads, strict=True)):
+            heads = torch.full((self._size,), float(head), dtype=torch.float64)
+            if i < 3:
+                heads[-1] = 0
+                heads = heads.view([self._size if axis == i else 1 for axis in range(3)])
+            else:
+                heads = heads[-1]
+            cost = cost + reached[i] / self.count * (stage + heads)
+        return cost
 
 
 def full_answers(logits: Tensor, labels: Tensor) -> Tensor:
@@ -163,7 +229,7 @@ def full_answers(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = LEVELS) -> Rules:
-    """Measures early exit at every triple of candidate thresholds, exactly, by cumulative histograms.
+    """Measures early exit at every triple of candidate thresholds, exactly.
 
     Args:
         logits: calibrated, float32 [4, N, C].
@@ -171,80 +237,54 @@ def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = L
         costs: of the network's parts.
         levels: L, steps between the quantiles that are tried.
     """
-    confidences = logits.softmax(2).amax(2)[:3].contiguous()
-    quantiles = torch.quantile(confidences, torch.linspace(0, 1, levels + 1), dim=1).T
-    quantiles = quantiles.clamp(max=1 - torch.finfo(torch.float32).eps)  # 1 itself means that the exit is not asked
-    candidates = torch.cat([quantiles, torch.ones(3, 1)], dim=1)
-    candidates[:, 0] = 0  # at which all leave
-    # An image leaves at the candidates below its confidence: those at the places 0 to bucket - 1.
-    buckets = torch.searchsorted(candidates, confidences)
-    size, count = levels + 2, len(labels)
-    cell = (buckets[0] * size + buckets[1]) * size + buckets[2]
-
-    def staying(weights: Tensor) -> list[Tensor]:
-        """The weight of the images still there before exit 1, and after the exits 1, 2 and 3, by the thresholds."""
-        histogram = torch.bincount(cell, weights.double(), minlength=size**3).view(size, size, size)
-        sums = histogram.cumsum(0).cumsum(1).cumsum(2)
-        return [sums[-1:, -1:, -1:], sums[:, -1:, -1:], sums[:, :, -1:], sums]
-
+    grid = ThresholdGrid.of_quantiles(confidence(logits)[:3].contiguous(), levels)
     full = full_answers(logits, labels) == labels
-    # What is left at the end is answered by the exits that were asked, so by which thresholds are 1: eight cases.
-    cases = {asked: last_answers(logits, [0.0 if own else 1.0 for own in asked]) == labels for asked in ASKED}
-
-    def answered(right: Tensor, last: Mapping[tuple[bool, ...], Tensor]) -> Tensor:
-        """The share of images that are answered right, by the exit each leaves at or by those asked on the way."""
-        parts = [staying(own) for own in right]
-        total = sum(parts[i][i] - parts[i][i + 1] for i in range(3))
-        left = torch.empty(size, size, size, dtype=torch.float64)
-        for asked, own in last.items():
-            place = tuple(slice(0, -1) if is_asked else slice(-1, None) for is_asked in asked)
-            left[place] = staying(own)[3][place]
-        return (total + left) / count
-
     right = logits[:3].argmax(2) == labels
-    lost = full.double().mean() - answered(right, cases)
-    gains = answered(right & ~full, {asked: own & ~full for asked, own in cases.items()})
-    # The difference of an image is 1, 0 or -1; its mean square is the share of images that one of the two has right.
-    error = ((2 * gains + lost - lost.square()).clamp(min=0) / count).sqrt()
+    # What no exit is sure of is answered by those that were asked: eight cases, by which thresholds are 1.
+    right_at_end = {}
+    for asked in itertools.product((True, False), repeat=3):
+        ensemble = [exit_logits for exit_logits, runs in zip(logits, [*asked, True], strict=True) if runs]
+        right_at_end[asked] = ensemble_logits(ensemble).argmax(1) == labels
 
-    reached, cost = staying(torch.ones(count)), torch.zeros(size, size, size, dtype=torch.float64)
-    for i, (stage, head) in enumerate(zip(costs.stages, costs.heads, strict=True)):
-        heads = torch.full((size,), float(head), dtype=torch.float64)
-        if i < 3:
-            heads[-1] = 0  # at a threshold of 1 the head is not run
-        own = heads.view([size if axis == i else 1 for axis in range(3)]) if i < 3 else heads[-1]
-        cost = cost + reached[i] / count * (stage + own)
-    return Rules(candidates, 100 * lost, 100 * error, cost)
+    lost = full.double().mean() - grid.fraction(right, right_at_end)
+    gains = grid.fraction(right & ~full, {asked: answers & ~full for asked, answers in right_at_end.items()})
+    # The difference of an image is 1, 0 or -1; its mean square is the fraction of images that one of the two has right.
+    error = ((2 * gains + lost - lost.square()).clamp(min=0) / grid.count).sqrt()
+    return Rules(grid.candidates, 100 * lost, 100 * error, grid.cost(costs))
 
 
 def choose(rules: Rules, args: EarlyExitArgs) -> list[float]:
     """The thresholds for the budget asked for.
 
     Args:
-        rules: with costs in what the budget is in: seconds for a latency, else multiply-adds.
+        rules: with costs in what the budget is in: seconds for a latency, else MACs.
         args: of the command.
 
     Raises:
         UserError: for a budget that no thresholds keep.
     """
-    if args.multiply_adds is not None or args.latency is not None:
-        scale, unit = (1e-6, "million multiply-adds") if args.latency is None else (1e3, "milliseconds")
-        budget = args.multiply_adds if args.latency is None else args.latency
-        assert budget is not None  # one of the two
-        if (found := rules.most_accurate(budget / scale)) is None:
-            least = scale * float(rules.cost.min())
-            raise UserError(
-                f"no thresholds keep to {budget} {unit} an image: exit 1 alone takes {least:.3g}; give more"
-            )
-        return found
+    if args.latency is not None:
+        return _within(rules, args.latency, 1e3, "milliseconds")
+    if args.multiply_adds is not None:
+        return _within(rules, args.multiply_adds, 1e-6, "million MACs")
     lost = POINTS_LOST if args.points_lost is None else args.points_lost
-    if (found := rules.cheapest(lost)) is None:
+    if (thresholds := rules.cheapest(lost)) is None:
         least = float((rules.lost + MARGIN * rules.error).min())
         raise UserError(
-            f"no thresholds lose at most {lost} points with 95 percent confidence: the least is {least:.2f}; give more "
-            "images to calibrate on (--holdout, --calibration_split), or more --points_lost"
+            f"no thresholds lose at most {lost} points with 95 percent confidence: the least is {least:.2f}; calibrate "
+            "on more images (--holdout, --calibration_split), or allow more --points_lost"
         )
-    return found
+    return thresholds
+
+
+def _within(rules: Rules, budget: float, scale: float, unit: str) -> list[float]:
+    """The most accurate thresholds of at most this cost, in a unit of which `scale` make one of the rules'."""
+    if (thresholds := rules.most_accurate(budget / scale)) is None:
+        least = scale * float(rules.cost.min())
+        raise UserError(
+            f"no thresholds stay within {budget} {unit} per image: exit 1 alone takes {least:.3g}; give more"
+        )
+    return thresholds
 
 
 def accuracy(answers: Tensor, labels: Tensor) -> float:

@@ -9,10 +9,27 @@ from tqdm.auto import tqdm
 
 from sssd_zoo.configs import ForwardConfig
 from sssd_zoo.data.augment import normalise, resize, to_float
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
-from sssd_zoo.models.networks import statistics
+from sssd_zoo.models.networks import input_spec
+
+
+def pooled_features(model: Any, images: Tensor) -> Tensor:
+    """Pooled features [E, B, D] of all exits where the network has all of them, else [1, B, D] of its own output."""
+    if getattr(model, "output", None) == "ensemble":
+        return torch.stack(model.forward_exits(images).features)
+    pooled: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+    return pooled.unsqueeze(0)
+
+
+def exit_logits(model: Any, images: Tensor) -> Tensor:
+    """The logits [E, B, C] of all exits where the network has all of them, else [1, B, C] of its own output."""
+    if getattr(model, "output", None) == "ensemble":
+        return torch.stack(model.forward_exits(images).logits)
+    logits: Tensor = model(images)
+    return logits.unsqueeze(0)
 
 
 def feature_batches(
@@ -20,22 +37,26 @@ def feature_batches(
     data: ImageData,
     config: ForwardConfig,
     order: Sequence[Tensor],
-    read: Callable[[Any, Tensor], Tensor] | None = None,
+    read: Callable[[Any, Tensor], Tensor] = pooled_features,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """What `pooled_batches` reads of a network, batch by batch; `order` has positions, int64 [B]."""
-    mean, std, size = statistics(model)
+    """`read_batches` of images of a data set, the network brought to the device and run as `config` says.
+
+    Args:
+        model: the network.
+        data: the images.
+        config: how to run it.
+        order: the positions of each batch, int64 [B].
+        read: what to read, see `read_batches`.
+    """
+    size, mean, std = input_spec(model)
     device = compute_device(config.device)
     data.move(device)
-    return pooled_batches(
+    return read_batches(
         model.to(device, memory_format=torch.channels_last),
         data.batches(order),
-        count=sum(map(len, order)),
-        mean=mean,
-        std=std,
-        device=device,
-        size=size,
+        InputSpec(size, mean, std),
+        total=sum(map(len, order)) if rank() == 0 else None,
         autocast=DTYPES[resolve_precision(config.precision, config.device)],
-        progress=rank() == 0,
         read=read,
     )
 
@@ -67,73 +88,60 @@ def float32_classifiers(model: Any) -> Any:
 
 
 def network_features(
-    model: Any, data: ImageData, config: ForwardConfig, *, read: Callable[[Any, Tensor], Tensor] | None = None
+    model: Any, data: ImageData, config: ForwardConfig, *, read: Callable[[Any, Tensor], Tensor] = pooled_features
 ) -> Tensor:
-    """Pooled features of every exit for all images in order, float32 [exits, N, D], without moving the network.
+    """What `read` gives of every exit for all images in order, float32 [exits, N, D]; by default the pooled features.
 
     Args:
         model: the network.
         data: the images.
         config: how to run it.
-        read: what to read instead, see `pooled_batches`.
+        read: what to read, see `read_batches`.
     """
     order = torch.arange(len(data)).split(config.batch_size)
     return stack_features(feature_batches(model, data, config, order, read), len(data))
 
 
-_BATCH = 512  # samples per step of the probe, and a chunk of everything else
-
-
-def pooled_batches(
+def read_batches(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
+    spec: InputSpec,
     *,
-    count: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str,
-    size: int | None = None,
+    total: int | None = None,
     autocast: torch.dtype | None = None,
-    progress: bool = False,
-    read: Callable[[Any, Tensor], Tensor] | None = None,
+    read: Callable[[Any, Tensor], Tensor] = pooled_features,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Runs `model` over images, without augmentation, and gives its pooled features batch by batch.
+    """Runs a network where it lies over images, without augmentation, and gives what `read` reads of it.
 
-    The model is put into eval mode for it and back into what it was, module by module; that no buffer (BatchNorm's
-    statistics above all) moved is checked at the end.
+    The network is put into eval mode for it and back into what it was, module by module; that no buffer (BatchNorm's
+    statistics above all) changed is checked at the end.
 
     Args:
-        model: on `device`. A full multi-exit network gives the features F_1..F_C of its E exits; any other timm network
-            gives its pooled features, E = 1.
+        model: any timm network, or one of this package.
         batches: pairs of positions, int64 [B], and images, uint8 [B, 3, S, S].
-        count: images in all batches, for the progress bar.
-        mean: of the model's inputs per channel, for images in 0..1.
-        std: their spread.
-        device: where to compute.
-        size: the side that images are resized to; None leaves them as they are.
-        autocast: bfloat16 or float16 for mixed precision; None computes in the model's own.
-        progress: show a progress bar.
-        read: what to read of the model for images [B, 3, S, S], as [E, B, D]; by default its pooled features.
+        spec: of the network's inputs.
+        total: images in all batches, for a progress bar; None shows none.
+        autocast: bfloat16 or float16 for mixed precision; None computes in the network's own.
+        read: of the network and its inputs [B, C, size, size] makes [E, B, D], for E exits.
 
     Yields:
-        The positions, int64 [B], and their features, float32 [E, B, D] on the CPU.
+        The positions, int64 [B], and what was read, float32 [E, B, D] on the CPU.
 
     Raises:
-        RuntimeError: if the model moved its buffers.
+        RuntimeError: if the network changed its buffers.
     """
-    device = torch.device(device)
+    device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     before = [buffer.clone() for buffer in model.buffers()]
     model.eval()
     try:
-        with tqdm(total=count, desc="features", unit="img", disable=not progress) as bar:
+        with tqdm(total=total, desc="features", unit="img", disable=total is None) as bar:
             for index, stored in batches:
                 # Only this part is in inference mode: a tensor allocated there could not take part in training later.
                 with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    images = to_float(stored.to(device, non_blocking=True))
-                    images = normalise(resize(images, size or images.shape[-1]), mean, std)
-                    pooled = (read or _pooled)(model, images).float().cpu()
-                yield index, pooled
+                    images = resize(to_float(stored.to(device, non_blocking=True)), spec.size)
+                    values = read(model, normalise(images, spec.mean, spec.std)).float().cpu()
+                yield index, values
                 bar.update(len(index))
     finally:
         for module, training in modes:
@@ -146,7 +154,7 @@ def stack_features(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tens
     """Puts the features of batches in their places.
 
     Args:
-        batches: of `pooled_batches`, each position in 0..count-1 once.
+        batches: positions and features, as `read_batches` gives them; each position in 0..count-1 once.
         count: N, the number of images.
 
     Returns:
@@ -165,29 +173,6 @@ def stack_features(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tens
     if features is None or not seen.all():
         raise ValueError(f"the batches hold {int(seen.sum())} of {count} images")
     return features
-
-
-def extract_features(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, count: int, **settings: Any
-) -> Tensor:
-    """All features of `pooled_batches` in one tensor, float32 [E, N, D]; see there and `stack_features`."""
-    return stack_features(pooled_batches(model, batches, count=count, **settings), count)
-
-
-def _pooled(model: Any, images: Tensor) -> Tensor:
-    """[E, B, D] of all exits where the network has all of them, else [1, B, D] of its own output."""
-    if getattr(model, "output", None) == "ensemble":
-        return torch.stack(model.forward_exits(images).features)
-    pooled: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
-    return pooled.unsqueeze(0)
-
-
-def exit_logits(model: Any, images: Tensor) -> Tensor:
-    """The logits [E, B, C] of all exits where the network has all of them, else [1, B, C] of its own output."""
-    if getattr(model, "output", None) == "ensemble":
-        return torch.stack(model.forward_exits(images).logits)
-    logits: Tensor = model(images)
-    return logits.unsqueeze(0)
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> tuple[list[float], float]:

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.features import _BATCH
 from sssd_zoo.evaluation.probe import check_labels
+
+BATCH = 512  # queries at once
 
 
 def knn(
@@ -41,11 +42,11 @@ def knn(
     train_y, test_y = train_y.to(device), test_y.to(device)
     bank = F.normalize(train_x, dim=1)
     hits = 0
-    for start in range(0, len(test_y), _BATCH):
-        queries = F.normalize(test_x[start : start + _BATCH].to(device), dim=1)
+    for start in range(0, len(test_y), BATCH):
+        queries = F.normalize(test_x[start : start + BATCH].to(device), dim=1)
         similarity, neighbours = (queries @ bank.T).topk(k, dim=1, sorted=False)
         # Cosines are at most 1: subtracting 1 first keeps exp within range at any temperature and changes no answer.
         votes = queries.new_zeros(len(queries), num_classes)
         votes.scatter_add_(1, train_y[neighbours], ((similarity - 1) / temperature).exp())
-        hits += int((votes.argmax(1) == test_y[start : start + _BATCH]).sum())
+        hits += int((votes.argmax(1) == test_y[start : start + BATCH]).sum())
     return 100 * hits / len(test_y)

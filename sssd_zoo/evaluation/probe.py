@@ -1,8 +1,7 @@
-"""Evaluation of frozen features: a linear probe on every exit with their ensemble, and weighted kNN.
+"""Linear probes on the frozen features of every exit, and their ensemble.
 
-`extract_features` reads a network's pooled features without moving it, and `pooled_batches` does so batch by batch;
-`linear_probe` trains one linear layer per exit, all exits at once; `knn` trains nothing. The paper's accuracies (tables
-1 to 3) are those of linear probes.
+`linear_probe` trains one linear layer per exit, all exits at once; the paper's accuracies (tables 1 to 3) are those of
+linear probes.
 """
 
 import math
@@ -14,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sssd_zoo.configs import ProbeConfig
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.features import _BATCH
+
+BATCH = 512  # samples per step, and per forward pass over the test split
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,8 @@ def linear_probe(
     test_x: Tensor,
     test_y: Tensor,
     num_classes: int,
+    config: ProbeConfig,
     *,
-    epochs: int = 30,
-    lr: float = 1e-2,
-    weight_decay: float = 0.05,
     seed: int = 0,
     progress: bool = False,
 ) -> Probe:
@@ -64,9 +63,8 @@ def linear_probe(
         test_x: float32 [E, M, D].
         test_y: int64 [M].
         num_classes: C.
-        epochs: passes over the training split.
-        lr: the first learning rate.
-        weight_decay: AdamW's, on the weights of the standardised features, not on the biases.
+        config: epochs, learning rate, and AdamW's weight decay, which is on the weights of the standardised features,
+            not on the biases.
         seed: for the order of samples.
         progress: show a progress bar.
 
@@ -74,44 +72,54 @@ def linear_probe(
         UserError: if a class has no training row or a label is outside of 0..C-1.
     """
     check_labels(train_y, test_y, num_classes)
-    exits, n, dim = train_x.shape
     device = train_x.device
-    train_y, test_x, test_y = train_y.to(device), test_x.to(device), test_y.to(device)
-    std, mean = torch.std_mean(train_x, dim=1, keepdim=True, correction=0)
-    # A ReLU's dead dimension has no spread: it is left at zero rather than divided by it.
+    weights, biases = _train(train_x, train_y.to(device), num_classes, config, seed=seed, progress=progress)
+    exits, ensemble = _accuracies(Probe(weights, biases, [], 0.0), test_x.to(device), test_y.to(device))
+    return Probe(weights, biases, exits, ensemble)
+
+
+def _train(
+    x: Tensor, labels: Tensor, num_classes: int, config: ProbeConfig, *, seed: int, progress: bool
+) -> tuple[Tensor, Tensor]:
+    """The weights and biases of a `Probe`, from features [E, N, D] and labels [N]."""
+    exits, n, dim = x.shape
+    std, mean = torch.std_mean(x, dim=1, keepdim=True, correction=0)
+    # A dimension that a ReLU keeps at zero has a std of 0: it is left at zero rather than divided by that.
     scale = torch.where(std > 1e-6, 1 / std, 0.0)
 
-    weights = torch.zeros(exits, dim, num_classes, device=device, requires_grad=True)
-    biases = torch.zeros(exits, 1, num_classes, device=device, requires_grad=True)
-    groups = [{"params": [weights], "weight_decay": weight_decay}, {"params": [biases], "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, lr=lr)
-    steps = epochs * math.ceil(n / _BATCH)
+    weights = torch.zeros(exits, dim, num_classes, device=x.device, requires_grad=True)
+    biases = torch.zeros(exits, 1, num_classes, device=x.device, requires_grad=True)
+    decayed = {"params": [weights], "weight_decay": config.probe_weight_decay}
+    optimiser = torch.optim.AdamW([decayed, {"params": [biases], "weight_decay": 0.0}], lr=config.probe_lr)
+    steps = config.probe_epochs * math.ceil(n / BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in tqdm(range(epochs), desc="probe", unit="epoch", disable=not progress):
-        for index in torch.randperm(n, generator=generator).to(device).split(_BATCH):
+    for _ in tqdm(range(config.probe_epochs), desc="probe", unit="epoch", disable=not progress):
+        for index in torch.randperm(n, generator=generator).to(x.device).split(BATCH):
             # Standardised batch by batch: a standardised copy of all features may not fit.
-            batch = train_x.index_select(1, index).sub_(mean).mul_(scale)
+            batch = x.index_select(1, index).sub_(mean).mul_(scale)
             logits = torch.baddbmm(biases, batch, weights)
-            targets = train_y[index].expand(exits, -1)
+            targets = labels[index].expand(exits, -1)
             # The sum over exits of each exit's mean, so that an exit's gradient does not depend on how many there are.
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()) * exits
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
-
     with torch.no_grad():
         folded = weights * scale.mT
-        probe_biases = (biases - torch.bmm(mean, folded)).squeeze(1)
-        probe = Probe(folded.mT.contiguous(), probe_biases, [], 0.0)
-        hits = torch.zeros(exits + 1, device=device)
-        for start in range(0, len(test_y), _BATCH):
-            logits = probe.logits(test_x[:, start : start + _BATCH])
-            answers = torch.cat([logits.argmax(2), logits.softmax(2).mean(0, keepdim=True).argmax(2)])
-            hits += (answers == test_y[start : start + _BATCH]).sum(1)
-    *per_exit, ensemble = (100 * hits.double() / len(test_y)).tolist()
-    return Probe(probe.weights, probe.biases, per_exit, ensemble)
+        return folded.mT.contiguous(), (biases - torch.bmm(mean, folded)).squeeze(1)
+
+
+def _accuracies(probe: Probe, x: Tensor, labels: Tensor) -> tuple[list[float], float]:
+    """Accuracy in percent of every exit and of the ensemble on features [E, M, D], batch by batch."""
+    hits = torch.zeros(len(x) + 1, device=x.device)
+    for start in range(0, len(labels), BATCH):
+        logits = probe.logits(x[:, start : start + BATCH])
+        answers = torch.cat([logits.argmax(2), logits.softmax(2).mean(0, keepdim=True).argmax(2)])
+        hits += (answers == labels[start : start + BATCH]).sum(1)
+    *exits, ensemble = (100 * hits.double() / len(labels)).tolist()
+    return exits, ensemble
 
 
 def check_labels(train_y: Tensor, test_y: Tensor, num_classes: int, names: Sequence[str] | None = None) -> None:

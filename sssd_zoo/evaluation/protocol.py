@@ -12,14 +12,14 @@ from torch import Tensor
 from sssd_zoo.configs import DataConfig, ForwardConfig, ProbeConfig
 from sssd_zoo.data.layout import composed
 from sssd_zoo.data.loading import ImageData, fits_on_gpu, load_images, split_names
-from sssd_zoo.data.walk import listed
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import compute_device
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.features import network_features
 from sssd_zoo.evaluation.knn import knn as knn_accuracy
 from sssd_zoo.evaluation.probe import Probe, check_labels, linear_probe
-from sssd_zoo.models import SSSDResNet
+from sssd_zoo.models import SSSDResNet, classifiers
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def evaluation_data(
     """
     assert data.labels is not None  # callers look
     names = [name for name in split_names(config) if name != data.split.split("[")[0]]
-    wanted = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
-    for name in wanted:
+    candidates = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
+    for name in candidates:
         if name == data.split:
             continue
         test = load_images(
@@ -101,22 +101,44 @@ def evaluation_data(
                 "of them only); give another --test_split"
             )
         return Evaluation(data, torch.arange(len(data)), test, torch.arange(len(test)), f"split {name}")
+    advice = "add images, or give --unlabelled if these are no classes (but dates or cameras, say)"
+    kept, held_out = hold_out(data, holdout, seed, purpose="measure on", advice=advice)
+    words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"
+    return Evaluation(data, kept, data, held_out, words)
+
+
+def hold_out(data: ImageData, fraction: float, seed: int, *, purpose: str, advice: str) -> tuple[Tensor, Tensor]:
+    """Draws a fraction of the images of every class.
+
+    Args:
+        data: with labels.
+        fraction: of the images, in 0..1.
+        seed: of the draw.
+        purpose: what they are drawn for, for the error.
+        advice: what to do where it is not possible, for the error.
+
+    Returns:
+        The positions that stay and those drawn, int64, each in order.
+
+    Raises:
+        UserError: if a class has too few images.
+    """
     from sklearn.model_selection import train_test_split
 
+    assert data.labels is not None  # callers look
     try:
-        kept, held = train_test_split(
-            np.arange(len(data)), test_size=holdout, stratify=data.labels, random_state=seed % 2**32
+        kept, drawn = train_test_split(
+            np.arange(len(data)), test_size=fraction, stratify=data.labels, random_state=seed % 2**32
         )
     except ValueError as error:
         counts = np.bincount(data.labels)
         single = [data.class_names[number] for number in np.flatnonzero(counts == 1)] if data.class_names else []
         reason = f"{len(single)} of them have one image only ({listed(single)})" if single else str(error)
         raise UserError(
-            f"cannot hold images of each of the {len(counts)} classes of {data.name} out to measure on: {reason}; add "
-            "images, or give --unlabelled if these are no classes (but dates or cameras, say)"
+            f"cannot hold images of each of the {len(counts)} classes of {data.name} out to {purpose}: {reason}; "
+            f"{advice}"
         ) from error
-    words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"
-    return Evaluation(data, torch.from_numpy(np.sort(kept)), data, torch.from_numpy(np.sort(held)), words)
+    return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(drawn))
 
 
 @dataclass(frozen=True)
@@ -165,9 +187,7 @@ def probe_features(features: Features, config: ProbeConfig, seed: int) -> Probe:
         features.test_x,
         features.test_y,
         features.classes,
-        epochs=config.probe_epochs,
-        lr=config.probe_lr,
-        weight_decay=config.probe_weight_decay,
+        config,
         seed=seed,
         progress=rank() == 0,
     )
@@ -179,13 +199,8 @@ def put_heads(model: Any, probe: Probe, storage_size: int) -> None:
         model.storage_size = storage_size
     classes = probe.weights.shape[1]
     model.reset_classifier(classes)
-    heads = (
-        [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
-        if len(probe.weights) > 1
-        else [model.get_classifier()]
-    )
     with torch.no_grad():
-        for head, weight, bias in zip(heads, probe.weights, probe.biases, strict=True):
+        for head, weight, bias in zip(classifiers(model), probe.weights, probe.biases, strict=True):
             head.weight.copy_(weight)
             head.bias.copy_(bias)
 

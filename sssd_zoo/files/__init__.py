@@ -1,7 +1,7 @@
 """Atomic writes: every file or folder of a run is written under a temporary name and renamed when it is complete.
 
-A reader therefore sees the old content or the new, never half of one, whatever kills the writer. A full disk is the
-user's to mend, so it surfaces as a `UserError`, with nothing left behind.
+So a reader sees the old content or the new, never a part of it, whatever kills the writer. A full disk is for the user
+to fix, so it is a `UserError`, and nothing is left behind.
 """
 
 import errno
@@ -18,13 +18,13 @@ from typing import Any
 from sssd_zoo.configs.ranges import problems
 from sssd_zoo.errors import UserError
 
-RUN_MARK = ".sssd-zoo.json"  # in every folder that a command creates: what it holds is never read as data
-# What a killed writer leaves: half of a file or folder, the one that it was about to replace, or its features.
+RUN_MARK = ".sssd-zoo.json"  # in every folder that a command creates; such folders are never read as data
+# What a killed writer leaves behind: an incomplete file or folder, the one being replaced, or its features.
 LITTER = re.compile(r"\.(?P<name>.+)\.((tmp|old)-(?P<pid>\d+)|features\.npy(\.partial)?)")
 
 
 def expand_home(path: str) -> str:
-    """A path with its `~` or `~user`, behind `local-dir:` too, as the shell would expand it.
+    """A path with `~` or `~user` expanded as by the shell, also after `local-dir:`.
 
     Raises:
         UserError: if there is no such user.
@@ -32,7 +32,9 @@ def expand_home(path: str) -> str:
     prefix, path = ("local-dir:", path[10:]) if path.startswith("local-dir:") else ("", path)
     expanded = os.path.expanduser(path)  # noqa: PTH111  Path.expanduser raises RuntimeError, and drops a last slash
     if expanded.startswith("~"):
-        raise UserError(f"{path}: there is no user '{path[1:].split('/')[0]}' here; a file of that name is ./{path}")
+        raise UserError(
+            f"{path}: there is no user '{path[1:].split('/')[0]}' here; for a file of that name give ./{path}"
+        )
     return prefix + expanded
 
 
@@ -44,8 +46,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.EDQUOT: "the disk quota is used up",
         errno.EROFS: "the file system is read-only",
         errno.EACCES: "permission denied",
-        errno.ENOTDIR: "a part of the path is a file, not a folder",
-        errno.EEXIST: "a part of the path is a file, not a folder",
+        errno.ENOTDIR: "a parent of it is a file, not a folder",
+        errno.EEXIST: "a parent of it is a file, not a folder",
         errno.EFBIG: "the file is larger than the file-size limit",
     }
     try:
@@ -60,14 +62,16 @@ def disk_errors(path: Path) -> Iterator[None]:
         if number is None and any(words in str(error) for words in ("PytorchStreamWriter failed", "unexpected pos")):
             number = errno.ENOSPC
         if number == errno.ENOENT and not path.parent.exists():
-            raise UserError(f"cannot write {path}: its folder was removed while the command ran") from error
+            raise UserError(
+                f"cannot write {path}: its folder was removed while the command ran; run the command again"
+            ) from error
         if number not in reasons:
             raise
-        raise UserError(f"cannot write {path}: {reasons[number]}; nothing half written was left") from error
+        raise UserError(f"cannot write {path}: {reasons[number]}; no incomplete file is left") from error
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes what is to become `path`."""
+    """The temporary path at which this process writes `path`."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
@@ -81,7 +85,7 @@ def _sync(path: Path) -> None:
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes `data` to `path`, whole or not at all; makes the parent folders."""
+    """Writes `data` to `path`, completely or not at all; creates its parent folders."""
     path = Path(path)
     temporary = temporary_name(path)
     with disk_errors(path):
@@ -97,12 +101,12 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` as UTF-8, whole or not at all; what UTF-8 has no bytes for, as an escape."""
+    """Writes `text` to `path` as UTF-8, completely or not at all; unencodable characters become escapes."""
     atomic_write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes `content` as indented JSON, whole or not at all."""
+    """Writes `content` as indented JSON, completely or not at all."""
     atomic_write_text(path, json.dumps(content, indent=2) + "\n")
 
 
@@ -110,11 +114,11 @@ def read_json(path: str | Path, kind: Any = Any) -> Any:
     """Reads a JSON file.
 
     Args:
-        path: of the file.
-        kind: what it is to hold, most often a `TypedDict`; see `ranges.problems`.
+        path: the file to read.
+        kind: type of its content, most often a `TypedDict`; see `ranges.problems`.
 
     Raises:
-        UserError: if the file is missing, is not JSON, or holds something else.
+        UserError: if the file is missing, is not JSON, or holds another type.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -126,33 +130,33 @@ def read_json(path: str | Path, kind: Any = Any) -> Any:
 
 def check_content(path: str | Path, content: Any, kind: Any) -> None:
     """Raises `UserError` if what was read from a file is not of the type `kind`; see `ranges.problems`."""
-    if wrong := problems(content, kind):
-        raise UserError(f"{path} is not as this package writes it: {wrong[0]}")
+    if invalid := problems(content, kind):
+        raise UserError(f"{path} is not as this package writes it: {invalid[0]}")
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal digits."""
+    """The sha256 of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(folder: Path, files: Iterable[Path]) -> dict[str, str]:
-    """The sha256 of files in a folder, by their paths in it: what a record keeps for `damage` to compare with."""
+    """The sha256 of files in a folder, by their relative paths; `damage` compares such a record with the files."""
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
 
 
 def recorded_sha256(record: Any, names: Iterable[str]) -> dict[str, str]:
-    """What a record that may be a stranger's, of any shape and naming any files, tells of these files."""
-    told = record.get("sha256") if isinstance(record, dict) else None
-    return {name: str(told[name]) for name in names if name in told} if isinstance(told, dict) else {}
+    """The sha256 that an untrusted record, which may have any form, states for these files."""
+    stated = record.get("sha256") if isinstance(record, dict) else None
+    return {name: str(stated[name]) for name in names if name in stated} if isinstance(stated, dict) else {}
 
 
 def damage(folder: Path, recorded: Mapping[str, str]) -> str | None:
-    """What is wrong with the files of a folder whose sha256 a record tells: the first of them, or None.
+    """What is wrong with the first damaged file among those whose sha256 is recorded, or None.
 
     Args:
-        folder: that holds them.
-        recorded: see `sha256_of`; empty for a record from before there were any.
+        folder: the folder with the files.
+        recorded: see `sha256_of`; empty for records of versions that had none.
     """
     for name, expected in recorded.items():
         try:
@@ -166,9 +170,9 @@ def damage(folder: Path, recorded: Mapping[str, str]) -> str | None:
 
 
 def publish_dir(temporary: Path, path: Path) -> None:
-    """Renames the complete folder `temporary` onto `path`, its files safely on disk first; an old `path` is removed.
+    """Syncs the complete folder `temporary` to disk and renames it to `path`; an old `path` is removed.
 
-    It is for folders that hold nothing of others'; see `run_folder.replace` for those that may.
+    It is for folders that hold only files of this package; see `run_folder.replace` for others.
     """
     for file in sorted(temporary.rglob("*")):
         if file.is_file():

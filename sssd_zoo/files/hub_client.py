@@ -1,8 +1,8 @@
-"""A Hub that stops answering is given up: huggingface_hub by itself waits for most answers without a limit.
+"""Gives up on a Hub that does not answer: huggingface_hub itself has no time limit for most requests.
 
-Its limits, where it has some, are for each of up to six attempts, more than a minute in all. Here the silence of the
-attempts is added up, until the Hub says something. A transfer is never cut for being slow or long: limits are for the
-time in which not a single byte moves.
+Where it has one, it is per attempt, of up to six, which takes more than a minute in all. Here the waiting times of the
+attempts add up until the Hub answers. Slow or long transfers are never cut off: only time in which not a single byte
+arrives counts.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from huggingface_hub.utils import _http  # the current factory has no public nam
 
 PATIENCE = 30.0  # seconds of silence
 CONNECT = 5.0  # seconds to connect to one address; a host has several
-# The same for transfers by Xet, whose client is no Python and takes its settings from here.
+# The same for transfers by Xet, whose client is not written in Python and reads these variables.
 XET = {
     "HF_XET_CLIENT_READ_TIMEOUT": "10s",
     "HF_XET_CLIENT_CONNECT_TIMEOUT": "5s",
@@ -30,7 +30,7 @@ http: Any = importlib.import_module(HTTPError.__module__.partition(".")[0])  # h
 
 
 class SilentHubError(RuntimeError):
-    """The Hub has not answered for `PATIENCE` seconds. No kind of error that huggingface_hub tries again after."""
+    """The Hub has not answered for `PATIENCE` seconds. huggingface_hub does not retry after this type of error."""
 
 
 class _Silence(threading.local):
@@ -42,10 +42,10 @@ _silence = _Silence()
 
 @contextmanager
 def limited_waiting() -> Iterator[None]:
-    """Makes huggingface_hub give up on a silent Hub in the block.
+    """Makes huggingface_hub give up on an unresponsive Hub within the block.
 
     Raises:
-        SilentHubError: from whatever in the block speaks to the Hub.
+        SilentHubError: from any request to the Hub within the block.
     """
     before = _http._GLOBAL_CLIENT_FACTORY
     if getattr(before, "limited", False):
@@ -67,7 +67,7 @@ def limited_waiting() -> Iterator[None]:
 
 
 def _limited(client: Any) -> Any:
-    """The client, with limits for every request that it sends."""
+    """The client, with time limits for every request that it sends."""
     send = client.send
 
     def limited(request: Any, **kwargs: Any) -> Any:
@@ -79,11 +79,11 @@ def _limited(client: Any) -> Any:
         try:
             response = send(request, **kwargs)
         except http.TimeoutException as error:
-            # Of several addresses each has its time; what was sent before it stalled was no silence.
+            # Each of several addresses has its own time; a stalled upload counts only from when it stalled.
             _waited(error, time.monotonic() - began if isinstance(error, http.ConnectTimeout) else None, limits)
             raise
         if kwargs.get("stream") and response.is_success:
-            response.stream = _Listened(response.stream, limits)  # headers alone are no progress
+            response.stream = _Listened(response.stream, limits)  # headers alone do not count as progress
         else:
             _silence.seconds = 0
         return response
@@ -93,7 +93,7 @@ def _limited(client: Any) -> Any:
 
 
 def _waited(error: Exception, seconds: float | None, limits: dict[str, float]) -> None:
-    """Adds a time-out to the silence, and ends it where that is too long."""
+    """Adds a time-out to the time without an answer, and raises `SilentHubError` if that is too long."""
     kind = type(error).__name__.removesuffix("Timeout").lower()
     _silence.seconds += limits.get(kind, PATIENCE) if seconds is None else seconds
     if _silence.seconds > 0.9 * PATIENCE:
@@ -102,7 +102,7 @@ def _waited(error: Exception, seconds: float | None, limits: dict[str, float]) -
 
 
 class _Listened(http.SyncByteStream):  # type: ignore[misc]
-    """A response's body, whose bytes end the silence."""
+    """A response body that resets the time without an answer with every chunk."""
 
     def __init__(self, stream: Any, limits: dict[str, float]) -> None:
         self.stream, self.limits = stream, limits

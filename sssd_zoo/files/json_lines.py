@@ -1,4 +1,4 @@
-"""Reading of metrics.jsonl and its like."""
+"""Reads JSON Lines files such as metrics.jsonl."""
 
 import json
 import sys
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def read_metrics(path: Path, key: str = "step") -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, [] if there is none; a half line at its end, left by a kill, is ignored.
+    """The records of a JSON Lines file, [] if it does not exist; an incomplete last line is ignored.
 
-    A line that is damaged, or tells no `key`, is named on stderr and left out: it is worth less than the run.
+    A line that is damaged or has no `key` is reported on stderr and left out, as it should not end the run.
     """
     if not path.exists():
         return []

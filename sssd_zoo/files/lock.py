@@ -1,4 +1,4 @@
-"""One command at a time writes into a folder: a lock that names its process, so that a dead one does not hold it."""
+"""A lock lets one command at a time write into a folder; it names its process, so that a dead one does not hold it."""
 
 import fcntl
 import json
@@ -17,16 +17,16 @@ LOCK = ".sssd-zoo.lock"
 
 
 def take(folder: Path) -> None:
-    """Takes a folder's lock for this process; that of a process that is gone is taken over.
+    """Locks a folder for this process; a lock of a process that is gone is taken over.
 
     Raises:
-        UserError: that names the process holding this folder, one above it or one in it.
+        UserError: naming the process that holds this folder, a parent or a sub-folder of it.
     """
     path = folder / LOCK
     for _ in range(100):
-        # The file itself is locked only for as long as it is looked at, so that two commands cannot both take over.
+        # The file itself is locked only while it is inspected, so that two commands cannot both take over.
         with path.open("a+", encoding="utf-8") as file:
-            with suppress(OSError):  # file systems without such locks
+            with suppress(OSError):  # file systems without file locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink == 0:
                 continue  # its holder has just released it: this is no longer the file of that name
@@ -35,7 +35,7 @@ def take(folder: Path) -> None:
             file.write(json.dumps(_this_process()))
         break
     else:
-        raise UserError(f"cannot lock {path}")
+        raise UserError(f"cannot lock {path}: other commands keep taking it; try again, or give another --out")
     try:
         for other in (*(above / LOCK for above in folder.absolute().parents), *folder.rglob(f"*/{LOCK}")):
             refuse_if_held(other)
@@ -45,14 +45,14 @@ def take(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Gives the lock back, where it is this process's."""
+    """Releases the lock if it is this process's."""
     content = _read(folder / LOCK)
     if content is not None and _is_this_process(content):
         (folder / LOCK).unlink(missing_ok=True)
 
 
 def refuse_if_held(path: Path) -> None:
-    """Raises `UserError` if a lock file names another process that lives, or one of another machine."""
+    """Raises `UserError` if a lock file names another running process, or one on another machine."""
     content = _read(path)
     if content is None or _is_this_process(content):
         return
@@ -64,17 +64,17 @@ def refuse_if_held(path: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether another process of this machine has that number."""
+    """Whether another process of this machine has this id."""
     return pid != os.getpid() and bool(psutil.pid_exists(pid))
 
 
 def _this_process() -> dict[str, Any]:
-    words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
     return {
         "pid": os.getpid(),
         "host": platform.node(),
         "started": psutil.Process().create_time(),
-        "command": words,
+        "command": command,
     }
 
 
@@ -83,10 +83,10 @@ def _is_this_process(content: dict[str, Any]) -> bool:
 
 
 def _runs(pid: int, started: float, **_: Any) -> bool:
-    """Whether the process that started then still runs: its number may have gone to another one since."""
+    """Whether the process that started then still runs; its id may have been reused since."""
     try:
         process = psutil.Process(pid)
-        # Of one process, too, it moves by fractions of a second, as the clock it is counted from is corrected.
+        # The start time varies by fractions of a second as the system clock is corrected.
         return bool(process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - started) < 2)
     except psutil.NoSuchProcess:
         return False
@@ -95,7 +95,7 @@ def _runs(pid: int, started: float, **_: Any) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock file says; None if there is none, or its writer was killed before it had written it."""
+    """The content of a lock file; None if there is none, or its writer was killed before writing it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content if {"pid", "host", "started", "command"} <= content.keys() else None

@@ -1,8 +1,8 @@
-"""What a command may write, replace and remove on the user's disk. Nothing else in this package removes a folder.
+"""Run folders: what a command may write, replace and remove. Nothing else in this package removes a folder.
 
-Every folder that a command creates carries a mark, which says what kind of folder it is. A folder that has files but no
-mark is the user's: nothing is written into it. Of a marked one only the files of its kind are ever replaced or removed;
-whatever else lies in it stays.
+Every folder that a command creates has a mark that states its kind. A folder with files but no mark is the user's:
+nothing is written into it. In a marked folder only the files of its kind are ever replaced or removed; all other files
+are kept.
 """
 
 import atexit
@@ -32,7 +32,7 @@ from sssd_zoo.files import (
 
 
 class Kind(NamedTuple):
-    """A kind of folder: what it is, for people, and what this package writes into it, as patterns of `Path.glob`."""
+    """A kind of folder: its description for messages, and the files written into it, as patterns of `Path.glob`."""
 
     words: str
     files: tuple[str, ...]
@@ -73,7 +73,7 @@ KINDS = {
         (*TRAINING, *LABELS, "metrics.json", *(f"network/{name}" for name in (*NETWORK, "README.md", RUN_MARK))),
     ),
 }
-# By what config.yaml holds: folders from before there were marks.
+# Folders of versions without marks, recognised by a key in config.yaml.
 BEFORE_MARKS = {
     "methods": "compare",
     "models": "finetune",
@@ -87,22 +87,22 @@ RESULTS = (
     *("checkpoints", "config.json", "pseudo_labels.json", "metrics.json", "early_exit.json"),
     *("model.safetensors", "labels.parquet"),
 )
-SOURCES = ("data", "pretrain_data", "test_data", "image_folder")  # arguments that name what is read, never written
+SOURCES = ("data", "pretrain_data", "test_data", "image_folder")  # arguments that are only read, never written
 
 _at_exit = ExitStack()
 
 
 def open_out(args: Any, kind: str) -> Path:
-    """A command's --out, made, marked, locked and rid of what killed commands left; every process calls it.
+    """Creates, marks, locks and tidies a command's --out folder; every process calls it.
 
-    It comes before the data are read, so that a run folder among them is told from the images by its mark.
+    It is called before the data are read, so that a run folder among them is recognised by its mark.
 
     Args:
-        args: of the command: `out`, `resume` and `overwrite` where it has them, and what it reads (`SOURCES`).
-        kind: of `KINDS`, that the command writes.
+        args: arguments of the command: `out`, `SOURCES`, and `resume` and `overwrite` if it has them.
+        kind: the kind, of `KINDS`, that the command writes.
 
     Raises:
-        UserError: unless the folder is new, empty, or one of this kind that may be written into.
+        UserError: unless the folder is new, empty, or of this kind and may be written to.
     """
     folder = Path(expand_home(args.out))
 
@@ -116,7 +116,7 @@ def open_out(args: Any, kind: str) -> Path:
 
 
 def check_out(folder: Path, kind: str, args: Any) -> None:
-    """Refuses what `open_out` refuses, once it has put back what a kill left aside."""
+    """Raises the errors of `open_out`, after restoring a folder whose replacement was interrupted."""
     restore(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; give a folder")
@@ -125,36 +125,36 @@ def check_out(folder: Path, kind: str, args: Any) -> None:
         for source in [value] if isinstance(value, str) else value or []:
             if contains(folder, source):
                 raise UserError(
-                    f"--{name} {source} lies in --out {folder}, where it could be written over: give an --out of its "
-                    f"own, such as {folder / 'run'}"
+                    f"--{name} {source} lies in --out {folder}, where it could be overwritten: give a separate "
+                    f"--out, such as {folder / 'run'}"
                 )
     resume, overwrite = getattr(args, "resume", None), getattr(args, "overwrite", False)
     check_writable(folder, kind)
-    held = next((name for name in RESULTS if (folder / name).exists()), None) if KINDS[kind].files else None
-    if held and not resume and not overwrite:
-        ways = "--overwrite to replace it" if resume is None else "--resume to go on, or --overwrite to drop it"
-        raise UserError(f"{folder} already holds {KINDS[kind].words} ({held}); give {ways}")
+    result = next((name for name in RESULTS if (folder / name).exists()), None) if KINDS[kind].files else None
+    if result and not resume and not overwrite:
+        ways = "--overwrite to replace it" if resume is None else "--resume to resume it, or --overwrite to discard it"
+        raise UserError(f"{folder} already holds {KINDS[kind].words} ({result}); give {ways}")
 
 
 def contains(folder: Path, source: str) -> bool:
-    """Whether a source is on this disk, and is the folder or lies in it."""
+    """Whether a source exists on this disk and is the folder or lies in it."""
     path = Path(expand_home(source))
     return path.exists() and path.resolve().is_relative_to(folder.resolve())
 
 
 def occupants(folder: Path) -> list[str]:
-    """What a folder holds that could be lost: files, and folders with files in them; not what is hidden."""
+    """The visible contents of a folder that could be lost: files, and folders with files in them."""
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     shown = [path for path in there if not path.name.startswith(".")]
     return [path.name for path in shown if not path.is_dir() or any(below.is_file() for below in path.rglob("*"))]
 
 
 def check_writable(folder: Path, kind: str | None = None) -> None:
-    """Refuses a folder of the user's own, and one of another kind.
+    """Refuses a folder of the user's, and one of another kind.
 
     Args:
-        folder: to write into; it need not be there.
-        kind: that it must be of; None takes any kind of this package.
+        folder: the folder to write into; it need not exist.
+        kind: the kind it must have; None allows any kind of this package.
 
     Raises:
         UserError: that says what it holds.
@@ -162,20 +162,20 @@ def check_writable(folder: Path, kind: str | None = None) -> None:
     others = occupants(folder)
     if not others:
         return
-    found = kind_of(folder)
-    if found is None:
+    actual = kind_of(folder)
+    if actual is None:
         named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         raise UserError(
             f"{folder} was not made by sssd-zoo and holds {named}; nothing in it is touched: give a new folder, such "
             f"as {folder / 'run'}"
         )
-    if kind is not None and found != kind:
-        words = KINDS[found].words if found in KINDS else f"'{found}' of another version"
+    if kind is not None and actual != kind:
+        words = KINDS[actual].words if actual in KINDS else f"'{actual}' of another version"
         raise UserError(f"{folder} holds {words}, which this command does not write: give another --out")
 
 
 def kind_of(folder: Path) -> str | None:
-    """The kind of a folder of this package, by its mark or, from before there were marks, by its files; else None."""
+    """The kind of a folder of this package, by its mark or, in versions without marks, by its files; else None."""
     if (folder / RUN_MARK).is_file():
         return str(_content(folder / RUN_MARK).get("kind", "unknown"))
     settings = _content(folder / "config.yaml")
@@ -196,7 +196,7 @@ def kind_of(folder: Path) -> str | None:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What a JSON or YAML file holds; {} if it is not there, or holds anything but names and values."""
+    """The mapping in a JSON or YAML file; {} if the file is missing or holds anything else."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -206,19 +206,19 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def mark(folder: Path, kind: str) -> None:
-    """Makes a folder, where it is not there, and marks it as this package's, of `kind`."""
+    """Creates a folder if necessary, and marks it as one of this package, of `kind`."""
     write_json(folder / RUN_MARK, {"package": "sssd-zoo", "kind": kind})
 
 
 def adopt(folder: Path, kind: str) -> None:
-    """Marks a folder that a record tells of and that holds what a kind holds: one from before there were marks."""
-    found = kind_of(folder) or (kind if _own(folder, kind) else None)
-    if found is not None and not (folder / RUN_MARK).exists():
-        mark(folder, found)
+    """Marks a recorded folder of a version without marks, if it holds files of the kind."""
+    actual = kind_of(folder) or (kind if _files_of(folder, kind) else None)
+    if actual is not None and not (folder / RUN_MARK).exists():
+        mark(folder, actual)
 
 
 def claim(folder: Path, kind: str) -> None:
-    """Makes, marks and locks a folder for this process until `release_all`, and tidies it up."""
+    """Creates, marks and locks a folder for this process until `release_all`, and tidies it up."""
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     marked = (folder / RUN_MARK).exists()
@@ -232,17 +232,17 @@ def claim(folder: Path, kind: str) -> None:
 
 
 def _let_go(folder: Path, made: list[Path], marked: bool) -> None:
-    """Unlocks a folder; where nothing has come into it, it leaves no trace of the command."""
+    """Unlocks a folder; removes it if nothing was written into it."""
     lock.release(folder)
     if not marked and folder.is_dir() and [path.name for path in folder.iterdir()] == [RUN_MARK]:
         (folder / RUN_MARK).unlink()
-    with suppress(OSError):  # the first that holds something ends it
+    with suppress(OSError):  # stops at the first folder that is not empty
         for path in made:
             path.rmdir()
 
 
 def release_all() -> None:
-    """Gives all locks of this process back: the end of a command."""
+    """Releases all locks of this process, at the end of a command."""
     _at_exit.close()
 
 
@@ -250,27 +250,27 @@ atexit.register(release_all)
 
 
 def restore(folder: Path) -> None:
-    """Puts a folder back that a command was killed while it replaced, between its two renames."""
+    """Restores a folder if a command was killed between the two renames of its replacement."""
     folder = folder.resolve()
     if folder.exists() or not folder.parent.is_dir():
         return
     for path in folder.parent.glob(f".{_escaped(folder.name)}.old-*"):
-        found = LITTER.fullmatch(path.name)
-        if found and not lock.alive(int(found["pid"])) and kind_of(path):
+        litter = LITTER.fullmatch(path.name)
+        if litter and not lock.alive(int(litter["pid"])) and kind_of(path):
             path.rename(folder)
             return
 
 
 def tidy(out: Path) -> None:
-    """Removes what killed commands left half written in a folder of this package, and beside it or a file."""
+    """Removes incomplete files of killed commands in a folder of this package, and beside it or a file."""
     out = out.resolve()
     beside = [path for dots in (".", "..") for path in out.parent.glob(f"{dots}{_escaped(out.name)}.*")]
     for path in [*(path for path in beside if path.is_file() or kind_of(path)), *out.rglob(".*")]:
-        found = LITTER.fullmatch(path.name)
-        if found is None or not path.exists() or (found["pid"] and lock.alive(int(found["pid"]))):
+        litter = LITTER.fullmatch(path.name)
+        if litter is None or not path.exists() or (litter["pid"] and lock.alive(int(litter["pid"]))):
             continue
-        original = path.with_name(found["name"])
-        if path.name.endswith(f".old-{found['pid']}") and not original.exists():
+        original = path.with_name(litter["name"])
+        if path.name.endswith(f".old-{litter['pid']}") and not original.exists():
             path.rename(original)
         else:
             _remove(path)
@@ -287,17 +287,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _own(folder: Path, kind: str) -> list[Path]:
+def _files_of(folder: Path, kind: str) -> list[Path]:
     return [path for pattern in KINDS[kind].files for path in folder.glob(pattern)]
 
 
 def drop(folder: Path, kind: str) -> None:
-    """Removes what a folder of a kind holds of that kind; all else, and the folder, stays."""
+    """Removes the files of a kind from a folder; all other files, and the folder, are kept."""
     remove(folder, KINDS[kind].files)
 
 
 def remove(folder: Path, patterns: tuple[str, ...]) -> None:
-    """Removes what the patterns name in a folder of this package, and the folders in it that are empty then."""
+    """Removes the files that match the patterns in a folder of this package, and sub-folders left empty."""
     for path in [path for pattern in patterns for path in folder.glob(pattern)]:
         _remove(path)
         for above in path.relative_to(folder).parents[:-1]:
@@ -306,21 +306,21 @@ def remove(folder: Path, patterns: tuple[str, ...]) -> None:
 
 
 def replace(temporary: Path, folder: Path, kind: str) -> None:
-    """Puts the complete folder `temporary` in the place of `folder`; what others put into that one stays in it.
+    """Replaces `folder` by the complete folder `temporary`, keeping files in it that are not of this kind.
 
     Raises:
         UserError: if `folder` is not this package's.
     """
     check_writable(folder)
     if folder.is_dir():
-        own = set(_own(folder, kind))
+        replaced = set(_files_of(folder, kind))
 
         def skipped(directory: str, names: list[str]) -> list[str]:
             place = Path(directory)
             there = temporary / place.relative_to(folder)
-            return [name for name in names if place / name in own or (there / name).is_file()]
+            return [name for name in names if place / name in replaced or (there / name).is_file()]
 
-        # Links, so that at every moment of a kill one of the two folders has all of them.
+        # Hard links, so that one of the two folders has all files whenever the command is killed.
         shutil.copytree(folder, temporary, ignore=skipped, copy_function=_link, symlinks=True, dirs_exist_ok=True)
     publish_dir(temporary, folder)
 
@@ -334,14 +334,14 @@ def _link(source: str, target: str) -> None:
 
 @contextmanager
 def atomic_dir(path: str | Path, kind: str) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `path` when the block ends well, and is removed when it does not.
+    """Yields a temporary folder that becomes `path` if the block succeeds, and is removed otherwise.
 
-    Of an older folder of this package at `path` the files of the kind are replaced; for an instant between two renames
-    neither is there, so readers that must always find one keep more than one (checkpoints do).
+    In an older folder of this package at `path` the files of the kind are replaced. Between two renames neither folder
+    exists for an instant, so readers that must always find one keep more than one, as checkpoints do.
 
     Args:
-        path: of the folder.
-        kind: of `KINDS`.
+        path: the folder to write.
+        kind: its kind, of `KINDS`.
 
     Raises:
         UserError: if `path` holds files that this package did not write.
@@ -360,16 +360,16 @@ def atomic_dir(path: str | Path, kind: str) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path, overwrite: bool, words: str, known: Callable[[Path], bool]) -> None:
-    """Refuses to write a file over another, unless told to and if that is of the kind; removes a killed one's half.
+    """Refuses to overwrite a file, except one of the kind with `overwrite`; removes an incomplete one.
 
     Args:
-        path: of the file to write.
-        overwrite: whether one may be replaced.
-        words: of the kind, for people.
-        known: whether a file is of that kind.
+        path: the file to write.
+        overwrite: whether an existing file may be replaced.
+        words: description of the kind, for messages.
+        known: whether a file is of the kind.
 
     Raises:
-        UserError: that says what is there.
+        UserError: naming what exists there.
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file")
@@ -377,6 +377,6 @@ def check_replaceable(path: Path, overwrite: bool, words: str, known: Callable[[
     if not path.exists():
         return
     if not overwrite:
-        raise UserError(f"{path} is there already; give --overwrite to replace it")
+        raise UserError(f"{path} already exists; give --overwrite to replace it")
     if not known(path):
-        raise UserError(f"{path} is not {words}: it stays; give another name")
+        raise UserError(f"{path} is not {words}, so it is kept: give another name")

@@ -1,7 +1,7 @@
-"""Files that a stranger may have made: read within limits, and never beyond the folder that was named.
+"""Untrusted files: read within limits, and never from outside the folder that was given.
 
-A run or a network can come from anybody. What is read of it here is small before it is parsed, and what is copied of
-it (to be published, or shown on a page) is on a list, is a file and no link, and lies in the folder itself.
+A run or a network can come from anybody. Files are checked for size before they are parsed; files to be copied (to be
+published, or shown on a page) must be on a list, be regular files and not links, and lie in the folder itself.
 """
 
 import os
@@ -22,14 +22,14 @@ DEEPEST = 50  # lists and mappings within each other
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Reads a YAML file, no matter whose.
+    """Reads an untrusted YAML file.
 
     Raises:
-        UserError: if it cannot be read, is no YAML, or is too large, by aliases too.
+        UserError: if it cannot be read, is not YAML, or is too large, also by its aliases.
     """
     try:
-        if not Path(path).is_file():  # of devices the end is not sure
-            raise UserError(f"{path} is no file: give a YAML file")
+        if not Path(path).is_file():  # a device may have no end
+            raise UserError(f"{path} is not a file: give a YAML file")
         with Path(path).open("rb") as file:
             text = file.read(LARGEST_TEXT + 1).decode()
     except (OSError, UnicodeError) as error:
@@ -37,52 +37,56 @@ def read_yaml(path: str | Path) -> Any:
     check_yaml(text, str(path))
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # tags of objects, dates that are none
+    except (yaml.YAMLError, ValueError) as error:  # tags of objects, invalid dates
         raise UserError(f"cannot read {path} as YAML: {error}") from error
 
 
 def check_recipe(given: str) -> None:
-    """Checks what `--config` is given before jsonargparse parses it: a path, or the YAML itself.
+    """Checks the value of `--config`, a path or YAML text, before jsonargparse parses it.
 
     Raises:
-        UserError: see `check_yaml`; not for what does not exist.
+        UserError: see `check_yaml`; not for a missing file.
     """
     if os.path.lexists(given):
-        if not Path(given).is_fifo():  # of a shell, <(...), which can be read once
+        if not Path(given).is_fifo():  # process substitution of a shell, <(...), can be read only once
             read_yaml(given)
     else:
         check_yaml(given, "--config")
 
 
 def check_yaml(text: str, where: str) -> None:
-    """Refuses YAML that is small as a text and large as a value, or takes a parser too deep.
+    """Refuses YAML that is short as text but large once parsed, or too deeply nested.
 
     Args:
-        text: of a file.
-        where: what to call it in errors.
+        text: YAML text.
+        where: name of its source, for errors.
 
     Raises:
         UserError: that says what is wrong.
     """
     if len(text) > LARGEST_TEXT:
-        raise UserError(f"{where} has more than {LARGEST_TEXT:,} characters: it is no recipe")
+        raise UserError(f"{where} has more than {LARGEST_TEXT:,} characters, too many for a recipe: give a smaller one")
     depth = 0
     try:
-        # Events come one by one, before anything is built of them.
+        # Events are read one by one, before any value is built.
         for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if number > MOST_NODES or depth > DEEPEST:
-                raise UserError(f"{where} has more than {MOST_NODES:,} values, or is more than {DEEPEST} lists deep")
+                raise UserError(
+                    f"{where} has more than {MOST_NODES:,} values, or is nested more than {DEEPEST} levels deep"
+                )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"cannot read {where} as YAML: {error}") from error
     values, deep = (0.0, 0.0) if node is None else _extent(node, {})
     if values > MOST_NODES or deep > DEEPEST:
-        raise UserError(f"{where} grows by its aliases to more than {MOST_NODES:,} values, or {DEEPEST} lists deep")
+        raise UserError(
+            f"{where} grows by its aliases to more than {MOST_NODES:,} values, or {DEEPEST} levels of nesting"
+        )
 
 
 def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[float, float]:
-    """How many values a node and all in it have, aliases followed, and how deep; infinite where it is in itself."""
+    """The number of values in a node, aliases expanded, and its depth; infinite if it contains itself."""
     if id(node) not in known:
         known[id(node)] = float("inf"), float("inf")  # until it is known: an alias to itself finds this
         inner = [] if isinstance(node, yaml.ScalarNode) else node.value
@@ -93,11 +97,11 @@ def _extent(node: yaml.Node, known: dict[int, tuple[float, float]]) -> tuple[flo
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether a path fits a pattern part by part: `*` fits no `/`, and no name that begins with a dot."""
+    """Whether a path matches a pattern part by part: `*` matches neither `/` nor names that begin with a dot."""
     parts, patterns = PurePosixPath(name).parts, PurePosixPath(pattern).parts
     return len(parts) == len(patterns) and all(
-        fnmatchcase(part, wanted) and (wanted.startswith(".") or not part.startswith("."))
-        for part, wanted in zip(parts, patterns, strict=True)
+        fnmatchcase(part, glob) and (glob.startswith(".") or not part.startswith("."))
+        for part, glob in zip(parts, patterns, strict=True)
     )
 
 
@@ -107,7 +111,7 @@ def hidden(name: str) -> bool:
 
 
 def files_below(root: Path) -> list[str]:
-    """The paths of all below a folder that is no folder itself, sorted; links are listed and not followed."""
+    """The sorted paths of all files below a folder; links are listed, not followed."""
     found = []
     for folder, folders, files in os.walk(root):
         links = [name for name in folders if Path(folder, name).is_symlink()]
@@ -140,12 +144,15 @@ def read_inside(root: Path, name: str) -> bytes:
         os.close(folder)
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f"cannot take {root / name}: it is no regular file, and only those are copied or published")
+            raise UserError(
+                f"cannot take {root / name}: it is not a regular file, and only those are copied or "
+                "published: put one in its place"
+            )
         return file.read()
 
 
 def copy_files(root: Path, patterns: Iterable[str], folder: Path, *, follow_links: bool = False) -> None:
-    """Copies the files that fit one of the patterns, see `fits`, to the same paths below another folder.
+    """Copies the files that match one of the patterns, see `fits`, to the same paths below another folder.
 
     Args:
         root: to copy from.
@@ -156,8 +163,8 @@ def copy_files(root: Path, patterns: Iterable[str], folder: Path, *, follow_link
     Raises:
         UserError: if one of them, or a folder where they could be, is a link or no regular file.
     """
-    wanted = set(patterns)
-    above = {parent.as_posix() for pattern in wanted for parent in PurePosixPath(pattern).parents}
+    allowed = set(patterns)
+    above = {parent.as_posix() for pattern in allowed for parent in PurePosixPath(pattern).parents}
     for name in files_below(root):
-        if any(fits(name, pattern) for pattern in wanted | above):
+        if any(fits(name, pattern) for pattern in allowed | above):
             atomic_write_bytes(folder / name, (root / name).read_bytes() if follow_links else read_inside(root, name))

@@ -1,10 +1,10 @@
-"""The folder about a trained network that is kept in hub_cards/ and goes to the Hub: `sssd card`.
+"""The folder about a trained network that lies in hub_cards/ and is published on the Hub: `sssd card`.
 
 FOLDER/
     README.md       the card
-    .eval_results/  its accuracies as the Hub collects them, where the data set is one of the Hub
+    .eval_results/  its accuracies in the Hub's format, if the data set is on the Hub
     config.json     what timm and transformers read
-    metrics.json    all that the run measured, the weights' sha256, and a check of the weights on shipped images
+    metrics.json    everything that the run measured, the weights' sha256, and a check of the weights on bundled images
     recipe.yaml     the run's arguments as resolved
     pretrain.jsonl, distill.jsonl   the training logs
     figures/        PNG
@@ -16,6 +16,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
@@ -25,11 +26,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from sssd_zoo.configs import DataConfig
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import code, markdown
-from sssd_zoo.evaluation.features import extract_features
+from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.evaluation.knn import knn
 from sssd_zoo.evaluation.reports.markdown import AccuracyRow, Results, duration, read_results
 from sssd_zoo.evaluation.reports.paper import named_rows
@@ -41,11 +43,12 @@ from sssd_zoo.files import (
     write_json,
 )
 from sssd_zoo.files.untrusted import copy_files, read_yaml
-from sssd_zoo.hub.model_card import ANSWERS, eval_result_files, model_card
-from sssd_zoo.models.networks import load_network, statistics
+from sssd_zoo.hub.model_card import EXITS, eval_result_files, model_card
+from sssd_zoo.models import classifiers
+from sssd_zoo.models.networks import input_spec, load_network
 from sssd_zoo.models.saving import network_weights
 
-# What of a run, and of a folder of `sssd early-exit`, a card is made of. Nothing else of them is read or copied.
+# The files of a run, and of a folder of `sssd early-exit`, that a card is made of. No others are read or copied.
 RUN_FILES = (
     *("model/config.json", "model/model.safetensors", "metrics.json", "config.yaml"),
     *("pretrain/metrics.jsonl", "distill/metrics.jsonl", "figures/*.png"),
@@ -56,22 +59,22 @@ CALIBRATED_FILES = (
     *("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png"),
 )
 
-CHECK_IMAGES = 1000  # of the shipped sample's test split, which no network was trained on
+CHECK_IMAGES = 1000  # of the bundled sample's test split, which no network was trained on
 
-SHOWN = {  # the figures in the card's text, and what they are called where the run does not say
+SHOWN = {  # the figures in the card's text, and their captions where the run has none
     "accuracy.png": "Accuracy against cost, exit by exit.",
     "early_exit.png": "Accuracy against the cost of an early exit.",
 }
 
 CALIBRATED = (
-    "**Early exit**: the network is calibrated, its temperatures are in the classifiers and its thresholds in "
-    "`config.json`, for `forward_early`; `early_exit/report.md` has what that gives. The ensemble's accuracy in the "
-    "table is from before the temperatures, which change it a little"
+    "**Early exit**: the network is calibrated: its temperatures are folded into the classifiers, and its thresholds "
+    "for `forward_early` are in `config.json`; `early_exit/report.md` has the results. The ensemble's accuracy in the "
+    "table was measured before calibration, which changes it slightly"
 )
 
 
 class Recipe(TypedDict):
-    """What a run's config.yaml says that is changed for the card."""
+    """The fields of a run's config.yaml that are changed for the card."""
 
     data: str
     out: str
@@ -88,8 +91,8 @@ def is_safetensors(path: Path) -> bool:
 
 
 @contextmanager
-def own_copy(run: Path, calibrated: Path | None) -> Iterator[tuple[Path, Path | None]]:
-    """Copies what a card is made of, without what links lead to, and yields the copies for `write_card`.
+def copy_sources(run: Path, calibrated: Path | None) -> Iterator[tuple[Path, Path | None]]:
+    """Copies the files that a card is made of, refusing links, and yields the copies for `write_card`.
 
     Args:
         run: a finished run of `sssd fit`.
@@ -107,7 +110,7 @@ def own_copy(run: Path, calibrated: Path | None) -> Iterator[tuple[Path, Path | 
 
 
 def check_run(run: Path) -> None:
-    """Refuses a folder that is no finished run of `sssd fit`.
+    """Refuses a folder that is not a finished run of `sssd fit`.
 
     Raises:
         UserError: that names what is missing.
@@ -118,13 +121,13 @@ def check_run(run: Path) -> None:
         if not (run / name).is_file()
     ]
     if missing:
-        raise UserError(f"{run} is no finished run of `sssd fit`: {', '.join(missing)} missing")
+        raise UserError(f"{run} is not a finished run of `sssd fit`: {', '.join(missing)} missing")
 
 
 def check_calibrated(run: Path, calibrated: str | None) -> Path | None:
-    """Refuses a folder that is no finished run, or one that `sssd early-exit` did not make of that run.
+    """Refuses a folder that is not a finished run, or a calibrated network that was not made from that run.
 
-    Calibration scales the classifiers and nothing else.
+    Calibration scales the classifiers and changes nothing else.
 
     Raises:
         UserError: that says what is wrong.
@@ -134,109 +137,148 @@ def check_calibrated(run: Path, calibrated: str | None) -> Path | None:
         return None
     folder = Path(calibrated)
     if not (folder / "early_exit" / "report.md").is_file():
-        raise UserError(f"{folder} is no folder of `sssd early-exit`: early_exit/report.md missing")
+        raise UserError(f"{folder} was not written by `sssd early-exit`: early_exit/report.md missing")
     ours = load_network(str(run / "model"))
     heads = tuple(f"{name}." for name in ours.pretrained_cfg["classifier"])
     theirs = load_network(str(folder)).state_dict()
     trunk = {name: value for name, value in ours.state_dict().items() if not name.startswith(heads)}
     if any(name not in theirs or not torch.equal(value, theirs[name]) for name, value in trunk.items()):
-        raise UserError(f"{folder} was not made of {run}: run `sssd early-exit {run} --out {folder} --overwrite`")
+        raise UserError(f"{folder} was not made from {run}: run `sssd early-exit {run} --out {folder} --overwrite`")
     return folder
+
+
+@dataclass(frozen=True)
+class CardOptions:
+    """What the user says about a network on its card, beside what the run recorded.
+
+    Attributes:
+        license_name: of the weights, as the Hub names it.
+        name: see `model_card`.
+        repo: see `model_card`.
+        paper: see `paper_rows`.
+        remarks: sentences to add to the card.
+    """
+
+    license_name: str
+    name: str | None = None
+    repo: str | None = None
+    paper: str | None = None
+    remarks: Sequence[str] = ()
 
 
 def write_card(
     run: Path,
     folder: Path,
+    options: CardOptions,
     *,
     out: str | Path,
-    license_name: str,
     calibrated: Path | None = None,
-    name: str | None = None,
-    repo: str | None = None,
-    paper: str | None = None,
-    checked: dict[str, float] | None = None,
-    remarks: Sequence[str] = (),
+    sample: dict[str, float] | None = None,
 ) -> bytes:
-    """Writes all that is to be known of a run's network but its weights.
+    """Writes everything about a run's network except its weights.
 
     Args:
         run: a finished run of `sssd fit`.
         folder: to write into.
-        out: what to call it in errors.
-        license_name: of the weights, as the Hub names it.
+        options: what the user says about the network.
+        out: what to call the folder in errors.
         calibrated: folder of `sssd early-exit` to take the network from, see `check_calibrated`.
-        name: see `model_card`.
-        repo: see `model_card`.
-        paper: see `paper_rows`.
-        checked: see `check`; None leaves it out.
-        remarks: sentences for the card that no file of the run tells.
+        sample: see `sample_accuracy`; None leaves it out.
 
     Returns:
-        The weights in half precision, whose sha256 metrics.json tells.
+        The weights in half precision, whose sha256 is in metrics.json.
     """
-    results = read_results(run)
     source = calibrated or run / "model"
     network = load_network(str(source))
     weights = network_weights(network, torch.float16)
-    # transformers would compute in the precision of the file.
     digest = hashlib.sha256(weights).hexdigest()
+    # transformers would compute in the precision of the file.
     config = {**read_json(source / "config.json"), "dtype": "float32", "sha256": {"model.safetensors": digest}}
+    results = read_results(run)
     results["data"] = short_name(results["data"])
-    shipped: dict[str, Any] = {"sha256": digest, "bytes": len(weights)}
-    if checked is not None:
-        shipped["check"] = checked
-    recipe = read_yaml(run / "config.yaml")
+    recipe = public_recipe(run, results["data"])
+    figures = figure_files(run, calibrated)
+    context: Results = {
+        **results,
+        "accuracy": [*results.get("accuracy", []), *paper_rows(options.paper)],
+        "notes": [*training_notes(recipe, results), *([CALIBRATED] if calibrated else []), *options.remarks],
+    }
+    metrics = measured_accuracies(results)
+    captions = {Path(path).name: caption for path, caption in results.get("figures", {}).items()}
+    text = model_card(
+        config,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        metrics=metrics,
+        context=context,
+        name=options.name,
+        repo=options.repo,
+        license_name=options.license_name,
+        figures={f"figures/{file}": captions.get(file, SHOWN[file]) for file in SHOWN if file in figures},
+    )
+    described = {"sha256": digest, "bytes": len(weights), **({} if sample is None else {"check": sample})}
+    atomic_write_text(folder / "README.md", text)
+    write_json(folder / "config.json", config)
+    write_json(folder / "metrics.json", {**results, "weights": described})
+    atomic_write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
+    for file, entry in eval_result_files(metrics, results).items():
+        atomic_write_text(folder / file, entry)
+    with disk_errors(Path(out)):
+        copy_records(run, calibrated, figures, folder)
+    return weights
+
+
+def public_recipe(run: Path, data: str) -> dict[str, Any]:
+    """A run's recipe without its output folder, and with the names of folders instead of their paths.
+
+    Args:
+        run: the run's folder.
+        data: what to call its data.
+
+    Raises:
+        UserError: if its config.yaml cannot be read.
+    """
+    recipe: dict[str, Any] = read_yaml(run / "config.yaml")
     check_content(run / "config.yaml", recipe, Recipe)
-    recipe["data"] = results["data"]
-    for key in ("features", "pretrain_data"):  # a folder's name is enough, and none of others' business is above it
+    recipe["data"] = data
+    for key in ("features", "pretrain_data"):  # what lies above a folder is nobody else's business
         if recipe.get(key):
             recipe[key] = short_name(recipe[key])
     if recipe["pretrain"].get("init"):
         recipe["pretrain"]["init"] = short_name(recipe["pretrain"]["init"])
     recipe.pop("out")
-    shown: Results = {
-        **results,
-        "accuracy": [*results.get("accuracy", []), *paper_rows(paper)],
-        "notes": [*training_notes(recipe, results), *([CALIBRATED] if calibrated else []), *remarks],
-    }
-    measured = {}
-    if "accuracy" in results:
-        ours = results["accuracy"][0]
-        measured = dict(zip(ANSWERS, [*ours["exits"], ours["ensemble"]], strict=True))
+    return recipe
+
+
+def measured_accuracies(results: Results) -> dict[str, float]:
+    """The network's linear-probe accuracies in percent, by exit '1' to '4' and 'ensemble'; {} if not measured."""
+    if "accuracy" not in results:
+        return {}
+    row = results["accuracy"][0]
+    return dict(zip(EXITS, [*row["exits"], row["ensemble"]], strict=True))
+
+
+def figure_files(run: Path, calibrated: Path | None) -> dict[str, Path]:
+    """The figures of a run and of its calibration, by file name."""
     figures = {path.name: path for path in sorted((run / "figures").glob("*.png"))}
     if calibrated is not None:
         figures["early_exit.png"] = calibrated / "early_exit" / "figure.png"
-    captions = {Path(path).name: caption for path, caption in results.get("figures", {}).items()}
-    text = model_card(
-        config,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        metrics=measured,
-        context=shown,
-        name=name,
-        repo=repo,
-        license_name=license_name,
-        figures={f"figures/{file}": captions.get(file, SHOWN[file]) for file in SHOWN if file in figures},
-    )
-    atomic_write_text(folder / "README.md", text)
-    write_json(folder / "config.json", config)
-    write_json(folder / "metrics.json", {**results, "weights": shipped})
-    atomic_write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
-    for file, text in eval_result_files(measured, results).items():
-        atomic_write_text(folder / file, text)
-    with disk_errors(Path(out)):
-        for step in ("pretrain", "distill"):
-            if (run / step).exists():  # nothing is pretrained with --features
-                shutil.copyfile(run / step / "metrics.jsonl", folder / f"{step}.jsonl")
-        (folder / "figures").mkdir()
-        for file, path in figures.items():
-            shutil.copyfile(path, folder / "figures" / file)
-        if calibrated is not None:
-            shutil.copytree(calibrated / "early_exit", folder / "early_exit")
-    return weights
+    return figures
+
+
+def copy_records(run: Path, calibrated: Path | None, figures: dict[str, Path], folder: Path) -> None:
+    """Copies training logs, figures and the early-exit report into a card's folder."""
+    for step in ("pretrain", "distill"):
+        if (run / step).exists():  # nothing is pretrained with --features
+            shutil.copyfile(run / step / "metrics.jsonl", folder / f"{step}.jsonl")
+    (folder / "figures").mkdir()
+    for file, path in figures.items():
+        shutil.copyfile(path, folder / "figures" / file)
+    if calibrated is not None:
+        shutil.copytree(calibrated / "early_exit", folder / "early_exit")
 
 
 def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
-    """What was trained for how long, as facts of the card."""
+    """What was trained and for how long, as facts for the card."""
     start = "the pretext's weights" if recipe["warm_start"] else "scratch"
     times = results["times"]
     parts = ", ".join(f"{markdown(entry['step'])} {duration(entry['seconds'])}" for entry in times)
@@ -257,30 +299,30 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
 
 
 def paper_rows(name: str | None) -> list[AccuracyRow]:
-    """The row 'DATA: ROW' of the paper's tables 1, 3 and 6 as a row of our tables; none for None.
+    """The row 'DATA: ROW' of the paper's tables 1, 3 and 6 as a row of our tables; no row for None.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such row.
     """
     rows = named_rows()
     if name is None:
         return []
     if name not in rows:
-        raise UserError(f"the paper's tables have no row '{name}'; here are {'; '.join(rows)}")
+        raise UserError(f"the paper's tables have no row '{name}'; the rows are {'; '.join(rows)}")
     *exits, ensemble = rows[name]
     return [{"name": f"paper, {name}", "exits": exits, "ensemble": ensemble}]
 
 
 @torch.inference_mode()
-def check(network: Any) -> dict[str, float]:
-    """Measures a network on the first 1,000 test images of the shipped sample, in fp32: a test repeats it.
+def sample_accuracy(network: Any) -> dict[str, float]:
+    """Measures a network on the first 1,000 test images of the bundled sample, in fp32; a test repeats it.
 
     Returns:
-        In percent: accuracies of the exits "1" to "4" and of the "ensemble" where the classes are the sample's;
-        else "knn", the weighted 20-nearest-neighbour accuracy of its last features, the neighbours being
-        the first 2,000 training images.
+        In percent: the accuracies of the exits "1" to "4" and of the "ensemble" if the classes are the sample's;
+        otherwise "knn", the weighted 20-nearest-neighbour accuracy of the last features among the first 2,000
+        training images.
     """
-    mean, std, size = statistics(network)
+    size, mean, std = input_spec(network)
     network = network.eval()
     splits = {
         name: load_images(DataConfig(data="cifar10-sample", split=name), progress=False) for name in ("test", "train")
@@ -289,15 +331,13 @@ def check(network: Any) -> dict[str, float]:
 
     def features(split: str, count: int) -> torch.Tensor:
         batches = splits[split].batches(torch.arange(count).split(250))
-        return extract_features(network, batches, count=count, mean=mean, std=std, device="cpu", size=size)
+        return stack_features(read_batches(network, batches, InputSpec(size, mean, std)), count)
 
     test, truth = features("test", CHECK_IMAGES), labels["test"][:CHECK_IMAGES]
     if list(network.pretrained_cfg.get("label_names") or []) != splits["test"].class_names:
-        found = knn(
-            features("train", 2000)[-1], labels["train"][:2000], test[-1], truth, num_classes=10, k=20, temperature=0.1
-        )
-        return {"knn": found}
-    heads = [network.exit1.fc, network.exit2.fc, network.exit3.fc, network.fc]
-    answers = torch.stack([head(own).softmax(1) for head, own in zip(heads, test, strict=True)])
-    right = [float((own.argmax(1) == truth).float().mean() * 100) for own in (*answers, answers.mean(0))]
-    return dict(zip(ANSWERS, right, strict=True))
+        neighbours = features("train", 2000)[-1]
+        accuracy = knn(neighbours, labels["train"][:2000], test[-1], truth, num_classes=10, k=20, temperature=0.1)
+        return {"knn": accuracy}
+    outputs = torch.stack([head(each).softmax(1) for head, each in zip(classifiers(network), test, strict=True)])
+    accuracies = [float((each.argmax(1) == truth).float().mean() * 100) for each in (*outputs, outputs.mean(0))]
+    return dict(zip(EXITS, accuracies, strict=True))

@@ -23,12 +23,12 @@ from sssd_zoo.errors.text import code, markdown, plain
 from sssd_zoo.evaluation.reports.markdown import Results, describe, table
 from sssd_zoo.files import atomic_write_text, read_json
 from sssd_zoo.files.run_folder import atomic_dir
-from sssd_zoo.models.networks import hub_cards
+from sssd_zoo.models.bundled import cards_folder
 from sssd_zoo.models.saving import save_network
 
 TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]
 
-ANSWERS = ("1", "2", "3", "4", "ensemble")
+EXITS = ("1", "2", "3", "4", "ensemble")
 
 
 def save_model_folder(
@@ -49,8 +49,8 @@ def save_model_folder(
         arch: see `save_network`.
         input_size: see `save_network`.
         label_names: see `save_network`.
-        metrics: linear-probe accuracies of this network in percent, of the exits '1' to '4' and the 'ensemble'; those
-            missing are left out of the card.
+        metrics: linear-probe accuracies of this network in percent, of the exits '1' to '4' and the 'ensemble';
+            missing ones are left out of the card.
         card_context: what else was measured; `accuracy` rows after the first are shown beside the network's own.
 
     Raises:
@@ -82,14 +82,14 @@ def model_card(
         parameters: of the network.
         metrics: see `save_model_folder`.
         context: see `save_model_folder`.
-        name: timm name and tag of the weights where they ship with the package; by default they lie beside the card.
+        name: timm name and tag of the weights if they are bundled; by default they lie beside the card.
         repo: the Hub repository that the card is for.
         license_name: of the weights, as the Hub names it.
         figures: captions, by the paths of PNG files beside the card.
     """
     context = context.copy()
     if "data" in context:
-        context["data"] = plain(short_name(context["data"]))  # a folder's path means nothing elsewhere
+        context["data"] = plain(short_name(context["data"]))  # a path means nothing on another machine
     arch, classes = config["architecture"], config["num_classes"]
     title = plain(name or repo or (f"{arch} on {context['data']}" if "data" in context else arch))
     data = ModelCardData(
@@ -103,7 +103,7 @@ def model_card(
     )
     card = ModelCard.from_template(
         data,
-        template_str=(hub_cards() / "model_card.md.jinja").read_text(encoding="utf-8"),
+        template_str=(cards_folder() / "model_card.md.jinja").read_text(encoding="utf-8"),
         title=markdown(title),
         source=f"hf-hub:{repo}" if repo else name or "local-dir:FOLDER",
         transformers_source=repo or (None if name else "FOLDER"),
@@ -113,7 +113,7 @@ def model_card(
         num_classes=classes,
         label_names=config.get("label_names"),
         thresholds=config["model_args"].get("thresholds"),
-        answers=_answers(metrics, context),
+        exits_table=_exits_table(metrics, context),
         probed=bool(metrics),
         figures={path: markdown(caption) for path, caption in (figures or {}).items()},
         facts=describe(context),
@@ -123,14 +123,14 @@ def model_card(
 
 
 def on_the_hub(context: Results) -> bool:
-    """Whether the data set is one of the Hub: its name is then `owner/name`, while a folder's is its last part."""
+    """Whether the data set is on the Hub: its name is then `owner/name`, while a folder is named by its last part."""
     return "/" in context.get("data", "")
 
 
 def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[str, str]:
-    """The accuracies as `.eval_results/*.yaml`, a file each: how the Hub collects them on a data set's page.
+    """The accuracies as `.eval_results/*.yaml`, one file each: the Hub collects them on a data set's page.
 
-    See https://huggingface.co/docs/hub/eval-results. It wants a data set of the Hub; for others there is no file.
+    See https://huggingface.co/docs/hub/eval-results. There are no files for data sets that are not on the Hub.
 
     Args:
         metrics: see `save_model_folder`.
@@ -146,33 +146,35 @@ def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[st
             dataset_id=context["data"],
             task_id="default",
             value=round(value, 2),
-            notes=f"top-1 accuracy in percent of a linear probe, {_answer(name)}"
+            notes=f"top-1 accuracy in percent of a linear probe, {_exit_name(name)}"
             + (f", {plain(context['test'])}" if "test" in context else ""),
         )
         for name, value in metrics.items()
     }
     return {
-        f".eval_results/{_answer(name).replace(' ', '_')}.yaml": yaml.safe_dump(
-            eval_result_entries_to_yaml([own]), sort_keys=False
+        f".eval_results/{_exit_name(name).replace(' ', '_')}.yaml": yaml.safe_dump(
+            eval_result_entries_to_yaml([entry]), sort_keys=False
         )
-        for name, own in entries.items()
+        for name, entry in entries.items()
     }
 
 
 def _limits(context: Results) -> list[str]:
-    """What the network is not good for, as far as the run tells."""
+    """Known limits of the network, as far as the run shows them."""
     limits = [
-        "It learnt clusters of its own features, not classes: what the images share (background, colour, framing) can "
-        "weigh as much as what they show, and imbalances of the training images are kept",
-        "Exits can be wrong with confidence; the thresholds of an early exit are to be chosen on images like yours",
+        "It learnt clusters of its own features, not classes: background, colour and framing can weigh as much as the "
+        "objects shown, and biases of the training images remain",
+        "Exits can be confidently wrong; choose early-exit thresholds on images like yours",
     ]
     if context.get("data") == "cifar10-sample":
-        limits.append("Its images are a JPEG copy of CIFAR-10: on the original, accuracies differ a little")
+        limits.append(
+            "It was trained and measured on a JPEG copy of CIFAR-10: accuracies on the original differ slightly"
+        )
     return limits
 
 
 def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalResult] | None:
-    """The card's model-index, for which the Hub wants a data set's name."""
+    """The card's model-index, for which the Hub requires a data set's name."""
     if not metrics or "data" not in context:
         return None
     test = plain(context.get("test", ""))
@@ -183,29 +185,27 @@ def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalRe
             dataset_name=context["data"],
             dataset_split=test.removeprefix("split ") if test.startswith("split ") else None,
             metric_type="accuracy",
-            metric_name=f"linear-probe accuracy, {_answer(name)} (%)",
+            metric_name=f"linear-probe accuracy, {_exit_name(name)} (%)",
             metric_value=round(value, 2),
         )
         for name, value in metrics.items()
     ]
 
 
-def _answers(metrics: Mapping[str, float], context: Results) -> str:
-    """A Markdown table of the exits' accuracies and costs, '' if neither was measured."""
+def _exits_table(metrics: Mapping[str, float], context: Results) -> str:
+    """A Markdown table of the exits' accuracies and costs; '' if neither was measured."""
     macs = context.get("macs", {})
-    names = [name for name in ANSWERS if name in metrics or name in macs]
-    columns: dict[str, list[str]] = {"answer of": [_answer(name) for name in names]}
+    names = [name for name in EXITS if name in metrics or name in macs]
+    columns: dict[str, list[str]] = {"output": [_exit_name(name) for name in names]}
     if metrics:
         columns["accuracy (%)"] = [f"{metrics[name]:.2f}" if name in metrics else "" for name in names]
         for row in context.get("accuracy", [])[1:]:
-            theirs = dict(zip(ANSWERS, [*row["exits"], row["ensemble"]], strict=True))
+            theirs = dict(zip(EXITS, [*row["exits"], row["ensemble"]], strict=True))
             columns[f"{markdown(row['name'])} (%)"] = [f"{theirs[name]:.2f}" for name in names]
     if macs:
-        columns["multiply-adds for one image"] = [
-            f"{macs[name] / 1e6:,.1f} M" if name in macs else "" for name in names
-        ]
+        columns["MACs per image"] = [f"{macs[name] / 1e6:,.1f} M" if name in macs else "" for name in names]
     return "\n".join(table(list(columns), list(zip(*columns.values(), strict=True)))) if names else ""
 
 
-def _answer(name: str) -> str:
+def _exit_name(name: str) -> str:
     return name if name == "ensemble" else f"exit {name}"

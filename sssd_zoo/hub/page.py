@@ -1,4 +1,4 @@
-"""The page to try a network on: what each exit answers, how sure it is, what it costs, and which images are alike.
+"""The page to try a network on: what each exit answers, how sure it is, what it costs, and similar training images.
 
 `sssd space` fills a folder with all that the page needs, and `serve` shows it: here, or on a Space of the Hugging Face
 Hub, where app.py does nothing else. So this module imports only what the Space's requirements.txt installs.
@@ -17,13 +17,13 @@ import math
 import os
 import re
 import signal
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from threading import Event, Lock
 from typing import Any
 
@@ -37,18 +37,18 @@ from sssd_zoo.data import inputs
 from sssd_zoo.data.images import CorruptImageError, Encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import html, plain
-from sssd_zoo.models import SSSDResNet, ensemble_logits, multiply_adds
+from sssd_zoo.models import SSSDResNet, ensemble_logits, exits_asked, exits_taken, multiply_adds
 
-PASSES = 5  # of each length, whose median time is shown
+PASSES = 5  # of each length; their median time is shown
 SHOWN = 3  # most probable classes of each answer
 THRESHOLD = 0.5  # where the slider starts
-PLAIN = "Early-exit threshold: how sure an exit must be to answer"
+SLIDER = "Early-exit threshold: how sure an exit must be to answer"
 LARGEST_FILE = 20_000_000  # bytes of an upload
 LARGEST_REQUEST = LARGEST_FILE + 100_000  # bytes of a request with all that it holds
 LARGEST_UPLOADS = 1_000_000_000  # bytes of all uploads that are kept, each for an hour
 MAX_PIXELS = 50_000_000  # of an upload, by its header: what is decoded takes up to 16 bytes for each
 REFUSED = "this page reads only images that you uploaded to it"
-WAITING = 64  # requests in the queue, beyond which visitors are told to come again
+WAITING = 64  # requests in the queue, beyond which visitors are told to try again
 
 
 @dataclass(frozen=True)
@@ -69,26 +69,21 @@ class Analysis:
 
     def exit_taken(self, thresholds: Sequence[float]) -> int:
         """The exit, 1..4, that `forward_early` leaves at with these thresholds of the exits 1 to 3."""
-        pairs = enumerate(zip(self.top[:3], thresholds, strict=True), start=1)
-        return next((number for number, (answer, threshold) in pairs if answer[0][1] > threshold), 4)
+        confidences = torch.tensor([[answer[0][1]] for answer in self.top[:3]])
+        return int(exits_taken(confidences, thresholds))
 
     def early_answer(self, thresholds: Sequence[float]) -> tuple[int, float]:
         """The class that `forward_early` answers with these thresholds, and its probability."""
         taken = self.exit_taken(thresholds)
         if taken < 4:
             return self.top[taken - 1][0]
-        own = [self.probabilities[number - 1] for number in asked(thresholds)]
-        means = [sum(column) / len(own) for column in zip(*own, strict=True)]
+        asked = [self.probabilities[number - 1] for number in exits_asked(thresholds)]
+        means = [sum(column) / len(asked) for column in zip(*asked, strict=True)]
         return max(enumerate(means), key=lambda pair: pair[1])
 
 
-def asked(thresholds: Sequence[float]) -> list[int]:
-    """The exits that are asked on the way to the end, whose ensemble answers there; one whose threshold is 1 is not."""
-    return [number for number, threshold in enumerate([*thresholds, 0], start=1) if threshold < 1]
-
-
 def pass_seconds(network: SSSDResNet, image: Tensor) -> list[float]:
-    """Median time of a pass that stops at exit 1 to 4, the exits before it asked in passing, and of one through all.
+    """Median times of passes that stop at exits 1 to 4 after asking the exits before, and of one that computes all.
 
     Args:
         network: with all exits, in eval mode.
@@ -101,14 +96,14 @@ def pass_seconds(network: SSSDResNet, image: Tensor) -> list[float]:
     seconds: list[list[float]] = [[] for _ in runs]
     for turn in range(PASSES + 1):
         for run, times in zip(runs, seconds, strict=True):
-            began = time.perf_counter()
+            start = time.perf_counter()
             run()
             if turn:  # the first of each is slower: memory is allocated and kernels are chosen
-                times.append(time.perf_counter() - began)
-    return [statistics.median(times) for times in seconds]
+                times.append(time.perf_counter() - start)
+    return [median(times) for times in seconds]
 
 
-def load(folder: Path, **kwargs: Any) -> Any:
+def load_folder(folder: Path, **kwargs: Any) -> Any:
     """A folder's network, in eval mode."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
 
@@ -121,7 +116,7 @@ class Clusters:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.trunk = load(folder, num_classes=0)
+        self.trunk = load_folder(folder, num_classes=0)
         self.centroids = load_file(folder / "centroids.safetensors")["centroids"]
         self.thumbnails: list[list[bytes]] = [[] for _ in self.centroids]
         nearest = pq.read_table(folder / "nearest.parquet").to_pydict()
@@ -130,24 +125,24 @@ class Clusters:
 
     def nearest(self, image: bytes) -> int:
         """The number of the centroid nearest to the trunk's L2-normalised features of an encoded image."""
-        features = torch.nn.functional.normalize(self.trunk(prepare(image, self.trunk)))
+        features = torch.nn.functional.normalize(self.trunk(network_input(image, self.trunk)))
         return int(torch.cdist(features, self.centroids)[0].argmin())
 
     def strip(self, cluster: int, count: int | None = None) -> str:
         """The cluster's thumbnails, nearest first, as HTML."""
         sources = [base64.b64encode(image).decode() for image in self.thumbnails[cluster][:count]]
-        words = f"training image of cluster {cluster}"
-        return "".join(f'<img src="data:image/webp;base64,{source}" alt="{words}">' for source in sources)
+        alt = f"training image of cluster {cluster}"
+        return "".join(f'<img src="data:image/webp;base64,{source}" alt="{alt}">' for source in sources)
 
 
-def percents(shares: Sequence[float]) -> str:
+def percents(fractions: Sequence[float]) -> str:
     """'62%, 55% and 70%'."""
-    *first, last = [f"{share:.0%}" for share in shares]
+    *first, last = [f"{fraction:.0%}" for fraction in fractions]
     return f"{', '.join(first)} and {last}"
 
 
-def prepare(image: bytes, network: Any) -> Tensor:
-    """Decodes an image as `load_images` does, and brings it to a network's size and statistics: float32 [1, 3, S, S].
+def network_input(image: bytes, network: Any) -> Tensor:
+    """Decodes an image as `load_images` does, at a network's size and normalised for it: float32 [1, 3, S, S].
 
     Raises:
         CorruptImageError: if it cannot be decoded.
@@ -166,10 +161,10 @@ class Demo:
         about = json.loads((folder / "page.json").read_text(encoding="utf-8"))
         self.title: str = plain(about["title"])
         self.answers_are_clusters: bool = about["answers_are_clusters"]
-        self.network = load(folder / "model")
+        self.network = load_folder(folder / "model")
         names = self.network.pretrained_cfg.get("label_names")
-        words = self.network.pretrained_cfg.get("label_descriptions") or {}  # where names are WordNet's ids
-        self.names: list[str] = [plain(words.get(name, name)) for name in names or []]
+        descriptions = self.network.pretrained_cfg.get("label_descriptions") or {}  # where names are WordNet's ids
+        self.names: list[str] = [plain(descriptions.get(name, name)) for name in names or []]
         self.names = self.names or [f"class {number}" for number in range(self.network.num_classes)]
         self.costs = multiply_adds(self.network, self.network.pretrained_cfg["input_size"])
         self.clusters = Clusters(folder / "clusters") if (folder / "clusters").is_dir() else None
@@ -182,7 +177,7 @@ class Demo:
         Raises:
             CorruptImageError: if it cannot be decoded.
         """
-        pixels = prepare(image, self.network)
+        pixels = network_input(image, self.network)
         logits = self.network.forward_exits(pixels).logits
         top = []
         for answer in [*logits, ensemble_logits(logits)]:
@@ -206,31 +201,31 @@ class Demo:
             answers = f"It tells {len(self.names)} classes apart."
         return (
             f"{heading}\n\nA network with four exits: an image may leave at the first exit that is sure enough, and "
-            f"what comes after it is not computed. {answers}"
+            f"nothing after it is computed. {answers}"
         )
 
     def refusal(self, error: CorruptImageError) -> str:
-        """What stands in the place of the answers for a file that is no image, as HTML."""
-        words = html(str(error))
-        return f'<div class="sssd"><p class="verdict">This file cannot be read as an image: {words}.</p></div>'
+        """What is shown instead of answers for a file that is not an image, as HTML."""
+        reason = html(str(error))
+        return f'<div class="sssd"><p class="verdict">This file cannot be read as an image: {reason}.</p></div>'
 
     def verdict(self, analysis: Analysis, thresholds: Sequence[float]) -> str:
-        """Where the early exit stops, in a sentence of HTML."""
+        """Where early exit stops, in a sentence of HTML."""
         taken = analysis.exit_taken(thresholds)
         label, probability = analysis.early_answer(thresholds)
-        share = analysis.seconds[taken - 1] / analysis.seconds[3]
+        fraction = analysis.seconds[taken - 1] / analysis.seconds[3]
         what = f"<b>{html(self.names[label])}</b>, {probability:.0%} sure"
         if taken < 4:
-            words = f"Leaves at <b>exit {taken}</b> with the answer {what}, in {share:.2f} of the time to exit 4."
+            sentence = f"Leaves at <b>exit {taken}</b> with the answer {what}, in {fraction:.2f} of the time to exit 4."
         else:
             passed = f"{thresholds[0]:.0%}" if len(set(thresholds)) == 1 else f"its threshold ({percents(thresholds)})"
             who = self._last(thresholds)
-            words = f"Goes to <b>exit 4</b>, as no exit before passes {passed}: {who} answers {what}."
-        return f'<p class="verdict" data-exit="{taken}">{words}</p>'
+            sentence = f"Goes to <b>exit 4</b>, as no exit before passes {passed}: {who} answers {what}."
+        return f'<p class="verdict" data-exit="{taken}">{sentence}</p>'
 
     def _last(self, thresholds: Sequence[float]) -> str:
         """Who answers an image that no exit is sure of."""
-        *others, last = asked(thresholds)
+        *others, last = exits_asked(thresholds)
         if not others:
             return "it alone"
         every = "all exits" if len(others) == 3 else f"exits {', '.join(map(str, others))} and {last}"
@@ -240,7 +235,7 @@ class Demo:
         """The verdict, and a card for every exit and the ensemble, as HTML."""
         taken = analysis.exit_taken(thresholds)
         # An image that goes to the end after all exits were asked has the ensemble's answer.
-        answering = 5 if taken == 4 and asked(thresholds) == [1, 2, 3, 4] else taken
+        answering = 5 if taken == 4 and exits_asked(thresholds) == [1, 2, 3, 4] else taken
         cards = []
         names = ["1", "2", "3", "4", "ensemble"]
         for number, (name, top, seconds) in enumerate(zip(names, analysis.top, analysis.seconds, strict=True), start=1):
@@ -250,7 +245,7 @@ class Demo:
             elif taken < number <= 4:
                 state, note = "skipped", "<span class='note'>not needed</span>"
             title = "Ensemble of all exits" if name == "ensemble" else f"Exit {name}"
-            cost = f"{1000 * seconds:.1f} ms · {self.costs[name] / 1e6:,.0f} M multiply-adds"
+            cost = f"{1000 * seconds:.1f} ms · {self.costs[name] / 1e6:,.0f} M MACs"
             bars = "".join(self._bar(label, probability) for label, probability in top)
             if self.answers_are_clusters and self.clusters is not None:
                 bars += f'<div class="strip small">{self.clusters.strip(top[0][0], 6)}</div>'
@@ -272,9 +267,9 @@ class Demo:
         if self.clusters is None or analysis.cluster is None:
             return ""
         return (
-            '<div class="sssd"><h3>Alike in the training images</h3><p>k-means sorted the training images by the '
-            f"features of a network that learnt without labels. This image falls into cluster {analysis.cluster}, one "
-            f"of {len(self.clusters.centroids)}; nearest to the cluster's centre lie:</p>"
+            '<div class="sssd"><h3>Similar training images</h3><p>k-means clustered the training images by the '
+            f"features of a network trained without labels. This image falls into cluster {analysis.cluster} of "
+            f"{len(self.clusters.centroids)}; these images are nearest to the cluster's centre:</p>"
             f'<div class="strip" data-cluster="{analysis.cluster}">{self.clusters.strip(analysis.cluster)}</div></div>'
         )
 
@@ -379,8 +374,7 @@ class SmallRequests:
         self.app, self.uploads = app, uploads
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Passes the request on and counts what comes."""
-        from starlette.exceptions import HTTPException
+        """Passes the request on unless it is too large, or an upload while too many are kept."""
         from starlette.responses import PlainTextResponse
 
         if scope["type"] != "http":
@@ -391,117 +385,179 @@ class SmallRequests:
             await PlainTextResponse("the request is too large", 413)(scope, receive, send)
             return
         if scope["path"].endswith("/upload") and self.uploads.full():
-            await PlainTextResponse("too many images are kept: come again in an hour", 503)(scope, receive, send)
+            await PlainTextResponse("too many images are kept: try again in an hour", 503)(scope, receive, send)
             return
-        came = 0
-
-        async def counted() -> Any:
-            nonlocal came
-            message = await receive()
-            came += len(message.get("body", b""))
-            if came > LARGEST_REQUEST:
-                raise HTTPException(413, "the request is too large")
-            return message
-
-        await self.app(scope, counted, send)
+        await self.app(scope, CountedRequest(receive), send)
 
 
-def build(demo: Demo) -> Any:
-    """The page as gradio's Blocks."""
-    import gradio as gr
+class CountedRequest:
+    """ASGI's `receive`, which ends a request once more than LARGEST_REQUEST bytes of it have come."""
 
-    uploads = Uploads()
-    examples: dict[str, Path] = {}  # by the paths that browsers know
+    def __init__(self, receive: Any) -> None:
+        self.receive = receive
+        self.received = 0  # bytes
 
-    # A network that `sssd early-exit` calibrated has thresholds of its own: the page starts with those.
-    own: list[float] | None = demo.network.thresholds
+    async def __call__(self) -> Any:
+        """The next message."""
+        from starlette.exceptions import HTTPException
 
-    def chosen(use_own: bool, threshold: float) -> list[float]:
-        if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-            raise gr.Error("a threshold is a number in 0..1", print_exception=False)
-        return own if use_own and own is not None else [float(threshold)] * 3
+        message = await self.receive()
+        self.received += len(message.get("body", b""))
+        if self.received > LARGEST_REQUEST:
+            raise HTTPException(413, "the request is too large")
+        return message
 
-    def read(file: Any, session: str | None) -> bytes:
-        # What a request says: only what is on our own lists is opened.
-        path: Any = file.get("path") if isinstance(file, dict) else None
-        if isinstance(path, str) and path in examples:
-            return examples[path].read_bytes()
-        if not isinstance(path, str) or session is None or not uploads.allows(path, session):
-            raise gr.Error(REFUSED, print_exception=False)
-        try:
-            return read_upload(path)
-        except OSError:  # an hour has passed
-            raise gr.Error("the image is gone: upload it again", print_exception=False) from None
 
-    async def known(path: str) -> str:
-        if path in uploads or path in examples:
-            return path
-        raise gr.Error(REFUSED, print_exception=False)
+class Page:
+    """The page: its parts, what it opens for a visitor, and what it answers.
 
-    def look(file: Any, use_own: bool, threshold: float, request: gr.Request) -> tuple[Analysis | None, str, str]:
-        if file is None:
-            return None, "", ""
-        image = read(file, request.session_hash)
-        try:
-            analysis = demo.analyse(image)
-        except CorruptImageError as error:
-            return None, demo.refusal(error), ""
-        return analysis, demo.answers(analysis, chosen(use_own, threshold)), demo.neighbours(analysis)
+    Attributes:
+        demo: what it shows.
+        uploads: of its visitors.
+        examples: the files of `demo`, by the paths that browsers know.
+        calibrated: the thresholds of a network that `sssd early-exit` calibrated, which the page starts with.
+    """
 
-    def move(analysis: Analysis | None, use_own: bool, threshold: float) -> str:
-        return "" if analysis is None else demo.answers(analysis, chosen(use_own, threshold))
+    def __init__(self, demo: Demo) -> None:
+        self.demo = demo
+        self.uploads = Uploads()
+        self.examples: dict[str, Path] = {}
+        self.calibrated: list[float] | None = demo.network.thresholds
 
-    with gr.Blocks(title=demo.title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        page.upload_file_set = uploads
-        page.temp_file_sets.append(uploads)
-        gr.Markdown(demo.introduction(), latex_delimiters=[])
-        analysis = gr.State()
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                image: Any = gr.Image(
-                    value=demo.examples[0],
-                    label="Your image, or one of those below",
-                    sources=["upload", "clipboard"],
-                    height=260,
-                    elem_id="image",
-                    buttons=[],
-                )
-                gr.Examples(demo.examples, image, label="Examples", elem_id="examples", examples_per_page=100)
-                # The browser names the copies that gradio serves; they stay as long as the page.
-                examples.update({image.move_resource_to_block_cache(path): Path(path) for path in demo.examples})
-                image.keep_in_cache.update(examples)
-                # What else a request names gradio would fetch (from an address, too) or later delete.
-                image.async_move_resource_to_block_cache = known
-            with gr.Column(scale=3, min_width=320):
-                use_own = gr.Checkbox(
-                    own is not None,
-                    label=f"Thresholds as calibrated: {percents(own)} for exits 1 to 3" if own else "",
-                    visible=own is not None,
-                    elem_id="own",
-                )
-                threshold = gr.Slider(
-                    0, 1, THRESHOLD, step=0.01, label=PLAIN, interactive=own is None, elem_id="threshold"
-                )
-                answers = gr.HTML(elem_id="answers")
-        neighbours = gr.HTML(elem_id="neighbours", visible=demo.clusters is not None)
-        gr.Markdown(
-            elem_id="notes",
-            value=f"Times are medians of {PASSES} passes of this one image on the machine that runs this page; those "
-            "of exit 2 to 4 contain the exits passed on the way. Images are cropped to a square and resized to "
-            f"{demo.network.pretrained_cfg['input_size'][-1]} px, as in training.",
+    def blocks(self) -> Any:
+        """The page as gradio's Blocks."""
+        import gradio as gr
+
+        with gr.Blocks(title=self.demo.title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+            page.upload_file_set = self.uploads
+            page.temp_file_sets.append(self.uploads)
+            gr.Markdown(self.demo.introduction(), latex_delimiters=[])
+            with gr.Row():
+                with gr.Column(scale=2, min_width=300):
+                    image = self._image()
+                with gr.Column(scale=3, min_width=320):
+                    controls = self._controls()
+                    answers = gr.HTML(elem_id="answers")
+            neighbours = gr.HTML(elem_id="neighbours", visible=self.demo.clusters is not None)
+            gr.Markdown(
+                elem_id="notes",
+                value=f"Times are medians of {PASSES} passes of this one image on the machine that runs this page; "
+                "those of exits 2 to 4 include the exits asked on the way. Images are cropped to a square and resized "
+                f"to {self.demo.network.pretrained_cfg['input_size'][-1]} px, as in training.",
+            )
+            self._connect(page, image, controls, answers, neighbours)
+        return page
+
+    def _image(self) -> Any:
+        """Where a visitor gives an image, above the examples."""
+        import gradio as gr
+
+        image: Any = gr.Image(
+            value=self.demo.examples[0],
+            label="Your image, or one of those below",
+            sources=["upload", "clipboard"],
+            height=260,
+            elem_id="image",
+            buttons=[],
         )
+        gr.Examples(self.demo.examples, image, label="Examples", elem_id="examples", examples_per_page=100)
+        # The browser names the copies that gradio serves; they stay as long as the page.
+        self.examples |= {image.move_resource_to_block_cache(path): Path(path) for path in self.demo.examples}
+        image.keep_in_cache.update(self.examples)
+        # What else a request names gradio would fetch (from an address, too) or later delete.
+        image.async_move_resource_to_block_cache = self.known_path
+        return image
+
+    def _controls(self) -> tuple[Any, Any]:
+        """The box that takes the calibrated thresholds, and the slider of one for all exits."""
+        import gradio as gr
+
+        calibrated = self.calibrated
+        use_calibrated = gr.Checkbox(
+            calibrated is not None,
+            label=f"Thresholds as calibrated: {percents(calibrated)} for exits 1 to 3" if calibrated else "",
+            visible=calibrated is not None,
+            elem_id="own",
+        )
+        threshold = gr.Slider(
+            0, 1, THRESHOLD, step=0.01, label=SLIDER, interactive=calibrated is None, elem_id="threshold"
+        )
+        return use_calibrated, threshold
+
+    def _connect(self, page: Any, image: Any, controls: tuple[Any, Any], answers: Any, neighbours: Any) -> None:
+        """Says what happens when the visitor gives an image or changes the thresholds."""
+        import gradio as gr
+
+        def show(file: Any, use_calibrated: bool, threshold: float, request: gr.Request) -> Any:
+            return self.show(file, use_calibrated, threshold, request.session_hash)
+
+        use_calibrated, threshold = controls
+        analysis = gr.State()
         outputs = [analysis, answers, neighbours]
         private: dict[str, Any] = {"api_visibility": "private"}
         # Without gradio's preprocessing, which fails on damaged files with its own words, the file comes as it was
         # given (that it is one of the visitor's is checked before): `decode` reads it, as it reads the training images.
-        given, moved = [image, use_own, threshold], [analysis, use_own, threshold]
+        given, moved = [image, *controls], [analysis, *controls]
         quiet: dict[str, Any] = {"show_progress": "hidden", **private}
-        page.load(look, given, outputs, preprocess=False, **private)
-        image.change(look, given, outputs, preprocess=False, show_progress="minimal", **private)
-        threshold.change(move, moved, answers, trigger_mode="always_last", **quiet)
-        use_own.change(move, moved, answers, **quiet)
-        use_own.change(lambda use_own: gr.update(interactive=not use_own), use_own, threshold, **quiet)
-    return page
+        page.load(show, given, outputs, preprocess=False, **private)
+        image.change(show, given, outputs, preprocess=False, show_progress="minimal", **private)
+        threshold.change(self.answers, moved, answers, trigger_mode="always_last", **quiet)
+        use_calibrated.change(self.answers, moved, answers, **quiet)
+        use_calibrated.change(lambda ticked: gr.update(interactive=not ticked), use_calibrated, threshold, **quiet)
+
+    def show(
+        self, file: Any, use_calibrated: bool, threshold: float, session: str | None
+    ) -> tuple[Analysis | None, str, str]:
+        """What the network makes of a file, and its answers and neighbours as HTML."""
+        if file is None:
+            return None, "", ""
+        image = self.read(file, session)
+        try:
+            analysis = self.demo.analyse(image)
+        except CorruptImageError as error:
+            return None, self.demo.refusal(error), ""
+        return analysis, self.answers(analysis, use_calibrated, threshold), self.demo.neighbours(analysis)
+
+    def answers(self, analysis: Analysis | None, use_calibrated: bool, threshold: float) -> str:
+        """The answers at the thresholds chosen, as HTML."""
+        return "" if analysis is None else self.demo.answers(analysis, self.thresholds(use_calibrated, threshold))
+
+    def thresholds(self, use_calibrated: bool, threshold: float) -> list[float]:
+        """The calibrated thresholds, or the slider's for all three exits; refuses what is not a number in 0..1."""
+        if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+            raise refused("a threshold is a number in 0..1")
+        return self.calibrated if use_calibrated and self.calibrated is not None else [float(threshold)] * 3
+
+    def read(self, file: Any, session: str | None) -> bytes:
+        """The bytes of the file that a request names: an example, or what this visitor uploaded; refuses others."""
+        path: Any = file.get("path") if isinstance(file, dict) else None
+        if isinstance(path, str) and path in self.examples:
+            return self.examples[path].read_bytes()
+        if not isinstance(path, str) or session is None or not self.uploads.allows(path, session):
+            raise refused(REFUSED)
+        try:
+            return read_upload(path)
+        except OSError:  # an hour has passed
+            raise refused("the image is gone: upload it again") from None
+
+    async def known_path(self, path: str) -> str:
+        """The path, if it is an example's or an upload's; refuses others."""
+        if path in self.uploads or path in self.examples:
+            return path
+        raise refused(REFUSED)
+
+
+def refused(message: str) -> Exception:
+    """The error that shows a visitor a message."""
+    import gradio as gr
+
+    error: Exception = gr.Error(message, print_exception=False)
+    return error
+
+
+def build(demo: Demo) -> Any:
+    """The page as gradio's Blocks."""
+    return Page(demo).blocks()
 
 
 def serve(folder: Path, port: int | None = None) -> None:

@@ -29,8 +29,9 @@ from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, w
 from sssd_zoo.files.untrusted import read_inside, read_yaml
 from sssd_zoo.hub.publish import announce, check_name, hub_errors
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.models.bundled import cards_folder
 from sssd_zoo.models.checks import check_network, read_config
-from sssd_zoo.models.networks import hub_cards, load_network
+from sssd_zoo.models.networks import NETWORK_FILES, load_network
 from sssd_zoo.models.saving import save_network
 
 EXAMPLES = 10
@@ -40,8 +41,6 @@ EXAMPLE_SIDE = 320  # pixels, of images that are larger
 NEAREST = 8  # images shown of a cluster
 
 THUMBNAIL_SIDE = 72
-
-NETWORK = ("config.json", "model.safetensors")
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -66,14 +65,14 @@ PAGE_CODE = (
 
 
 def check_push(name: str, *, dry_run: bool) -> None:
-    """Refuses what could not be published, before anything is done.
+    """Refuses a push that cannot work, before anything is done.
 
     Raises:
         UserError: that says what.
     """
     check_name(name)
     if not dry_run and get_token() is None:
-        raise UserError("--push needs a login of the Hub: run `hf auth login`, or set HF_TOKEN")
+        raise UserError("--push needs a Hub login: run `hf auth login`, or set HF_TOKEN")
 
 
 def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
@@ -87,7 +86,7 @@ def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
         print("dry run: nothing was uploaded")
         return
     api = HfApi()
-    with disk_errors(folder), hub_errors(name, "nothing was published; the same command can be repeated"):
+    with disk_errors(folder), hub_errors(name, "nothing was published; run the command again"):
         url = api.create_repo(name, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
         if private and not api.repo_info(name, repo_type="space").private:
             raise UserError(f"the Space {name} is public: make it private on the Hub, or give another name")
@@ -97,7 +96,7 @@ def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
             folder_path=folder,
             allow_patterns=list(files),
             commit_message="sssd space",
-            # Of a network that was here before nothing stays.
+            # Nothing of a previous network stays.
             delete_patterns=["model/*", "examples/*", "clusters/*", "sssd_zoo/*"],
         )
     print(f"published: {url}")
@@ -109,19 +108,19 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
     Args:
         run: run folder of `sssd fit`, a folder with a network, or a timm name with weights.
         folder: to fill.
-        run_images: show images of the run's data; else only those that ship with the package.
+        run_images: show images of the run's data; otherwise only bundled ones.
 
     Returns:
-        Lines that say what the page has, and what it has not and why.
+        Lines that say what the page shows, and what is missing and why.
 
     Raises:
-        UserError: if there is no network, or not one with all exits and classifiers.
+        UserError: if there is no network, or it lacks exits or classifiers.
     """
     fitted = (Path(run) / "model/config.json").is_file()
     source = str(Path(run) / "model") if fitted else run
     network = load_network(source)
     if getattr(network, "output", None) != "ensemble" or not network.num_classes:
-        raise UserError(f"'{run}' is no network with four exits and classifiers, which the page shows")
+        raise UserError(f"'{run}' is not a network with four exits and classifiers, which the page needs")
     architecture = str(network.pretrained_cfg["architecture"])
     names = network.pretrained_cfg.get("label_names")
     if Path(source).is_dir():
@@ -152,13 +151,13 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
 
 def copy_network(root: Path, source: str, folder: Path) -> None:
     """Copies the network in `source`, a folder in `root` or '.', as it is; not through links."""
-    for name in NETWORK:
+    for name in NETWORK_FILES:
         atomic_write_bytes(folder / name, read_inside(root, f"{source}/{name}"))
 
 
 def copy_app(folder: Path, title: str) -> None:
     """Writes app.py, requirements.txt and README.md of hub_cards/space/, and the page's code."""
-    template = hub_cards() / "space"
+    template = cards_folder() / "space"
     card = SpaceCard.load(template / "README.md")
     card.data.title = title
     atomic_write_text(folder / "README.md", str(card))
@@ -185,17 +184,17 @@ def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
 
 
 def run_examples(run: Path) -> list[Any]:
-    """Images of the split that a run was measured on, else of the one that it was trained on."""
+    """Images of the split that a run was measured on, or of its training split."""
     recipe, config, splits = data_of(run)
-    wanted = next((name for name in (recipe["test_split"], "test", "validation") if name in splits), config.split)
-    return pick_examples(*columns.take_split(splits, wanted, config.data), config)
+    split = next((name for name in (recipe["test_split"], "test", "validation") if name in splits), config.split)
+    return pick_examples(*columns.take_split(splits, split, config.data), config)
 
 
 def pick_examples(splits: sources.Splits, split: str, config: DataConfig) -> list[Any]:
-    """Some images of a split, of different classes where it has labels: uint8 [3, S, S] each.
+    """A few images of a split, of different classes if it has labels: uint8 [3, S, S] each.
 
     Raises:
-        UserError: if it has none that can be decoded.
+        UserError: if none can be decoded.
     """
     name = sources.short_name(config.data)
     encoded = open_encoded(splits[split], config.image_column, name)
@@ -225,10 +224,10 @@ def copy_clusters(run: Path, folder: Path) -> str:
     """Writes a run's pretext network, its centroids, and thumbnails of the images nearest to each; tells how many.
 
     Raises:
-        UserError: if its pseudo labels, pretext network or images cannot be read, or these are not those of the labels.
+        UserError: if its pseudo labels, pretext network or images cannot be read, or the images do not fit the labels.
     """
     pseudo = PseudoLabels.load(run / "labels")
-    absent = [name for name in NETWORK if not (run / "pretrain" / name).is_file()]
+    absent = [name for name in NETWORK_FILES if not (run / "pretrain" / name).is_file()]
     if absent:
         raise UserError(f"{run / 'pretrain'} holds no network: {' and '.join(absent)} missing")
     _, config, splits = data_of(run)

@@ -16,7 +16,7 @@ from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank, world_size
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.features import extract_features
+from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.labels.kmeans import IntArray, kmeans, normalise
@@ -104,16 +104,9 @@ class OnlineLabels:
         return labels
 
     def _make(self, epoch: int) -> IntArray:
-        features = extract_features(
-            self.network,
-            self.data.batches(torch.arange(len(self.data)).split(256)),
-            count=len(self.data),
-            mean=self.spec.mean,
-            std=self.spec.std,
-            device=self._device,
-            size=self.spec.size,
-            autocast=self.autocast,
-        )[-1]
+        batches = self.data.batches(torch.arange(len(self.data)).split(256))
+        read = read_batches(self.network, batches, self.spec, autocast=self.autocast)
+        features = stack_features(read, len(self.data))[-1]
         k, seed = self.num_classes, self.seed + epoch
         labels = kmeans(normalise(features.numpy()), k, seed=seed, iterations=self.iterations).labels
         line: dict[str, Any] = {"epoch": epoch, "clusters": len(np.unique(labels))}

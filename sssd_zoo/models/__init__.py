@@ -1,7 +1,18 @@
-"""The multi-exit networks that timm sees, their answers, and what an answer costs."""
+"""The multi-exit networks that timm sees, their outputs, and what each exit costs."""
 
 from sssd_zoo.models.cost import StageCosts, multiply_adds, stage_costs
-from sssd_zoo.models.exits import EarlyExits, Exit, Exits, ensemble_logits
+from sssd_zoo.models.exits import (
+    EarlyExits,
+    Exit,
+    Exits,
+    classifiers,
+    confidence,
+    early_logits,
+    ensemble_logits,
+    exits_asked,
+    exits_taken,
+    stages_and_heads,
+)
 from sssd_zoo.models.resnet import SSSDResNet
 
 __all__ = [
@@ -10,7 +21,13 @@ __all__ = [
     "Exits",
     "SSSDResNet",
     "StageCosts",
+    "classifiers",
+    "confidence",
+    "early_logits",
     "ensemble_logits",
+    "exits_asked",
+    "exits_taken",
     "multiply_adds",
     "stage_costs",
+    "stages_and_heads",
 ]

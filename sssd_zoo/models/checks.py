@@ -1,4 +1,4 @@
-"""What a config.json says is compared with its weights before it is believed.
+"""A config.json is compared with its weights before it is trusted.
 
 A network can come from anybody. timm passes all of `model_args` on and believes `pretrained_cfg` where weights lie, so
 a config.json could make it read other files, fetch from other addresses, or take all memory for a network that its
@@ -64,21 +64,21 @@ def check_network(config: dict[str, Any], weights: Path, where: str) -> None:
         UserError: that says what is wrong.
     """
     try:
-        check_words(config)
+        check_fields(config)
         with safe_open(weights, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        check_sizes(config, {name: shape for name, shape in shapes.items() if math.prod(shape)})
+        check_weight_count(config, {name: shape for name, shape in shapes.items() if math.prod(shape)})
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot load the network '{where}': {weights.name} is damaged: {error}") from error
     except ValueError as error:
         raise UserError(f"cannot load the network '{where}': its config.json {str(error)[:300]}") from error
 
 
-def check_words(config: dict[str, Any]) -> None:
-    """Refuses what is of the wrong kind, or is not about the network.
+def check_fields(config: dict[str, Any]) -> None:
+    """Refuses fields that have the wrong type, or do not describe the network.
 
     Raises:
-        ValueError: that says what.
+        ValueError: that names the field.
     """
     described, arguments = config.get("pretrained_cfg", config), config.get("model_args") or {}
     if not isinstance(described, dict) or not isinstance(arguments, dict):
@@ -116,7 +116,7 @@ def _classes(config: dict[str, Any]) -> Any:
     return config.get("num_classes", config.get("pretrained_cfg", config).get("num_classes"))
 
 
-def check_sizes(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_weight_count(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """Refuses a network that is larger than the weights with these shapes.
 
     Raises:
@@ -142,8 +142,8 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, int]]:
         for key, inner in value.items():
             yield from _numbers(str(key), inner)
     elif isinstance(value, list):
-        found = [number for inner in value for _, number in _numbers(name, inner)]
-        yield from ((name, number) for number in (found if SIZES.search(name) else [sum(found)]))
+        numbers = [number for inner in value for _, number in _numbers(name, inner)]
+        yield from ((name, number) for number in (numbers if SIZES.search(name) else [sum(numbers)]))
     elif isinstance(value, int) and not isinstance(value, bool):
         yield name, abs(value)
 

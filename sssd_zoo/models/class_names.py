@@ -1,4 +1,4 @@
-"""Classes of the networks that ship, in the order of their logits."""
+"""Classes of the bundled networks, in the order of their logits."""
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

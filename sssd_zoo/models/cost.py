@@ -1,4 +1,4 @@
-"""What an answer costs, in multiply-adds."""
+"""What the exits cost, in MACs (multiply-accumulate operations)."""
 
 import copy
 from collections import Counter
@@ -12,19 +12,26 @@ from sssd_zoo.models.resnet import SSSDResNet
 
 
 class StageCosts(NamedTuple):
-    """What the parts of a network cost, in multiply-adds or in seconds.
+    """What the parts of a network cost, in MACs or in seconds.
 
     Attributes:
-        stages: of the four stages in order, the stem counted with the first.
+        stages: of the four stages in order; the stem counts towards the first.
         heads: of the exits 1 to 3, and of the final classifier.
     """
 
     stages: tuple[float, ...]
     heads: tuple[float, ...]
 
+    def answer(self, name: str) -> float:
+        """The cost of the answer of an exit '1' to '4' alone, or of the 'ensemble' of all."""
+        if name == "ensemble":
+            return sum(self.stages) + sum(self.heads)
+        number = int(name)
+        return sum(self.stages[:number]) + self.heads[number - 1]
+
 
 def stage_costs(model: SSSDResNet, input_size: tuple[int, int, int]) -> StageCosts:
-    """Multiply-adds, whole numbers, of the stages and heads of a network with all exits, for one image."""
+    """MACs (whole numbers) of the stages and heads of a network with all exits, for one image."""
     costs = _module_costs(model, input_size)
     heads = tuple(costs[name] for name in ("exit1", "exit2", "exit3", "fc"))
     stages = [costs[f"layer{i}"] for i in range(1, 5)]
@@ -33,26 +40,25 @@ def stage_costs(model: SSSDResNet, input_size: tuple[int, int, int]) -> StageCos
 
 
 def multiply_adds(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Multiply-adds of the convolutions and linear layers for one image (FLOP are twice that).
+    """MACs of the convolutions and linear layers for one image (FLOPs are twice that).
 
     Args:
-        model: a network of this package. It is copied without its data, so it is left as it was.
+        model: a network of this package, on any device, 'meta' too. A copy without data is run, so it stays as it is.
         input_size: channels, height and width of the image.
 
     Returns:
-        Of a network with `output='ensemble'`: '1' to '3', the cost of the stages up to that exit and of the exit
-        (what `output=1` to `output=3` run); '4', the cost of the trunk; 'ensemble', of everything. The exit heads'
-        cost is therefore `cost['ensemble'] - cost['4']`. Of any other network: its one exit's number and its cost.
+        For a network with `output='ensemble'`: '1' to '3', the cost of the stages up to that exit and of the exit
+        (what `output=1` to `output=3` run); '4', the cost of the trunk; 'ensemble', the cost of everything, so that
+        the exit heads cost `costs['ensemble'] - costs['4']`. For any other network: its one exit's number and cost.
     """
     if model.output != "ensemble":
         return {"4" if model.output == "final" else model.output: _module_costs(model, input_size).total()}
-    stages, heads = stage_costs(model, input_size)
-    answers = {str(i): int(sum(stages[:i]) + heads[i - 1]) for i in range(1, 5)}
-    return answers | {"ensemble": int(sum(stages) + sum(heads))}
+    costs = stage_costs(model, input_size)
+    return {name: int(costs.answer(name)) for name in ("1", "2", "3", "4", "ensemble")}
 
 
 def _module_costs(model: SSSDResNet, input_size: tuple[int, int, int]) -> Counter[str]:
-    """Multiply-adds by the network's top-level modules; all exits are counted where it has all."""
+    """MACs by top-level module of the network, of all exits where it has them all."""
     copied = copy.deepcopy(model).to("meta").eval()
     costs: Counter[str] = Counter()
 

@@ -1,4 +1,4 @@
-"""Exit heads: what turns the map of an early stage into the vector and the logits of a classifier of its own."""
+"""Exit heads: each turns the map of an early stage into features and the logits of its own classifier."""
 
 import math
 from collections import OrderedDict
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Exits(NamedTuple):
-    """The answers of all four exits in order, the final classifier last.
+    """The outputs of all four exits in order, the final classifier last.
 
     Attributes:
         logits: four tensors [B, num_classes], q_1..q_3 and q_C before the softmax.
@@ -24,11 +24,11 @@ class Exits(NamedTuple):
 
 
 class EarlyExits(NamedTuple):
-    """The answers of a batch whose images left at different exits.
+    """The logits of a batch whose images left at different exits.
 
     Attributes:
-        logits: float32 [B, num_classes], of the exit that each image took; at exit 4, of the ensemble of all exits that
-            were asked on the way.
+        logits: float32 [B, num_classes], of the exit that each image took; at exit 4, of the ensemble of all heads that
+            ran on the way.
         exit: int64 [B] in 1..4.
     """
 
@@ -47,6 +47,63 @@ def ensemble_logits(logits: list[Tensor]) -> Tensor:
     """
     log_probabilities = torch.stack([F.log_softmax(exit_logits, dim=1, dtype=torch.float32) for exit_logits in logits])
     return torch.logsumexp(log_probabilities, dim=0) - math.log(len(logits))
+
+
+def exits_asked(thresholds: Sequence[float]) -> list[int]:
+    """The exits, of 1 to 4, whose heads run on an image that none of them lets go; one whose threshold is 1 does not.
+
+    Args:
+        thresholds: of the exits 1 to 3, in 0..1.
+    """
+    return [number for number, threshold in enumerate([*thresholds, 0], start=1) if threshold < 1]
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """The greatest softmax probability, which an exit's threshold is compared with: [..., C] to [...]."""
+    return logits.softmax(-1).amax(-1)
+
+
+def exits_taken(confidences: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """The exit, int64 [N] in 1..4, that each image leaves at: the first with a confidence above its threshold, or 4.
+
+    Args:
+        confidences: of the exits 1 to 3, or of all four, float [3 or 4, N].
+        thresholds: of the exits 1 to 3, in 0..1.
+    """
+    leaves = confidences[:3] > torch.tensor(thresholds).unsqueeze(1)
+    last = torch.ones_like(leaves[:1])
+    return torch.cat([leaves, last]).to(torch.uint8).argmax(0) + 1
+
+
+def early_logits(logits: Tensor, thresholds: Sequence[float]) -> EarlyExits:
+    """What `SSSDResNet.forward_early` gives, from the logits of exits that all ran: a slow but plain statement of it.
+
+    Args:
+        logits: of all exits, float [4, N, C].
+        thresholds: of the exits 1 to 3, in 0..1.
+    """
+    taken = exits_taken(confidence(logits), thresholds)
+    last = ensemble_logits([logits[number - 1] for number in exits_asked(thresholds)])
+    answers = torch.cat([logits[:3].float(), last.unsqueeze(0)])
+    return EarlyExits(answers[taken - 1, torch.arange(len(taken))], taken)
+
+
+def classifiers(model: Any) -> list[Any]:
+    """The classifiers of a network with all exits, in order; the one classifier of any other timm network."""
+    if getattr(model, "output", None) == "ensemble":
+        return [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
+    return [model.get_classifier()]
+
+
+def stages_and_heads(model: Any) -> list[tuple[nn.Sequential, nn.Sequential]]:
+    """The four stages of a network with all exits, the stem in the first, each with what turns its map into logits."""
+    stem = [model.conv1, model.bn1, model.act1, model.maxpool]
+    return [
+        (nn.Sequential(*stem, model.layer1), nn.Sequential(model.exit1, model.global_pool, model.exit1.fc)),
+        (nn.Sequential(model.layer2), nn.Sequential(model.exit2, model.global_pool, model.exit2.fc)),
+        (nn.Sequential(model.layer3), nn.Sequential(model.exit3, model.global_pool, model.exit3.fc)),
+        (nn.Sequential(model.layer4), nn.Sequential(model.global_pool, model.fc)),
+    ]
 
 
 def bottleneck_layer(
@@ -89,10 +146,10 @@ class Attention(nn.Module):
     """Weighs every number of a map [B, chs, H, W] by a mask in 0..1 that is computed from the map.
 
     The attention of exits in the follow-up of BYOT (Zhang, Bao and Ma, TPAMI 2022, reference 26 of the SSSD paper;
-    first in SCAN, NeurIPS 2019): a stride-2 depthwise separable convolution looks at the map from a distance, its
-    result is brought back to the map's size, and a sigmoid makes it the mask. Theirs is followed by separable
+    first in SCAN, NeurIPS 2019): the mask is the sigmoid of a stride-2 depthwise separable convolution of the map,
+    resized to the map's size. Theirs is followed by separable
     convolutions; here the bottleneck layers of the plain exits stay, so that attention is all that differs. It costs
-    (9 + chs) * chs * H * W / 4 multiply-adds.
+    (9 + chs) * chs * H * W / 4 MACs.
 
     Args:
         chs: channels of the map.
@@ -131,7 +188,7 @@ class Exit(nn.Module):
         strides: of the stages after this one.
         fc: the classifier, or an identity.
         narrow: see `bottleneck_layer`.
-        attention: begin with an `Attention` on the stage's map.
+        attention: start with an `Attention` on the stage's map.
         norm_layer: makes a normalisation of a number of channels.
         act_layer: makes an activation.
         dd: device and dtype of the parameters.

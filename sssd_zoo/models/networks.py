@@ -1,4 +1,4 @@
-"""Networks by their names or folders: choosing, loading, checking and listing them."""
+"""Choosing, loading and checking networks by name or folder."""
 
 import hashlib
 from collections.abc import Iterator
@@ -30,7 +30,11 @@ from sssd_zoo.files import (
     recorded_sha256,
 )
 from sssd_zoo.files.hub_client import limited_waiting
+from sssd_zoo.models.bundled import bundled_weights, check_bundled
 from sssd_zoo.models.checks import check_network, read_config
+
+# What a folder with a network holds.
+NETWORK_FILES = ("config.json", "model.safetensors")
 
 
 def choose_size(data: ImageData | StreamingImages, image_size: int | None) -> int:
@@ -46,8 +50,8 @@ def choose_model(name: str | None, size: int) -> str:
     """
     name = name or ("sssd_resnet18_cifar" if size <= 40 else "sssd_resnet18")
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models("sssd_*"))
-        raise UserError(f"timm has no model '{name}'; this package's are {close}")
+        ours = ", ".join(timm.list_models("sssd_*"))
+        raise UserError(f"timm has no model '{name}'; this package's are {ours}")
     return name
 
 
@@ -64,7 +68,7 @@ def check_sizes(arch: str, sizes: list[int]) -> None:
     smallest = config.min_input_size[-1] if config and config.min_input_size else 1
     if min(sizes) < smallest:
         raise UserError(
-            f"views of {min(sizes)} px are too small for {arch}, which wants at least {smallest}: give other sizes, or "
+            f"views of {min(sizes)} px are too small for {arch}, which needs at least {smallest}: give larger sizes or "
             "a network with the stem for small images (sssd_resnet18_cifar)"
         )
 
@@ -72,7 +76,7 @@ def check_sizes(arch: str, sizes: list[int]) -> None:
 def load_network(name: str, **kwargs: Any) -> Any:
     """A network with its weights: a folder that this package or timm wrote, else a timm name with pretrained weights.
 
-    Of a run folder of `sssd fit` it is the network in its `model`.
+    For a run folder of `sssd fit` this is the network in its `model`.
 
     Args:
         name: the folder or the name.
@@ -81,35 +85,16 @@ def load_network(name: str, **kwargs: Any) -> Any:
     Raises:
         UserError: if there is neither, the weights do not fit, or its images are neither RGB nor grey.
     """
-    folder = Path(name.removeprefix("local-dir:"))
-    source = name
-    if folder.is_dir():
-        if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
-        missing = [file for file in ("config.json", "model.safetensors") if not (folder / file).is_file()]
-        if missing:
-            raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run end?")
-        check_weights(folder, read_json(folder / "config.json"))
-        source = f"local-dir:{folder}"
-        check_network(read_config(folder / "config.json"), folder / "model.safetensors", name)
-    elif name.startswith("local-dir:"):
-        if not Path(name.removeprefix("local-dir:")).is_dir():
-            raise UserError(f"there is no folder '{name.removeprefix('local-dir:')}'")
-        return load_network(name.removeprefix("local-dir:"), **kwargs)
-    elif not name.startswith("hf-hub:") and not timm.is_model(name):
-        raise UserError(f"there is no folder '{name}', and timm has no model of that name")
-    options = {"pretrained": True, **kwargs}
-    config = timm.get_pretrained_cfg(source) if ":" not in source else None
-    repo = source.removeprefix("hf-hub:").split("@")[0] if source.startswith("hf-hub:") else None
-    if config is not None and options["pretrained"]:
-        repo = config.hf_hub_id
-        if (bundled := Path(config.file or "")).parent == Path(__file__).parents[1] / "weights":
-            check_bundled(bundled)
+    source = find_network(name)
+    kwargs = {"pretrained": True, **kwargs}
+    repo = hub_repository(source, pretrained=kwargs["pretrained"])
+    if kwargs["pretrained"] and ":" not in source and (weights := bundled_weights(source)) is not None:
+        check_bundled(weights)
     try:
         with cache_if_unreachable(repo):
             if source.startswith("hf-hub:"):
                 check_published(source.removeprefix("hf-hub:"), kwargs.get("cache_dir"))
-            model: Any = timm.create_model(source, **options)
+            model: Any = timm.create_model(source, **kwargs)
     except UserError as error:
         raise UserError(f"cannot load the network '{name}': {error}") from error
     except Exception as error:  # a config.json can ask for anything, of timm's code and of this
@@ -117,39 +102,71 @@ def load_network(name: str, **kwargs: Any) -> Any:
     check_facts(name, model, classes=None if kwargs.keys() & {"num_classes", "features_only"} else model.num_classes)
     if channels(model) not in (1, 3):
         raise UserError(
-            f"'{name}' takes images of {channels(model)} channels, but images are read as RGB, for 3 channels, "
-            "or made grey, for 1: give a network of 3 or 1"
+            f"'{name}' takes images with {channels(model)} channels, but images are read as RGB (3 channels) or "
+            "greyscale (1 channel): give a network for 3 or 1"
         )
     return model
 
 
+def find_network(name: str) -> str:
+    """What timm calls a network: 'local-dir:FOLDER' for a folder, whose files are checked first, else the name itself.
+
+    Raises:
+        UserError: if there is no such network, or the folder's files are incomplete, damaged or ask for too much.
+    """
+    folder = Path(name.removeprefix("local-dir:"))
+    if folder.is_dir():
+        if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
+            folder = folder / "model"
+        check_folder(folder, name)
+        return f"local-dir:{folder}"
+    if name.startswith("local-dir:"):
+        raise UserError(f"there is no folder '{folder}'")
+    if not name.startswith("hf-hub:") and not timm.is_model(name):
+        raise UserError(f"there is no folder '{name}', and timm has no model of that name")
+    return name
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuses a folder that does not hold a whole network.
+
+    Args:
+        folder: with config.json and model.safetensors.
+        name: what the user called it, for errors.
+
+    Raises:
+        UserError: if a file is missing, damaged, or asks for more than its weights.
+    """
+    missing = [file for file in NETWORK_FILES if not (folder / file).is_file()]
+    if missing:
+        raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run finish?")
+    check_weights(folder, read_json(folder / "config.json"))
+    check_network(read_config(folder / "config.json"), folder / "model.safetensors", name)
+
+
+def hub_repository(source: str, *, pretrained: bool) -> str | None:
+    """The Hub repository that timm would fetch a network from, if any."""
+    if source.startswith("hf-hub:"):
+        return source.removeprefix("hf-hub:").split("@")[0]
+    config = timm.get_pretrained_cfg(source) if pretrained and ":" not in source else None
+    return None if config is None else config.hf_hub_id
+
+
 def check_weights(folder: Path, record: Any) -> None:
-    """Refuses a folder whose weights are not those that its record, config.json or the like, tells the sha256 of.
+    """Refuses a folder whose weights differ from the sha256 in its record (config.json or the like).
 
     Raises:
-        UserError: if they are others, cut short or missing.
+        UserError: if they differ, are cut short or missing.
     """
-    if wrong := damage(folder, recorded_sha256(record, ["model.safetensors"])):
-        raise UserError(f"the network in {folder} is damaged: {wrong}; run again, or fetch, what made it")
-
-
-def check_bundled(weights: Path) -> None:
-    """Refuses weights of this package that are not those that their card tells the sha256 of.
-
-    Raises:
-        UserError: if they are others, cut short or missing.
-    """
-    card = read_json(hub_cards() / weights.stem / "metrics.json")
-    if wrong := damage(weights.parent, {weights.name: card["weights"]["sha256"]}):
-        raise UserError(f"the bundled weights in {weights.parent} are damaged: {wrong}; reinstall sssd-zoo")
+    if problem := damage(folder, recorded_sha256(record, ["model.safetensors"])):
+        raise UserError(f"the network in {folder} is damaged: {problem}; make or fetch it again")
 
 
 def check_published(name: str, cache_dir: str | Path | None) -> None:
     """Checks a network of the Hub, ORG/NAME or ORG/NAME@REVISION, which then lies in the cache; see `check_network`."""
     repo, _, revision = name.partition("@")
     config, weights = (
-        Path(hf_hub_download(repo, file, revision=revision or None, cache_dir=cache_dir))
-        for file in ("config.json", "model.safetensors")
+        Path(hf_hub_download(repo, file, revision=revision or None, cache_dir=cache_dir)) for file in NETWORK_FILES
     )
     check_network(read_config(config), weights, f"hf-hub:{name}")
 
@@ -165,23 +182,23 @@ class Facts(TypedDict):
 
 
 def check_facts(name: str, model: Any, classes: int | None) -> None:
-    """Refuses a network whose config.json says less of it than is needed, or something else than its weights.
+    """Refuses a network whose config.json lacks something that is needed, or contradicts its weights.
 
     Args:
         name: what the user called it.
-        model: it.
-        classes: number of classes that names are to be of, if any.
+        model: the network.
+        classes: how many label names there must be, if there are any.
 
     Raises:
-        UserError: that says what.
+        UserError: that says what is wrong.
     """
     facts = dict(vars(model.pretrained_cfg) if is_dataclass(model.pretrained_cfg) else model.pretrained_cfg)
-    wrong = problems(facts, Facts)
+    mistakes = problems(facts, Facts)
     labels = facts.get("label_names")
-    if not wrong and labels and classes and len(labels) != classes:
-        wrong = [f"label_names has {len(labels)} names for {classes} classes"]
-    if wrong:
-        raise UserError(f"cannot use the network '{name}', for the configuration that describes it: {wrong[0]}")
+    if not mistakes and labels and classes and len(labels) != classes:
+        mistakes = [f"label_names has {len(labels)} names for {classes} classes"]
+    if mistakes:
+        raise UserError(f"cannot use the network '{name}', because of its configuration: {mistakes[0]}")
 
 
 def load_trunk_of(name: str) -> Any:
@@ -193,20 +210,25 @@ def load_trunk_of(name: str) -> Any:
 
 
 def load_trunk(model: nn.Module, source: nn.Module) -> None:
-    """Copies a trunk's weights into a network with exits.
+    """Copies a trunk's weights into a network with or without exits.
+
+    Args:
+        model: the network to fill.
+        source: a trunk of the same architecture.
 
     Raises:
-        UserError: unless every weight of the source finds its place and the whole trunk is filled: one that silently
-            stays behind is a wrong result.
+        UserError: unless every weight of the source has a place and the whole trunk is filled: a weight that is left
+            out silently gives wrong results.
     """
     weights, ours = source.state_dict(), model.state_dict()
     trunk = {name for name in ours if not name.startswith(("exit", "fc."))}
-    wrong = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
-    wrong += sorted(trunk - weights.keys())
-    if wrong:
-        there, here = (list(own[wrong[0]].shape) if wrong[0] in own else "missing" for own in (weights, ours))
+    misfits = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
+    misfits += sorted(trunk - weights.keys())
+    if misfits:
+        first = misfits[0]
+        there, here = (list(state[first].shape) if first in state else "missing" for state in (weights, ours))
         raise UserError(
-            f"the weights to start from do not fit the trunk ({wrong[0]} is {there} there, {here} here); give a "
+            f"the weights to start from do not fit the trunk ({first} is {there} there, {here} here); give a "
             "network of the same architecture and channels"
         )
     model.load_state_dict(weights, strict=False)
@@ -214,8 +236,8 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
 
 def new_trunk(arch: str, num_classes: int = 0) -> Any:
     """A network without exits, with new weights."""
-    own: dict[str, Any] = {"output": "final"} if arch.startswith("sssd_") else {}
-    return timm.create_model(arch, num_classes=num_classes, **own)
+    without_exits: dict[str, Any] = {"output": "final"} if arch.startswith("sssd_") else {}
+    return timm.create_model(arch, num_classes=num_classes, **without_exits)
 
 
 def channels(model: Any) -> int:
@@ -223,22 +245,20 @@ def channels(model: Any) -> int:
     return int(get_model_args(model).get("in_chans", 3))
 
 
-def statistics(model: Any) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Mean and std of the channels and the side of the images that a timm network was trained with.
+def input_spec(model: Any, size: int | None = None) -> InputSpec:
+    """What a timm network wants of its images.
 
-    Of a network for grey images they are of one channel, from which `normalise` knows to make images grey.
+    For a network with one input channel, mean and std have one entry: `normalise` then makes the images grey.
+
+    Args:
+        model: the network.
+        size: side in pixels that takes the place of the one that the network was trained with.
     """
     config = model.pretrained_cfg
     mean, std = tuple(config["mean"]), tuple(config["std"])
     if channels(model) == 1:  # its configuration may still be that of the RGB network it was made from
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return mean, std, int(config["input_size"][-1])
-
-
-def input_spec(model: Any, size: int | None = None) -> InputSpec:
-    """What a timm network wants of its images; `size`, in pixels, takes the place of its own."""
-    mean, std, own_size = statistics(model)
-    return InputSpec(size or own_size, mean, std)
+    return InputSpec(size or int(config["input_size"][-1]), mean, std)
 
 
 def weights_digest(network: torch.nn.Module) -> str:
@@ -250,18 +270,12 @@ def weights_digest(network: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def hub_cards() -> Path:
-    """The folder of the card's template and the cards of weights that ship: in the wheel, else in the checkout."""
-    installed = Path(__file__).parents[1] / "hub_cards"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "hub_cards"
-
-
 @contextmanager
 def cache_if_unreachable(repo: str | None) -> Iterator[None]:
-    """Sends huggingface_hub straight to its cache in the block where the Hub does not answer, instead of trying again.
+    """Within the block, huggingface_hub reads its cache at once if the Hub does not answer, instead of retrying.
 
     Args:
-        repo: of the network that the block loads; nothing is asked for None.
+        repo: repository of the network that the block loads; None for one that is not on the Hub.
     """
     before = constants.HF_HUB_OFFLINE
     if repo is not None and not before:

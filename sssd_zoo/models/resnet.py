@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sssd_zoo.errors import UserError
 from sssd_zoo.models.class_names import CIFAR10, TINY_IMAGENET
-from sssd_zoo.models.exits import EarlyExits, Exit, Exits, ensemble_logits
+from sssd_zoo.models.exits import EarlyExits, Exit, Exits, confidence, ensemble_logits, exits_asked
 
 __all__ = ["SSSDResNet"]  # register_model adds the entry points
 
@@ -32,10 +32,10 @@ class SSSDResNet(ResNet):
     """A timm ResNet with four exits: one after each of the stages 1 to 3, and the final classifier.
 
     The trunk's state-dict keys are timm's own, so a plain timm resnet's weights load into it and back; `exit1` to
-    `exit3` come after it. What `forward` answers, and so what is built, is set by `output`:
+    `exit3` come after it. `output` decides what `forward` returns, and so what is built:
 
     - 'ensemble': all is built. `forward` gives the log of the mean softmax of the four exits in float32.
-      `forward_features` is the last stage's map, `forward_head` the final classifier's answer alone.
+      `forward_features` is the last stage's map, `forward_head` the final classifier's logits alone.
     - 'final' (or 4): the plain ResNet, without exits.
     - 1, 2 or 3: the stages up to that exit, and the exit. `forward_features` includes the exit's bottleneck layers, so
       that it gives [B, num_features, h, w] at every `output`; `forward_head` pools that and applies the exit's
@@ -48,7 +48,6 @@ class SSSDResNet(ResNet):
         block: timm's BasicBlock or Bottleneck.
         layers: number of blocks in each of the four stages.
         num_classes: of every classifier; 0 for none.
-        in_chans: channels of the images.
         output: 'ensemble', 'final', or the number of an exit, 1 to 4 (as a number or as text).
         exits: 'plain', or 'attention' for exits that first weigh their map by an `Attention`.
         cifar_stem: a 3x3 stride-1 first convolution and no max-pool, for images of about 32 px.
@@ -56,11 +55,7 @@ class SSSDResNet(ResNet):
             stores them in config.json, so that timm gives them here. New classifiers drop them.
         storage_size: side in pixels of the square that images were stored as before they were resized to the input, in
             training and where accuracy was measured; config.json keeps it for `sssd predict`. No part of the network.
-        act_layer: as timm's.
-        norm_layer: as timm's.
-        device: of the parameters.
-        dtype: of the parameters.
-        kwargs: the other arguments of timm's ResNet.
+        kwargs: the other arguments of timm's ResNet (in_chans, global_pool, act_layer, norm_layer, device, dtype, ...).
 
     Raises:
         UserError: for an `output` or `exits` that do not exist, a stem that contradicts `cifar_stem`, or wrong
@@ -76,6 +71,7 @@ class SSSDResNet(ResNet):
         exit1: Exit
         exit2: Exit
         exit3: Exit
+        feature_info: list[dict[str, Any]]
         pretrained_cfg: dict[str, Any]
 
     def __init__(
@@ -83,23 +79,15 @@ class SSSDResNet(ResNet):
         block: Any,
         layers: tuple[int, ...],
         num_classes: int = 1000,
-        in_chans: int = 3,
         *,
         output: str | int = "ensemble",
         exits: str = "plain",
         cifar_stem: bool = False,
         thresholds: Sequence[float] | None = None,
         storage_size: int | None = None,
-        act_layer: Any = nn.ReLU,
-        norm_layer: Any = nn.BatchNorm2d,
-        device: Any = None,
-        dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(
-            block, layers, num_classes, in_chans, act_layer=act_layer, norm_layer=norm_layer, **dd, **kwargs
-        )
+        super().__init__(block, layers, num_classes, **kwargs)
         self.output = "final" if str(output) == "4" else str(output)
         if self.output not in ("ensemble", "final", "1", "2", "3"):
             raise UserError(f"there is no output={output!r}: choose 'ensemble', 'final' or an exit from 1 to 4")
@@ -108,39 +96,53 @@ class SSSDResNet(ResNet):
         self.ensemble = self.output == "ensemble"
         self.thresholds = check_thresholds(thresholds) if self.ensemble and thresholds is not None else None
         self.storage_size = storage_size
-        feature_info: list[dict[str, Any]] = self.feature_info
-
         if cifar_stem:
-            if not isinstance(self.conv1, nn.Conv2d) or not isinstance(self.maxpool, nn.MaxPool2d):
-                raise UserError("cifar_stem=True is a stem of its own: drop stem_type, replace_stem_pool and aa_layer")
-            conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, 3, stride=1, padding=1, bias=False, **dd)
-            nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
-            self.add_module("conv1", conv1)
-            self.add_module("maxpool", nn.Identity())
-            for info in feature_info:
-                info["reduction"] = max(1, info["reduction"] // 4)
+            self._replace_stem()
+        self._add_exits(
+            narrow=block.expansion > 1,
+            attention=exits == "attention",
+            norm_layer=get_norm_layer(kwargs.get("norm_layer", nn.BatchNorm2d)),
+            act_layer=get_act_layer(kwargs.get("act_layer", nn.ReLU)),
+        )
+        if self.output in ("1", "2", "3"):
+            self._truncate(int(self.output))
 
-        chs = [stage["num_chs"] for stage in feature_info[1:]]
-        strides = [after["reduction"] // before["reduction"] for before, after in pairwise(feature_info[1:])]
+    def _replace_stem(self) -> None:
+        """A 3x3 stride-1 convolution without max-pool, for small images."""
+        if not isinstance(self.conv1, nn.Conv2d) or not isinstance(self.maxpool, nn.MaxPool2d):
+            raise UserError("cifar_stem=True is a stem of its own: drop stem_type, replace_stem_pool and aa_layer")
+        weight, channels = self.conv1.weight, self.conv1.out_channels
+        dd: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        conv1 = nn.Conv2d(self.conv1.in_channels, channels, 3, stride=1, padding=1, bias=False, **dd)
+        nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
+        self.add_module("conv1", conv1)
+        self.add_module("maxpool", nn.Identity())
+        for info in self.feature_info:
+            info["reduction"] = max(1, info["reduction"] // 4)
+
+    def _add_exits(self, **kwargs: Any) -> None:
+        """Adds the exits that `output` needs; `kwargs` are what all of them take of the arguments of `Exit`."""
+        parameter, stages = next(self.parameters()), self.feature_info[1:]
+        chs = [stage["num_chs"] for stage in stages]
+        strides = [after["reduction"] // before["reduction"] for before, after in pairwise(stages)]
         numbers = {"ensemble": (1, 2, 3), "final": (), "1": (1,), "2": (2,), "3": (3,)}[self.output]
         for number in numbers:
             exit_head = Exit(
                 chs[number - 1 :],
                 strides[number - 1 :],
                 self._new_classifier(),
-                narrow=block.expansion > 1,
-                attention=exits == "attention",
-                norm_layer=get_norm_layer(norm_layer),
-                act_layer=get_act_layer(act_layer),
-                **dd,
+                device=parameter.device,
+                dtype=parameter.dtype,
+                **kwargs,
             )
             self.add_module(f"exit{number}", exit_head)
-        if self.output in ("1", "2", "3"):
-            depth = int(self.output)
-            for number in range(depth + 1, 5):
-                setattr(self, f"layer{number}", nn.Sequential())
-            self.fc = nn.Identity()
-            self.feature_info = feature_info[: depth + 1]
+
+    def _truncate(self, depth: int) -> None:
+        """Removes the stages after exit `depth` and the final classifier."""
+        for number in range(depth + 1, 5):
+            setattr(self, f"layer{number}", nn.Sequential())
+        self.fc = nn.Identity()
+        self.feature_info = self.feature_info[: depth + 1]
 
     def _exits(self) -> list[Exit]:
         return [module for module in self.children() if isinstance(module, Exit)]
@@ -184,7 +186,7 @@ class SSSDResNet(ResNet):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """As timm's: the maps of the stem and the stages, and what `forward_features` gives.
+        """As in timm: the maps of the stem and the stages, and the result of `forward_features`.
 
         Args:
             x: images, [B, in_chans, H, W].
@@ -209,7 +211,7 @@ class SSSDResNet(ResNet):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As timm's: removes what comes after the last map asked for, and with that, or by `prune_head`, the exits.
+        """As in timm: removes what comes after the last map asked for; then, or with `prune_head`, also the exits.
 
         Args:
             indices: which maps, see `forward_intermediates`.
@@ -316,12 +318,12 @@ class SSSDResNet(ResNet):
         return Exits(logits, [f1, f2, f3, f4])
 
     def forward_early(self, x: Tensor, thresholds: Sequence[float] | None = None) -> EarlyExits:
-        """Runs stage by stage, and lets go of the images whose exit is confident enough.
+        """Runs stage by stage; an image leaves the batch as soon as an exit is confident enough.
 
-        An image leaves at the first exit whose greatest softmax probability exceeds that exit's threshold, so 0 lets
-        all images leave and 1 none; the head of an exit at 1 is not run. Only the others go on. What no exit is sure of
-        gets the ensemble of the last exit and of those asked before it, whose answers are there anyway, much as in the
-        code of Zhang et al., "SCAN" (NeurIPS 2019); with three thresholds of 1 that is the final classifier's answer.
+        An image leaves at the first exit whose largest softmax probability exceeds that exit's threshold, so with 0 all
+        images leave and with 1 none does; the head of an exit with threshold 1 is not run. Images that reach the last
+        exit get the ensemble of all the heads that ran, whose logits exist anyway, much as in the code of Zhang et al.,
+        "SCAN" (NeurIPS 2019); with three thresholds of 1 these are the final classifier's logits.
 
         Args:
             x: images, [B, in_chans, H, W].
@@ -341,37 +343,38 @@ class SSSDResNet(ResNet):
         thresholds = self.thresholds if thresholds is None else check_thresholds(thresholds)
         assert thresholds is not None
         taken = torch.full((len(x),), 4, device=x.device)
-        here = torch.arange(len(x), device=x.device)  # which images are still in the batch
-        asked: list[Tensor] = []  # what the exits have answered for those
-        parts: list[tuple[Tensor, Tensor]] = []
+        asked = exits_asked(thresholds)
+        remaining = torch.arange(len(x), device=x.device)  # which images are still in the batch
+        head_logits: list[Tensor] = []  # of those, from the heads that ran
+        left: list[tuple[Tensor, Tensor]] = []  # indices of images, and their logits
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         stages = ((self.layer1, self.exit1), (self.layer2, self.exit2), (self.layer3, self.exit3))
         for number, ((stage, exit_head), threshold) in enumerate(zip(stages, thresholds, strict=True), start=1):
             x = stage(x)
-            if threshold == 1:
+            if number not in asked:
                 continue
             logits = exit_head.fc(self.global_pool(exit_head(x))).float()
-            asked.append(logits)
-            leaves = logits.softmax(dim=1).amax(dim=1) > threshold
+            head_logits.append(logits)
+            leaves = confidence(logits) > threshold
             count = int(leaves.sum())  # the only wait for the device in a stage
             if not count:
                 continue  # no copy of the map where it does not get smaller
-            if count == len(here):
-                parts.append((here, logits))
-                taken[here] = number
+            if count == len(remaining):
+                left.append((remaining, logits))
+                taken[remaining] = number
                 break
             gone, stay = leaves.sort(descending=True, stable=True).indices.tensor_split([count])
-            parts.append((here[gone], logits[gone]))
-            taken[here[gone]] = number
-            here, x = here[stay], x.index_select(0, stay)
-            asked = [own.index_select(0, stay) for own in asked]
+            left.append((remaining[gone], logits[gone]))
+            taken[remaining[gone]] = number
+            remaining, x = remaining[stay], x.index_select(0, stay)
+            head_logits = [each.index_select(0, stay) for each in head_logits]
         else:
-            asked.append(self.fc(self.global_pool(self.layer4(x))))
-            parts.append((here, ensemble_logits(asked)))
-        if len(parts) == 1:  # all left together: always so for a single image
-            return EarlyExits(parts[0][1], taken)
-        order = torch.cat([images for images, _ in parts]).argsort()
-        return EarlyExits(torch.cat([logits for _, logits in parts])[order], taken)
+            head_logits.append(self.fc(self.global_pool(self.layer4(x))))
+            left.append((remaining, ensemble_logits(head_logits)))
+        if len(left) == 1:  # all left together: always so for a single image
+            return EarlyExits(left[0][1], taken)
+        order = torch.cat([images for images, _ in left]).argsort()
+        return EarlyExits(torch.cat([logits for _, logits in left])[order], taken)
 
 
 def check_thresholds(thresholds: Sequence[float]) -> list[float]:
@@ -389,34 +392,34 @@ def check_thresholds(thresholds: Sequence[float]) -> list[float]:
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSSDResNet) -> dict[str, Tensor]:
     """Keeps of a full network's weights those that `model` has.
 
-    timm loads loosely when the number of classes differs, so that a checkpoint with other names would load nothing
-    without a word: here every name must fit.
+    timm does not load strictly when the number of classes differs: a checkpoint with other names would silently load
+    nothing. So every name is checked here.
 
     Raises:
-        UserError: for weights that are neither the model's nor of an exit or stage that its `output` leaves out, and
-            for weights of the model that are not there.
+        UserError: for weights that belong neither to the model nor to an exit or stage that its `output` leaves out,
+            and for missing weights of the model.
     """
-    own = model.state_dict().keys()
+    ours = model.state_dict().keys()
     classifiers = ("fc.", "exit1.fc.", "exit2.fc.", "exit3.fc.")
     optional = [f"layer{i}." for i in (2, 3, 4)] + [f"exit{i}." for i in (1, 2, 3)] + list(classifiers)
-    left_out = tuple(prefix for prefix in optional if not any(key.startswith(prefix) for key in own))
+    left_out = tuple(prefix for prefix in optional if not any(key.startswith(prefix) for key in ours))
     kept = {key: tensor for key, tensor in state_dict.items() if not key.startswith(left_out)}
 
     new_classifiers = model.pretrained_cfg.get("num_classes") != model.num_classes  # timm leaves them at random
     if new_classifiers:
         model.thresholds = None  # they were those of the old classifiers
-    missing = [key for key in own if key not in kept and not (new_classifiers and key.startswith(classifiers))]
-    unexpected = [key for key in kept if key not in own]
+    missing = [key for key in ours if key not in kept and not (new_classifiers and key.startswith(classifiers))]
+    unexpected = [key for key in kept if key not in ours]
     if missing or unexpected:
         raise UserError(
-            f"the weights do not fit output={model.output!r} of this model: {len(missing)} of {len(own)} are missing "
+            f"the weights do not fit output={model.output!r} of this model: {len(missing)} of {len(ours)} are missing "
             f"({', '.join(missing[:3])}...), {len(unexpected)} are unknown ({', '.join(unexpected[:3])}...)"
         )
     return kept
 
 
 def _weights(name: str) -> str:
-    """Where the weights of a name and tag lie, in half precision, that ship with the package."""
+    """The path of the bundled weights, in half precision, of a name and tag."""
     return str(Path(__file__).parent.parent / "weights" / f"{name}.safetensors")
 
 
@@ -436,7 +439,7 @@ def _create_sssd_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -
         )
     except FileNotFoundError as error:
         raise UserError(
-            f"the pretrained weights of {variant} are not where they should be: reinstall sssd-zoo with its weights, "
+            f"the pretrained weights of {variant} are missing: reinstall sssd-zoo with its weights, "
             "or load a folder of your own by local-dir:FOLDER"
         ) from error
     except SafetensorError as error:

@@ -25,15 +25,15 @@ def save_network(
 ) -> None:
     """Writes model.safetensors and config.json into a folder that may hold other things; then timm loads it.
 
-    config.json also tells the weights' sha256, which `load_network` compares and timm passes over.
+    config.json also holds the weights' sha256, which `load_network` checks and timm ignores.
 
     Args:
-        folder: made if it is not there. An older network in it is replaced.
-        model: made by `timm.create_model`, which noted its arguments; not wrapped or compiled.
+        folder: created if it does not exist. An older network in it is replaced.
+        model: made by `timm.create_model`, which recorded its arguments; not wrapped or compiled.
         arch: its timm name.
         input_size: side of the images that it was trained on, in pixels; by default that of its `pretrained_cfg`, whose
-            mean and standard deviation are written too.
-        label_names: of the classes, in their order, where they have names.
+            mean and std are written too.
+        label_names: of the classes, in order, if they have names.
 
     Raises:
         UserError: if the disk is full or not writable.
@@ -75,13 +75,13 @@ def network_config(
         config: dict[str, Any] = read_json(path)
     # timm reads it from the top; transformers, which does too, stumbles over a second one.
     config["model_args"].pop("num_classes", None)
-    # The network's own, not those it was created with: calibrated since, or dropped with its classifiers.
+    # The current thresholds: since the network was created they may have been calibrated, or dropped.
     config["model_args"].pop("thresholds", None)
     if getattr(model, "thresholds", None) is not None:
         config["model_args"]["thresholds"] = model.thresholds
     if getattr(model, "storage_size", None) is not None:
         config["model_args"]["storage_size"] = model.storage_size
-    # These tell of the weights that the network's default configuration is about, not of the ones saved.
+    # These describe the weights of the network's default configuration, not the ones saved.
     for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"):
         config["pretrained_cfg"].pop(name, None)
     if label_names is None:
@@ -91,7 +91,7 @@ def network_config(
 
 
 def class_descriptions(label_names: Sequence[str]) -> dict[str, str]:
-    """Words for classes that are named by WordNet ids, as ImageNet's are; {} for any others."""
+    """Descriptions of classes that are named by WordNet ids, as ImageNet's are; {} for any others."""
     if not all(re.fullmatch(r"n\d{8}", name) for name in label_names):
         return {}
     known = ImageNetInfo("imagenet-22k")

@@ -8,7 +8,14 @@ from sssd_zoo.files import (
     read_json,
 )
 from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
-from sssd_zoo.hub.cards import check, check_calibrated, is_safetensors, own_copy, write_card
+from sssd_zoo.hub.cards import (
+    CardOptions,
+    check_calibrated,
+    copy_sources,
+    is_safetensors,
+    sample_accuracy,
+    write_card,
+)
 from sssd_zoo.models.networks import load_network
 
 
@@ -18,22 +25,13 @@ def card(args: CardArgs) -> None:
     calibrated = check_calibrated(run, args.calibrated)
     if args.weights is not None:
         check_replaceable(Path(args.weights), args.overwrite, "a safetensors file", is_safetensors)
-    with own_copy(run, calibrated) as (copy, calibrated):
+    with copy_sources(run, calibrated) as (copy, calibrated):
         network = load_network(str(calibrated or copy / "model")).eval()
         # The bundled weights are rounded: what follows is measured on those.
-        checked = check(network.half().float())
+        sample = sample_accuracy(network.half().float())
+        options = CardOptions(args.license, name=args.name, paper=args.paper, remarks=args.remarks)
         with atomic_dir(out, "card") as folder:
-            weights = write_card(
-                copy,
-                folder,
-                calibrated=calibrated,
-                name=args.name,
-                paper=args.paper,
-                license_name=args.license,
-                checked=checked,
-                out=out,
-                remarks=args.remarks,
-            )
+            weights = write_card(copy, folder, options, out=out, calibrated=calibrated, sample=sample)
             if args.weights is None:
                 atomic_write_bytes(folder / "model.safetensors", weights)
     if args.weights is not None:

@@ -11,10 +11,10 @@ stay as they are, its confidences become comparable with the others', and the en
 probabilities.
 """
 
-import statistics as numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -34,51 +34,57 @@ from sssd_zoo.evaluation.calibration import (
     average_cost,
     calibration_error,
     choose,
-    classifiers,
     early_answers,
     fit_temperatures,
     fold,
 )
 from sssd_zoo.evaluation.features import network_features
-from sssd_zoo.evaluation.protocol import check_classes
+from sssd_zoo.evaluation.protocol import check_classes, hold_out
 from sssd_zoo.evaluation.reports import figures
-from sssd_zoo.evaluation.reports.early_exit import answer_cost, command, words
+from sssd_zoo.evaluation.reports.early_exit import command_line, report
 from sssd_zoo.evaluation.timing import BATCH, ONE_BY_ONE, interleaved, measure_stages
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.files.run_folder import atomic_dir, open_out
-from sssd_zoo.models import SSSDResNet, StageCosts, ensemble_logits, stage_costs
-from sssd_zoo.models.networks import channels, load_network, statistics
+from sssd_zoo.models import SSSDResNet, StageCosts, classifiers, ensemble_logits, stage_costs
+from sssd_zoo.models.networks import channels, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
+EXITS = ("1", "2", "3", "4")
 
-def load_calibrated(args: EarlyExitArgs) -> Any:
+
+def load_classifier(args: EarlyExitArgs) -> Any:
     """The network to calibrate, with all its exits and their classifiers.
 
     Raises:
-        UserError: if it is another network.
+        UserError: if it lacks exits or classes.
     """
     model = load_network(args.model)
     if not isinstance(model, SSSDResNet) or not model.ensemble or model.num_classes < 2:
         raise UserError(
-            f"'{args.model}' has no four exits that classify: give one of this package with trained heads, as "
-            "RUN/model of `sssd fit` on labelled images, or what `sssd linear --out` wrote"
+            f"'{args.model}' does not have four exits with classifiers: give a network of this package with trained "
+            "heads, such as RUN/model of `sssd fit` on labelled images, or what `sssd linear --out` wrote"
         )
     return model.eval()
 
 
 @dataclass(frozen=True)
-class Part:
+class Sample:
     """Images to calibrate on, or to measure on.
 
     Attributes:
         data: where they lie.
         positions: int64 [N], which of them.
-        words: where they come from, for people.
+        origin: where they come from, for people.
     """
 
     data: ImageData
     positions: Tensor
-    words: str
+    origin: str
+
+    @classmethod
+    def whole(cls, data: ImageData) -> "Sample":
+        """All images of a split."""
+        return cls(data, torch.arange(len(data)), f"{len(data):,} images, split {data.split}")
 
     @property
     def labels(self) -> Tensor:
@@ -87,7 +93,7 @@ class Part:
         return torch.from_numpy(self.data.labels)[self.positions]
 
 
-def calibration_data(args: EarlyExitArgs, model: Any) -> tuple[Part, Part]:
+def load_samples(args: EarlyExitArgs, model: Any) -> tuple[Sample, Sample]:
     """What to calibrate on, and what to measure on.
 
     Raises:
@@ -96,165 +102,218 @@ def calibration_data(args: EarlyExitArgs, model: Any) -> tuple[Part, Part]:
     config = DataConfig.of(args)
     if args.split is None:
         names = split_names(config)
-        held = next((name for name in ("test", "validation") if name in names), None)
-        if held is None:
+        split = next((name for name in ("test", "validation") if name in names), None)
+        if split is None:
             raise UserError(
                 f"{args.data} has no split 'test' or 'validation' (it has {', '.join(names)}): give labelled images "
                 "that the classifiers were not trained on, and name them by --split"
             )
-        config = replace(config, split=held)
+        config = replace(config, split=split)
     config = replace(config, storage_size=config.storage_size or model.storage_size)
-    size = storage_default(statistics(model)[2])
+    size = storage_default(input_spec(model).size)
     test = load_images(config, default_size=size, require_labels=True)
     check_classes(test, model, args.model)
     if args.calibration_split is not None:
-        other = replace(config, split=args.calibration_split, storage_size=test.size)
-        held_out = load_images(other, default_size=size, require_labels=True)
-        check_classes(held_out, model, args.model)
-        return (
-            Part(held_out, torch.arange(len(held_out)), f"{len(held_out):,} images, split {held_out.split}"),
-            Part(test, torch.arange(len(test)), f"{len(test):,} images, split {test.split}"),
-        )
-    from sklearn.model_selection import train_test_split
-
-    try:
-        rest, drawn = train_test_split(
-            np.arange(len(test)), test_size=args.holdout, stratify=test.labels, random_state=args.seed % 2**32
-        )
-    except ValueError as error:
-        raise UserError(f"cannot hold images of every class out of {test.name} to calibrate on: {error}") from error
+        config = replace(config, split=args.calibration_split, storage_size=test.size)
+        calibrating = load_images(config, default_size=size, require_labels=True)
+        check_classes(calibrating, model, args.model)
+        return Sample.whole(calibrating), Sample.whole(test)
+    advice = "add images, or give others by --calibration_split"
+    rest, drawn = hold_out(test, args.holdout, args.seed, purpose="calibrate on", advice=advice)
     return (
-        Part(test, torch.from_numpy(np.sort(drawn)), f"{len(drawn):,} images drawn by class from split {test.split}"),
-        Part(test, torch.from_numpy(np.sort(rest)), f"the other {len(rest):,} images of split {test.split}"),
+        Sample(test, drawn, f"{len(drawn):,} images drawn by class from split {test.split}"),
+        Sample(test, rest, f"the other {len(rest):,} images of split {test.split}"),
     )
 
 
-def exit_logits(model: Any, data: ImageData, args: EarlyExitArgs) -> Tensor:
+def all_logits(model: Any, data: ImageData, args: EarlyExitArgs) -> Tensor:
     """The logits of all exits for all images in order, float32 [4, N, C], computed in fp32."""
     config = ForwardConfig(batch_size=args.batch_size, precision="fp32", device=args.device)
     features = network_features(model, data, config)
     with torch.no_grad():
         heads = [(head.weight.cpu(), head.bias.cpu()) for head in classifiers(model)]
-        return torch.stack([F.linear(own, *head) for own, head in zip(features, heads, strict=True)])
+        return torch.stack([F.linear(pooled, *head) for pooled, head in zip(features, heads, strict=True)])
+
+
+def sample_logits(model: Any, calibrating: Sample, measured: Sample, args: EarlyExitArgs) -> tuple[Tensor, Tensor]:
+    """`all_logits` of both samples, of images in the same data from one pass over them."""
+    logits = all_logits(model, calibrating.data, args)
+    others = logits if measured.data is calibrating.data else all_logits(model, measured.data, args)
+    return logits[:, calibrating.positions], others[:, measured.positions]
 
 
 @torch.inference_mode()
-def run_early(model: Any, data: Part, thresholds: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+def run_early(model: Any, sample: Sample, device: torch.device) -> tuple[Tensor, Tensor]:
     """The classes that `forward_early` itself answers in batches of 128, and the exits taken, both int64 [N]."""
     answers, taken = [], []
-    for _, stored in data.data.batches(data.positions.split(BATCH)):
-        early = model.forward_early(prepared(stored, model).to(device), thresholds)
+    for _, stored in sample.data.batches(sample.positions.split(BATCH)):
+        early = model.forward_early(prepared(stored, model).to(device))
         answers.append(early.logits.argmax(1).cpu())
         taken.append(early.exit.cpu())
     return torch.cat(answers), torch.cat(taken)
 
 
+def by_answer(logits: Tensor) -> dict[str, Tensor]:
+    """Logits [N, C] of the exits '1' to '4' and of the 'ensemble', from those of all exits, [4, N, C]."""
+    return {**dict(zip(EXITS, logits, strict=True)), "ensemble": ensemble_logits(list(logits))}
+
+
 def early_exit(args: EarlyExitArgs) -> None:
     """`sssd early-exit`."""
     tune_cpu()
-    budgets = {name: getattr(args, name) for name in ("points_lost", "multiply_adds", "latency")}
-    if sum(value is not None for value in budgets.values()) > 1:
-        raise UserError("give one budget: --points_lost, --multiply_adds or --latency")
+    budget = asked_budget(args)
     out = open_out(args, "early-exit")
-    model = load_calibrated(args)
-    held_out, measured = calibration_data(args, model)
-    logits = exit_logits(model, held_out.data, args)
-    held_logits = logits[:, held_out.positions]
-    test_logits = (logits if measured.data is held_out.data else exit_logits(model, measured.data, args))[
-        :, measured.positions
-    ]
-    temperatures = fit_temperatures(held_logits, held_out.labels)
+    model = load_classifier(args)
+    calibrating, measured = load_samples(args, model)
+    logits, test_logits = sample_logits(model, calibrating, measured, args)
+    temperatures = fit_temperatures(logits, calibrating.labels)
     fold(model, temperatures)
     scale = torch.tensor(temperatures).view(4, 1, 1)
-    calibrated, test_calibrated = held_logits / scale, test_logits / scale
+    calibrated, test_calibrated = logits / scale, test_logits / scale
 
     device = next(model.parameters()).device
-    size = statistics(model)[2]
+    size = input_spec(model).size
     macs = stage_costs(model, (channels(model), size, size))
-    sample = prepared(held_out.data.gather(held_out.positions[: 2 * ONE_BY_ONE]), model).to(device)
-    costs = macs if args.latency is None else measure_stages(model, sample, args.runs)
-    thresholds = choose(all_rules(calibrated, held_out.labels, costs), args)
-    model.thresholds = thresholds
-    answers, taken = run_early(model, measured, thresholds, device)
+    costs = macs
+    if args.latency is not None:
+        images = prepared(calibrating.data.gather(calibrating.positions[: 2 * ONE_BY_ONE]), model)
+        costs = measure_stages(model, images.to(device), args.runs)
+    model.thresholds = choose(all_rules(calibrated, calibrating.labels, costs), args)
+    answers, taken = run_early(model, measured, device)
 
-    labels = measured.labels
-    exits = {str(number): own for number, own in enumerate(test_calibrated, start=1)}
-    by_name = {**exits, "ensemble": ensemble_logits(list(test_calibrated))}
-    before = {str(number): own for number, own in enumerate(test_logits, start=1)}
-    before["ensemble"] = ensemble_logits(list(test_logits))
-    table = {
-        name: {"accuracy": accuracy(own.argmax(1), labels), "multiply_adds": answer_cost(name, macs)}
-        for name, own in by_name.items()
-    }
-    table["early exit"] = {
-        "accuracy": accuracy(answers, labels),
-        "multiply_adds": average_cost(taken, thresholds, macs),
-    }
     results: dict[str, Any] = {
+        **describe_run(args, calibrating, measured),
+        "budget": budget,
+        "temperatures": temperatures,
+        **calibration_results(test_logits, test_calibrated, measured.labels),
+        "thresholds": model.thresholds,
+        "exits_taken": [float((taken == number).double().mean()) for number in range(1, 5)],
+        "answers": answer_table(test_calibrated, answers, taken, measured.labels, model.thresholds, macs),
+        "curve": curve(calibrated, calibrating.labels, test_calibrated, measured.labels, macs),
+    }
+    write(out, model, measured, results, args)
+    print(report(results))
+    print(f"the calibrated network is in {out}, its report in {out / 'early_exit'}")
+
+
+def asked_budget(args: EarlyExitArgs) -> dict[str, float]:
+    """The budget by its name, for the report.
+
+    Raises:
+        UserError: if more than one is given.
+    """
+    values = {name: getattr(args, name) for name in ("points_lost", "multiply_adds", "latency")}
+    budget = {name: value for name, value in values.items() if value is not None}
+    if len(budget) > 1:
+        raise UserError("give one budget: --points_lost, --multiply_adds or --latency")
+    return budget or {"points_lost": POINTS_LOST}
+
+
+def describe_run(args: EarlyExitArgs, calibrating: Sample, measured: Sample) -> dict[str, Any]:
+    """What was calibrated, on what and by which command, for the report."""
+    return {
         "model": args.model if not Path(args.model).exists() else Path(args.model).resolve().name,
-        "command": command(args),
-        "data": held_out.data.name,
-        "calibrated_on": held_out.words,
-        "measured_on": measured.words,
+        "command": command_line(args),
+        "data": calibrating.data.name,
+        "calibrated_on": calibrating.origin,
+        "measured_on": measured.origin,
         "seed": args.seed,
         "machine": describe_machine("fp32"),
-        "budget": {name: value for name, value in budgets.items() if value is not None} or {"points_lost": POINTS_LOST},
-        "temperatures": temperatures,
-        "calibration_error": {
-            name: {"before": calibration_error(before[name], labels), "after": calibration_error(own, labels)}
-            for name, own in by_name.items()
-        },
-        "ensemble_accuracy_before": accuracy(before["ensemble"].argmax(1), labels),
-        "thresholds": thresholds,
-        "exits_taken": [float((taken == number).double().mean()) for number in range(1, 5)],
-        "answers": table,
-        "curve": curve(calibrated, held_out.labels, test_calibrated, labels, macs),
     }
-    arch = str(model.pretrained_cfg["architecture"])
+
+
+def calibration_results(before: Tensor, after: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Expected calibration errors, and the ensemble's accuracy before the temperatures, for the report.
+
+    Args:
+        before: logits as they were, float32 [4, N, C].
+        after: the same, divided by the temperatures.
+        labels: int64 [N].
+    """
+    uncalibrated = by_answer(before)
+    errors = {
+        name: {
+            "before": calibration_error(uncalibrated[name], labels),
+            "after": calibration_error(logits, labels),
+        }
+        for name, logits in by_answer(after).items()
+    }
+    return {
+        "calibration_error": errors,
+        "ensemble_accuracy_before": accuracy(uncalibrated["ensemble"].argmax(1), labels),
+    }
+
+
+def answer_table(
+    logits: Tensor, early: Tensor, taken: Tensor, labels: Tensor, thresholds: Sequence[float], macs: StageCosts
+) -> dict[str, dict[str, Any]]:
+    """Accuracy in percent and MACs of every exit, the ensemble and early exit, for the report.
+
+    Args:
+        logits: calibrated, of all exits, float32 [4, N, C].
+        early: classes that early exit answers, int64 [N].
+        taken: exits that it took for them, int64 [N].
+        labels: int64 [N].
+        thresholds: of the exits 1 to 3.
+        macs: of the network's parts.
+    """
+    table = {
+        name: {"accuracy": accuracy(answer.argmax(1), labels), "multiply_adds": macs.answer(name)}
+        for name, answer in by_answer(logits).items()
+    }
+    table["early exit"] = {
+        "accuracy": accuracy(early, labels),
+        "multiply_adds": average_cost(taken, thresholds, macs),
+    }
+    return table
+
+
+def write(out: Path, model: Any, measured: Sample, results: dict[str, Any], args: EarlyExitArgs) -> None:
+    """Writes the calibrated network, times it from there, and writes the report, which `results` then holds."""
     with atomic_dir(out, "early-exit") as folder:
+        arch = str(model.pretrained_cfg["architecture"])
         save_network(folder, model, arch, label_names=model.pretrained_cfg.get("label_names"))
-        images = measured.data.gather(measured.positions[torch.randperm(len(labels))[: 20 * BATCH]])
-        results |= measure(model, str(folder), prepared(images, model).to(device), table, args)
+        images = measured.data.gather(measured.positions[torch.randperm(len(measured.positions))[: 20 * BATCH]])
+        inputs = prepared(images, model).to(next(model.parameters()).device)
+        results |= time_answers(model, str(folder), inputs, results["answers"], args)
         config = read_json(folder / "config.json")
         kept = ("budget", "data", "calibrated_on", "temperatures")
         write_json(folder / "config.json", {**config, "early_exit": {name: results[name] for name in kept}})
         write_json(folder / "early_exit" / "report.json", results)
-        figures.early_exit_costs(table, results["curve"], folder / "early_exit" / "figure.png")
-        atomic_write_text(folder / "early_exit" / "report.md", words(results))
-    print(words(results))
-    print(f"the calibrated network is in {out}, its report in {out / 'early_exit'}")
+        figures.early_exit_costs(results["answers"], results["curve"], folder / "early_exit" / "figure.png")
+        atomic_write_text(folder / "early_exit" / "report.md", report(results))
 
 
 def curve(
-    calibrated: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, costs: StageCosts, points: int = 25
+    calibrated: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, macs: StageCosts, points: int = 25
 ) -> list[dict[str, Any]]:
-    """The dynamic rule at budgets between exit 1 and the whole network, thresholds from one part, measured on another.
+    """Early exit at budgets between exit 1 and the whole network, the thresholds from one sample, measured on another.
 
     Args:
         calibrated: logits of the calibrating images, [4, N, C].
         labels: theirs, int64 [N].
         test: logits of the images to measure, [4, M, C].
         test_labels: theirs, int64 [M].
-        costs: multiply-adds.
+        macs: of the network's parts.
         points: of the curve.
     """
-    rules = all_rules(calibrated, labels, costs)
-    found: list[dict[str, Any]] = []
-    for budget in np.linspace(answer_cost("1", costs), answer_cost("ensemble", costs), points):
+    rules = all_rules(calibrated, labels, macs)
+    entries: list[dict[str, Any]] = []
+    for budget in np.linspace(macs.answer("1"), macs.answer("ensemble"), points):
         thresholds = rules.most_accurate(float(budget))
         assert thresholds is not None  # exit 1 alone keeps every one of these
         answers, taken = early_answers(test, thresholds)
         entry = {"thresholds": thresholds, "accuracy": accuracy(answers, test_labels)}
-        entry["multiply_adds"] = average_cost(taken, thresholds, costs)
-        if not found or found[-1]["thresholds"] != thresholds:
-            found.append(entry)
-    return found
+        entry["multiply_adds"] = average_cost(taken, thresholds, macs)
+        if not entries or entries[-1]["thresholds"] != thresholds:
+            entries.append(entry)
+    return entries
 
 
-def measure(
+def time_answers(
     model: Any, folder: str, images: Tensor, table: dict[str, dict[str, Any]], args: EarlyExitArgs
 ) -> dict[str, Any]:
-    """Times early exit, the whole network and each exit's own network, and notes milliseconds in their rows of `table`.
+    """Times early exit, the whole network and each exit's own network, and adds milliseconds to their rows of `table`.
 
     Args:
         model: calibrated, with thresholds.
@@ -267,17 +326,17 @@ def measure(
         `speedup`: of early exit over the 'ensemble' and over '4', the plain trunk, at batch '1' and '128', medians over
         runs of the ratio of times.
     """
-    ways: dict[str, Callable[[Tensor], Any]] = {"early exit": model.forward_early, "ensemble": model}
-    for name in ("1", "2", "3", "4"):
-        own = load_network(folder, output=name).eval()
-        ways[name] = own.to(images.device, memory_format=torch.channels_last)
+    networks: dict[str, Callable[[Tensor], Any]] = {"early exit": model.forward_early, "ensemble": model}
+    for name in EXITS:
+        alone = load_network(folder, output=name).eval()
+        networks[name] = alone.to(images.device, memory_format=torch.channels_last)
     speedup = {}
     for batch, group in ((1, ONE_BY_ONE), (BATCH, 1)):
-        times = interleaved(ways, images, batch=batch, group=group, runs=args.runs, seed=args.seed)
-        for name, own_times in times.items():
-            table[name].setdefault("milliseconds", {})[str(batch)] = 1e3 * numbers.median(own_times)
+        times = interleaved(networks, images, batch=batch, group=group, runs=args.runs, seed=args.seed)
+        for name, seconds in times.items():
+            table[name].setdefault("milliseconds", {})[str(batch)] = 1e3 * median(seconds)
         speedup[str(batch)] = {
-            name: numbers.median(theirs / ours for theirs, ours in zip(times[name], times["early exit"], strict=True))
+            name: median(other / early for other, early in zip(times[name], times["early exit"], strict=True))
             for name in ("ensemble", "4")
         }
     return {"speedup": speedup, "runs": args.runs}

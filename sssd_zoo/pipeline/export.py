@@ -32,8 +32,8 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.protocol import Evaluation, check_classes, evaluation_data
 from sssd_zoo.files import atomic_write_bytes, write_json
 from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
-from sssd_zoo.models import SSSDResNet
-from sssd_zoo.models.networks import channels, load_network, statistics
+from sssd_zoo.models import SSSDResNet, stages_and_heads
+from sssd_zoo.models.networks import channels, input_spec, load_network
 from sssd_zoo.models.resnet import check_thresholds
 from sssd_zoo.models.saving import save_network
 
@@ -63,23 +63,19 @@ class Stage(nn.Module):
 
     def __init__(self, network: Any, number: int) -> None:
         super().__init__()
-        stem = [network.conv1, network.bn1, network.act1, network.maxpool] if number == 1 else []
-        self.stage = nn.Sequential(*stem, getattr(network, f"layer{number}"))
-        self.exit = getattr(network, f"exit{number}") if number < 4 else None
-        self.pool = network.global_pool
-        self.fc = network.fc if self.exit is None else self.exit.fc
+        self.stage, self.head = stages_and_heads(network)[number - 1]
+        self.last = number == 4
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """[B, C, h, w] to the next map and [B, num_classes]."""
         x = self.stage(x)
-        if self.exit is None:
-            return self.fc(self.pool(x))  # type: ignore[no-any-return]
-        return x, self.fc(self.pool(self.exit(x)))
+        logits: Tensor = self.head(x)
+        return logits if self.last else (x, logits)
 
 
 def metadata(model: Any, output: str) -> dict[str, Any]:
-    """What a program that runs an exported network must know."""
-    mean, std, size = statistics(model)
+    """What a program that runs an exported network needs to know."""
+    size, mean, std = input_spec(model)
     names = model.pretrained_cfg.get("label_names")
     return {
         "architecture": str(model.pretrained_cfg["architecture"]),
@@ -92,7 +88,11 @@ def metadata(model: Any, output: str) -> dict[str, Any]:
 
 
 def import_onnxruntime() -> Any:
-    """The module, or a clear word on where it comes from."""
+    """The module.
+
+    Raises:
+        UserError: if a package is missing.
+    """
     try:
         import onnx
         import onnxruntime
@@ -188,21 +188,21 @@ def onnx_accuracy(graph: Any, evaluation: Evaluation, model: Any, batch_size: in
     hits: Any = 0
     for positions, stored in data.batches(evaluation.test_positions.split(batch_size)):
         outputs = run_onnx(graph, prepared(stored, model).contiguous().numpy())
-        hits = hits + np.array([(own.argmax(1) == data.labels[positions.numpy()]).sum() for own in outputs])
-    return [float(own) for own in 100 * hits / len(evaluation.test_positions)]
+        hits = hits + np.array([(logits.argmax(1) == data.labels[positions.numpy()]).sum() for logits in outputs])
+    return [float(percent) for percent in 100 * hits / len(evaluation.test_positions)]
 
 
 def load_output(args: ExportArgs) -> SSSDResNet:
-    """The network with the parts that the asked output needs.
+    """The network with the parts that the output asked for needs.
 
     Raises:
-        UserError: if it is no network of this package, or has no classes.
+        UserError: if it is not a network of this package, or has no classes.
     """
     whole = args.output in ("ensemble", "all", "early-exit")
     model = load_network(args.model, output="ensemble" if whole else args.output)
     if not isinstance(model, SSSDResNet) or model.num_classes < 1:
         raise UserError(
-            f"'{args.model}' is no network of this package with classes: train its heads first (sssd linear)"
+            f"'{args.model}' is not a network of this package with classes: train its heads first (sssd linear)"
         )
     return model.eval()
 
@@ -210,21 +210,8 @@ def load_output(args: ExportArgs) -> SSSDResNet:
 def export(args: ExportArgs) -> None:
     """`sssd export`."""
     out = Path(args.out)
-    folder = args.format == "safetensors" or (args.format, args.output) == ("onnx", "early-exit")
-    if out.exists() and out.is_dir() != folder:
-        raise UserError(f"--out {out} must be a {'folder' if folder else 'file'} for this format, and is not")
-    if args.int8 and (args.format != "onnx" or args.output == "early-exit" or args.data is None):
-        raise UserError("--int8 is for --format onnx of one graph (not early-exit), and needs --data to calibrate on")
-    if args.format == "torch-export" and args.output == "early-exit":
-        raise UserError("early exit is exported in stages as --format onnx; torch-export has one graph per file")
-    if args.format == "onnx":
-        import_onnxruntime()
-    if folder:
-        open_out(args, "network" if args.format == "safetensors" else "graphs")
-    else:
-        for file in (out, *([out.with_suffix(".int8.onnx")] if args.int8 else [])):
-            known = is_graph if args.format == "onnx" else is_program
-            check_replaceable(file, args.overwrite, f"a network exported as {args.format}", known)
+    check_request(args)
+    open_target(args, out)
     model = load_output(args)
     facts = metadata(model, args.output)
     example = torch.randn(2, *facts["input_size"], generator=torch.Generator().manual_seed(0))
@@ -234,16 +221,57 @@ def export(args: ExportArgs) -> None:
     elif args.output == "early-exit":
         export_stages(model, args, facts, example, out)
     else:
-        module: nn.Module = AllExits(model).eval() if args.output == "all" else model
-        if args.format == "torch-export":
-            atomic_write_bytes(out, torch_export_bytes(module, example, facts))
-        else:
-            outputs = [f"logits{number}" for number in range(1, 5)] if args.output == "all" else ["logits"]
-            graph = onnx_bytes(module, example, ["images", *outputs], facts)
-            if args.int8:
-                export_int8(model, args, graph, outputs, out)
-            atomic_write_bytes(out, graph)
+        export_file(model, args, facts, example, out)
     print(f"{args.model}, output {args.output}, as {args.format}: {out}")
+
+
+def writes_folder(args: ExportArgs) -> bool:
+    """Whether the format has more than one file."""
+    return args.format == "safetensors" or (args.format, args.output) == ("onnx", "early-exit")
+
+
+def check_request(args: ExportArgs) -> None:
+    """Refuses what cannot be exported.
+
+    Raises:
+        UserError: for options that do not go together, or packages that are missing.
+    """
+    if args.int8 and (args.format != "onnx" or args.output == "early-exit" or args.data is None):
+        raise UserError("--int8 is for --format onnx of one graph (not early-exit), and needs --data to calibrate on")
+    if args.format == "torch-export" and args.output == "early-exit":
+        raise UserError("early exit is exported in stages as --format onnx; torch-export has one graph per file")
+    if args.format == "onnx":
+        import_onnxruntime()
+
+
+def open_target(args: ExportArgs, out: Path) -> None:
+    """Makes sure that what is to be written may be, and replaces nothing else.
+
+    Raises:
+        UserError: if something else is there.
+    """
+    folder = writes_folder(args)
+    if out.exists() and out.is_dir() != folder:
+        raise UserError(f"--out {out} must be a {'folder' if folder else 'file'} for this format, but is not")
+    if folder:
+        open_out(args, "network" if args.format == "safetensors" else "graphs")
+        return
+    for file in (out, *([out.with_suffix(".int8.onnx")] if args.int8 else [])):
+        is_export = is_graph if args.format == "onnx" else is_program
+        check_replaceable(file, args.overwrite, f"a network exported as {args.format}", is_export)
+
+
+def export_file(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], example: Tensor, out: Path) -> None:
+    """Writes one graph, of one output or of all exits, and with --int8 the quantised one beside it."""
+    module: nn.Module = AllExits(model).eval() if args.output == "all" else model
+    if args.format == "torch-export":
+        atomic_write_bytes(out, torch_export_bytes(module, example, facts))
+        return
+    outputs = [f"logits{number}" for number in range(1, 5)] if args.output == "all" else ["logits"]
+    graph = onnx_bytes(module, example, ["images", *outputs], facts)
+    if args.int8:
+        export_int8(model, args, graph, outputs, out)
+    atomic_write_bytes(out, graph)
 
 
 def is_program(path: Path) -> bool:
@@ -286,8 +314,8 @@ def export_stages(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], ex
                 "logits",
             ]
             files.append(f"stage{number}.onnx")
-            own = facts | {"output": f"stage {number} of early exit"}
-            atomic_write_bytes(temporary / files[-1], onnx_bytes(stage, example, names, own))
+            stage_facts = facts | {"output": f"stage {number} of early exit"}
+            atomic_write_bytes(temporary / files[-1], onnx_bytes(stage, example, names, stage_facts))
             if number < 4:
                 with torch.no_grad():
                     example = stage(example)[0]
@@ -295,10 +323,10 @@ def export_stages(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], ex
 
 
 def export_int8(model: SSSDResNet, args: ExportArgs, graph: bytes, outputs: list[str], out: Path) -> None:
-    """Writes the int8 form of a graph beside it, and says what it is worth."""
+    """Writes the int8 form of a graph beside it, and prints both accuracies."""
     assert args.data is not None  # `export` saw to it
     config = DataConfig(data=args.data, split=args.split, storage_size=model.storage_size)
-    data = load_images(config, default_size=storage_default(statistics(model)[2]), require_labels=True)
+    data = load_images(config, default_size=storage_default(input_spec(model).size), require_labels=True)
     check_classes(data, model, args.model)
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=0.5, seed=args.seed)
     drawn = torch.randperm(len(evaluation.train_positions), generator=torch.Generator().manual_seed(args.seed))
@@ -313,6 +341,6 @@ def export_int8(model: SSSDResNet, args: ExportArgs, graph: bytes, outputs: list
         f"int8, calibrated on {len(positions)} images of {data.name} ({data.split}): {target}, "
         f"{len(small) / len(graph):.2f} of the size; accuracy in percent on {evaluation.describe()}:"
     )
-    plain, tiny = (onnx_accuracy(session(own), evaluation, model, args.batch_size) for own in (graph, small))
-    for name, before, after in zip(outputs, plain, tiny, strict=True):
+    fp32, int8 = (onnx_accuracy(session(source), evaluation, model, args.batch_size) for source in (graph, small))
+    for name, before, after in zip(outputs, fp32, int8, strict=True):
         print(f"  {name:8} fp32 {before:6.2f}   int8 {after:6.2f}")

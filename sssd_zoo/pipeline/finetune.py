@@ -29,7 +29,7 @@ from sssd_zoo.errors.text import code, markdown
 from sssd_zoo.evaluation.features import accuracies, exit_logits, float32_classifiers, network_features
 from sssd_zoo.evaluation.protocol import Evaluation, evaluation_data
 from sssd_zoo.evaluation.reports import figures
-from sssd_zoo.evaluation.reports.comparison import spread
+from sssd_zoo.evaluation.reports.comparison import mean_and_range
 from sssd_zoo.evaluation.reports.markdown import table
 from sssd_zoo.evaluation.reports.paper import TABLE_4
 from sssd_zoo.files import atomic_write_text
@@ -333,12 +333,12 @@ def accuracy_table(corner: str, args: FinetuneArgs, curves: dict[str, dict[float
     """A Markdown table of accuracies against labels, and of the first network's lead over the others, seed by seed."""
     amounts = sorted({amount for curve in curves.values() for amount in curve})
     heads = [f"{amount:g}" if args.per_class else f"{amount:g} %" for amount in amounts]
-    rows = [[markdown(name), *(spread(curve[amount]) for amount in amounts)] for name, curve in curves.items()]
+    rows = [[markdown(name), *(mean_and_range(curve[amount]) for amount in amounts)] for name, curve in curves.items()]
     first = next(iter(curves))
     for name, curve in curves.items():
         if name != first:
             pairs = [zip(curves[first][amount], curve[amount], strict=True) for amount in amounts]
-            leads = [spread([ours - theirs for ours, theirs in pair]) for pair in pairs]
+            leads = [mean_and_range([ours - theirs for ours, theirs in pair]) for pair in pairs]
             rows.append([f"{markdown(first)} over {markdown(name)}", *leads])
     return table([corner, *heads], rows)
 

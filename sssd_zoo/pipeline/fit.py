@@ -24,10 +24,10 @@ import torch
 
 from sssd_zoo.configs import FitArgs, SelfDistillationConfig
 from sssd_zoo.data.loading import ImageData
-from sssd_zoo.data.walk import listed
 from sssd_zoo.distributed import barrier, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.probe import Probe
 from sssd_zoo.evaluation.protocol import (
     Evaluation,

@@ -3,13 +3,13 @@
 from sssd_zoo.configs import KNNArgs
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.evaluation.protocol import knn_features
-from sssd_zoo.pipeline.linear import accuracy_table, frozen
+from sssd_zoo.pipeline.linear import accuracy_table, evaluate_frozen
 
 
 def knn(args: KNNArgs) -> None:
     """`sssd knn`."""
     tune_cpu()
-    _, evaluation, features = frozen(args)
+    _, evaluation, features = evaluate_frozen(args)
     accuracies = knn_features(features, args.neighbours, args.temperature)
     print(
         f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {evaluation.describe()}:"

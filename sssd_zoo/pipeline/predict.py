@@ -12,7 +12,7 @@ from sssd_zoo.data.images import Corrupt, CorruptImageError, encoded, quiet_pill
 from sssd_zoo.data.inputs import prepare
 from sssd_zoo.data.loading import CorruptTally
 from sssd_zoo.data.walk import printable, walk
-from sssd_zoo.distributed.hardware import DTYPES, resolve_precision, tune_cpu
+from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.features import float32_classifiers
@@ -25,21 +25,21 @@ def find_images(names: list[str]) -> list[Path]:
     """The files named, and the images below the folders named, which are those that training would read.
 
     Raises:
-        UserError: for a name that is not there or no regular file, or a folder without images.
+        UserError: for a name that is not there or is not a regular file, or a folder without images.
     """
     files: list[Path] = []
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            found = walk(path)
-            if not found.images:
-                raise found.no_images()
-            found.warn()
-            files += [path / image for image in found.images]
+            folder = walk(path)
+            if not folder.images:
+                raise folder.no_images()
+            folder.warn()
+            files += [path / image for image in folder.images]
         elif path.is_file():
             files.append(path)
         elif path.exists():
-            raise UserError(f"{printable(path)} is no regular file: give image files, or folders of them")
+            raise UserError(f"{printable(path)} is not a regular file: give image files, or folders of them")
         else:
             raise UserError(f"there is no file or folder '{printable(path)}'")
     return files
@@ -49,14 +49,14 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
     """The network, and what answers: an exit's number, 'ensemble' or 'early-exit'.
 
     Raises:
-        UserError: if it is no network of this package, has no classes, or no thresholds for early exit.
+        UserError: if it is not a network of this package, or lacks classes, or thresholds for early exit.
     """
     whole = args.output in ("auto", "ensemble", "early-exit")
     kwargs = {} if args.output == "auto" else {"output": "ensemble" if whole else args.output}
     model = load_network(args.model, **kwargs)
     if not isinstance(model, SSSDResNet) or model.num_classes < 1:
         raise UserError(
-            f"'{args.model}' is no network of this package with classes: train its heads first (sssd linear)"
+            f"'{args.model}' is not a network of this package with classes: train its heads first (sssd linear)"
         )
     thresholds = args.thresholds if args.thresholds is not None else model.thresholds
     output: str = args.output
@@ -74,45 +74,80 @@ def predict(args: PredictArgs) -> None:
     tune_cpu()
     files = find_images(args.images)
     model, output = load_answering(args)
-    names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
-    device = torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu")
+    device = compute_device(args.device)
     model.to(device, memory_format=torch.channels_last)
     # Early exit is calibrated and measured in fp32, all else in the precision that 'auto' stands for.
     fp32 = output == "early-exit" and args.precision == "auto"
     autocast = None if fp32 else DTYPES[resolve_precision(args.precision, args.device)]
-    words = class_descriptions(names)  # of WordNet's ids, which say nothing to a person
-    shown = [plain(words[name].split(",")[0] if words else name) for name in names]
-    width = max(len("class"), *map(len, shown))
-    if args.format == "table":
-        print(f"{'class':{width}}  confidence  exit      image")
+    rows = Rows(model, args.format)
+    rows.print_head()
     corrupt: list[Corrupt] = []
     for start in range(0, len(files), args.batch_size):
-        good, pixels = [], []
-        with quiet_pillow():
-            for file in files[start : start + args.batch_size]:
-                image = encoded(0, {"bytes": None, "path": str(file)})
-                try:
-                    pixels.append(prepare(image, model, args.max_pixels))
-                    good.append(file)
-                except CorruptImageError as error:
-                    corrupt.append((str(file), str(error)))
+        good, pixels = read_batch(files[start : start + args.batch_size], model, args.max_pixels, corrupt)
         if not good:
             continue
-        images = torch.cat(pixels)
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            logits, exits = answer(model, images, output, args.thresholds)
-        confidences, classes = logits.float().softmax(1).max(1)
-        for row in zip(good, classes.tolist(), confidences.tolist(), exits, strict=True):
-            file, number, confidence, exit_taken = row
-            if args.format == "jsonl":
-                entry = {"image": str(file), "class": names[number], "confidence": round(confidence, 6)}
-                described = {"description": words[names[number]]} if words else {}
-                print(json.dumps({**entry, "exit": exit_taken, **described}))
-            else:
-                path = plain(file, longest=4096)
-                print(f"{shown[number]:{width}}  {confidence:10.4f}  {exit_taken!s:8}  {path}", flush=True)
+            logits, exits = answer(model, torch.cat(pixels), output, args.thresholds)
+        rows.print_answers(good, logits, exits)
     if corrupt:
         CorruptTally("those given", args.max_corrupt).add(corrupt, len(files))
+
+
+def read_batch(
+    files: list[Path], model: Any, max_pixels: int, corrupt: list[Corrupt]
+) -> tuple[list[Path], list[Tensor]]:
+    """The files that are images, and each as the network's input; the others are added to `corrupt`."""
+    good, pixels = [], []
+    with quiet_pillow():
+        for file in files:
+            image = encoded(0, {"bytes": None, "path": str(file)})
+            try:
+                pixels.append(prepare(image, model, max_pixels))
+                good.append(file)
+            except CorruptImageError as error:
+                corrupt.append((str(file), str(error)))
+    return good, pixels
+
+
+class Rows:
+    """Prints answers, a line for each image.
+
+    Args:
+        model: whose classes are answered.
+        form: 'table' or 'jsonl'.
+    """
+
+    def __init__(self, model: Any, form: str) -> None:
+        self.form = form
+        self.names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
+        self.descriptions = class_descriptions(self.names)  # of WordNet's ids, which say nothing to a person
+        described = self.descriptions
+        self.shown = [plain(described[name].split(",")[0] if described else name) for name in self.names]
+        self.width = max(len("class"), *map(len, self.shown))
+
+    def print_head(self) -> None:
+        """The head of a table."""
+        if self.form == "table":
+            print(f"{'class':{self.width}}  confidence  exit      image")
+
+    def print_answers(self, files: list[Path], logits: Tensor, exits: list[int] | list[str]) -> None:
+        """A batch's answers.
+
+        Args:
+            files: B images.
+            logits: of them, [B, num_classes].
+            exits: that gave them; see `answer`.
+        """
+        confidences, classes = logits.float().softmax(1).max(1)
+        for row in zip(files, classes.tolist(), confidences.tolist(), exits, strict=True):
+            file, number, confidence, exit_taken = row
+            if self.form == "jsonl":
+                name = self.names[number]
+                entry = {"image": str(file), "class": name, "confidence": round(confidence, 6), "exit": exit_taken}
+                print(json.dumps(entry | ({"description": self.descriptions[name]} if self.descriptions else {})))
+            else:
+                path = plain(file, longest=4096)
+                print(f"{self.shown[number]:{self.width}}  {confidence:10.4f}  {exit_taken!s:8}  {path}", flush=True)
 
 
 def answer(

@@ -10,8 +10,8 @@ from sssd_zoo.files import (
     disk_errors,
     sha256,
 )
-from sssd_zoo.hub.cards import check_calibrated, own_copy, write_card
-from sssd_zoo.hub.publish import answers, check_repo, copy_card, include, send, verify_network
+from sssd_zoo.hub.cards import CardOptions, check_calibrated, copy_sources, write_card
+from sssd_zoo.hub.publish import check_repo, copy_card, include, logits_on_noise, send, verify_network
 
 
 def publish(args: PublishArgs) -> None:
@@ -19,18 +19,17 @@ def publish(args: PublishArgs) -> None:
     check_repo(args)
     run = Path(args.run)
     if not run.is_dir():
-        raise UserError(f"there is no folder {run}; give a run folder of `sssd fit` or a folder of `sssd card`")
+        raise UserError(f"there is no folder {run}; give a run folder of `sssd fit` or a folder that `sssd card` wrote")
     with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)
         if (run / "README.md").is_file() and (run / "config.json").is_file():
             if args.calibrated is not None:
-                raise UserError(f"{run} is a folder of `sssd card`: give --calibrated to that command")
+                raise UserError(f"{run} was written by `sssd card`: give --calibrated to that command")
             copy_card(run, folder)
         else:
-            with own_copy(run, check_calibrated(run, args.calibrated)) as (copy, calibrated):
-                weights = write_card(
-                    copy, folder, calibrated=calibrated, repo=args.repo, license_name=args.license, out=scratch
-                )
+            with copy_sources(run, check_calibrated(run, args.calibrated)) as (copy, calibrated):
+                options = CardOptions(args.license, repo=args.repo)
+                weights = write_card(copy, folder, options, out=scratch, calibrated=calibrated)
             atomic_write_bytes(folder / "model.safetensors", weights)
         include(run, folder, args.include)
         verify_network(folder, str(run))
@@ -38,9 +37,11 @@ def publish(args: PublishArgs) -> None:
         def compare(fetched: Path, where: str) -> None:
             verify_network(fetched, where)
             if sha256(fetched / "model.safetensors") != sha256(folder / "model.safetensors"):
-                raise UserError(f"the weights of {where} are not those that were sent: publish them again")
-            difference = float((answers(fetched) - answers(folder)).abs().max())
+                raise UserError(f"the weights of {where} differ from those that were sent: publish them again")
+            difference = float((logits_on_noise(fetched) - logits_on_noise(folder)).abs().max())
             if not difference <= 1e-5:
-                raise UserError(f"the network of {where} answers otherwise than the one sent, by {difference:.2g}")
+                raise UserError(
+                    f"the network of {where} gives other logits than the one that was sent, by {difference:.2g}"
+                )
 
         send(args, folder, "model", compare)

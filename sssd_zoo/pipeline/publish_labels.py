@@ -26,7 +26,7 @@ def publish_labels(args: PublishLabelsArgs) -> None:
         model = labels.meta["model"]
         meta = {
             **labels.meta,
-            # A folder's path means nothing elsewhere; hf-hub:ORG/NAME does.
+            # A folder's path means nothing on another machine; hf-hub:ORG/NAME does.
             "model": model if ":" in model else Path(model).name,
             "sha256": sha256_of(folder, folder.iterdir()),
         }

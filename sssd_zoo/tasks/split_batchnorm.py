@@ -1,6 +1,9 @@
 """BatchNorm with statistics of parts of the batch, as if each were on a GPU of its own: MoCo's shuffle is for those.
 
-The convolutions between see the whole batch, which is faster than a pass for each part.
+The convolutions between see the whole batch, which is faster than a pass for each part. The literature calls it ghost
+batch normalisation (Hoffer et al. 2017, arXiv:1705.08741); timm's `SplitBatchNorm2d` is something else, BatchNorms of
+their own for kinds of images (AdvProp). lightly's `SplitBatchNorm` folds the parts into the channels, which copies a
+batch that lies channels-last, as ours do.
 """
 
 from typing import Any
@@ -10,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _SplitBatchNorm(torch.autograd.Function):
+class _GhostBatchNorm(torch.autograd.Function):
     """`torch.batch_norm` of each part, written straight into its place in the whole."""
 
     @staticmethod
@@ -19,8 +22,7 @@ class _SplitBatchNorm(torch.autograd.Function):
         images: Tensor,
         weight: Tensor,
         bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
+        running: tuple[Tensor, Tensor],
         splits: int,
         momentum: float,
         eps: float,
@@ -32,8 +34,7 @@ class _SplitBatchNorm(torch.autograd.Function):
                 part,
                 weight,
                 bias,
-                running_mean,
-                running_var,
+                *running,
                 True,
                 momentum,
                 eps,
@@ -56,10 +57,10 @@ class _SplitBatchNorm(torch.autograd.Function):
             part_out.copy_(grad_part)
             grad_weight += more_weight
             grad_bias += more_bias
-        return out, grad_weight, grad_bias, None, None, None, None, None
+        return out, grad_weight, grad_bias, None, None, None, None
 
 
-class SplitBatchNorm2d(nn.BatchNorm2d):
+class GhostBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d that normalises each of `splits` equal parts of the batch by its own statistics while it trains."""
 
     splits: int
@@ -68,7 +69,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """[B, C, H, W] to the same; B is a multiple of `splits` in training mode."""
         if not self.training:
             return super().forward(input)
-        # The running statistics move once for each part: a share of the momentum keeps their window in steps.
+        # The running statistics move once for each part: a fraction of the momentum keeps their window in steps.
         momentum = (0.1 if self.momentum is None else self.momentum) / self.splits
         if torch.compiler.is_compiling():  # it makes kernels of its own, and cannot see through the function above
             return self._all_parts_at_once(input, momentum)
@@ -80,8 +81,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
                 for part in input.chunk(self.splits)
             ]
             return torch.cat(parts)
-        normalised: Tensor = _SplitBatchNorm.apply(
-            input, self.weight, self.bias, self.running_mean, self.running_var, self.splits, momentum, self.eps
+        running = self.running_mean, self.running_var
+        normalised: Tensor = _GhostBatchNorm.apply(
+            input, self.weight, self.bias, running, self.splits, momentum, self.eps
         )
         return normalised
 
@@ -112,5 +114,5 @@ def split_batchnorm(module: nn.Module, splits: int) -> None:
     for layer in module.modules():
         # timm's BatchNormAct2d subclasses compute more than a norm; ResNets have none.
         if type(layer) is nn.BatchNorm2d and splits > 1:
-            layer.__class__ = SplitBatchNorm2d
+            layer.__class__ = GhostBatchNorm2d
             layer.__dict__["splits"] = splits

@@ -66,11 +66,15 @@ def test_scripts_start(script):
 
 def test_wrong_command_and_arguments(capsys):
     assert sssd("fitt") == 2
-    assert "no command" in one_line(capsys)
+    assert "'fitt' is not a command of sssd; did you mean fit?" in one_line(capsys)
+    assert sssd("sing") == 2
+    assert "its commands: fit, pretrain," in one_line(capsys)
     assert sssd("fit") == 2
     assert "required" in one_line(capsys)
     assert sssd("fit", "--data", "x", "--out", "y", "--epocs", "3") == 2
     assert "--epocs" in one_line(capsys)
+    assert sssd("fit", "--dta", "x", "--out", "y") == 2
+    assert "did you mean --data?" in one_line(capsys)
     assert sssd("fit", "--data", "x", "--out", "y", "--pretrain.epochs", "many") == 2
     assert "pretrain.epochs" in one_line(capsys)
 
@@ -90,9 +94,9 @@ def test_recipe_mistakes(capsys, tmp_path):
 
 def test_shipped_recipes_parse(monkeypatch):
     seen = []
-    commands = {"compare": "compare.compare", "finetune": "finetune.finetune", "detect": "detection.detect"}
-    for function in ("fit.fit", *commands.values()):
-        monkeypatch.setattr(f"sssd_zoo.{function}", seen.append)
+    commands = ("compare", "finetune", "detect")
+    for command in ("fit", *commands):
+        monkeypatch.setattr(f"sssd_zoo.pipeline.{command}.{command}", seen.append)
     recipes = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
     assert {recipe.stem for recipe in recipes} >= {"demo", "cifar10-r18-200ep"}
     left = {"detect-bccd-mini": ["--data", "[FOLDER]"]}  # to its command line, as its first lines say
@@ -273,7 +277,7 @@ def test_card_of_a_run(finished, tmp_path, capsys):
     assert "no row 'MNIST'" in one_line(capsys)
     assert (out / "README.md").read_text() == text
     assert sssd("card", "--run", tmp_path, "--out", tmp_path / "other") == 2
-    assert "no finished run" in one_line(capsys)
+    assert "not a finished run" in one_line(capsys)
     assert sssd("publish", finished, "--repo", "org/name", "--dry-run") == 0
     listed = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert {"README.md", "model.safetensors", "metrics.json", "figures/accuracy.png"} <= set(listed)

@@ -21,7 +21,7 @@ GUARD = """
 import os, signal, sys, time, types
 sys.modules["sssd_zoo"] = types.ModuleType("sssd_zoo")
 sys.modules["sssd_zoo"].__path__ = ["sssd_zoo"]
-from sssd_zoo.guard import guarded
+from sssd_zoo.cli.guard import guarded
 with guarded():
 """
 

@@ -16,7 +16,16 @@ from PIL import Image
 from helpers.commands import TINY, one_line, sssd
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.cli.commands import COMMANDS
-from sssd_zoo.configs import ClusterConfig, DataConfig, FitArgs, MoCoConfig, OptimConfig, RuntimeConfig
+from sssd_zoo.cli.guard import guarded
+from sssd_zoo.configs import (
+    ClusterConfig,
+    DataConfig,
+    FitArgs,
+    MoCoConfig,
+    OptimConfig,
+    RuntimeConfig,
+    SettingsError,
+)
 from sssd_zoo.configs import commands as config
 from sssd_zoo.configs.ranges import Range, problems
 from sssd_zoo.errors import UserError
@@ -161,7 +170,7 @@ def test_recipes_are_checked_too(capsys, tmp_path):
     recipe.write_text(recipe.read_text().replace("1.5", "2"))
     assert sssd("fit", "--config", recipe) == 2
     line = one_line(capsys)
-    assert all(words in line for words in ("data holds", "pretrain.lr is nan", "pretrain.queue_size is 0"))
+    assert all(words in line for words in ("data contains a NUL", "pretrain.lr is nan", "pretrain.queue_size is 0"))
 
 
 @pytest.mark.parametrize(
@@ -182,13 +191,21 @@ def test_recipes_are_checked_too(capsys, tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_library_refuses_what_the_command_does(make, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(SettingsError, match=re.escape(message)):
         make()
 
 
 def test_numbers_of_numpy_are_numbers():
     assert issubclass(UserError, ValueError)
+    assert issubclass(SettingsError, ValueError)
     assert MoCoConfig(epochs=np.int64(3), lr=np.float32(0.5)).epochs == 3  # type: ignore[arg-type]
+
+
+def test_a_setting_that_a_command_itself_makes_wrong_ends_it_in_one_line(capsys):
+    with pytest.raises(SystemExit) as ended, guarded():
+        RuntimeConfig(seed=-1)
+    assert ended.value.code == 2
+    assert one_line(capsys) == "error: seed is -1; it must be a number from 0 to 9223372036854775807"
 
 
 @pytest.mark.slow

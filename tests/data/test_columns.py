@@ -17,10 +17,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"split": "test"}, "has no split 'test': it has train"),
-            ({"image_column": "img"}, "no column 'img' for image_column: it has image, label"),
+            ({"split": "test"}, "has no split 'test': choose one of train"),
+            ({"image_column": "img"}, "no column 'img' for image_column: choose one of image, label"),
             ({"image_column": "label"}, "'label' of classes holds int64, not images"),
-            ({"label_column": "kind"}, "no column 'kind' for label_column: it has image, label"),
+            ({"label_column": "kind"}, "no column 'kind' for label_column: choose one of image, label"),
             ({"label_column": "image"}, "not one class per row"),
         ],
     )

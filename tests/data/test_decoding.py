@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from helpers.commands import command, one_line, sssd
-from sssd_zoo.configs import DataConfig
+from sssd_zoo.configs import DataConfig, SettingsError
 from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data.images import CorruptImageError, Encoded, decode, encoded
 from sssd_zoo.data.loading import load_images
@@ -305,7 +305,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024)
         for in_memory in (True, False):
             config = DataConfig(data=str(tmp_path), max_pixels=430, max_corrupt=1, workers=1, in_memory=in_memory)
             assert load_images(config, progress=False).rows.tolist() == [0, 1]
-        with pytest.raises(UserError, match="max_pixels is 0"):
+        with pytest.raises(SettingsError, match="max_pixels is 0"):
             load_images(DataConfig(data=str(tmp_path), max_pixels=0), progress=False)
 
     def test_predict_names_it(self, tmp_path, capsys):

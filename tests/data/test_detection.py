@@ -222,7 +222,7 @@ class TestSizes:
     def test_another_size_is_named(self, tmp_path, orientation):
         picture(tmp_path / "a.jpg", orientation=orientation)
         image = {"id": 1, "file_name": "a.jpg", "width": 120, "height": 80}
-        with pytest.raises(UserError, match=r"a\.jpg: its annotation is of 120 x 80 pixels, the image has 60 x 40"):
+        with pytest.raises(UserError, match=r"a\.jpg: its annotation states 120 x 80 pixels, the image has 60 x 40"):
             read(coco(tmp_path / "a.json", images=[image]))
 
     @pytest.mark.parametrize("size", [(0, 0), (None, None), ("", "x"), (-1, 40), (float("inf"), float("nan"))])
@@ -241,8 +241,8 @@ class TestSizes:
         with caplog.at_level(logging.WARNING, "sssd_zoo"):
             both = read(coco(tmp_path / "both.json", images=images, annotations=things))
             alone = read(coco(tmp_path / "alone.json", images=images[1:], annotations=things[1:]))
-        assert "those of the turned one" in caplog.text
-        assert "those of the stored one" in caplog.text
+        assert "refer to the rotated one" in caplog.text
+        assert "refer to the stored one" in caplog.text
         red = [next(data.batches([torch.tensor([len(data) - 1])]))[1].images[0][0] for data in (both, alone)]
         assert red[0][-4:, -8:].min() > 200
         assert red[1][:4, :8].min() > 200
@@ -267,12 +267,12 @@ class TestCoco:
     @pytest.mark.parametrize("ids", [(1, 1), (1, "1")])
     def test_two_images_of_one_id(self, tmp_path, ids):
         images = [{"id": number, "file_name": f"{place}.png"} for place, number in enumerate(ids)]
-        with pytest.raises(UserError, match=r"two entries of id 1, 0\.png and 1\.png"):
+        with pytest.raises(UserError, match=r"two entries with id 1, 0\.png and 1\.png"):
             read(coco(tmp_path / "a.json", images=images))
 
     def test_two_categories_of_one_id(self, tmp_path):
         categories = [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]
-        with pytest.raises(UserError, match="two entries of id 1, cat and dog"):
+        with pytest.raises(UserError, match="two entries with id 1, cat and dog"):
             read(coco(tmp_path / "a.json", categories=categories))
 
     @pytest.mark.parametrize("ids", [(1, 1), (1, 2)])
@@ -369,14 +369,14 @@ class TestCoco:
         things = [{"id": i, "image_id": 1, "category_id": 1, "bbox": [50, 6, 10 + i, 10]} for i in (0, 1, 30)]
         with caplog.at_level(logging.WARNING, "sssd_zoo"):
             read(coco(tmp_path / "a.json", annotations=things))
-        assert "cut 1 boxes" in caplog.text
+        assert "clipped 1 boxes" in caplog.text
 
     def test_the_command_says_it_in_one_line(self, tmp_path, capsys):
         images = [{"id": 1, "file_name": f"{place}.png"} for place in range(2)]
         file = coco(tmp_path / "a.json", images=images)
         words = ["detect", "--data", f"[{file}]", "--model", "resnet18", "--pretrained", "false"]
         assert sssd(*words, "--out", tmp_path / "out") == 2
-        assert "two entries of id 1" in one_line(capsys)
+        assert "two entries with id 1" in one_line(capsys)
         assert not (tmp_path / "out").exists()
 
 
@@ -398,7 +398,7 @@ class TestDatasets:
         rows += [[{"bbox": BOX, "category": None}], [{"bbox": BOX, "category": -1}]]
         saved = self.save(tmp_path, rows, things)
         with pytest.raises(
-            UserError, match=r"4 images or objects.*train 3: an object has no box.*train 4.*no known class"
+            UserError, match=r"4 images or objects.*train 3: an object has no box.*train 4.*unknown class"
         ):
             read(saved)
         data = read(saved, max_bad=4)

@@ -245,16 +245,16 @@ class TestSplits:
     @pytest.mark.parametrize(
         ("folders", "message"),
         [
-            ({"test": 1, "_here": 3}, r"named as splits \(test\) beside others \(images\)"),
-            ({"test": 1, "cat": 3, "dog": 3}, r"named as splits \(test\) beside others \(cat, dog\)"),
-            ({"train": 1, "samples": 3}, r"named as splits \(train\) beside others \(samples\)"),
-            ({"unlabeled": 1, "cat": 3, "dog": 3}, r"named as splits \(unlabeled\) beside others \(cat, dog\)"),
-            ({"test": 1, "val": 1, "images": 3}, r"named as splits \(test, val\) beside others \(images\)"),
+            ({"test": 1, "_here": 3}, r"named like splits \(test\) beside others \(images\)"),
+            ({"test": 1, "cat": 3, "dog": 3}, r"named like splits \(test\) beside others \(cat, dog\)"),
+            ({"train": 1, "samples": 3}, r"named like splits \(train\) beside others \(samples\)"),
+            ({"unlabeled": 1, "cat": 3, "dog": 3}, r"named like splits \(unlabeled\) beside others \(cat, dog\)"),
+            ({"test": 1, "val": 1, "images": 3}, r"named like splits \(test, val\) beside others \(images\)"),
             ({"my_train": 1, "other-test": 1, "cat": 3}, r"\(my_train, other-test\) beside others \(cat\)"),
             ({"bottle__train": 3, "bottle__test": 1, "cable__train": 3, "cable__test": 1},
-             r"splits further below, in bottle \(test, train\): give that folder itself"),
-            ({"imagenet__train": 3, "imagenet__val": 1, "_here": 1}, r"splits further below, in imagenet"),
-            ({"train__train__cat": 3, "train__val__cat": 1}, r"splits further below, in train \(train, val\)"),
+             r"splits in a sub-folder, bottle \(test, train\): give that folder itself"),
+            ({"imagenet__train": 3, "imagenet__val": 1, "_here": 1}, r"splits in a sub-folder, imagenet"),
+            ({"train__train__cat": 3, "train__val__cat": 1}, r"splits in a sub-folder, train \(train, val\)"),
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("unlabelled", [False, True])

@@ -262,7 +262,7 @@ class TestAveragePrecision:
         assert found["ap50"] == pytest.approx(50)
         assert found["ap_per_class"] == {"disc": pytest.approx(50)}
         targets[0]["difficult"][0] = True
-        with pytest.raises(UserError, match="no object to be found"):
+        with pytest.raises(UserError, match="no object to find"):
             coco_average_precision(predictions, targets, CLASSES)
 
 

@@ -111,7 +111,7 @@ def test_an_error_of_the_main_process_alone_ends_all(launcher, start, folder_of_
     run = start(launcher, words)  # only the main process writes there
     run.wait_for(lambda: "error: " in run.text())
     (cause,) = causes(run.ends())
-    assert "a part of the path is a file" in cause
+    assert "a parent of it is a file" in cause
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Early exit: temperatures, thresholds and costs against slow versions, and `sssd early-exit` on tiny data."""
 
+import doctest
 import itertools
 import json
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import one_line, sssd
+from sssd_zoo.evaluation import calibration
 from sssd_zoo.evaluation.calibration import (
     MARGIN,
     all_rules,
@@ -21,7 +23,16 @@ from sssd_zoo.evaluation.calibration import (
     full_answers,
 )
 from sssd_zoo.evaluation.timing import measure_stages
-from sssd_zoo.models import StageCosts, ensemble_logits, multiply_adds, stage_costs
+from sssd_zoo.models import (
+    StageCosts,
+    classifiers,
+    early_logits,
+    ensemble_logits,
+    exits_asked,
+    multiply_adds,
+    stage_costs,
+    stages_and_heads,
+)
 from sssd_zoo.models.saving import save_network
 
 COSTS = StageCosts((100.0, 80.0, 70.0, 60.0), (9.0, 7.0, 5.0, 1.0))
@@ -66,6 +77,39 @@ def test_folded_temperatures_divide_the_logits():
     fold(model, [0.5, 1.5, 2.0, 3.0])
     for logits, old, temperature in zip(model.forward_exits(images).logits, before, (0.5, 1.5, 2, 3), strict=True):
         torch.testing.assert_close(logits, old / temperature)
+
+
+def test_the_worked_example_of_the_grid():
+    outcome = doctest.testmod(calibration)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("thresholds", [(0.4, 0.4, 0.4), (1, 0.45, 0.4), (0.4, 1, 1), (1, 1, 1), (0, 0, 0)])
+def test_the_rule_from_all_logits_is_that_of_forward_early(thresholds):
+    torch.manual_seed(0)
+    model = timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1)).eval()
+    images = torch.randn(12, 3, 32, 32)
+    logits = torch.stack(model.forward_exits(images).logits)
+    expected, early = model.forward_early(images, thresholds), early_logits(logits, thresholds)
+    assert torch.equal(early.exit, expected.exit)
+    torch.testing.assert_close(early.logits, expected.logits)
+    assert exits_asked(thresholds) == [number for number in (1, 2, 3) if thresholds[number - 1] < 1] + [4]
+
+
+def test_heads_and_stages_are_those_of_the_network():
+    model = timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1)).eval()
+    assert classifiers(model) == [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
+    truncated = timm.create_model("sssd_resnet18", num_classes=3, output=2)
+    assert classifiers(truncated) == [truncated.exit2.fc]
+    plain = timm.create_model("resnet18", num_classes=3)
+    assert classifiers(plain) == [plain.fc]
+    x = images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for (stage, head), logits in zip(stages_and_heads(model), model.forward_exits(images).logits, strict=True):
+            x = stage(x)
+            torch.testing.assert_close(head(x), logits)
 
 
 def rule_by_hand(logits, labels, thresholds):
@@ -174,7 +218,7 @@ def test_early_exit(folder, folder_of_images, tmp_path, capsys):
     words = [folder, "--data", folder_of_images, "--split", "train", "--runs", "1", "--device", "cpu"]
     millions = multiply_adds(timm.create_model(f"local-dir:{folder}"), (3, 32, 32))["3"] / 1e6
     assert sssd("early-exit", *words, "--multiply_adds", f"{millions:.2f}", "--out", tmp_path / "out") == 0
-    assert "Throughput at batch 128" in capsys.readouterr().out
+    assert "Throughput at batch size 128" in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     report = json.loads((tmp_path / "out" / "early_exit" / "report.json").read_text())
     assert (tmp_path / "out" / "early_exit" / "figure.png").read_bytes()[:4] == b"\x89PNG"

@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import sssd_zoo  # noqa: F401  (registers the models)
+from sssd_zoo.configs import ProbeConfig
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.features import extract_features
+from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.evaluation.knn import knn
 from sssd_zoo.evaluation.probe import linear_probe
 
@@ -24,9 +26,14 @@ def batches(stored, order=None, batch=4):
     return [(index, stored[index]) for index in order.split(batch)]
 
 
-def extract(model, stored, **options):
-    options = {"count": len(stored), "mean": MEAN, "std": STD, "device": "cpu"} | options
-    return extract_features(model, options.pop("batches", batches(stored)), **options)
+def extract(model, stored, size=None, **options):
+    spec = InputSpec(size or stored.shape[-1], MEAN, STD)
+    return stack_features(read_batches(model, options.pop("batches", batches(stored)), spec, **options), len(stored))
+
+
+def settings(epochs, **options):
+    """Of a probe, by shorter names."""
+    return ProbeConfig(**{f"probe_{name}": value for name, value in {"epochs": epochs, **options}.items()})
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +169,9 @@ def slow_probe(train_x, train_y, test_x, test_y, classes, epochs, lr, weight_dec
 
 def test_linear_probe_equals_exits_trained_alone():
     data = groups(n=600)
-    options = {"epochs": 10, "lr": 0.05, "weight_decay": 0.1, "seed": 3}
-    probe = linear_probe(*data, 4, **options)
-    slow = [slow_probe(data[0][e], data[1], data[2][e], data[3], 4, **options) for e in range(3)]
+    options = {"epochs": 10, "lr": 0.05, "weight_decay": 0.1}
+    probe = linear_probe(*data, 4, settings(**options), seed=3)
+    slow = [slow_probe(data[0][e], data[1], data[2][e], data[3], 4, **options, seed=3) for e in range(3)]
     torch.testing.assert_close(
         probe.logits(data[2]).double(), torch.stack([logits for logits, _ in slow]), rtol=5e-3, atol=5e-3
     )
@@ -178,15 +185,15 @@ def test_linear_probe_equals_exits_trained_alone():
 
 def test_probe_depends_on_its_seed_only():
     data = groups(n=1100)
-    first, again, other = (linear_probe(*data, 4, epochs=3, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (linear_probe(*data, 4, settings(3), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.weights, again.weights)
     assert not torch.equal(first.weights, other.weights)
 
 
 def test_probe_does_not_look_at_the_test_split():
     train_x, train_y, test_x, test_y = groups()
-    one = linear_probe(train_x, train_y, test_x, test_y, 4, epochs=3)
-    other = linear_probe(train_x, train_y, test_x.flip(1)[:, :50], test_y[:50], 4, epochs=3)
+    one = linear_probe(train_x, train_y, test_x, test_y, 4, settings(3))
+    other = linear_probe(train_x, train_y, test_x.flip(1)[:, :50], test_y[:50], 4, settings(3))
     assert torch.equal(one.weights, other.weights)
     assert torch.equal(one.biases, other.biases)
 
@@ -194,14 +201,14 @@ def test_probe_does_not_look_at_the_test_split():
 def test_probe_leaves_its_features_alone():
     data = groups()
     kept = data[0].clone()
-    linear_probe(*data, 4, epochs=1)
+    linear_probe(*data, 4, settings(1))
     assert torch.equal(data[0], kept)
 
 
 def test_probe_of_extracted_features(model):
     features = extract(model, images(12))
     labels = torch.arange(12) % 3
-    probe = linear_probe(features, labels, features, labels, 3, epochs=40, lr=0.05)
+    probe = linear_probe(features, labels, features, labels, 3, settings(40, lr=0.05))
     assert probe.exits == [100.0] * 4
     assert probe.ensemble == 100
 
@@ -248,8 +255,8 @@ def test_knn_refuses_k(k):
 def test_labels_are_checked():
     train_x, train_y, test_x, test_y = groups()
     with pytest.raises(UserError, match="class 4 has no training images"):
-        linear_probe(train_x, train_y, test_x, test_y, 5)
+        linear_probe(train_x, train_y, test_x, test_y, 5, settings(1))
     with pytest.raises(UserError, match="from 0 to 3, but there are 3"):
         knn(train_x[0], train_y, test_x[0], test_y, num_classes=3, k=5)
     with pytest.raises(UserError, match="test split has no images"):
-        linear_probe(train_x, train_y, test_x[:, :0], test_y[:0], 4)
+        linear_probe(train_x, train_y, test_x[:, :0], test_y[:0], 4, settings(1))

@@ -144,7 +144,7 @@ def test_loss_curves(tmp_path: Path, drawn: list[Figure]) -> None:
     parts = {"ce_teacher": 4.0, "feature": 300.0, "label_top1": 0.25}
     stages = {"MoCo v2": lines(500), "distil": lines(40, **parts), "skipped": [], "short": lines(1, kl=0.0)}
     loss_curves(stages, tmp_path / "curves.png")
-    panels = np.array(drawn[0].axes).reshape(3, 3)  # loss, share, lr; the stage without lines has no column
+    panels = np.array(drawn[0].axes).reshape(3, 3)  # loss, top-1, lr; the stage without lines has no column
     assert [panel.get_title(loc="left") for panel in panels[0]] == ["MoCo v2", "distil", "short"]
     assert [panel.get_yscale() for panel in panels[0]] == ["linear", "log", "linear"]
     assert [panel.get_visible() for panel in panels[1]] == [False, True, False]

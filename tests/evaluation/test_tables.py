@@ -12,10 +12,10 @@ from sssd_zoo.evaluation.reports.comparison import (
     Setting,
     changes_table,
     comparison_table,
+    mean_and_range,
     paper_row,
     paper_tables,
     results_csv,
-    spread,
 )
 from sssd_zoo.evaluation.reports.paper import TABLES, named_rows
 
@@ -55,9 +55,9 @@ def paper_table(lines, number):
     return table(next(text for title, text in parts.items() if title.startswith(f"Table {number}")))
 
 
-def test_spread_and_rows():
-    assert spread([1.0]) == "1.00"
-    assert spread([1.0, 2.0, 6.0]) == "3.00 (1.00, 6.00)"
+def test_mean_and_range_and_rows():
+    assert mean_and_range([1.0]) == "1.00"
+    assert mean_and_range([1.0, 2.0, 6.0]) == "3.00 (1.00, 6.00)"
     rows = by_name(table("\n".join(comparison_table([result("seed")]))))
     assert rows["SEED"] == ["", "", "", "50.00", "", "1", "", "1 min 00 s"]
     assert sum("not run" in cells for cells in rows.values()) == len(METHODS) - len(VARIANTS) - 1

@@ -178,7 +178,7 @@ def test_export_replaces_only_an_export(suffix, tmp_path, capsys):
         pytest.importorskip("onnxscript")
     out.write_text("a photo")
     assert sssd(*words) == 2
-    assert "it stays" in one_line(capsys)
+    assert "so it is kept" in one_line(capsys)
     assert out.read_text() == "a photo"
     out.unlink()
     half = tmp_path / f".{out.name}.tmp-{dead()}"
@@ -200,9 +200,9 @@ def test_the_weights_of_a_card_replace_no_other_file(tmp_path, capsys):
     for name in ("metrics.json", "config.yaml"):
         (run / name).write_text("{}")
     words = ["card", "--run", run, "--out", tmp_path / "card", "--weights", weights]
-    for more in ([], ["--overwrite"]):
+    for more, reason in (([], "already exists"), (["--overwrite"], "is not")):
         assert sssd(*words, *more) == 2
-        assert "weights.safetensors is" in one_line(capsys)
+        assert f"weights.safetensors {reason}" in one_line(capsys)
     assert weights.read_text() == "mine"
     assert not (tmp_path / "card").exists()
 

@@ -1,4 +1,4 @@
-"""The weights that ship: each loads on a machine without a network and is as good as its card says."""
+"""The bundled weights: each loads on a machine without a network and is as good as its card says."""
 
 import hashlib
 import subprocess
@@ -14,7 +14,7 @@ from helpers.commands import ROOT, command
 from sssd_zoo.cli import run
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json
-from sssd_zoo.hub.cards import check
+from sssd_zoo.hub.cards import sample_accuracy
 
 CARDS = ROOT / "hub_cards"
 NAMES = timm.list_pretrained("sssd_*")
@@ -26,7 +26,7 @@ def test_every_pretrained_network_has_a_card_and_the_other_way_round():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shipped_weights_are_as_good_as_their_card_says(name):
+def test_bundled_weights_are_as_good_as_their_card_says(name):
     weights = Path(sssd_zoo.__file__).parent / "weights" / f"{name}.safetensors"
     card = read_json(CARDS / name / "metrics.json")
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == card["weights"]["sha256"]
@@ -36,7 +36,7 @@ def test_shipped_weights_are_as_good_as_their_card_says(name):
     for key in ("input_size", "num_classes", "mean", "std", "label_names"):
         ours, theirs = network.pretrained_cfg[key], config["pretrained_cfg"][key]
         assert ours == (tuple(theirs) if isinstance(theirs, list) else theirs), key
-    measured = check(network)
+    measured = sample_accuracy(network)
     assert measured == pytest.approx(card["weights"]["check"], abs=0.3)
     if "knn" not in measured:  # the card's own figures are of all test images: 1,000 of them lie within 4 points
         ours = card["accuracy"][0]
@@ -63,7 +63,7 @@ def test_sssd_models_lists_them_with_their_accuracies(name, capsys):
 
 def test_missing_weights_are_named(monkeypatch):
     overlay = {"file": "/no/such.safetensors"}
-    with pytest.raises(UserError, match="not where they should be"):
+    with pytest.raises(UserError, match="are missing"):
         timm.create_model("sssd_resnet18_cifar", pretrained=True, pretrained_cfg_overlay=overlay)
 
 

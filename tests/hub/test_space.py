@@ -279,9 +279,9 @@ def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path):
     [
         (["nowhere"], "no folder 'nowhere'"),
         (["{tmp_path}"], "holds no network"),
-        (["{fitted}/pretrain"], "no network with four exits and classifiers"),
+        (["{fitted}/pretrain"], "not a network with four exits and classifiers"),
         ([SHIPPED, "--push", "name"], "whose is it?"),
-        ([SHIPPED, "--push", "org/na me"], "no repository's name"),
+        ([SHIPPED, "--push", "org/na me"], "not a repository name"),
         ([SHIPPED, "--push", "org/name"], "run `hf auth login`, or set HF_TOKEN"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -15,7 +15,7 @@ from helpers.commands import TINY_DETECTION, one_line, sssd
 from helpers.images import write_voc
 from sssd_zoo.data.augment import LUMA, normalise
 from sssd_zoo.data.images import Encoded, decode
-from sssd_zoo.models.networks import load_network, statistics
+from sssd_zoo.models.networks import input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
 CLASSES = ["blue", "green", "red"]
@@ -49,7 +49,7 @@ def images(folder_of_images, tmp_path_factory):
 
 def test_grey_is_luma_normalised_by_the_mean_of_the_statistics(grey):
     network = load_network(str(grey))
-    mean, std, size = statistics(network)
+    size, mean, std = input_spec(network)
     assert (len(mean), len(std), size) == (1, 1, 16)
     stored = torch.rand(2, 3, 16, 16)
     luma = sum(weight * stored[:, i] for i, weight in enumerate(LUMA))
@@ -60,7 +60,7 @@ def test_grey_is_luma_normalised_by_the_mean_of_the_statistics(grey):
 def test_a_grey_network_made_of_an_rgb_one_has_one_mean():
     network = timm.create_model("sssd_resnet18_cifar", pretrained=True, in_chans=1)
     whole = timm.create_model("sssd_resnet18_cifar", pretrained=True)
-    (mean,), (std,), _ = statistics(network)
+    _, (mean,), (std,) = input_spec(network)
     assert mean == pytest.approx(sum(whole.pretrained_cfg["mean"]) / 3)
     assert std == pytest.approx(sum(whole.pretrained_cfg["std"]) / 3)
 
@@ -72,7 +72,7 @@ def test_predict_answers_as_the_network_does(grey, tmp_path, capsys):
     assert sssd("predict", grey, tmp_path, "--output", "ensemble", "--format", "jsonl", *CPU) == 0
     grey_answer, rgb_answer = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     network = load_network(str(grey)).eval()
-    mean, std, _ = statistics(network)
+    _, mean, std = input_spec(network)
     image = torch.from_numpy(pixels / 255).float()[None, None]
     with torch.no_grad():
         confidence, label = network((image - mean[0]) / std[0]).softmax(1).max(1)
@@ -83,14 +83,14 @@ def test_predict_answers_as_the_network_does(grey, tmp_path, capsys):
 
 
 def test_the_page_prepares_grey_images(grey, folder_of_images):
-    from sssd_zoo.hub.page import prepare
+    from sssd_zoo.hub.page import network_input
 
     network = load_network(str(grey))
     data = (folder_of_images / "red/00.png").read_bytes()
-    found = prepare(data, network)
+    found = network_input(data, network)
     assert found.shape == (1, 1, 16, 16)
     stored = torch.from_numpy(decode(Encoded(0, data, None), 16).copy())[None].float() / 255
-    mean, std, _ = statistics(network)
+    _, mean, std = input_spec(network)
     torch.testing.assert_close(found, normalise(stored, mean, std))
 
 
@@ -153,9 +153,9 @@ def test_measuring_and_calibrating(grey, images, tmp_path, capsys):
 
 
 def test_the_check_of_a_card(grey):
-    from sssd_zoo.hub.cards import check
+    from sssd_zoo.hub.cards import sample_accuracy
 
-    assert 0 <= check(load_network(str(grey)))["knn"] <= 100
+    assert 0 <= sample_accuracy(load_network(str(grey)))["knn"] <= 100
 
 
 @pytest.mark.slow
@@ -251,5 +251,5 @@ def test_other_channel_counts_are_refused_in_one_line(words, other, images, voc,
     channels, model = other
     places = {"model": model, "images": images, "voc": voc, "out": tmp_path / "out"}
     assert sssd(*(word.format(**places) for word in words.split())) == 2
-    assert f"takes images of {channels} channels" in one_line(capsys)
+    assert f"takes images with {channels} channels" in one_line(capsys)
     assert not (tmp_path / "out").exists()

@@ -323,7 +323,7 @@ def test_links_and_pipes_are_not_included(copied, tmp_path, capsys):
     os.mkfifo(copied / "pipe.txt")
     words = ["publish", copied, "--repo", "org/name", "--dry_run", "--include"]
     assert "key.txt: it is a symbolic link" in refusal(capsys, *words, "key.txt")
-    assert "no regular file" in refusal(capsys, *words, "pipe.txt")
+    assert "not a regular file" in refusal(capsys, *words, "pipe.txt")
     assert "keys: it is a symbolic link" in refusal(capsys, *words, "keys")
     assert "fits no file" in refusal(capsys, *words, "keys/*")
     assert not [name for name in dry_run(capsys, copied) if "key" in name or "pipe" in name]
@@ -542,7 +542,7 @@ def test_recipes_that_grow_are_refused(kind, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", ["/dev/zero", "/", "/dev/urandom"])
 def test_a_recipe_that_never_ends_is_refused(path, tmp_path, capsys):
-    assert "is no file" in refusal(capsys, "fit", "--config", path, "--out", tmp_path / "out")
+    assert "is not a file" in refusal(capsys, "fit", "--config", path, "--out", tmp_path / "out")
 
 
 def test_recipes_may_have_aliases(tmp_path):

@@ -88,7 +88,7 @@ class Result(NamedTuple):
         ensemble: of four exits.
         seconds: of its training.
         seconds_before: of the pretext and the labels that it needs.
-        macs: multiply-adds by exit; {} of a network without exits.
+        macs: by exit; {} of a network without exits.
         setting: of the comparison.
     """
 
@@ -107,7 +107,7 @@ class Result(NamedTuple):
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Result":
-        """From results.json; raises `KeyError` or `TypeError` for a file of another make."""
+        """From results.json; raises `KeyError` or `TypeError` for a file of another form."""
         return cls(**{**content, "setting": Setting(**content["setting"])})
 
     @property
@@ -116,7 +116,7 @@ class Result(NamedTuple):
         return [*self.exits, self.ensemble] if len(self.exits) > 1 else [None, None, None, self.exits[0], None]
 
 
-def spread(values: list[Any]) -> str:
+def mean_and_range(values: list[Any]) -> str:
     """The mean in percent and, of several values, the lowest and the highest."""
     mean = sum(values) / len(values)
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ({min(values):.2f}, {max(values):.2f})"
@@ -124,14 +124,14 @@ def spread(values: list[Any]) -> str:
 
 def mean_of(values: Iterable[float]) -> float:
     """The mean."""
-    found = list(values)
-    return sum(found) / len(found)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
 
 
 def accuracy_cells(runs: list[Result]) -> list[str]:
     """The five columns of runs that differ in the seed, mean (lowest, highest)."""
     columns = [[run.cells[place] for run in runs] for place in range(len(COLUMNS))]
-    return [spread(column) if column[0] is not None else "" for column in columns]
+    return [mean_and_range(column) if column[0] is not None else "" for column in columns]
 
 
 def comparison_table(results: list[Result]) -> list[str]:
@@ -143,13 +143,13 @@ def comparison_table(results: list[Result]) -> list[str]:
             continue
         cells = accuracy_cells(runs) if runs else [NOT_RUN, *[""] * (len(COLUMNS) - 1)]
         before = mean_of(run.seconds_before for run in runs) if runs else 0
-        own = duration(mean_of(run.seconds for run in runs)) if runs else ""
-        lines.append([title, *cells, str(len(runs)), duration(before) if before else "", own])
+        training = duration(mean_of(run.seconds for run in runs)) if runs else ""
+        lines.append([title, *cells, str(len(runs)), duration(before) if before else "", training])
     return table(["method", *COLUMNS, "seeds", "pretext and labels", "training"], lines)
 
 
 def changes_table(results: list[Result], others: list[Result]) -> list[str]:
-    """Lines of Markdown: what changing one thing of SSSD gives, in points over plain SSSD with the same seed.
+    """Lines of Markdown: what changing one thing in SSSD gives, in points over plain SSSD with the same seed.
 
     A row for each variant among `results`, and for each run of SSSD among `others` that differs in the pretext alone.
     Empty without such rows, or without plain SSSD.
@@ -214,19 +214,19 @@ def settings_table(settings: list[Setting]) -> list[str]:
 
 
 def paper_tables(results: list[Result]) -> list[str]:
-    """Lines of Markdown: the paper's tables, our rows beside its own.
+    """Lines of Markdown: the paper's tables, with our rows beside its own.
 
-    Ours stand under a row of the paper where the data set (all of it), the method, the pretext's network, its epochs
-    and its data are the same; where we have none such, the row says that it was not run. Our other runs follow: on
-    other data, a part of them, or for other epochs.
+    Ours stand below a row of the paper if the data set (all of it), the method, the pretext's network, its epochs and
+    its data are the same; where we have none, the row says that it was not run. Our other runs follow: on other data,
+    on a part of them, or for other epochs.
     """
     settings = list(dict.fromkeys(run.setting for run in results))
     lines = [
         "## In the paper's tables",
         "",
-        "The paper's rows are on the original images with its own training. A row of ours stands under one of the "
-        f"paper's where all that the table names is the same, and says '{NOT_RUN}' where we have none; our other runs "
-        "come after. Mean and, in brackets, lowest and highest over the seeds; times are of the training alone.",
+        "The paper's rows are on the original images with its own training. Our row stands below one of the paper's if "
+        f"everything that the table names is the same, and says '{NOT_RUN}' where we have none; our other runs follow. "
+        "Mean and, in brackets, lowest and highest over the seeds; times are for training alone.",
         "",
         *settings_table(settings),
         "",
@@ -279,7 +279,7 @@ def _groups(results: Iterable[Result]) -> dict[tuple[Setting, str], list[Result]
 
 
 def paper_row(run: Result) -> tuple[str | None, str, str | None, int | None, str | None] | None:
-    """What a `Row` of the paper is told by, of one of our runs; the data are None where they are not the paper's."""
+    """What identifies a `Row` of the paper, of one of our runs; the data are None where they are not the paper's."""
     setting = run.setting
     network = re.search(r"resnet(\d+)", setting.pretext)
     data, student = paper_data(setting.data, setting.images), "resnet18" in setting.model
@@ -294,7 +294,7 @@ def paper_row(run: Result) -> tuple[str | None, str, str | None, int | None, str
 
 
 def paper_data(name: str, images: int) -> str | None:
-    """The paper's name of a data set, or None if it is another or a part of it."""
+    """The paper's name for a data set, or None if it is another or a part of one."""
     letters = re.sub(r"[^a-z0-9]", "", name.rsplit("/", 1)[-1].lower())
     return PAPER_DATA.get((letters, images))
 

@@ -52,47 +52,47 @@ LEAST_SPAN = 10  # points of accuracy that the axis covers at least
 
 @mpl.rc_context(STYLE)
 def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str | Path) -> None:
-    """Draws the loss, its parts, shares and learning rate of each stage, over the epochs.
+    """Draws each stage's loss with its terms, top-1 accuracies and learning rate, over the epochs.
 
     Args:
-        metrics: by the stage's title, the lines of its metrics.jsonl: `epoch`, `loss`, `lr`; any `*_top1` is drawn as a
-            share in percent, and the other names but `step` and `images_per_second` as parts of the loss.
+        metrics: by the stage's title, the lines of its metrics.jsonl: `epoch`, `loss`, `lr`; any `*_top1`, a fraction,
+            is drawn in percent, and the other names but `step` and `images_per_second` as terms of the loss.
         path: PNG to write.
     """
     stages = {title: lines for title, lines in metrics.items() if lines}
     columns = max(1, len(stages))
-    figure = Figure(figsize=(max(5.2, 4.0 * columns), 5.2), layout="constrained")
+    figure = Figure(figsize=(max(5.2, 4.0 * columns), 5.8), layout="constrained")
     panels = figure.subplots(3, columns, sharex="col", squeeze=False, height_ratios=(4, 1.4, 1))
-    for (losses, shares, rates), (title, lines) in zip(panels.T, stages.items(), strict=False):
+    for (losses, accuracies, rates), (title, lines) in zip(panels.T, stages.items(), strict=False):
         epochs = [line["epoch"] for line in lines]
         values = {name: np.array([line[name] for line in lines]) for name in lines[0]}
-        parts = [name for name in values if name not in ("step", "epoch", "lr", "images_per_second")]
-        top1 = [name for name in parts if name.endswith("_top1")]
-        parts = [name for name in parts if name not in top1]
+        drawn = [name for name in values if name not in ("step", "epoch", "lr", "images_per_second")]
+        top1 = [name for name in drawn if name.endswith("_top1")]
+        terms = [name for name in drawn if name not in top1]
 
-        for name, colour in zip(parts, _colours(), strict=False):
+        for name, colour in zip(terms, _colours(), strict=False):
             _curve(losses, epochs, values[name], colour, name, width=2 if name == "loss" else 1.3)
-        medians = [abs(np.median(values[name])) for name in parts]
+        medians = [abs(np.median(values[name])) for name in terms]
         if max(medians) > 10 * min(medians) > 0:
             losses.set_yscale("log")
             for axis_part in ("major", "minor"):  # by default in mathematical notation
                 getattr(losses.yaxis, f"set_{axis_part}_formatter")(LogFormatter())
         losses.set_title(_label(title))
-        losses.legend(fontsize=8, ncols=2 if len(parts) > 3 else 1)
+        _legend_below(losses)
 
         for name, colour in zip(top1, _colours(start=5), strict=False):
-            _curve(shares, epochs, 100 * values[name], colour, name, width=2)
+            _curve(accuracies, epochs, 100 * values[name], colour, name, width=2)
         if top1:
-            shares.legend(fontsize=8)
-            shares.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-            shares.set_ylim(bottom=0)
+            _legend_below(accuracies)
+            accuracies.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+            accuracies.set_ylim(bottom=0)
         else:
-            shares.set_visible(False)
+            accuracies.set_visible(False)
 
         _curve(rates, epochs, values["lr"], FAINT, "lr", width=1.4)
         rates.set(xlabel="epoch", xlim=(0, None), ylim=(0, None))
         rates.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    for panel, name in zip(panels[:, 0], ("loss", "share", "lr"), strict=True):
+    for panel, name in zip(panels[:, 0], ("loss", "top-1", "lr"), strict=True):
         panel.set_ylabel(name)
     _save(figure, path)
 
@@ -112,8 +112,8 @@ def cluster_sizes(sizes: Sequence[int], path: str | Path) -> None:
     bars.axhline(ordered.mean(), color=INK, lw=1, ls="--")
     label = f"mean {ordered.mean():.1f}"
     bars.annotate(label, (1, ordered.mean()), (0, 3), ("axes fraction", "data"), "offset points", ha="right")
-    spread = f"{ordered[-1]:,} to {ordered[0]:,} each, median {np.median(ordered):,.0f}"
-    bars.set(title=f"{ordered.sum():,} images in {len(ordered):,} clusters: {spread}")
+    each = f"{ordered[-1]:,} to {ordered[0]:,} each, median {np.median(ordered):,.0f}"
+    bars.set(title=f"{ordered.sum():,} images in {len(ordered):,} clusters: {each}")
     bars.set(xlabel="clusters, largest first", ylabel="images", xlim=(0, len(ordered)), ylim=(0, None))
     bins = np.linspace(ordered[-1] - 0.5, ordered[0] + 0.5, min(30, ordered[0] - ordered[-1] + 1) + 1)
     histogram.hist(ordered, bins=bins, color=COLOURS[0], edgecolor="white", lw=0.5)
@@ -131,7 +131,7 @@ def accuracy_cost(
 
     Args:
         rows: at least one network's accuracies in percent.
-        macs: multiply-adds for one image at the exits '1' to '4' and for the 'ensemble', the same for all rows.
+        macs: MACs per image at the exits '1' to '4' and for the 'ensemble', the same for all rows.
         path: PNG to write.
         plain: accuracies of networks without exits, by their names, drawn at the cost of exit 4.
     """
@@ -158,16 +158,17 @@ def accuracy_cost(
         side = {"exit 4": "right", "ensemble": "left"}.get(name, "center")
         axes.axvline(x, color=FAINT, lw=0.7, ls=":", zorder=0)
         axes.annotate(name, (x, 1), (0, 2), ("data", "axes fraction"), "offset points", ha=side, fontsize=8)
-    axes.set_xlabel(f"multiply-adds for one image ({unit})")
+    axes.set_xlabel(f"MACs per image ({unit})")
     axes.set_ylabel("accuracy (%)")
     axes.margins(y=0.15)
     _widen(axes)
     axes.set_xlim(0, 1.13 * full)
     axes.grid(axis="x", visible=False)
+    # Outside the axes: inside it may cover points.
     if crowded:
         figure.legend(loc="outside right upper")
     else:
-        axes.legend(loc="best")
+        figure.legend(loc="outside lower center", ncols=2)
     _save(figure, path)
 
 
@@ -175,7 +176,7 @@ def accuracy_cost(
 def early_exit_costs(
     answers: Mapping[str, Mapping[str, Any]], curve: Sequence[Mapping[str, Any]], path: str | Path
 ) -> None:
-    """Draws accuracy against multiply-adds and against measured time, of every exit, the ensemble and early exit.
+    """Draws accuracy against MACs and against measured time, of every exit, the ensemble and early exit.
 
     Args:
         answers: by '1' to '4', 'ensemble' and 'early exit': `accuracy` in percent, `multiply_adds`, and `milliseconds`
@@ -186,27 +187,29 @@ def early_exit_costs(
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     costs: list[dict[str, float]] = [{name: row["multiply_adds"] / 1e6 for name, row in answers.items()}]
-    titles, batches = ["million multiply-adds for one image"], list(answers["ensemble"]["milliseconds"])
+    titles, batches = ["million MACs per image"], list(answers["ensemble"]["milliseconds"])
     for batch in batches:
         costs.append({name: row["milliseconds"][batch] for name, row in answers.items()})
-        titles.append(f"milliseconds for one image at batch {batch}")
+        titles.append(f"ms per image at batch size {batch}")
     line = [point["multiply_adds"] / 1e6 for point in curve]
     panels[0].plot(line, [p["accuracy"] for p in curve], color=COLOURS[1], label="early exit, other budgets")
-    for panel, own, title in zip(panels, costs, titles, strict=True):
+    for panel, cost, title in zip(panels, costs, titles, strict=True):
         height = {name: row["accuracy"] for name, row in answers.items()}
         panel.plot(
-            [own[name] for name in EXITS],
+            [cost[name] for name in EXITS],
             [height[name] for name in EXITS],
             color=COLOURS[0],
             marker="o",
             label="exits 1-4",
         )
         for name in EXITS:
-            panel.annotate(name, (own[name], height[name]), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            panel.annotate(
+                name, (cost[name], height[name]), (0, 6), textcoords="offset points", ha="center", fontsize=8
+            )
         for name, colour, marker in (("ensemble", COLOURS[0], "*"), ("early exit", COLOURS[1], "D")):
             size = 11 if marker == "*" else 7
-            panel.plot(own[name], height[name], color=colour, marker=marker, ms=size, ls="none", label=name)
-        panel.set(xlabel=title, xlim=(0, 1.08 * max(own.values())))
+            panel.plot(cost[name], height[name], color=colour, marker=marker, ms=size, ls="none", label=name)
+        panel.set(xlabel=title, xlim=(0, 1.08 * max(cost.values())))
     panels[0].set_ylabel("accuracy (%)")
     _widen(panels[0])
     figure.legend(handles=panels[0].get_lines(), loc="outside upper center", ncols=4, fontsize=8)
@@ -249,7 +252,7 @@ def label_curves(
     *,
     axis: str,
 ) -> None:
-    """Draws accuracy against the number of labels: ours with the spread over seeds, and the paper's beside it.
+    """Draws accuracy against the number of labels: ours with the range over seeds, and the paper's beside it.
 
     Args:
         ours: by a network's name and the labels, the accuracies of its seeds in percent.
@@ -262,9 +265,9 @@ def label_curves(
     for (name, curve), colour in zip(ours.items(), cycle(COLOURS), strict=False):
         x = sorted(curve)
         means = [sum(curve[labels]) / len(curve[labels]) for labels in x]
-        spread = [[mean - min(curve[labels]) for labels, mean in zip(x, means, strict=True)]]
-        spread += [[max(curve[labels]) - mean for labels, mean in zip(x, means, strict=True)]]
-        left.errorbar(x, means, spread, color=colour, marker="o", ms=4, capsize=3, label=_label(name))
+        below = [mean - min(curve[labels]) for labels, mean in zip(x, means, strict=True)]
+        above = [max(curve[labels]) - mean for labels, mean in zip(x, means, strict=True)]
+        left.errorbar(x, means, [below, above], color=colour, marker="o", ms=4, capsize=3, label=_label(name))
     for (name, points), colour in zip(paper.items(), (INK, FAINT), strict=False):
         right.plot(list(points), list(points.values()), color=colour, marker="s", ms=4, label=_label(name))
     left.set(title="here: mean, lowest and highest", xlabel=axis, ylabel="accuracy (%)", xscale="log")
@@ -332,9 +335,14 @@ def _curve(
 
 
 def _label(name: str) -> str:
-    """A name in a figure. Out of a legend, matplotlib leaves what begins with an underscore."""
-    words = plain(name, LONGEST_LABEL)
-    return f" {words}" if words[:1] in ("_", "") else words
+    """A name in a figure. matplotlib leaves names that begin with an underscore out of legends."""
+    label = plain(name, LONGEST_LABEL)
+    return f" {label}" if label[:1] in ("_", "") else label
+
+
+def _legend_below(axes: Axes) -> None:
+    """Puts the legend of a panel without tick labels right below it: inside, it may cover a line."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8, ncols=3)
 
 
 def _widen(axes: Axes) -> None:

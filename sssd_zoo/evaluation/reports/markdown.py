@@ -1,4 +1,4 @@
-"""What a run gave, as Markdown: report.md and the facts of a card."""
+"""The results of a run as Markdown: report.md and the facts of a card."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ class AccuracyRow(TypedDict):
 
 
 class Timing(TypedDict):
-    """Seconds that one step took; `note` says what they bought or that the step was skipped."""
+    """Seconds that one step took; `note` says what came of it, or that the step was skipped."""
 
     step: str
     seconds: float
@@ -28,7 +28,7 @@ class Timing(TypedDict):
 
 
 class Results(TypedDict, total=False):
-    """What a run found; every key may be missing, and what is missing is not reported.
+    """The results of a run; every key may be missing, and what is missing is not reported.
 
     Attributes:
         model: timm name of the network.
@@ -48,7 +48,7 @@ class Results(TypedDict, total=False):
         quality: of the pseudo labels against the true ones: 'nmi' and 'ari' and 'purity', in 0..1.
         accuracy: linear-probe accuracies; the first row is the network itself, the second what it is compared with.
         clustered: accuracy in percent of the features that were clustered, the pretext's, by how it was measured.
-        macs: multiply-adds for one image at the exits '1' to '4' and for the 'ensemble'.
+        macs: MACs per image at the exits '1' to '4' and for the 'ensemble'.
         times: of the steps.
         figures: file names beside the report and their captions.
         notes: more facts, each a line of Markdown.
@@ -78,7 +78,7 @@ class Results(TypedDict, total=False):
 
 
 def read_results(run: str | Path) -> Results:
-    """What a finished run found; `data` is there.
+    """The results of a finished run; `data` is among them.
 
     Raises:
         UserError: if its metrics.json is missing or of another shape.
@@ -102,7 +102,7 @@ def write_report(path: str | Path, results: Results) -> None:
 
 
 def describe(results: Results) -> list[str]:
-    """Facts of a run but its figures, each a line of Markdown."""
+    """Facts of a run other than its figures, each a line of Markdown."""
     facts = []
     if "data" in results:
         fact = f"**Data**: {code(results['data'])}"
@@ -153,9 +153,9 @@ def _accuracy(results: Results) -> list[str]:
         ]
         numbers = [[*row["exits"], row["ensemble"]] for row in rows]
         names = [markdown(row["name"]) for row in rows]
-        cells = [[name, *(f"{value:.2f}" for value in own)] for name, own in zip(names, numbers, strict=True)]
-        for name, theirs in list(zip(names, numbers, strict=True))[1:]:
-            leads = [f"{ours - other:+.2f}" for ours, other in zip(numbers[0], theirs, strict=True)]
+        cells = [[name, *(f"{value:.2f}" for value in row)] for name, row in zip(names, numbers, strict=True)]
+        for name, row in list(zip(names, numbers, strict=True))[1:]:
+            leads = [f"{ours - other:+.2f}" for ours, other in zip(numbers[0], row, strict=True)]
             cells.append([f"{names[0]} over {name}", *leads])
         lines += [*table(["", "exit 1", "exit 2", "exit 3", "exit 4", "ensemble"], cells), ""]
     else:
@@ -165,7 +165,7 @@ def _accuracy(results: Results) -> list[str]:
             [name if name == "ensemble" else f"exit {name}", f"{cost / 1e6:,.1f} M", f"{cost / macs['4']:.0%}"]
             for name, cost in macs.items()
         ]
-        lines += [*table(["answer of", "multiply-adds for one image", "of exit 4's"], cells), ""]
+        lines += [*table(["answer of", "MACs per image", "of exit 4's"], cells), ""]
     return [*lines, *_figures(results, "accuracy")]
 
 

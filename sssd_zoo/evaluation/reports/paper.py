@@ -110,8 +110,8 @@ TABLES: dict[int, list[Row]] = {
     ],
 }
 
-# Table 4: accuracy in percent on ImageNet-1K after fine-tuning on a share of its labels, by the network of the pretext,
-# 200 epochs, and the labels in percent.
+# Table 4: accuracy in percent on ImageNet-1K after fine-tuning on a fraction of its labels, by the network of the
+# pretext, 200 epochs, and the labels in percent.
 TABLE_4: dict[str, dict[float, float]] = {
     "ResNet-50": {1: 40.16, 10: 57.41, 20: 61.18, 30: 63.19, 40: 64.54, 50: 65.53},
     "ResNet-101": {1: 42.58, 10: 58.48, 20: 62.05, 30: 64.09, 40: 65.36, 50: 65.94},
@@ -120,10 +120,10 @@ TABLE_4: dict[str, dict[float, float]] = {
 
 def named_rows() -> dict[str, tuple[float, ...]]:
     """All rows of five numbers by name, such as 'CIFAR-10: ResNet-18, 200 epochs'."""
-    found: dict[str, tuple[float, ...]] = {}
+    rows: dict[str, tuple[float, ...]] = {}
     for number in (1, 3, 6):
         for row in TABLES[number]:
             name = {"random": "random labels", "dacsd": "DACSD"}.get(row.method, f"{row.network}, {row.epochs} epochs")
             name += f" on {row.pretext_data}" if row.pretext_data else ""
-            found.setdefault(f"{row.data}: {name}", row.values)
-    return found
+            rows.setdefault(f"{row.data}: {name}", row.values)
+    return rows
