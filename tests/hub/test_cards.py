@@ -37,11 +37,12 @@ def test_bundled_weights_are_as_good_as_their_card_says(name):
         ours, theirs = network.pretrained_cfg[key], config["pretrained_cfg"][key]
         assert ours == (tuple(theirs) if isinstance(theirs, list) else theirs), key
     measured = sample_accuracy(network)
-    assert measured == pytest.approx(card["weights"]["check"], abs=0.3)
-    if "knn" not in measured:  # the card's own figures are of all test images: 1,000 of them lie within 4 points
+    # They are the same numbers, unless an image of the 1,000 lies on the edge between two classes.
+    assert measured == pytest.approx(card["weights"]["check"], abs=0.11)
+    if "knn" not in measured:  # the card's own figures are of all test images: 1,000 of them lie within 2 points
         ours = card["accuracy"][0]
         stated = dict(zip(("1", "2", "3", "4", "ensemble"), [*ours["exits"], ours["ensemble"]], strict=True))
-        assert measured == pytest.approx(stated, abs=4)
+        assert measured == pytest.approx(stated, abs=2)
 
 
 def test_the_one_liner_of_the_readme_works_offline():

@@ -46,7 +46,7 @@ def test_labels_of_an_epoch_keep_the_numbers_of_the_last(online):
     labels = [online.for_epoch(epoch, 0) for epoch in range(5)]
     assert all(one.shape == (48,) and one.min() >= 0 and one.max() < 4 for one in labels)
     # The network has not moved: other first centroids, much the same clusters, and so much the same numbers.
-    assert min((one == other).float().mean() for one, other in pairwise(labels)) > 0.5
+    assert min((one == other).float().mean() for one, other in pairwise(labels)) > 0.7  # 37 of 48, as measured
     lines = [json.loads(line) for line in (online.out / "own_labels.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == list(range(5))
     assert lines[3]["kept"] == pytest.approx((labels[3] == labels[2]).float().mean().item())

@@ -202,10 +202,16 @@ def test_shuffle_hides_which_images_share_statistics():
 def test_running_statistics_span_steps_whatever_the_splits():
     images = torch.randn(64, 3, 12, 12) * 2 + 1
     one, eight = make(splits=1), make(splits=8)
+    slow = nn.BatchNorm2d(6, momentum=0.1 / 8)
+    for part in one.query_encoder.trunk.conv(images).chunk(8):
+        slow(part)
     one.query_encoder(images)
     eight.query_encoder(images)
-    one_mean = one.query_encoder.trunk.norm.running_mean
-    torch.testing.assert_close(eight.query_encoder.trunk.norm.running_mean, one_mean, atol=0.02, rtol=0.1)
+    of_one, of_eight = one.query_encoder.trunk.norm, eight.query_encoder.trunk.norm
+    torch.testing.assert_close(of_eight.running_mean, slow.running_mean)
+    torch.testing.assert_close(of_eight.running_var, slow.running_var)
+    # (1 - 0.1 / 8)^8 of the old value is left instead of 1 - 0.1.
+    torch.testing.assert_close(of_eight.running_mean, of_one.running_mean, atol=0.004, rtol=0)
 
 
 def test_queue_pointer_and_key_encoder_are_in_the_state():
