@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 
+from sssd_zoo.configs import ClusterConfig
 from sssd_zoo.errors import UserError
 
 logger = logging.getLogger("sssd_zoo")
@@ -128,7 +129,13 @@ def first_seed(seed: int, redo: int) -> int:
 
 
 def kmeans(
-    features: FloatArray, k: int, *, seed: int, iterations: int = 20, redos: int = 1, progress: bool = False
+    features: FloatArray,
+    k: int,
+    *,
+    seed: int,
+    iterations: int = ClusterConfig.iterations,
+    redos: int = ClusterConfig.redos,
+    progress: bool = False,
 ) -> Clustering:
     """Clusters the rows of `features` by faiss's k-means, trained on all of them.
 
