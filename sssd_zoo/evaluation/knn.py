@@ -38,7 +38,7 @@ def knn(
     check_labels(train_y, test_y, num_classes)
     if not 1 <= neighbours <= len(train_y):
         raise UserError(
-            f"{neighbours} neighbours of {len(train_y)} training images; give --neighbours from 1 to the number of images"
+            f"{neighbours} neighbours of {len(train_y)} training images; give --neighbours from 1 to that number"
         )
     device = train_x.device
     train_y, test_y = train_y.to(device), test_y.to(device)
