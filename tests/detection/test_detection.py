@@ -428,19 +428,24 @@ class TestCommands:
         assert json.loads((tmp_path / "timm/detector.json").read_text())["architecture"] == "resnet18"
         capsys.readouterr()
 
-    def test_mistakes(self, voc, tmp_path, capsys):
-        words = ["detect", "--data", f"[{voc}]", *TINY, "--out", tmp_path / "out"]
-        for more, what in (
+    @pytest.mark.parametrize(
+        ("mistake", "message"),
+        [
             (("--model", "sssd_resnet34"), "No pretrained weights"),
             (("--model", "nothing"), "no model of that name"),
             (("--model", "vit_tiny_patch16_224", "--pretrained", "false"), "take a convolutional network"),
             (("--model", "resnet18", "--pretrained", "false", "--frozen_stages", "9"), "from 0 to 5"),
             (("--model", "resnet18", "--pretrained", "false", "--test_split", "val"), "no split 'val'"),
             (("--model", "resnet18", "--pretrained", "false", "--batch_size", "64"), "larger than the data set"),
-        ):
-            assert sssd(*words, *more) == 2
-            assert what in one_line(capsys)
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+    )
+    def test_mistakes(self, mistake, message, voc, tmp_path, capsys):
+        assert sssd("detect", "--data", f"[{voc}]", *TINY, "--out", tmp_path / "out", *mistake) == 2
+        assert message in one_line(capsys)
         assert not (tmp_path / "out").exists()
+
+    def test_neither_a_detector_nor_data(self, voc, tmp_path, capsys):
         assert sssd("detect-eval", "--model", tmp_path, "--data", f"[{voc}]") == 2
         assert "holds no detector" in one_line(capsys)
         assert sssd("detect", "--data", f"[{tmp_path / 'none'}]", "--model", "resnet18", "--out", tmp_path / "o") == 2

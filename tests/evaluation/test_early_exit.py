@@ -258,20 +258,28 @@ def test_other_budgets(folder, folder_of_images, tmp_path, budget):
     assert sssd("early-exit", *words, "--out", tmp_path / "out") == 2, "it is there already"
 
 
-def test_mistakes(folder, folder_of_images, tmp_path, capsys):
-    torch.manual_seed(0)
-    other = tmp_path / "other"
-    save_network(other, timm.create_model("sssd_resnet18", num_classes=4, layers=(1, 1, 1, 1)), "sssd_resnet18")
-    end = ["--data", folder_of_images, "--out", tmp_path / "out", "--device", "cpu"]
-    for words, text in (
-        ([folder, *end], "--split"),
-        ([other, *end, "--split", "train"], "3 classes"),
-        ([folder, *end, "--split", "train", "--latency", "1", "--points_lost", "1"], "one budget"),
-        ([folder, *end, "--split", "train", "--multiply_adds", "0.1"], "exit 1 alone takes"),
-        ([folder, *end, "--split", "train", "--holdout", "2"], "holdout is 2.0;"),
-        ([folder, *end, "--split", "train", "--runs", "0"], "runs is 0;"),
-        (["resnet10t", *end], "resnet10t"),
-    ):
-        assert sssd("early-exit", *words) == 2
-        assert text in one_line(capsys)
-        assert not (tmp_path / "out").exists()
+@pytest.fixture(scope="module")
+def four_classes(tmp_path_factory):
+    path = tmp_path_factory.mktemp("other") / "network"
+    save_network(path, timm.create_model("sssd_resnet18", num_classes=4, layers=(1, 1, 1, 1)), "sssd_resnet18")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{folder}"], "--split"),
+        (["{four_classes}", "--split", "train"], "3 classes"),
+        (["{folder}", "--split", "train", "--latency", "1", "--points_lost", "1"], "one budget"),
+        (["{folder}", "--split", "train", "--multiply_adds", "0.1"], "exit 1 alone takes"),
+        (["{folder}", "--split", "train", "--holdout", "2"], "holdout is 2.0;"),
+        (["{folder}", "--split", "train", "--runs", "0"], "runs is 0;"),
+        (["resnet10t"], "resnet10t"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes(words, message, folder, four_classes, folder_of_images, tmp_path, capsys):
+    words = [word.format(folder=folder, four_classes=four_classes) for word in words]
+    assert sssd("early-exit", *words, "--data", folder_of_images, "--out", tmp_path / "out", "--device", "cpu") == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "out").exists()

@@ -310,17 +310,23 @@ def test_a_branch_a_pull_request_and_a_tag_that_stays(published, sssd, run, tmp_
     assert repo.refs["main"] == first
 
 
-def test_mistakes_are_one_line(empty, sssd, run, tmp_path):
-    assert "no folder" in sssd("publish", tmp_path / "none", "--repo", REPO).error
-    assert "no folder" in sssd("publish", "--repo", REPO, "--private", tmp_path / "none").error
-    assert "required: run" in sssd("publish", "--repo", REPO).error
-    assert "not a finished run" in sssd("publish", tmp_path, "--repo", REPO).error
-    assert "ORG/NAME" in sssd("publish", run, "--repo", "network").error
-    assert "ORG/NAME" in sssd("publish", run, "--repo", "a/b/c").error
-    assert "matches no further file" in sssd("publish", run, "--repo", REPO, "--include", "*.gif").error
-    assert "no bundled weights 'resnet'" in sssd("pull", "resnet", "--out", tmp_path / "x").error
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (f"publish {{tmp_path}}/none --repo {REPO}", "no folder"),
+        (f"publish --repo {REPO} --private {{tmp_path}}/none", "no folder"),
+        (f"publish --repo {REPO}", "required: run"),
+        (f"publish {{tmp_path}} --repo {REPO}", "not a finished run"),
+        ("publish {run} --repo network", "ORG/NAME"),
+        ("publish {run} --repo a/b/c", "ORG/NAME"),
+        (f"publish {{run}} --repo {REPO} --include *.gif", "matches no further file"),
+        ("pull resnet --out {tmp_path}/x", "no bundled weights 'resnet'"),
+        (f"pull {REPO} --out {{tmp_path}} --overwrite", "holds mine;"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, empty, sssd, run, tmp_path):
     (tmp_path / "mine").write_text("mine")
-    assert "holds mine;" in sssd("pull", REPO, "--out", tmp_path, "--overwrite").error
+    assert message in sssd(*(word.format(run=run, tmp_path=tmp_path) for word in words.split())).error
     assert not writes(empty)
 
 

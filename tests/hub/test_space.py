@@ -25,6 +25,7 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from PIL import Image
 
+from helpers.browser import SpacePage, chromium
 from helpers.commands import ROOT, command
 from sssd_zoo.cli import run
 from sssd_zoo.configs import DataConfig
@@ -273,15 +274,25 @@ def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path):
         assert len(list((tmp_path / folder / "examples").iterdir())) == 10
 
 
-def test_mistakes_are_one_line(fitted, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "no folder 'nowhere'"),
+        (["{tmp_path}"], "holds no network"),
+        (["{fitted}/pretrain"], "not a network with four exits and classifiers"),
+        ([SHIPPED, "--push", "name"], "whose is it?"),
+        ([SHIPPED, "--push", "org/na me"], "not a repository name"),
+        ([SHIPPED, "--push", "org/name"], "run `hf auth login`, or set HF_TOKEN"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_are_one_line(words, message, fitted, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    assert "no folder 'nowhere'" in one_line(capsys, "nowhere")
-    assert "holds no network" in one_line(capsys, tmp_path)
-    assert "not a network with four exits and classifiers" in one_line(capsys, fitted / "pretrain")
-    assert "whose is it?" in one_line(capsys, SHIPPED, "--push", "name")
-    assert "not a repository name" in one_line(capsys, SHIPPED, "--push", "org/na me")
-    assert "run `hf auth login`, or set HF_TOKEN" in one_line(capsys, SHIPPED, "--push", "org/name")
+    assert message in one_line(capsys, *(word.format(fitted=fitted, tmp_path=tmp_path) for word in words))
+
+
+def test_without_gradio_it_says_how_to_install_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert "pip install 'sssd-zoo[space]'" in one_line(capsys, SHIPPED)
 
@@ -401,32 +412,18 @@ def test_a_hub_that_is_down_is_one_line_without_the_token(capsys, monkeypatch, t
     assert not list(tmp_path.glob("sssd-space-*"))
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    """A headless Chromium that can reach this machine only."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("Chromium is not here: install Debian's packages chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for switch in (
-        *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"),
-        *("disable-component-update", "disable-sync", "disable-dev-shm-usage", f"user-data-dir={tmp_path / 'profile'}"),
-        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-    ):
-        options.add_argument(f"--{switch}")
-    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=driver))
-    yield window
-    window.quit()
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with chromium(tmp_path_factory.mktemp("browser")) as window:
+        yield window
 
 
-@pytest.fixture
-def address(fitted: Path, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def address(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `sssd space` shows the page of the run with thresholds; then it is ended, and leaves no folder behind."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    calibrated = tmp_path / "calibrated"
+    folder = tmp_path_factory.mktemp("server")
+    calibrated = folder / "calibrated"
     shutil.copytree(fitted, calibrated, ignore=shutil.ignore_patterns("checkpoints"))
     config = json.loads((calibrated / "model/config.json").read_text())
     config["model_args"]["thresholds"] = [1.0, 1.0, 0.0]
@@ -434,8 +431,8 @@ def address(fitted: Path, tmp_path: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (tmp_path / "scratch").mkdir()
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path / "scratch")}
+    (folder / "scratch").mkdir()
+    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder / "scratch")}
     server = subprocess.Popen(
         [sys.executable, "-m", "sssd_zoo.cli", "space", str(calibrated), "--port", str(port)],
         env={**os.environ, **environment},
@@ -450,80 +447,63 @@ def address(fitted: Path, tmp_path: Path) -> Iterator[str]:
         server.terminate()  # not as by Ctrl-C: where the tests run in the background, shells have SIGINT ignored
         server.stdout.close()
         assert server.wait(timeout=60) == 0
-    assert not list((tmp_path / "scratch").glob("sssd-space-*"))
+    assert not list((folder / "scratch").glob("sssd-space-*"))
 
 
-def test_in_a_browser(browser, address, demo, tmp_path):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
+@pytest.fixture
+def visited(browser: Any, address: str) -> SpacePage:
+    return SpacePage(browser, address)
 
-    def seen(selector: str) -> list[Any]:
-        found: list[Any] = browser.find_elements(By.CSS_SELECTOR, selector)
-        return found
 
-    def labels() -> list[str]:
-        script = "return [...document.querySelectorAll('#answers .card')].map(card => card.dataset.label)"
-        read: list[str] = browser.execute_script(script)
-        return read
+class TestInABrowser:
+    @pytest.fixture
+    def expected(self, demo) -> list[Analysis]:
+        """What `Demo` says of each example."""
+        return [demo.analyse(Path(path).read_bytes()) for path in demo.examples]
 
-    def leaves_at(number: int) -> Any:
-        return wait.until(lambda _: seen(f'#answers .verdict[data-exit="{number}"]'))[0]
+    @staticmethod
+    def names(demo: Demo, analysis: Analysis) -> list[str]:
+        return [demo.names[top[0][0]] for top in analysis.top]
 
-    def widest(width: int, *, mobile: bool) -> int:
-        size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": mobile}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        return int(browser.execute_script("return document.documentElement.scrollWidth"))
+    def test_it_says_what_demo_says_of_an_example(self, visited, demo, expected):
+        assert visited.labels() == self.names(demo, expected[0])
+        assert len(visited.all("#examples .gallery-item")) == len(demo.examples)
+        visited.choose_example(-1)
+        visited.wait(lambda: visited.labels() == self.names(demo, expected[-1]))
+        cards = visited.all("#answers .card")
+        assert [card.find_element("tag name", "b").text for card in cards[:4]] == [f"Exit {n}" for n in range(1, 5)]
+        for card, top in zip(cards, expected[-1].top, strict=True):
+            shown = [value.text for value in card.find_elements("css selector", ".value")]
+            assert shown == [f"{probability:.0%}" for _, probability in top]
+            assert re.search(r"\d+\.\d ms", card.text)
+        assert visited.all(f'#neighbours .strip[data-cluster="{expected[-1].cluster}"] img')
 
-    wait = WebDriverWait(browser, 60)
-    browser.get(address)
-    wait.until(lambda _: len(labels()) == 5)
+    def test_the_network_s_own_thresholds_hold_until_they_are_put_off(self, visited, demo, expected):
+        names = self.names(demo, expected[0])
+        assert names[2] in visited.verdict(3)
+        (slider,) = visited.all("#threshold input[type=range]")
+        assert not slider.is_enabled()
+        assert "100%, 100% and 0% for exits 1 to 3" in visited.text("#own")
+        visited.all("#own input")[0].click()
+        visited.wait(slider.is_enabled)
 
-    # Pick an example that the network answers otherwise than the first; the page says what `Demo` says.
-    expected = [demo.analyse(Path(path).read_bytes()) for path in demo.examples]
-    names = [[demo.names[top[0][0]] for top in analysis.top] for analysis in expected]
-    assert labels() == names[0]
-    first = browser.find_element(By.ID, "answers").text
-    pictures = seen("#examples .gallery-item")
-    assert len(pictures) == len(demo.examples)
-    pictures[-1].click()
-    wait.until(lambda _: browser.find_element(By.ID, "answers").text != first)
-    wait.until(lambda _: labels() == names[-1])
-    cards = seen("#answers .card")
-    assert [card.find_element(By.TAG_NAME, "b").text for card in cards[:4]] == [f"Exit {n}" for n in range(1, 5)]
-    for card, top in zip(cards, expected[-1].top, strict=True):
-        shown = [value.text for value in card.find_elements(By.CSS_SELECTOR, ".value")]
-        assert shown == [f"{probability:.0%}" for _, probability in top]
-        assert re.search(r"\d+\.\d ms", card.text)
-    assert seen(f'#neighbours .strip[data-cluster="{expected[-1].cluster}"] img')
+        # No threshold lets every image leave at once, a full one lets none leave.
+        slider.send_keys("\ue011")  # Home
+        assert names[0] in visited.verdict(1)
+        assert len(visited.all("#answers .card.skipped")) == 3
+        slider.send_keys("\ue010")  # End
+        assert "no exit before passes 100%" in visited.verdict(4)
+        assert not visited.all("#answers .card.skipped")
 
-    # The network's own thresholds, until they are put off; the slider waits for that.
-    assert names[-1][2] in leaves_at(3).text
-    slider = seen("#threshold input[type=range]")[0]
-    assert not slider.is_enabled()
-    box = seen("#own input")[0]
-    assert "100%, 100% and 0% for exits 1 to 3" in browser.find_element(By.ID, "own").text
-    box.click()
-    wait.until(lambda _: slider.is_enabled())
+    def test_nothing_is_wider_than_the_screen_nor_comes_from_elsewhere(self, visited, address):
+        visited.choose_example(-1)
+        assert visited.width_on(1280, mobile=False) <= 1280
+        assert visited.width_on(390, mobile=True) <= 390
+        assert visited.hosts() == {address}
+        assert not visited.errors()
 
-    # The slider: no threshold lets every image leave at once, a full one lets none leave.
-    slider.send_keys(Keys.HOME)
-    assert names[-1][0] in leaves_at(1).text
-    assert len(seen("#answers .card.skipped")) == 3
-    slider.send_keys(Keys.END)
-    assert "no exit before passes 100%" in leaves_at(4).text
-    assert not seen("#answers .card.skipped")
-
-    # Nothing is wider than a window or a phone, and nothing came, or was asked for, from elsewhere.
-    assert widest(1280, mobile=False) <= 1280
-    assert widest(390, mobile=True) <= 390
-    hosts = browser.execute_script("return performance.getEntriesByType('resource').map(e => new URL(e.name).origin)")
-    assert set(hosts) == {address}
-    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-
-    # A damaged image gets a sentence in the place of answers.
-    (tmp_path / "broken.png").write_bytes(Path(demo.examples[0]).read_bytes()[:200])
-    seen("#image button[aria-label='Remove Image']")[0].click()
-    wait.until(lambda _: seen("#image input[type=file]"))[0].send_keys(str(tmp_path / "broken.png"))
-    wait.until(lambda _: "cannot be read as an image" in browser.find_element(By.ID, "answers").text)
-    assert labels() == []
+    def test_a_damaged_image_gets_a_sentence_in_the_place_of_answers(self, visited, demo, tmp_path):
+        (tmp_path / "broken.png").write_bytes(Path(demo.examples[0]).read_bytes()[:200])
+        visited.upload(tmp_path / "broken.png")
+        visited.wait(lambda: "cannot be read as an image" in visited.text("#answers"))
+        assert visited.labels() == []

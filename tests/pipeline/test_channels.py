@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sssd_zoo  # noqa: F401  registers the models
-from helpers.commands import one_line, sssd
+from helpers.commands import TINY_DETECTION, one_line, sssd
+from helpers.images import write_voc
 from sssd_zoo.data.augment import LUMA, normalise
 from sssd_zoo.data.images import Encoded, decode
 from sssd_zoo.models.networks import input_spec, load_network
@@ -178,12 +179,21 @@ def test_a_grey_teacher_teaches_an_rgb_student(grey, images, tmp_path, capsys):
 
 
 def test_a_detector_on_a_grey_trunk(grey, tmp_path, capsys):
-    from helpers.commands import TINY_DETECTION as TINY
-    from helpers.images import write_voc
     from sssd_zoo.detection.detector import load_detector
 
     voc = write_voc(tmp_path / "VOC", {"trainval": range(4), "test": range(4, 6)})
-    words = ["detect", "--data", f"[{voc}]", "--model", grey, "--out", tmp_path / "out", *TINY, "--epochs", "1"]
+    words = [
+        "detect",
+        "--data",
+        f"[{voc}]",
+        "--model",
+        grey,
+        "--out",
+        tmp_path / "out",
+        *TINY_DETECTION,
+        "--epochs",
+        "1",
+    ]
     assert sssd(*words) == 0
     detector, _ = load_detector(tmp_path / "out")
     assert detector.backbone.body.conv1.in_channels == 1
@@ -205,32 +215,41 @@ def test_an_rgb_network_does_not_start_from_a_grey_one(grey, images, tmp_path, s
     assert not (tmp_path / "out/checkpoints").exists()
 
 
-@pytest.mark.parametrize("channels", [2, 4])
-def test_other_channel_counts_are_refused_in_one_line(channels, images, tmp_path, capsys):
-    network = save(tmp_path / "other", channels)
-    again = timm.create_model(f"local-dir:{tmp_path / 'other'}", pretrained=True).eval()
-    x = torch.randn(2, channels, 16, 16)
-    torch.testing.assert_close(again(x), network(x))  # as a network it is whole; it is images that it would lack
-    model, data = tmp_path / "other", ["--data", images]
-    for words in (
-        ["predict", model, images],
-        ["export", model],
-        ["export", model, "--format", "safetensors"],
-        ["linear", "--model", model, *data],
-        ["knn", "--model", model, *data],
-        ["early-exit", model, *data],
-        ["finetune", "--models", f"[{model}]", *data],
-        ["detect", "--model", model, "--data", f"[{detection(tmp_path)}]", "--batch_size", "2"],
-        ["distill", "--init", model, "--labels", "true", *data, "--batch_size", "16"],
-        ["pseudo-label", "--model", model, *data],
-    ):
-        out = [] if words[0] in ("predict", "knn") else ["--out", tmp_path / "out"]
-        assert sssd(*words, *out) == 2, words
-        assert f"takes images with {channels} channels" in one_line(capsys)
+@pytest.fixture(scope="module", params=[2, 4])
+def other(request, tmp_path_factory):
+    """The channels of a network that is whole as such: it is images that it would lack, and its folder."""
+    folder = tmp_path_factory.mktemp("other") / "network"
+    network = save(folder, request.param)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = torch.randn(2, request.param, 16, 16)
+    torch.testing.assert_close(again(x), network(x))
+    return request.param, folder
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    return write_voc(tmp_path_factory.mktemp("detection") / "VOC", {"trainval": range(2)})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "predict {model} {images}",
+        "export {model} --out {out}",
+        "export {model} --format safetensors --out {out}",
+        "linear --model {model} --data {images} --out {out}",
+        "knn --model {model} --data {images}",
+        "early-exit {model} --data {images} --out {out}",
+        "finetune --models [{model}] --data {images} --out {out}",
+        "detect --model {model} --data [{voc}] --batch_size 2 --out {out}",
+        "distill --init {model} --labels true --data {images} --batch_size 16 --out {out}",
+        "pseudo-label --model {model} --data {images} --out {out}",
+    ],
+    ids=lambda words: words.split(" --out")[0],
+)
+def test_other_channel_counts_are_refused_in_one_line(words, other, images, voc, tmp_path, capsys):
+    channels, model = other
+    places = {"model": model, "images": images, "voc": voc, "out": tmp_path / "out"}
+    assert sssd(*(word.format(**places) for word in words.split())) == 2
+    assert f"takes images with {channels} channels" in one_line(capsys)
     assert not (tmp_path / "out").exists()
-
-
-def detection(folder):
-    from helpers.images import write_voc
-
-    return folder / "VOC" if (folder / "VOC").exists() else write_voc(folder / "VOC", {"trainval": range(2)})

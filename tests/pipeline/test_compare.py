@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pytest
 from PIL import Image
 
 from helpers.commands import TINY_COMPARE as TINY
@@ -60,16 +61,18 @@ def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_p
     assert Image.open(tmp_path / "accuracy.png").size[0] > 300
 
 
-def test_mistakes(folder_of_images, tmp_path, capsys):
-    words = ["compare", "--data", folder_of_images, "--out", tmp_path / "run", *TINY]
-    assert sssd(*words, "--methods", "[sssd, magic]") == 2
-    assert "magic" in one_line(capsys)
-    assert sssd(*words, "--methods", "[]") == 2
-    assert "methods is []" in one_line(capsys)
-    assert sssd(*words, "--seed_method.queue_size", "999") == 2
-    assert "queue_size 999" in one_line(capsys)
-    assert sssd(*words, "--methods", "[sssd-soft]", "--soft", "0") == 2
-    assert "soft is 0.0;" in one_line(capsys)
-    assert sssd(*words, "--methods", "[sssd-warm]", "--pretrain_model", "sssd_resnet34") == 2
-    assert "do not fit" in one_line(capsys)
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (("--methods", "[sssd, magic]"), "magic"),
+        (("--methods", "[]"), "methods is []"),
+        (("--seed_method.queue_size", "999"), "queue_size 999"),
+        (("--methods", "[sssd-soft]", "--soft", "0"), "soft is 0.0;"),
+        (("--methods", "[sssd-warm]", "--pretrain_model", "sssd_resnet34"), "do not fit"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_mistakes(mistake, message, folder_of_images, tmp_path, capsys):
+    assert sssd("compare", "--data", folder_of_images, "--out", tmp_path / "run", *TINY, *mistake) == 2
+    assert message in one_line(capsys)
     assert not (tmp_path / "run").exists()

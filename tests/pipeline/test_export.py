@@ -191,22 +191,37 @@ def test_torch_export_and_safetensors(folder, tmp_path):
     assert small.thresholds is None
 
 
-def test_mistakes(folder, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A network without thresholds."""
+    folder = tmp_path_factory.mktemp("plain") / "network"
+    save_network(folder, create(layers=(1, 1, 1, 1)), "sssd_resnet18", input_size=32)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{folder}", "--output", "5"], "output"),
+        (["{tmp_path}/none"], "no folder"),
+        (["{plain}", "--output", "early-exit"], "no thresholds"),
+        (["{folder}", "--int8"], "--data"),
+        (["{folder}", "--output", "early-exit", "--format", "torch-export"], "stages"),
+        (["{folder}", "--out", "{folder}", "--overwrite"], "must be a file"),
+        (["resnet10t"], "resnet10t"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes(words, message, folder, plain, tmp_path, capsys):
     out = tmp_path / "x.onnx"
-    plain = create(layers=(1, 1, 1, 1))
-    save_network(tmp_path / "plain", plain, "sssd_resnet18", input_size=32)
-    for words, text in (
-        ([folder, "--output", "5", "--out", out], "output"),
-        ([tmp_path / "none", "--out", out], "no folder"),
-        ([tmp_path / "plain", "--output", "early-exit", "--out", out], "no thresholds"),
-        ([folder, "--int8", "--out", out], "--data"),
-        ([folder, "--output", "early-exit", "--format", "torch-export", "--out", out], "stages"),
-        ([folder, "--out", folder, "--overwrite"], "must be a file"),
-        (["resnet10t", "--out", out], "resnet10t"),
-    ):
-        assert sssd("export", *words) == 2
-        assert text in one_line(capsys)
-        assert not out.exists()
+    words = [word.format(folder=folder, plain=plain, tmp_path=tmp_path) for word in words]
+    assert sssd("export", *words, *([] if "--out" in words else ["--out", out])) == 2
+    assert message in one_line(capsys)
+    assert not out.exists()
+
+
+def test_a_file_of_the_user_s_stays(folder, tmp_path, capsys):
+    out = tmp_path / "x.onnx"
     out.write_text("mine")
     assert sssd("export", folder, "--out", out) == 2
     assert "--overwrite" in one_line(capsys)

@@ -214,9 +214,9 @@ def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, t
     assert len(json.loads(steps.read_text())["result"]["exits"]) == 4
 
 
-def test_mistakes(folder_of_images, tmp_path, capsys):
-    words = ["finetune", "--data", folder_of_images, "--out", tmp_path / "out", *TINY]
-    for more, what in (
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
         (("--models", "[]"), "models is []"),
         (
             ("--models", "[scratch]", "--fractions", "[10]"),
@@ -227,7 +227,10 @@ def test_mistakes(folder_of_images, tmp_path, capsys):
         (("--models", "[nothing]"), "no model of that name"),
         (("--models", "[scratch]", "--lr", "0"), "lr is 0.0; it must be a number above 0"),
         (("--models", "[scratch]", "--fractions", "[0.01]", "--accumulate", "2"), "too few"),
-    ):
-        assert sssd(*words, *more) == 2
-        assert what in one_line(capsys)
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_mistakes(mistake, message, folder_of_images, tmp_path, capsys):
+    assert sssd("finetune", "--data", folder_of_images, "--out", tmp_path / "out", *TINY, *mistake) == 2
+    assert message in one_line(capsys)
     assert not (tmp_path / "out").exists()

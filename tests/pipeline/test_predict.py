@@ -107,25 +107,36 @@ def test_corrupt_images(run, folder_of_images, tmp_path, capsys):
     assert len(lines(capsys)) == 1
 
 
-def test_mistakes(run, folder_of_images, tmp_path, capsys):
-    image = folder_of_images / "red" / "00.png"
-    plain = tmp_path / "plain"
-    save_network(plain, timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1)), "sssd_resnet18")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    for words, text in (
-        ([run], "images"),
-        ([run, tmp_path / "none.png"], "none.png"),
-        ([run, empty], "holds no images"),
-        ([tmp_path / "no_model", image], "no folder"),
-        ([plain, image, "--output", "early-exit"], "no thresholds"),
-        ([run, image, "--output", "2", "--thresholds", "[1, 1, 1]"], "--thresholds"),
-        ([run, image, "--thresholds", "[1, 1]"], "thresholds is [1.0, 1.0]; it must have 3 items"),
-        (["resnet10t", image], "resnet10t"),
-    ):
-        assert sssd("predict", *words, "--device", "cpu") == 2
-        assert text in one_line(capsys)
-    assert predict(plain, image) == 0
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A network without thresholds."""
+    folder = tmp_path_factory.mktemp("plain") / "network"
+    save_network(folder, timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1)), "sssd_resnet18")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{run}"], "images"),
+        (["{run}", "{tmp_path}/none.png"], "none.png"),
+        (["{run}", "{tmp_path}"], "holds no images"),
+        (["{tmp_path}/no_model", "{image}"], "no folder"),
+        (["{plain}", "{image}", "--output", "early-exit"], "no thresholds"),
+        (["{run}", "{image}", "--output", "2", "--thresholds", "[1, 1, 1]"], "--thresholds"),
+        (["{run}", "{image}", "--thresholds", "[1, 1]"], "thresholds is [1.0, 1.0]; it must have 3 items"),
+        (["resnet10t", "{image}"], "resnet10t"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes(words, message, run, plain, folder_of_images, tmp_path, capsys):
+    places = {"run": run, "plain": plain, "tmp_path": tmp_path, "image": folder_of_images / "red" / "00.png"}
+    assert sssd("predict", *(word.format(**places) for word in words), "--device", "cpu") == 2
+    assert message in one_line(capsys)
+
+
+def test_a_network_without_thresholds_answers_by_its_ensemble(plain, folder_of_images, capsys):
+    assert predict(plain, folder_of_images / "red" / "00.png") == 0
     assert "ensemble" in capsys.readouterr().out
 
 
