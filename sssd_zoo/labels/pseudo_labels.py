@@ -200,8 +200,8 @@ class PseudoLabels:
                 for name in ("near", "near_distance")
             )
             centroids = safetensors.numpy.load_file(folder / "centroids.safetensors")["centroids"]
-            found, sizes = np.unique(labels, return_counts=True)
-            whole = np.array_equal(found, np.arange(len(centroids))) and "fingerprint" in meta
+            clusters, sizes = np.unique(labels, return_counts=True)
+            whole = np.array_equal(clusters, np.arange(len(centroids))) and "fingerprint" in meta
             whole = whole and meta.get("sizes", sizes.tolist()) == sizes.tolist()
             meta.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, SafetensorError) as error:
@@ -242,11 +242,11 @@ class PseudoLabels:
         """
         order = np.argsort(self.rows)
         place = np.searchsorted(self.rows, rows, sorter=order)
-        found = order[np.minimum(place, len(order) - 1)]
-        missing = self.rows[found] != rows
+        places = order[np.minimum(place, len(order) - 1)]
+        missing = self.rows[places] != rows
         if missing.any():
             row = int(rows[missing.argmax()])
             raise UserError(
                 f"row {row} has no pseudo label ({int(missing.sum())} rows have none); make the labels again"
             )
-        return found
+        return places

@@ -32,8 +32,8 @@ def nearest_centroids(chunks: Iterable[FloatArray], centroids: FloatArray, count
     """
     index = import_faiss().IndexFlatL2(centroids.shape[1])
     index.add(np.ascontiguousarray(centroids))
-    found = [index.search(np.ascontiguousarray(chunk), min(count, len(centroids))) for chunk in chunks]
-    distances, numbers = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    searches = [index.search(np.ascontiguousarray(chunk), min(count, len(centroids))) for chunk in chunks]
+    distances, numbers = (np.concatenate(parts) for parts in zip(*searches, strict=True))
     return numbers, np.maximum(distances, 0)
 
 
