@@ -108,7 +108,7 @@ class Clustering:
 def check_kmeans(n: int, k: int, iterations: int, redos: int) -> None:
     """Raises `UserError` for numbers that k-means of `n` rows cannot work with."""
     if k < 2:
-        raise UserError(f"k-means with K = {k} gives no pseudo labels to tell apart; ask for K of 2 or more")
+        raise UserError(f"K = {k} clusters are no pseudo labels to learn: ask for at least 2")
     if k > n:
         raise UserError(f"k-means with K = {k} needs at least as many images, but there are {n}; ask for a smaller K")
     if iterations < 1 or redos < 1:

@@ -226,8 +226,8 @@ class PseudoLabels:
         """
         if self.meta["fingerprint"] != data_fingerprint:
             raise UserError(
-                f"these pseudo labels belong to other data: they were made from {self.meta.get('data')}, split "
-                f"{self.meta.get('split')}, of another fingerprint; give that data, or make labels for this"
+                f"these pseudo labels belong to other data ({self.meta.get('data')}, split {self.meta.get('split')}; "
+                "the fingerprints differ): give that data, or run `sssd pseudo-label` on this"
             )
 
     def labels_of(self, rows: IntArray) -> IntArray:

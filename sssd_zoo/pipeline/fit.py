@@ -57,7 +57,9 @@ def fit(args: FitArgs) -> None:
     began = time.perf_counter()
     setup = set_up(args, "fit", [args.distill], warm=args.warm_start)
     if args.soft is not None and args.cluster.nearest < 2:
-        raise UserError("soft labels want the distances to several centroids: give --cluster.nearest 8, say")
+        raise UserError(
+            "--soft needs the distances to several centroids: set --cluster.nearest to more than 1, such as 8"
+        )
     evaluation = None
     if setup.data.labels is not None:
         evaluation = evaluation_data(
