@@ -27,7 +27,7 @@ from sssd_zoo.configs.commands import (
     SpaceArgs,
 )
 from sssd_zoo.configs.data import DataConfig, DetectionDataConfig
-from sssd_zoo.configs.evaluation import ForwardConfig, ProbeConfig
+from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig
 from sssd_zoo.configs.methods import (
     AnchoredConfig,
     ClusterConfig,
@@ -57,6 +57,7 @@ __all__ = [
     "FitArgs",
     "ForwardConfig",
     "KNNArgs",
+    "KNNConfig",
     "LinearArgs",
     "MoCoConfig",
     "ModelsArgs",

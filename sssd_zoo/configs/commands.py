@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from sssd_zoo.configs.data import MAX_PIXELS, DataConfig, DetectionDataConfig
-from sssd_zoo.configs.evaluation import ForwardConfig, ProbeConfig
+from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig
 from sssd_zoo.configs.methods import (
     AnchoredConfig,
     ClusterConfig,
@@ -161,22 +161,18 @@ class LinearArgs(DataConfig, ForwardConfig, ProbeConfig):
 
 
 @dataclass(kw_only=True)
-class KNNArgs(DataConfig, ForwardConfig):
+class KNNArgs(DataConfig, ForwardConfig, KNNConfig):
     """Measures every exit of a frozen network by weighted k-nearest-neighbour classification.
 
     Args:
         model: run folder, or the name of any timm model.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
-        neighbours: number of neighbours (k).
-        temperature: temperature of the neighbours' weights, exp(cosine similarity / temperature).
         holdout: fraction of the images to measure on, if the data set has no test or validation split.
         seed: random seed of the held-out fraction.
     """
 
     model: str
     test_split: str | None = None
-    neighbours: Count = 200
-    temperature: Temperature = 0.1
     holdout: ProperFraction = 0.2
     seed: Seed = 0
 

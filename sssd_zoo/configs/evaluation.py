@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sssd_zoo.configs.ranges import Checked, Count, LearningRate, ProperFraction, Weight
+from sssd_zoo.configs.ranges import Checked, Count, LearningRate, ProperFraction, Temperature, Weight
 
 
 @dataclass(kw_only=True)
@@ -22,6 +22,19 @@ class ProbeConfig(Checked):
     probe_lr: LearningRate = 1e-2
     probe_weight_decay: Weight = 0.05
     holdout: ProperFraction = 0.2
+
+
+@dataclass(kw_only=True)
+class KNNConfig(Checked):
+    """Weighted k-nearest-neighbour classification of frozen features.
+
+    Args:
+        neighbours: number of neighbours (k).
+        temperature: temperature of the neighbours' weights, exp(cosine similarity / temperature).
+    """
+
+    neighbours: Count = 200
+    temperature: Temperature = 0.1
 
 
 @dataclass(kw_only=True)

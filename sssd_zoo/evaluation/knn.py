@@ -16,8 +16,8 @@ def knn(
     test_y: Tensor,
     *,
     num_classes: int,
-    k: int = 200,
-    temperature: float = 0.1,
+    neighbours: int,
+    temperature: float,
 ) -> float:
     """Accuracy in percent of the weighted k-nearest-neighbour classifier of Wu et al. (2018, equation 10 on).
 
@@ -29,24 +29,26 @@ def knn(
         test_x: float32 [M, D].
         test_y: int64 [M].
         num_classes: C.
-        k: neighbours, 1..N.
+        neighbours: k, 1..N.
         temperature: > 0.
 
     Raises:
         UserError: if k is not in 1..N, a class has no training row, or a label is outside of 0..C-1.
     """
     check_labels(train_y, test_y, num_classes)
-    if not 1 <= k <= len(train_y):
-        raise UserError(f"kNN with k = {k} needs 1 <= k <= the {len(train_y)} training images; give another k")
+    if not 1 <= neighbours <= len(train_y):
+        raise UserError(
+            f"{neighbours} neighbours of {len(train_y)} training images; give --neighbours from 1 to that number"
+        )
     device = train_x.device
     train_y, test_y = train_y.to(device), test_y.to(device)
     bank = F.normalize(train_x, dim=1)
     hits = 0
     for start in range(0, len(test_y), BATCH):
         queries = F.normalize(test_x[start : start + BATCH].to(device), dim=1)
-        similarity, neighbours = (queries @ bank.T).topk(k, dim=1, sorted=False)
+        similarity, nearest = (queries @ bank.T).topk(neighbours, dim=1, sorted=False)
         # Cosines are at most 1: subtracting 1 first keeps exp within range at any temperature and changes no answer.
         votes = queries.new_zeros(len(queries), num_classes)
-        votes.scatter_add_(1, train_y[neighbours], ((similarity - 1) / temperature).exp())
+        votes.scatter_add_(1, train_y[nearest], ((similarity - 1) / temperature).exp())
         hits += int((votes.argmax(1) == test_y[start : start + BATCH]).sum())
     return 100 * hits / len(test_y)

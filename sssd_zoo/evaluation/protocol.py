@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sssd_zoo.configs import DataConfig, ForwardConfig, ProbeConfig
+from sssd_zoo.configs import DataConfig, ForwardConfig, KNNConfig, ProbeConfig
 from sssd_zoo.data.layout import composed
 from sssd_zoo.data.loading import ImageData, fits_on_gpu, load_images, split_names
 from sssd_zoo.distributed import rank
@@ -205,7 +205,7 @@ def put_heads(model: Any, probe: Probe, storage_size: int) -> None:
             head.bias.copy_(bias)
 
 
-def knn_features(features: Features, neighbours: int, temperature: float) -> list[float]:
+def knn_features(features: Features, config: KNNConfig) -> list[float]:
     """Weighted kNN accuracy of every exit's features, percent."""
     return [
         knn_accuracy(
@@ -214,8 +214,8 @@ def knn_features(features: Features, neighbours: int, temperature: float) -> lis
             test,
             features.test_y,
             num_classes=features.classes,
-            k=neighbours,
-            temperature=temperature,
+            neighbours=config.neighbours,
+            temperature=config.temperature,
         )
         for train, test in zip(features.train_x, features.test_x, strict=True)
     ]

@@ -25,7 +25,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from sssd_zoo.configs import DataConfig
+from sssd_zoo.configs import DataConfig, KNNConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.data.sources import short_name
@@ -336,7 +336,15 @@ def sample_accuracy(network: Any) -> dict[str, float]:
     test, truth = features("test", CHECK_IMAGES), labels["test"][:CHECK_IMAGES]
     if list(network.pretrained_cfg.get("label_names") or []) != splits["test"].class_names:
         neighbours = features("train", 2000)[-1]
-        accuracy = knn(neighbours, labels["train"][:2000], test[-1], truth, num_classes=10, k=20, temperature=0.1)
+        accuracy = knn(
+            neighbours,
+            labels["train"][:2000],
+            test[-1],
+            truth,
+            num_classes=10,
+            neighbours=20,
+            temperature=KNNConfig.temperature,
+        )
         return {"knn": accuracy}
     outputs = torch.stack([head(each).softmax(1) for head, each in zip(classifiers(network), test, strict=True)])
     accuracies = [float((each.argmax(1) == truth).float().mean() * 100) for each in (*outputs, outputs.mean(0))]

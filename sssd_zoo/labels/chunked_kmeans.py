@@ -1,4 +1,4 @@
-"""k-means on features that stay on disk: what `clustering.kmeans` computes, in bounded memory.
+"""k-means on features that stay on disk: what `kmeans` computes, in bounded memory.
 
 Every pass reads the file once, a chunk at a time. faiss assigns a chunk's rows, and their sums are carried on in the
 order of the rows, so the passes are those of Lloyd's algorithm on all rows, not on a subsample, and on the same machine
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from sssd_zoo.configs import ClusterConfig
 from sssd_zoo.labels.feature_file import FeatureFile
 from sssd_zoo.labels.kmeans import Clustering, FloatArray, check_kmeans, first_seed, import_faiss, refuse_non_finite
 
@@ -22,7 +23,13 @@ SPLIT = np.float32(1 / 1024)  # how far the halves of a split cluster are set ap
 
 
 def kmeans_from_file(
-    path: str | Path, k: int, *, seed: int, iterations: int = 20, redos: int = 1, progress: bool = False
+    path: str | Path,
+    k: int,
+    *,
+    seed: int,
+    iterations: int = ClusterConfig.iterations,
+    redos: int = ClusterConfig.redos,
+    progress: bool = False,
 ) -> Clustering:
     """Clusters the rows of a .npy file without ever holding all of them.
 
@@ -32,14 +39,14 @@ def kmeans_from_file(
 
     Args:
         path: .npy of float32 [N, D], L2-normalised by its writer where cosine is meant.
-        k: see `clustering.kmeans`, as all that follow.
+        k: see `kmeans`, as all that follow.
         seed: of the first centroids.
         iterations: passes over the file.
         redos: runs from different first centroids.
         progress: show a progress bar.
 
     Raises:
-        UserError: as `clustering.kmeans`, and if the file cannot be read.
+        UserError: as `kmeans`, and if the file cannot be read.
     """
     features = FeatureFile(path)
     n = features.shape[0]
@@ -59,7 +66,7 @@ def kmeans_from_file(
                 previous = inertia
                 centroids, inertia = _pass(faiss, features, centroids)
                 bar.update()
-                if inertia == previous:  # converged; `clustering.kmeans` ends so too
+                if inertia == previous:  # converged; `kmeans` ends so too
                     bar.update(iterations - 1 - done)
                     break
             if best is None or inertia < best_inertia:

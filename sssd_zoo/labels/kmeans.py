@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from tqdm.auto import tqdm
 
+from sssd_zoo.configs import ClusterConfig
 from sssd_zoo.errors import UserError
 
 logger = logging.getLogger("sssd_zoo")
@@ -107,7 +108,7 @@ class Clustering:
 def check_kmeans(n: int, k: int, iterations: int, redos: int) -> None:
     """Raises `UserError` for numbers that k-means of `n` rows cannot work with."""
     if k < 2:
-        raise UserError(f"k-means with K = {k} gives no pseudo labels to tell apart; ask for K of 2 or more")
+        raise UserError(f"K = {k} clusters are no pseudo labels to learn: ask for at least 2")
     if k > n:
         raise UserError(f"k-means with K = {k} needs at least as many images, but there are {n}; ask for a smaller K")
     if iterations < 1 or redos < 1:
@@ -128,7 +129,13 @@ def first_seed(seed: int, redo: int) -> int:
 
 
 def kmeans(
-    features: FloatArray, k: int, *, seed: int, iterations: int = 20, redos: int = 1, progress: bool = False
+    features: FloatArray,
+    k: int,
+    *,
+    seed: int,
+    iterations: int = ClusterConfig.iterations,
+    redos: int = ClusterConfig.redos,
+    progress: bool = False,
 ) -> Clustering:
     """Clusters the rows of `features` by faiss's k-means, trained on all of them.
 

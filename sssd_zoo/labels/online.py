@@ -12,6 +12,7 @@ import torch.distributed as dist
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
+from sssd_zoo.configs import ClusterConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank, world_size
@@ -45,7 +46,13 @@ class OnlineLabels:
     """
 
     def __init__(
-        self, data: ImageData, k: int, seed: int, *, iterations: int = 20, autocast: torch.dtype | None = None
+        self,
+        data: ImageData,
+        k: int,
+        seed: int,
+        *,
+        iterations: int = ClusterConfig.iterations,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if not 2 <= k <= len(data):
             raise UserError(f"K = {k} clusters of {len(data)} images; give a --k from 2 to the number of images")

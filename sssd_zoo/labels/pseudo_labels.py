@@ -200,8 +200,8 @@ class PseudoLabels:
                 for name in ("near", "near_distance")
             )
             centroids = safetensors.numpy.load_file(folder / "centroids.safetensors")["centroids"]
-            found, sizes = np.unique(labels, return_counts=True)
-            whole = np.array_equal(found, np.arange(len(centroids))) and "fingerprint" in meta
+            clusters, sizes = np.unique(labels, return_counts=True)
+            whole = np.array_equal(clusters, np.arange(len(centroids))) and "fingerprint" in meta
             whole = whole and meta.get("sizes", sizes.tolist()) == sizes.tolist()
             meta.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, SafetensorError) as error:
@@ -226,8 +226,8 @@ class PseudoLabels:
         """
         if self.meta["fingerprint"] != data_fingerprint:
             raise UserError(
-                f"these pseudo labels belong to other data: they were made from {self.meta.get('data')}, split "
-                f"{self.meta.get('split')}, of another fingerprint; give that data, or make labels for this"
+                f"these pseudo labels belong to other data ({self.meta.get('data')}, split {self.meta.get('split')}; "
+                "the fingerprints differ): give that data, or run `sssd pseudo-label` on this"
             )
 
     def labels_of(self, rows: IntArray) -> IntArray:
@@ -242,11 +242,11 @@ class PseudoLabels:
         """
         order = np.argsort(self.rows)
         place = np.searchsorted(self.rows, rows, sorter=order)
-        found = order[np.minimum(place, len(order) - 1)]
-        missing = self.rows[found] != rows
+        places = order[np.minimum(place, len(order) - 1)]
+        missing = self.rows[places] != rows
         if missing.any():
             row = int(rows[missing.argmax()])
             raise UserError(
                 f"row {row} has no pseudo label ({int(missing.sum())} rows have none); make the labels again"
             )
-        return found
+        return places

@@ -32,15 +32,15 @@ def nearest_centroids(chunks: Iterable[FloatArray], centroids: FloatArray, count
     """
     index = import_faiss().IndexFlatL2(centroids.shape[1])
     index.add(np.ascontiguousarray(centroids))
-    found = [index.search(np.ascontiguousarray(chunk), min(count, len(centroids))) for chunk in chunks]
-    distances, numbers = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    searches = [index.search(np.ascontiguousarray(chunk), min(count, len(centroids))) for chunk in chunks]
+    distances, numbers = (np.concatenate(parts) for parts in zip(*searches, strict=True))
     return numbers, np.maximum(distances, 0)
 
 
 def check_soft(temperature: float) -> None:
     """Raises `UserError` unless the temperature of soft labels is over 0."""
     if temperature <= 0:
-        raise UserError(f"soft {temperature}, the temperature of soft labels, must be over 0")
+        raise UserError(f"the temperature of soft labels is {temperature}; it must be over 0")
 
 
 class SoftLabels:
@@ -62,7 +62,9 @@ class SoftLabels:
     def __init__(self, pseudo: PseudoLabels, rows: IntArray, temperature: float) -> None:
         check_soft(temperature)
         if pseudo.near is None or pseudo.near_distances is None:
-            raise UserError("these pseudo labels are hard only: for soft ones make them again with --nearest 8, say")
+            raise UserError(
+                "these pseudo labels are hard only: run `sssd pseudo-label` with --nearest 8, say, for soft ones"
+            )
         places = pseudo.places_of(rows)
         distances = torch.from_numpy(pseudo.near_distances[places])
         scale = max(float(pseudo.distances.mean(dtype=np.float64)), 1e-12)

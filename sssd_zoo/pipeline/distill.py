@@ -108,7 +108,7 @@ def load_encoder(name: str | None, data: ImageData, forward: ForwardConfig) -> F
         UserError: if none is named, or it cannot be loaded.
     """
     if name is None:
-        raise UserError("--anchor wants the network whose features the exits predict: give --encoder")
+        raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
     network = load_network(name, num_classes=0)
     positions = torch.linspace(0, len(data) - 1, min(len(data), 10_000)).round().long()
     batches = feature_batches(network, data, forward, positions.split(forward.batch_size))
@@ -151,10 +151,10 @@ def distill(args: DistillArgs) -> None:
 def check_choices(args: DistillArgs, *, named: bool) -> None:
     """Raises `UserError` for arguments of `sssd distill` that exclude one another; `named` labels need no folder."""
     if args.method == "clusterfit" and args.exits != "plain":
-        raise UserError(f"--method clusterfit trains a network without exits: drop --exits {args.exits}")
+        raise UserError(f"--method clusterfit trains a network without exits: remove --exits {args.exits}")
     if args.method == "clusterfit" and args.anchor:
-        raise UserError("--method clusterfit has no anchor: drop --anchor")
+        raise UserError("--method clusterfit has no anchor: remove --anchor")
     if args.anchor and args.encoder is None:
-        raise UserError("--anchor wants the network whose features the exits predict: give --encoder")
+        raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
     if named and args.soft is not None:
-        raise UserError(f"--soft is of pseudo labels with distances to centroids, not of labels '{args.labels}'")
+        raise UserError(f"--soft applies to pseudo labels with distances to centroids, not to labels '{args.labels}'")

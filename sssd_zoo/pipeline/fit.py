@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sssd_zoo.configs import FitArgs, SelfDistillationConfig
+from sssd_zoo.configs import FitArgs, KNNConfig, SelfDistillationConfig
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import barrier, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
@@ -57,7 +57,9 @@ def fit(args: FitArgs) -> None:
     began = time.perf_counter()
     setup = set_up(args, "fit", [args.distill], warm=args.warm_start)
     if args.soft is not None and args.cluster.nearest < 2:
-        raise UserError("soft labels want the distances to several centroids: give --cluster.nearest 8, say")
+        raise UserError(
+            "--soft needs the distances to several centroids: set --cluster.nearest to more than 1, such as 8"
+        )
     evaluation = None
     if setup.data.labels is not None:
         evaluation = evaluation_data(
@@ -190,12 +192,12 @@ class Plan:
                 )
         trunk = load_network(setup.pretext.network(self.out), num_classes=0)
         features = evaluation_features(trunk, evaluation, setup.forward)
-        neighbours = min(200, len(features.train_y))
+        knn = KNNConfig(neighbours=min(KNNConfig.neighbours, len(features.train_y)))
         return {
             "accuracy": accuracy,
             "clustered": {
                 "linear probe": probe_features(features, self.args.probe, self.args.seed).exits[-1],
-                f"weighted kNN (k = {neighbours})": knn_features(features, neighbours, 0.1)[-1],
+                f"weighted kNN (k = {knn.neighbours})": knn_features(features, knn)[-1],
             },
             "test": evaluation.words,
             "test_images": len(evaluation.test_positions),

@@ -10,7 +10,7 @@ def knn(args: KNNArgs) -> None:
     """`sssd knn`."""
     tune_cpu()
     _, evaluation, features = evaluate_frozen(args)
-    accuracies = knn_features(features, args.neighbours, args.temperature)
+    accuracies = knn_features(features, args)
     print(
         f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {evaluation.describe()}:"
     )

@@ -3,7 +3,6 @@
 from typing import Any
 
 import timm
-import torch
 
 from sssd_zoo.configs import ModelsArgs
 from sssd_zoo.errors import UserError
@@ -34,8 +33,8 @@ def models(args: ModelsArgs) -> None:
 def architecture_line(name: str) -> str:
     """Size and cost of a network at the image size that its stem is made for."""
     size, classes = (32, 10) if name.endswith("_cifar") else (224, 1000)
-    with torch.device("meta"):  # without memory for the weights, and without their initialisation
-        model: Any = timm.create_model(name, num_classes=classes)
+    # On this device there are no weights to allocate and initialise.
+    model: Any = timm.create_model(name, num_classes=classes, device="meta")
     costs = multiply_adds(model, (3, size, size))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     heads = 100 * (costs["ensemble"] - costs["4"]) / costs["4"]

@@ -65,7 +65,7 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
     if output == "early-exit" and thresholds is None:
         raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
     if args.thresholds is not None and output != "early-exit":
-        raise UserError(f"--thresholds are of early exit, and --output {output} has none")
+        raise UserError(f"--thresholds apply to early exit only, not to --output {output}")
     return float32_classifiers(model).eval(), "4" if output == "final" else output
 
 

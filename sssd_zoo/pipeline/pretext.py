@@ -245,13 +245,13 @@ def choose_pretext(
     if args.features is not None:
         given = [name for name in ("pretrain_model", "pretrain_data", "pretrain_split") if getattr(args, name)]
         if given:
-            raise UserError(f"--features takes a network as it is, nothing is pretrained: drop --{given[0]}")
+            raise UserError(f"--features uses a network without pretraining it: remove --{given[0]}")
         weights = weights_digest(load_network(args.features, num_classes=0))
         if moco.init is not None:
-            raise UserError("--features takes a network as it is, nothing is pretrained: drop --pretrain.init")
+            raise UserError("--features uses a network without pretraining it: remove --pretrain.init")
         return Pretext(args.features, None, True, size, moco, weights)
     if args.pretrain_split is not None and args.pretrain_data is None:
-        raise UserError("--pretrain_split is of --pretrain_data; give that too, or --split for one data set")
+        raise UserError("--pretrain_split selects a split of --pretrain_data: give that too, or use --split")
     pretrain_arch = choose_model(args.pretrain_model or arch, size)
     source = data
     if args.pretrain_data is not None:

@@ -66,13 +66,13 @@ def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes:
     """Raises `UserError` for settings that MoCo cannot work with on these images and so many processes."""
     images = len(data) if isinstance(data, ImageData) else data.count
     if images is not None and images < 2:
-        raise UserError(f"{data.name} has {images} image; contrastive learning needs others to tell it from")
+        raise UserError(f"{data.name} has {images} image; contrastive learning needs at least 2")
     check_queue(config.queue_size, images)
     check_trainable(OptimConfig.of(config), processes, images)
     if config.splits % processes or (config.batch_size // config.accumulate) % max(1, config.splits):
         raise UserError(
             f"splits {config.splits} must be a multiple of the {processes} processes and divide the batch of "
-            f"{config.batch_size // config.accumulate}; choose splits or batch_size so"
+            f"{config.batch_size // config.accumulate}; change splits or batch_size"
         )
 
 

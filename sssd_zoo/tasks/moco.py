@@ -127,8 +127,8 @@ class MoCo(Task):
         for (query_view, key_view), shuffle in zip(pairs, batch["shuffles"], strict=False):
             keys = self.keys(key_view, shuffle)
             query = self.query_encoder(query_view)
-            own = keys.chunk(world_size())[rank()]
-            loss, hit = info_nce(query, own, queue, self.config.temperature)
+            positive = keys.chunk(world_size())[rank()]
+            loss, hit = info_nce(query, positive, queue, self.config.temperature)
             losses.append(loss)
             hits.append(hit)
             new.append(keys)

@@ -32,8 +32,8 @@ def seed_loss(
     """
 
     def scores(embeddings: Tensor) -> Tensor:
-        own = (embeddings * teacher).sum(1, keepdim=True)
-        return torch.cat([embeddings @ queue.T, own], dim=1)
+        same_image = (embeddings * teacher).sum(1, keepdim=True)
+        return torch.cat([embeddings @ queue.T, same_image], dim=1)
 
     target = F.softmax(scores(teacher) / teacher_temperature, dim=1)
     return -(target * F.log_softmax(scores(student) / temperature, dim=1)).sum(1).mean()

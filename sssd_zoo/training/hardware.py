@@ -37,7 +37,7 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
     )
     # Accelerate (seen in 1.15) would compute in fp32 and call it fp16.
     if precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("precision fp16 trains on GPUs only: on a CPU give bf16, fp32 or auto")
+        raise UserError("precision fp16 trains on GPUs only: on a CPU use bf16, fp32 or auto")
     if config.compile:
         check_compiler(accelerator.device.type)
     return accelerator

@@ -95,8 +95,8 @@ def test_recipe_mistakes(capsys, tmp_path):
 def test_shipped_recipes_parse(monkeypatch):
     seen = []
     commands = ("compare", "finetune", "detect")
-    for command in ("fit", *commands):
-        monkeypatch.setattr(f"sssd_zoo.pipeline.{command}.{command}", seen.append)
+    for name in ("fit", *commands):
+        monkeypatch.setattr(f"sssd_zoo.pipeline.{name}.{name}", seen.append)
     recipes = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
     assert {recipe.stem for recipe in recipes} >= {"demo", "cifar10-r18-200ep"}
     left = {"detect-bccd-mini": ["--data", "[FOLDER]"]}  # to its command line, as its first lines say

@@ -232,7 +232,7 @@ def test_knn_against_the_definition(k, temperature):
     labels = torch.randint(4, (600,), generator=random)
     features = centres[labels] + 1.5 * torch.randn(600, 12, generator=random)
     data = features[:80], labels[:80], features[80:], labels[80:]  # 520 queries: more than one chunk
-    found = knn(*data, num_classes=4, k=k, temperature=temperature)
+    found = knn(*data, num_classes=4, neighbours=k, temperature=temperature)
     assert found == pytest.approx(slow_knn(*data, 4, k, temperature))
     assert 30 < found < 100
 
@@ -241,7 +241,9 @@ def test_knn_at_a_temperature_that_overflows_exp():
     # exp(1 / 0.001) is infinite in float32: both classes would have infinitely many votes.
     train = torch.tensor([[1.0, 0.1], [1.0, 0.0], [1.0, 0.02]])
     query = torch.tensor([[1.0, 0.0]])
-    accuracy = knn(train, torch.tensor([0, 1, 0]), query, torch.tensor([1]), num_classes=2, k=3, temperature=1e-4)
+    accuracy = knn(
+        train, torch.tensor([0, 1, 0]), query, torch.tensor([1]), num_classes=2, neighbours=3, temperature=1e-4
+    )
     assert accuracy == 100
 
 
@@ -249,7 +251,7 @@ def test_knn_at_a_temperature_that_overflows_exp():
 def test_knn_refuses_k(k):
     train_x, train_y, test_x, test_y = groups()
     with pytest.raises(UserError, match="300 training images"):
-        knn(train_x[0], train_y, test_x[0], test_y, num_classes=4, k=k)
+        knn(train_x[0], train_y, test_x[0], test_y, num_classes=4, neighbours=k, temperature=0.1)
 
 
 def test_labels_are_checked():
@@ -257,6 +259,6 @@ def test_labels_are_checked():
     with pytest.raises(UserError, match="class 4 has no training images"):
         linear_probe(train_x, train_y, test_x, test_y, 5, settings(1))
     with pytest.raises(UserError, match="from 0 to 3, but there are 3"):
-        knn(train_x[0], train_y, test_x[0], test_y, num_classes=3, k=5)
+        knn(train_x[0], train_y, test_x[0], test_y, num_classes=3, neighbours=5, temperature=0.1)
     with pytest.raises(UserError, match="test split has no images"):
         linear_probe(train_x, train_y, test_x[:, :0], test_y[:0], 4, settings(1))

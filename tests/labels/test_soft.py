@@ -88,4 +88,4 @@ def test_the_commands(folder_of_images, tmp_path, capsys):
     assert sssd(*distill, "--soft", "0.3", "--out", tmp_path / "soft", "--resume") == 2
     assert "labels" in one_line(capsys), "a resume with other labels"
     assert sssd(*distill[:3], "--labels", "true", *distill[5:], "--soft", "0.2", "--out", tmp_path / "x") == 2
-    assert "--soft is of pseudo labels" in one_line(capsys)
+    assert "--soft applies to pseudo labels" in one_line(capsys)

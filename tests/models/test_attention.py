@@ -136,6 +136,6 @@ def test_distill_takes_them_and_their_folder_remembers(folder_of_images, tmp_pat
     assert isinstance(timm.create_model(f"local-dir:{tmp_path / 'p'}", pretrained=True).exit3.blocks[0], Attention)
     capsys.readouterr()
     assert sssd("distill", *words, "--method", "clusterfit", "--out", tmp_path / "other") == 2
-    assert "drop --exits attention" in one_line(capsys)
+    assert "remove --exits attention" in one_line(capsys)
     assert sssd("distill", *words[:-2], "--exits", "plain", "--out", out, "--resume") == 2
     assert "exits" in one_line(capsys)
