@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 
 from helpers.data import everything, load
+from helpers.processes import run_together
 from helpers.images import file_bytes, picture, write_parquet
-from sssd_zoo.data.loading import GlobalBatches
+from sssd_zoo.data.loading import GlobalBatches, fits_in_memory
 from sssd_zoo.errors import UserError
 
 
@@ -177,3 +179,25 @@ class TestGlobalBatches:
     def test_bad_sizes(self, options, message):
         with pytest.raises(UserError, match=message):
             GlobalBatches(8, seed=0, **options)
+
+
+class TestMemory:
+    @pytest.fixture
+    def free(self, monkeypatch):
+        """1,000 bytes are free on this machine."""
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+        return 1000
+
+    @pytest.mark.parametrize(("processes", "most"), [(None, 500), ("1", 500), ("2", 250), ("3", 166)])
+    def test_half_of_the_free_memory_is_shared_by_the_processes(self, processes, most, free, monkeypatch):
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+        if processes is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert fits_in_memory(0)
+        assert fits_in_memory(most)
+        assert not fits_in_memory(most + 1)
+
+    def test_all_processes_do_as_the_first(self, tmp_path):
+        """Each asks for another size, of which only the first fits."""
+        code = "from sssd_zoo.data.loading import fits_in_memory\nprint(fits_in_memory([1, 10**18][rank]))"
+        assert run_together(code, tmp_path) == ["True\n", "True\n"]

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from helpers.commands import ROOT, TINY, command, dead, one_line, sssd
+from helpers.disk import contents
 from sssd_zoo.cli.arguments import PATHS
 from sssd_zoo.cli.commands import COMMANDS
 from sssd_zoo.configs import commands as arguments
@@ -26,7 +27,6 @@ from sssd_zoo.files.run_folder import KINDS, atomic_dir, drop, kind_of, mark, ti
 from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.export import is_graph, is_program
-from sssd_zoo.pipeline.stages import Stages
 
 SMALL = ["--model", "sssd_resnet18", "--image_size", "32", "--epochs", "1", "--batch_size", "16", "--device", "cpu"]
 WORDS = {  # a command line of each command that has an --out, but for that
@@ -45,13 +45,6 @@ WORDS = {  # a command line of each command that has an --out, but for that
     "card": ["--run", "DATA"],
     "pull": ["sssd_resnet18_cifar"],
 }
-
-
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
 
 
 def words_of(command: str, data: Path) -> list[str]:
@@ -247,111 +240,6 @@ def test_folders_from_before_marks_are_told_by_their_files(kind, files, tmp_path
         (tmp_path / "mine.txt").write_text("mine")
         drop(tmp_path, kind)
         assert list(contents(tmp_path)) == ["mine.txt"]
-
-
-# Steps of fit, compare and finetune.
-
-
-def step(value: str, log: list[str] | None = None, dies: bool = False):
-    def run(folder: Path) -> dict[str, Any]:
-        if log is not None:
-            log.append(folder.name)
-        (folder / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
-        if dies:
-            raise KeyboardInterrupt
-        (folder / "metrics.json").write_text(value)
-        return {"value": value}
-
-    return run
-
-
-def test_a_finished_step_goes_only_when_told_to_and_its_successor_is_complete(tmp_path, capsys):
-    old = Stages(tmp_path, {"data": "x" * 64})
-    assert old.run("train", step("1"), {"lr": 1})["value"] == "1"
-    (tmp_path / "train" / "notes.txt").write_text("mine")
-    before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"train was made with other.*\(lr: 1 there, 2 now\).*--overwrite"):
-        old.run("train", step("2"), {"lr": 2})
-    with pytest.raises(UserError, match=r"data: 'x+ there, 'y+ now\).*--overwrite"):
-        Stages(tmp_path, {"data": "y" * 64}).run("train", step("2"), {"lr": 1})
-    assert contents(tmp_path) == before
-
-    again = Stages(tmp_path, {"data": "x" * 64}, overwrite=True)
-    log: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        again.run("train", step("2", log, dies=True), {"lr": 2})
-    assert (tmp_path / "train" / "metrics.json").read_text() == "1"
-    assert old.run("train", step("never"), {"lr": 1})["value"] == "1", "the old one is as good as before"
-    (tmp_path / ".train.new" / "half").write_text("done")
-    assert again.run("train", step("2", log), {"lr": 2})["value"] == "2"
-    assert log == [".train.new", ".train.new"]
-    assert (tmp_path / "train" / "half").read_text() == "done", "it resumed"
-    assert (tmp_path / "train" / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "train" / "metrics.json").read_text() == "2"
-    assert again.run("train", step("never"), {"lr": 2})["value"] == "2"
-    assert not [path for path in tmp_path.rglob(".*") if path.name != RUN_MARK]
-
-
-@pytest.mark.parametrize("at", ["before the folder", "before the record"])
-def test_a_kill_while_a_step_is_replaced_is_made_good(at, tmp_path, monkeypatch):
-    Stages(tmp_path, {}).run("train", step("1"), {"lr": 1})
-    stages = Stages(tmp_path, {}, overwrite=True)
-    killed = "sssd_zoo.pipeline.stages.replace" if at == "before the folder" else "pathlib.Path.replace"
-    with monkeypatch.context() as patch:
-        real = Path.replace
-
-        def die(first: Path, *rest: Any) -> Any:
-            if first.name in (".train.new", ".train.new.json"):
-                raise KeyboardInterrupt
-            return real(first, *rest)
-
-        patch.setattr(killed, die)
-        with pytest.raises(KeyboardInterrupt):
-            stages.run("train", step("2"), {"lr": 2})
-    assert Stages(tmp_path, {}).run("train", step("never"), {"lr": 2})["value"] == "2"
-    assert (tmp_path / "train" / "metrics.json").read_text() == "2"
-
-
-def test_a_step_with_nothing_to_lose_is_begun_anew(tmp_path):
-    def fails(folder: Path) -> dict[str, Any]:
-        raise UserError("too large a batch")
-
-    with pytest.raises(UserError, match="batch"):
-        Stages(tmp_path, {}).run("train", fails, {"batch": 2})
-    assert Stages(tmp_path, {}).run("train", step("1"), {"batch": 1})["value"] == "1"
-
-
-def test_other_true_labels_are_measured_again_unasked(tmp_path, capsys):
-    stages = Stages(tmp_path, {})
-    assert stages.run("probe", step("cats"), {}, measured_on="a")["value"] == "cats"
-    assert stages.run("probe", step("never"), {}, measured_on="a")["value"] == "cats"
-    assert stages.run("probe", step("dogs"), {}, measured_on="b")["value"] == "dogs"
-    assert "repeated, for other true labels" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--overwrite"):
-        stages.run("probe", step("never"), {"epochs": 9}, measured_on="c")
-
-
-def test_a_step_does_not_take_a_folder_of_the_users(tmp_path):
-    (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / "annotations.txt").write_text("mine")
-    for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"holds annotations\.txt;"):
-            Stages(tmp_path, {}, overwrite=overwrite).run("labels", step("1"), {})
-    Stages(tmp_path, {}).run("probe", step("1"), {"lr": 1})
-    shutil.rmtree(tmp_path / "probe")
-    (tmp_path / "probe").mkdir()
-    (tmp_path / "probe" / "photo.png").write_text("mine")
-    with pytest.raises(UserError, match=r"holds photo\.png;"):
-        Stages(tmp_path, {}, overwrite=True).run("probe", step("2"), {"lr": 2})
-    assert (tmp_path / "probe" / "photo.png").read_text() == "mine"
-
-
-def test_a_step_from_before_marks_is_reused_and_replaced(tmp_path):
-    Stages(tmp_path, {}).run("train", step("1"), {"lr": 1})
-    (tmp_path / "train" / RUN_MARK).unlink()
-    assert Stages(tmp_path, {}).run("train", step("never"), {"lr": 1, "true_labels": "x"})["value"] == "1"
-    (tmp_path / "train" / RUN_MARK).unlink()
-    assert Stages(tmp_path, {}, overwrite=True).run("train", step("2"), {"lr": 2})["value"] == "2"
 
 
 # Litter.

@@ -15,6 +15,7 @@ import timm
 import torch
 
 from helpers.commands import command
+from helpers.disk import DAMAGE, cut, flip
 from helpers.labels import blobs
 from helpers.training import Regression, Tensors, run
 from sssd_zoo.configs import DataConfig, DetectorConfig, OptimConfig, RuntimeConfig
@@ -22,34 +23,15 @@ from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.detection.detector import build_detector, load_detector, save_detector
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.labels.kmeans import kmeans, normalise
 from sssd_zoo.labels.online import OnlineLabels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
-from sssd_zoo.pipeline.stages import Stages
 from sssd_zoo.training.checkpoints import Checkpoints
 from sssd_zoo.training.engine import train
 
-
-def flip(file: Path) -> None:
-    """Flips a bit in the middle."""
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0x20
-    file.write_bytes(content)
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
-def empty(file: Path) -> None:
-    os.truncate(file, 0)
-
-
-DAMAGE = [flip, cut, empty, Path.unlink]
 FILES = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "checkpoint.json"]
 
 
@@ -393,46 +375,6 @@ class TestNetworks:
         damage(tmp_path / "model.safetensors")
         with pytest.raises(UserError, match=r"model\.safetensors"):
             load_detector(tmp_path)
-
-
-class TestStages:
-    @pytest.mark.parametrize("damage", DAMAGE)
-    @pytest.mark.parametrize("file", ["model.safetensors", "labels.parquet", "network/config.json"])
-    def test_a_damaged_result_is_made_again(self, damage, file, tmp_path, capsys):
-        done = []
-
-        def step(folder: Path) -> dict[str, Any]:
-            done.append(folder)
-            atomic_write_text(folder / file, "a result of some length")
-            atomic_write_text(folder / "log.txt", "what no later step reads")
-            return {}
-
-        for _ in range(2):
-            Stages(tmp_path, {}).run("step", step, {})
-        assert len(done) == 1
-        flip(tmp_path / "step" / "log.txt")
-        damage(tmp_path / "step" / file)
-        for _ in range(2):
-            Stages(tmp_path, {}).run("step", step, {})
-        assert len(done) == 2
-        assert f"is damaged: {file}" in capsys.readouterr().out
-        assert (tmp_path / "step" / file).read_text() == "a result of some length"
-
-    def test_a_run_folder_that_goes_is_one_line(self, tmp_path):
-        def step(folder: Path) -> dict[str, Any]:
-            shutil.rmtree(tmp_path / "run")
-            atomic_write_text(folder / "a.json", "{}")
-            return {}
-
-        with pytest.raises(UserError, match=r"run was removed while \[step\] ran"):
-            Stages(tmp_path / "run", {}).run("step", step, {})
-
-    def test_of_earlier_versions(self, tmp_path):
-        Stages(tmp_path, {}).run("step", lambda folder: atomic_write_text(folder / "a.json", "{}") or {}, {})
-        record = json.loads((tmp_path / "steps" / "step.json").read_text())
-        del record["sha256"]
-        (tmp_path / "steps" / "step.json").write_text(json.dumps(record))
-        Stages(tmp_path, {}).run("step", lambda folder: pytest.fail("it was done"), {})
 
 
 FIT = [

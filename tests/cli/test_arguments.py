@@ -1,0 +1,71 @@
+"""Words of the command line as they are handed to jsonargparse."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from sssd_zoo.cli.arguments import spell_out, switches
+
+
+@dataclass
+class Inner:
+    """Settings of a stage.
+
+    Args:
+        warm_start: a switch.
+        epochs: a number.
+    """
+
+    warm_start: bool = False
+    epochs: int = 1
+
+
+@dataclass
+class Settings:
+    """Settings of a command.
+
+    Args:
+        data: text.
+        dry_run: a switch.
+        symmetric: a switch that is on.
+        maybe: a switch that may be left open.
+        train: of a stage.
+    """
+
+    data: str = ""
+    dry_run: bool = False
+    symmetric: bool = True
+    maybe: bool | None = None
+    train: Inner = field(default_factory=Inner)
+
+
+def test_switches_are_found_in_stages_too():
+    assert switches(Settings) == {"--dry_run", "--symmetric", "--maybe", "--train.warm_start"}
+
+
+@pytest.mark.parametrize(
+    ("words", "spelled"),
+    [
+        ("--dry_run", "--dry_run true"),
+        ("--dry-run", "--dry_run true"),
+        ("--dry-run --data x", "--dry_run true --data x"),
+        ("--data x --dry_run", "--data x --dry_run true"),
+        ("--dry_run --symmetric", "--dry_run true --symmetric true"),
+        ("--dry_run true", "--dry_run true"),
+        ("--symmetric False", "--symmetric False"),
+        ("--symmetric no --dry_run yes", "--symmetric no --dry_run yes"),
+        ("--maybe null", "--maybe null"),
+        ("--maybe", "--maybe true"),
+        ("--symmetric=false", "--symmetric=false"),
+        ("--dry-run=true", "--dry_run=true"),
+        ("--train.warm-start", "--train.warm_start true"),
+        ("--train.warm_start --train.epochs 3", "--train.warm_start true --train.epochs 3"),
+        ("--dry_run folder", "--dry_run true folder"),
+        ("--data my-folder", "--data my-folder"),
+        ("--data=my-folder --dry-run", "--data=my-folder --dry_run true"),
+        ("--train.epochs -1", "--train.epochs -1"),
+        ("", ""),
+    ],
+)
+def test_switches_and_hyphens_are_spelled_out(words, spelled):
+    assert spell_out(words.split(), Settings) == spelled.split()

@@ -1,0 +1,89 @@
+"""Folders that are there whole or not at all, and what of an older one they take the place of."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.commands import ROOT
+from helpers.disk import contents, files_up_to
+from sssd_zoo.errors import UserError
+from sssd_zoo.files import RUN_MARK
+from sssd_zoo.files.run_folder import atomic_dir, kind_of, restore, tidy
+
+
+def write(folder: Path, content: str) -> None:
+    with atomic_dir(folder, "network") as temporary:
+        (temporary / "config.json").write_text(content)
+        (temporary / "model.safetensors").write_text(content)
+
+
+def test_it_appears_when_the_block_ends_and_not_before(tmp_path):
+    with atomic_dir(tmp_path / "a" / "network", "network") as temporary:
+        (temporary / "config.json").write_text("{}")
+        assert not (tmp_path / "a" / "network").exists()
+    assert set(contents(tmp_path)) == {"a", "a/network", f"a/network/{RUN_MARK}", "a/network/config.json"}
+    assert kind_of(tmp_path / "a" / "network") == "network"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("old", [False, True])
+def test_a_block_that_fails_leaves_what_was_there(error, old, tmp_path):
+    if old:
+        write(tmp_path / "network", "old")
+    before = contents(tmp_path)
+    with pytest.raises(error), atomic_dir(tmp_path / "network", "network") as temporary:
+        (temporary / "config.json").write_text("new")
+        raise error
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
+    write(tmp_path / "network", "old")
+    before = contents(tmp_path)
+    with files_up_to(100), pytest.raises(UserError, match="cannot write .*larger than the file-size limit"):
+        write(tmp_path / "network", "new" * 100)
+    assert contents(tmp_path) == before
+
+
+def test_files_of_the_kind_are_replaced_and_others_stay(tmp_path):
+    write(tmp_path / "network", "old")
+    (tmp_path / "network" / "notes.txt").write_text("the user's")
+    (tmp_path / "network" / "README.md").write_text("of the old network")
+    write(tmp_path / "network", "new")
+    assert {path.name: path.read_text() for path in (tmp_path / "network").glob("[a-zA-Z]*")} == {
+        "config.json": "new",
+        "model.safetensors": "new",
+        "notes.txt": "the user's",
+    }
+
+
+def test_a_folder_of_the_user_s_is_refused_before_anything_is_done(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("a cat")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"holds cat\.jpg"), atomic_dir(tmp_path / "photos", "network"):
+        pytest.fail("it was begun")
+    assert contents(tmp_path) == before
+
+
+def test_what_a_kill_leaves_goes_and_the_old_folder_stays(tmp_path):
+    write(tmp_path / "network", "old")
+    before = contents(tmp_path)
+    code = (
+        "import os, signal, sys\n"
+        "from sssd_zoo.files.run_folder import atomic_dir\n"
+        "with atomic_dir(sys.argv[1], 'network') as temporary:\n"
+        "    (temporary / 'config.json').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "network")]
+    killed = subprocess.run(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2, "the old folder, and half a new one"
+    restore(tmp_path / "network")
+    tidy(tmp_path)
+    assert contents(tmp_path) == before
