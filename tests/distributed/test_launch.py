@@ -1,4 +1,4 @@
-"""The processes of `accelerate launch --cpu`, without its seconds: the launcher's words, and what it sets, are enough."""
+"""The processes of `accelerate launch --cpu`, without its seconds: what it sets and its command line are enough."""
 
 import json
 import os

@@ -35,16 +35,21 @@ def test_a_block_that_fails_leaves_what_was_there(error, old, tmp_path):
     if old:
         write(tmp_path / "network", "old")
     before = contents(tmp_path)
-    with pytest.raises(error), atomic_dir(tmp_path / "network", "network") as temporary:
-        (temporary / "config.json").write_text("new")
-        raise error
+
+    def fails() -> None:
+        with atomic_dir(tmp_path / "network", "network") as temporary:
+            (temporary / "config.json").write_text("new")
+            raise error
+
+    with pytest.raises(error):
+        fails()
     assert contents(tmp_path) == before
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     write(tmp_path / "network", "old")
     before = contents(tmp_path)
-    with files_up_to(100), pytest.raises(UserError, match="cannot write .*larger than the file-size limit"):
+    with files_up_to(100), pytest.raises(UserError, match=r"cannot write .*larger than the file-size limit"):
         write(tmp_path / "network", "new" * 100)
     assert contents(tmp_path) == before
 

@@ -68,7 +68,7 @@ def test_forward_equals_the_method_step_by_step():
     keys = torch.empty(8, 5)
     for part in shuffle.chunk(2):  # each key with the statistics of its shuffled part
         keys[part] = before.key_encoder(key_view[part]).detach()
-    expected, _ = info_nce(queries, keys, queue, task.temperature)
+    expected, _ = info_nce(queries, keys, queue, task.config.temperature)
     torch.testing.assert_close(out["loss"], expected)
     torch.testing.assert_close(task.queue[:8], keys)
     assert torch.equal(task.queue[8:], queue[8:])
@@ -91,7 +91,7 @@ def test_gradients_reach_the_query_encoder_only():
 
 
 def test_key_encoder_is_the_moving_average():
-    task = make(momentum=0.9)
+    task = make(key_momentum=0.9)
     with torch.no_grad():
         for parameter in task.query_encoder.parameters():
             parameter.add_(1.0)
@@ -221,7 +221,7 @@ def test_queue_pointer_and_key_encoder_are_in_the_state():
 
 def test_steps_on_one_batch_lower_its_loss():
     """With the keys and the queue held still, gradient descent must bring each query to its own key."""
-    task = make(momentum=1.0, queue_size=32)
+    task = make(key_momentum=1.0, queue_size=32)
     optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.05)
     batch, queue = batch_of(task), task.queue.clone()
     losses = []
