@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from helpers.data import everything, load
-from helpers.processes import run_together
 from helpers.images import file_bytes, picture, write_parquet
+from helpers.processes import run_together
 from sssd_zoo.data.loading import GlobalBatches, fits_in_memory
 from sssd_zoo.errors import UserError
 
