@@ -60,4 +60,5 @@ def describe_machine(precision: str) -> str:
     """What computes, in words: device, processes, threads, torch, and precision."""
     parts = machine()
     processes = f"{parts['processes']} x " if parts["processes"] > 1 else ""
-    return f"{parts['device']}, {processes}{parts['threads']} threads, torch {parts['torch']}, {precision}"
+    threads = f"{parts['threads']} thread{'s' if parts['threads'] > 1 else ''}"
+    return f"{parts['device']}, {processes}{threads}, torch {parts['torch']}, {precision}"

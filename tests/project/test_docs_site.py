@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 
-from conftest import ROOT, command
+from helpers.commands import ROOT, command
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.hub import save_network
 

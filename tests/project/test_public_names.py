@@ -4,7 +4,7 @@ from importlib import import_module
 
 import pytest
 
-from conftest import command
+from helpers.commands import command
 
 NAMES = [
     "sssd_zoo.hub.save_network",
