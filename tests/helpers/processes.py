@@ -12,6 +12,10 @@ import os, sys, torch, torch.distributed as dist
 store, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 """
+LEAVE = """
+dist.barrier()
+dist.destroy_process_group()  # without this a process may abort as it ends
+"""
 
 
 def run_together(code: str, folder: Path, world: int = 2) -> list[str]:
@@ -25,14 +29,14 @@ def run_together(code: str, folder: Path, world: int = 2) -> list[str]:
     Returns:
         What each printed.
     """
-    words = [sys.executable, "-c", JOIN + code, str(folder / "store")]
+    words = [sys.executable, "-c", JOIN + code + LEAVE, str(folder / "store")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "LOCAL_WORLD_SIZE": str(world)}
+    errors = [(folder / f"{rank}.stderr").open("w+") for rank in range(world)]
+    start = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "text": True}
     processes = [
-        subprocess.Popen(
-            [*words, str(rank), str(world)], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(world)
+        subprocess.Popen([*words, str(rank), str(world)], stderr=error, **start) for rank, error in enumerate(errors)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world, outputs
+    said = "".join(Path(error.name).read_text() for error in errors)
+    assert [process.returncode for process in processes] == [0] * world, said
     return outputs
