@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sssd_zoo.data.walk import warn_once
+
 pytest.register_assert_rewrite("helpers")
+
+
+@pytest.fixture(autouse=True)
+def every_warning_again() -> None:
+    """A test's folder may bear the name of an earlier one's, which was removed: what was said of that is said again."""
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope="session")

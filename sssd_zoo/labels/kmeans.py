@@ -162,19 +162,12 @@ def kmeans(
         refuse_non_finite(features[start : start + _CHUNK], start)
 
     faiss = import_faiss()
+    all_rows = {"max_points_per_centroid": -(-n // k), "min_points_per_centroid": 1, "check_input_data_for_NaNs": False}
     best, best_inertia = None, np.inf
     with tqdm(total=redos * iterations, desc="k-means", unit="pass", disable=not progress) as bar:
         for redo in range(redos):
             # One pass per call, so that the bar can move, gives the same bits as faiss's own loop at 1 ms more a pass.
-            trainer = faiss.Kmeans(
-                d,
-                k,
-                niter=1,
-                seed=first_seed(seed, redo),
-                max_points_per_centroid=-(-n // k),
-                min_points_per_centroid=1,
-                check_input_data_for_NaNs=False,
-            )
+            trainer = faiss.Kmeans(d, k, niter=1, seed=first_seed(seed, redo), **all_rows)
             inertia = np.inf
             for done in range(iterations):
                 previous, inertia = inertia, trainer.train(features, init_centroids=trainer.centroids)

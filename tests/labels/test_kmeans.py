@@ -141,7 +141,7 @@ def test_kmeans_leaves_its_input_alone_and_accepts_a_view():
 @pytest.mark.parametrize(
     ("k", "change", "says"),
     [
-        (1, {}, "2 or more"),
+        (1, {}, "at least 2"),
         (51, {}, "there are 50"),
         (5, {17: np.nan}, "row 17"),
         (5, {49: np.inf}, "row 49"),
