@@ -98,7 +98,7 @@ class TestWalk:
             server.bind("socket.png")
             assert self.names(data) == ["0.png"]
         assert "3 pipes, sockets or devices (pipe.png, socket.png, zero.jpg)" in caplog.text
-        with pytest.raises(UserError, match=r"pipe\.png is no regular file"):
+        with pytest.raises(UserError, match=r"pipe\.png is not a regular file"):
             find_images([str(data / "pipe.png")])
         with pytest.raises(UserError, match="neither a file nor a folder"):
             load(data / "pipe.png")

@@ -281,7 +281,7 @@ def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path):
         (["nowhere"], "no folder 'nowhere'"),
         (["{tmp_path}"], "holds no network"),
         (["{fitted}/pretrain"], "not a network with four exits and classifiers"),
-        ([SHIPPED, "--push", "name"], "whose is it?"),
+        ([SHIPPED, "--push", "name"], "the owner is missing"),
         ([SHIPPED, "--push", "org/na me"], "not a repository name"),
         ([SHIPPED, "--push", "org/name"], "run `hf auth login`, or set HF_TOKEN"),
     ],

@@ -120,7 +120,7 @@ def plain(tmp_path_factory):
     [
         (["{run}"], "images"),
         (["{run}", "{tmp_path}/none.png"], "none.png"),
-        (["{run}", "{tmp_path}"], "holds no images"),
+        (["{run}", "{tmp_path}"], "is empty: give a folder with images"),
         (["{tmp_path}/no_model", "{image}"], "no folder"),
         (["{plain}", "{image}", "--output", "early-exit"], "no thresholds"),
         (["{run}", "{image}", "--output", "2", "--thresholds", "[1, 1, 1]"], "--thresholds"),

@@ -16,12 +16,12 @@ SMALL = {"channels": (8, 16, 32, 64), "layers": (1, 1, 1, 1)}
 SPEC = InputSpec(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
 
-def make(weight: float, **changes: torch.Tensor) -> AnchoredSelfDistillation:
+def make(weight: float, encoder_size: int = 40, **changes: torch.Tensor) -> AnchoredSelfDistillation:
     torch.manual_seed(0)
     model = timm.create_model("sssd_resnet18", num_classes=5, **SMALL)
     network = timm.create_model("resnet18", num_classes=0, **SMALL)
     moments = {"feature_mean": torch.rand(64), "feature_std": torch.rand(64) + 0.1, **changes}
-    encoder = FrozenEncoder(network, InputSpec(40, (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)), **moments)
+    encoder = FrozenEncoder(network, InputSpec(encoder_size, (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)), **moments)
     return AnchoredSelfDistillation(model, encoder, AnchoredConfig(anchor=weight), SPEC)
 
 
