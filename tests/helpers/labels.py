@@ -16,7 +16,9 @@ def blobs(n=600, d=16, groups=6, seed=0):
     return (centres[group] + random.standard_normal((n, d))).astype(np.float32), group
 
 
-def pseudo_labels(clustering, rows, truth=None, near=None):
-    data = SimpleNamespace(rows=rows, name="photos", split="train", fingerprint="abc", labels=truth)
+def pseudo_labels(clustering, rows, truth=None, near=None, *, model="resnet18", **of_data):
+    """The pseudo labels of a clustering of these rows; `of_data` are other names than those of the photos."""
+    of_data = {"name": "photos", "split": "train", "fingerprint": "abc", **of_data}
+    data = SimpleNamespace(rows=rows, labels=truth, **of_data)
     config = ClusterConfig(k=len(clustering.centroids), redos=3)
-    return PseudoLabels.from_clustering(clustering, data, config, model="resnet18", seed=0, near=near)
+    return PseudoLabels.from_clustering(clustering, data, config, model=model, seed=0, near=near)

@@ -22,6 +22,7 @@ from safetensors.torch import load
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import ROOT
 from helpers.hub_server import Fault, Hub
+from helpers.labels import pseudo_labels
 from sssd_zoo.configs import PullArgs
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.calibration import fold
@@ -618,12 +619,13 @@ def labels(tmp_path: Path) -> Path:
     clustering = Clustering(
         np.arange(12) % 3, random.random((3, 4), np.float32), random.random(12, np.float32), inertia=1.0, k_asked=4
     )
-    PseudoLabels.from_clustering(
+    pseudo_labels(
         clustering,
-        **{"rows": np.arange(12), "data": "owner/animals", "split": "train[:12]", "fingerprint": "ab" * 32},
-        **{"model": str(tmp_path / "run" / "pretrain"), "seed": 0, "iterations": 20, "redos": 1},
+        np.arange(12),
         truth=np.arange(12) % 3,
         near=(np.stack([np.arange(12) % 3, np.arange(1, 13) % 3], 1), random.random((12, 2), np.float32)),
+        model=str(tmp_path / "run" / "pretrain"),
+        **{"name": "owner/animals", "split": "train[:12]", "fingerprint": "ab" * 32},
     ).save(tmp_path / "labels")
     return tmp_path / "labels"
 

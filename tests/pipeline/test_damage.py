@@ -16,7 +16,7 @@ import torch
 
 from helpers.commands import command
 from helpers.disk import DAMAGE, cut, flip
-from helpers.labels import blobs
+from helpers.labels import blobs, pseudo_labels
 from helpers.training import Regression, Tensors, run
 from sssd_zoo.configs import DataConfig, DetectorConfig, OptimConfig, RuntimeConfig
 from sssd_zoo.data.inputs import InputSpec
@@ -27,6 +27,7 @@ from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.labels.kmeans import kmeans, normalise
 from sssd_zoo.labels.online import OnlineLabels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.models.bundled import cards_folder
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.checkpoints import Checkpoints
@@ -262,18 +263,7 @@ class TestLossNotFinite:
 @pytest.fixture
 def labels(tmp_path) -> tuple[Path, PseudoLabels]:
     features = normalise(blobs(200)[0])
-    made = PseudoLabels.from_clustering(
-        kmeans(features, 4, seed=0),
-        rows=np.arange(200),
-        data="blobs",
-        split="train",
-        fingerprint="f",
-        model="m",
-        seed=0,
-        iterations=20,
-        redos=1,
-        truth=None,
-    )
+    made = pseudo_labels(kmeans(features, 4, seed=0), np.arange(200))
     made.save(tmp_path / "labels")
     return tmp_path / "labels", made
 
@@ -355,8 +345,8 @@ class TestNetworks:
 
     def test_bundled_weights(self, tmp_path, monkeypatch):
         shutil.copytree(Path(timm.get_pretrained_cfg("sssd_resnet18_cifar").file).parent, tmp_path / "weights")
-        (tmp_path / "__init__.py").touch()
-        monkeypatch.setattr("sssd_zoo.__file__", str(tmp_path / "__init__.py"))
+        (tmp_path / "hub_cards").symlink_to(cards_folder())
+        monkeypatch.setattr("sssd_zoo.models.bundled.PACKAGE", tmp_path)
         file = tmp_path / "weights" / "sssd_resnet18_cifar.cifar10.safetensors"
         config = timm.get_pretrained_cfg("sssd_resnet18_cifar")
         config.file = str(file)
