@@ -488,7 +488,8 @@ class Page:
         """Says what happens when the visitor gives an image or changes the thresholds."""
         import gradio as gr
 
-        def show(file: Any, use_calibrated: bool, threshold: float, request: gr.Request) -> Any:
+        # gradio calls the endpoints by the names of these functions.
+        def look(file: Any, use_calibrated: bool, threshold: float, request: gr.Request) -> Any:
             return self.show(file, use_calibrated, threshold, request.session_hash)
 
         use_calibrated, threshold = controls
@@ -499,8 +500,8 @@ class Page:
         # given (that it is one of the visitor's is checked before): `decode` reads it, as it reads the training images.
         given, moved = [image, *controls], [analysis, *controls]
         quiet: dict[str, Any] = {"show_progress": "hidden", **private}
-        page.load(show, given, outputs, preprocess=False, **private)
-        image.change(show, given, outputs, preprocess=False, show_progress="minimal", **private)
+        page.load(look, given, outputs, preprocess=False, **private)
+        image.change(look, given, outputs, preprocess=False, show_progress="minimal", **private)
         threshold.change(self.answers, moved, answers, trigger_mode="always_last", **quiet)
         use_calibrated.change(self.answers, moved, answers, **quiet)
         use_calibrated.change(lambda ticked: gr.update(interactive=not ticked), use_calibrated, threshold, **quiet)

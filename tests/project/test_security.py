@@ -325,7 +325,7 @@ def test_links_and_pipes_are_not_included(copied, tmp_path, capsys):
     assert "key.txt: it is a symbolic link" in refusal(capsys, *words, "key.txt")
     assert "not a regular file" in refusal(capsys, *words, "pipe.txt")
     assert "keys: it is a symbolic link" in refusal(capsys, *words, "keys")
-    assert "fits no file" in refusal(capsys, *words, "keys/*")
+    assert "matches no further file" in refusal(capsys, *words, "keys/*")
     assert not [name for name in dry_run(capsys, copied) if "key" in name or "pipe" in name]
 
 
