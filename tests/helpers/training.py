@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sssd_zoo.configs import OptimConfig, RuntimeConfig
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.tasks import Task
 from sssd_zoo.training.engine import train
 
@@ -15,7 +16,7 @@ class Regression(Task):
     """Fits a line to the mean brightness: small, with BatchNorm, and with noise in its views."""
 
     def __init__(self) -> None:
-        super().__init__(size=8, mean=(0.0,) * 3, std=(1.0,) * 3)
+        super().__init__(InputSpec(8, (0.0,) * 3, (1.0,) * 3))
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 1))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
