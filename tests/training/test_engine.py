@@ -193,12 +193,8 @@ def test_settings_that_cannot_train(settings, images, words):
 
 
 @pytest.mark.parametrize(
-<<<<<<< HEAD
     ("settings", "words"),
     [({"epochs": 0}, "epochs is 0"), ({"warmup_epochs": 300}, "warmup_epochs is 300; it must be fewer")],
-=======
-    ("settings", "words"), [({"epochs": 0}, "epochs is 0"), ({"warmup_epochs": 300}, "warmup_epochs is 300;")]
->>>>>>> w-tests
 )
 def test_settings_that_cannot_train_on_any_data(settings, words):
     with pytest.raises(ValueError, match=words):
