@@ -22,8 +22,8 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors.text import code, markdown, plain
 from sssd_zoo.evaluation.reports.markdown import Results, describe, table
 from sssd_zoo.files import atomic_write_text, read_json
+from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.run_folder import atomic_dir
-from sssd_zoo.models.bundled import cards_folder
 from sssd_zoo.models.saving import save_network
 
 TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]

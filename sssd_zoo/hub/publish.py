@@ -45,11 +45,12 @@ from sssd_zoo.files import (
     read_json,
     sha256,
 )
+from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.hub_client import SilentHubError, limited_waiting
 from sssd_zoo.files.lock import LOCK
 from sssd_zoo.files.untrusted import copy_files, files_below, hidden, read_inside
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
-from sssd_zoo.models.bundled import bundled_weights, cards_folder
+from sssd_zoo.models.bundled import bundled_weights
 from sssd_zoo.models.networks import load_network
 
 CARD_FILES = (

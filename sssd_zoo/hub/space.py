@@ -26,10 +26,10 @@ from sssd_zoo.data.loading import open_encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports.markdown import read_results
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, write_json
+from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.untrusted import read_inside, read_yaml
 from sssd_zoo.hub.publish import announce, check_name, hub_errors
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
-from sssd_zoo.models.bundled import cards_folder
 from sssd_zoo.models.checks import check_network, read_config
 from sssd_zoo.models.networks import NETWORK_FILES, load_network
 from sssd_zoo.models.saving import save_network

@@ -1,4 +1,4 @@
-"""The weights that come with the package, and their cards."""
+"""The weights that come with the package."""
 
 from pathlib import Path
 
@@ -6,14 +6,7 @@ import timm
 
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import damage, read_json
-
-PACKAGE = Path(__file__).parents[1]
-
-
-def cards_folder() -> Path:
-    """The folder of the cards of the bundled weights and of the templates: in the wheel, else in the checkout."""
-    installed = PACKAGE / "hub_cards"
-    return installed if installed.is_dir() else PACKAGE.parent / "hub_cards"
+from sssd_zoo.files.bundled import PACKAGE, cards_folder
 
 
 def bundled_name(name: str) -> str:

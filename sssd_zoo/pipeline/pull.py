@@ -5,6 +5,7 @@ from huggingface_hub import (
 )
 
 from sssd_zoo.configs import PullArgs
+from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.hub.publish import (
     CARD_FILES,
@@ -17,7 +18,7 @@ from sssd_zoo.hub.publish import (
     verify_labels,
     verify_network,
 )
-from sssd_zoo.models.bundled import bundled_name, cards_folder
+from sssd_zoo.models.bundled import bundled_name
 
 
 def pull(args: PullArgs) -> None:

@@ -23,11 +23,11 @@ from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.detection.detector import build_detector, load_detector, save_detector
 from sssd_zoo.errors import UserError
+from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.labels.kmeans import kmeans, normalise
 from sssd_zoo.labels.online import OnlineLabels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
-from sssd_zoo.models.bundled import cards_folder
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.checkpoints import Checkpoints
