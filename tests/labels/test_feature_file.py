@@ -80,6 +80,7 @@ def test_other_files_are_refused(tmp_path):
             FeatureFile(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_labels_from_disk_and_of_two_processes_are_those_of_one_in_memory(folder_of_images, tmp_path):
     words = ["--data", str(folder_of_images), "--model", "sssd_resnet18_cifar", "--k", "5", "--batch_size", "10"]
     words += ["--precision", "fp32"]

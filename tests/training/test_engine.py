@@ -280,7 +280,7 @@ def teacher(tmp_path_factory) -> list[str]:
 
 @pytest.mark.parametrize(
     "script",
-    [name if name in ("pretrain", "distill") else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+    [name if name == "pretrain" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
 )
 def test_killed_and_resumed_equals_unbroken(script, folder_of_images, teacher, tmp_path):
     words = [*SCRIPTS[script], "--data", str(folder_of_images), *(teacher if script == "seed" else [])]
@@ -315,7 +315,11 @@ def test_killed_and_resumed_equals_unbroken(script, folder_of_images, teacher, t
 # Not DACSD: its k-means makes a leap of a rounding error, where an image lies between two clusters.
 @pytest.mark.parametrize(
     ("script", "rate"),
-    [("pretrain", "0.01"), ("distill", "0.0001"), pytest.param("seed", "0.01", marks=pytest.mark.slow)],
+    [
+        ("pretrain", "0.01"),
+        pytest.param("distill", "0.0001", marks=pytest.mark.slow),
+        pytest.param("seed", "0.01", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_give_the_losses_of_one(script, rate, folder_of_images, teacher, tmp_path):
     # A small rate: rounding, which differs with the order of sums, now and then turns a ReLU that is near 0, and so the
