@@ -1,11 +1,4 @@
-"""The exception for mistakes of the user, and a quiet end for a start that is interrupted."""
-
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType, TracebackType
+"""The exception for mistakes of the user."""
 
 from sssd_zoo.errors.text import plain
 
@@ -25,38 +18,3 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(plain(" ".join(message.split()), longest=LONGEST))
-
-
-@contextmanager
-def quiet_start() -> Iterator[None]:
-    """Makes Ctrl-C end a program with one line instead of a traceback while the block imports modules for seconds.
-
-    `KeyboardInterrupt` can still be caught; only an uncaught one is reported in one line. Imports that swallow it, as
-    torch's import of NumPy does, leave modules partly initialised, so it is raised again after them.
-    """
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    default = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    try:
-        if default:
-            signal.signal(signal.SIGINT, note)
-        yield
-    finally:
-        if default:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if received:
-            sys.excepthook = _end_quietly
-            raise KeyboardInterrupt from None
-
-
-def _end_quietly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    print("\nstopped while starting", file=sys.stderr)
-    raise SystemExit(130)

@@ -25,7 +25,7 @@ from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.detect_eval import load_test_data
 from sssd_zoo.tasks.detection import Detection
-from sssd_zoo.training.engine import check_trainable, train
+from sssd_zoo.training.engine import Trainer, check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import announce, prepare_run_folder
 
@@ -46,7 +46,8 @@ def detect(args: DetectArgs) -> None:
     identity = {"data": data.fingerprint, "images": len(data), "classes": data.class_names, **asdict(settings)}
     loader = DetectionLoader(data, args.batch_size, runtime.seed)
     # Not `run_training`, whose run folder holds a classification network and whose images are squares of one size.
-    measured = train(task, loader, optim=optim, runtime=runtime, out=out, identity=identity, title="detect")
+    trainer = Trainer(task, loader, optim=optim, runtime=runtime, out=out, identity=identity, title="detect")
+    measured = trainer.run()
     announce(out, f"Faster R-CNN on {args.model} trained on {len(data)} images of {data.name}", measured)
     if rank() == 0:
         figures.loss_curves({"Faster R-CNN": read_metrics(out / "metrics.jsonl")}, out / "curves.png")
@@ -74,7 +75,7 @@ def write_metrics(
         args: of the command.
         detector: the trained one.
         test: images to measure on.
-        measured: of the training, see `engine.train`.
+        measured: of the training, see `Trainer.run`.
     """
     processes = make_accelerator(RuntimeConfig.of(args)).num_processes
     # Scores in half precision tie at the top, and average precision depends on their order.

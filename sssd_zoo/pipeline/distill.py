@@ -17,16 +17,12 @@ from sssd_zoo.configs import (
 from sssd_zoo.data.inputs import storage_default
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import ImageData, load_images
-from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import feature_batches
-from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.origin import Name, labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import (
-    choose_model,
-    choose_size,
     input_spec,
     load_network,
     load_trunk,
@@ -37,7 +33,7 @@ from sssd_zoo.models.networks import (
 from sssd_zoo.tasks import AnchoredSelfDistillation, ClusterFit, FrozenEncoder, SelfDistillation, Task
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import RunSpec, announce, method_settings, run_training
+from sssd_zoo.training.runs import RunSpec, announce, command_spec, method_settings, run_training, start_training
 
 Method = Literal["sssd", "clusterfit"]
 
@@ -118,10 +114,7 @@ def load_encoder(name: str | None, data: ImageData, forward: ForwardConfig) -> F
 
 def distill(args: DistillArgs) -> None:
     """`sssd distill`."""
-    tune_cpu()
-    runtime = RuntimeConfig.of(args)
-    make_accelerator(runtime)
-    out = open_out(args, "training")
+    runtime, out = start_training(args)
     named = args.labels in get_args(Name)
     check_choices(args, named=named)
     pseudo = None if named else PseudoLabels.load(args.labels)
@@ -132,8 +125,7 @@ def distill(args: DistillArgs) -> None:
         labels = pseudo_labels_for(data, pseudo, args.soft)
     else:
         labels = labels_by_name(cast(Name, args.labels), data, args.k, runtime)
-    size = choose_size(data, args.image_size)
-    spec = RunSpec(arch=choose_model(args.model, size), size=size, out=out, title="distil", arguments=args)
+    spec = command_spec(args, data, out, "distil")
     measured = distill_network(
         data,
         labels,

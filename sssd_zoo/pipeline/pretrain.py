@@ -16,12 +16,8 @@ from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.data.streaming import StreamingImages, load_streaming
 from sssd_zoo.distributed import rank
-from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
-from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.models.networks import (
-    choose_model,
-    choose_size,
     input_spec,
     load_trunk,
     load_trunk_of,
@@ -30,7 +26,15 @@ from sssd_zoo.models.networks import (
 from sssd_zoo.tasks import MoCo
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import RunSpec, announce, check_queue, method_settings, run_training
+from sssd_zoo.training.runs import (
+    RunSpec,
+    announce,
+    check_queue,
+    command_spec,
+    method_settings,
+    run_training,
+    start_training,
+)
 
 
 def pretrain_network(
@@ -78,10 +82,7 @@ def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes:
 
 def pretrain(args: PretrainArgs) -> None:
     """`sssd pretrain`."""
-    tune_cpu()
-    runtime = RuntimeConfig.of(args)
-    make_accelerator(runtime)
-    out = open_out(args, "training")
+    runtime, out = start_training(args)
     config = replace(DataConfig.of(args), unlabelled=True, label_column=None)
     default_size = storage_default(args.image_size)
     data: ImageData | StreamingImages
@@ -90,7 +91,6 @@ def pretrain(args: PretrainArgs) -> None:
     else:
         # No later step reads these rows by number, so images too many for memory need no pass that verifies them first.
         data = load_images(config, default_size=default_size, progress=rank() == 0, verify=False)
-    size = choose_size(data, args.image_size)
-    spec = RunSpec(arch=choose_model(args.model, size), size=size, out=out, title="MoCo v2", arguments=args)
+    spec = command_spec(args, data, out, "MoCo v2")
     measured = pretrain_network(data, MoCoConfig.of(args), runtime, spec, steps_per_epoch=args.steps_per_epoch)
     announce(out, f"{spec.arch} pretrained on {data.name}", measured)

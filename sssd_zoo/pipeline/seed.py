@@ -14,11 +14,7 @@ from sssd_zoo.configs import (
 from sssd_zoo.data.inputs import storage_default
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import ImageData, load_images
-from sssd_zoo.distributed.hardware import tune_cpu
-from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.models.networks import (
-    choose_model,
-    choose_size,
     input_spec,
     load_network,
     new_trunk,
@@ -26,7 +22,15 @@ from sssd_zoo.models.networks import (
 from sssd_zoo.tasks import SEED
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import RunSpec, announce, check_queue, method_settings, run_training
+from sssd_zoo.training.runs import (
+    RunSpec,
+    announce,
+    check_queue,
+    command_spec,
+    method_settings,
+    run_training,
+    start_training,
+)
 
 
 def seed_network(
@@ -63,13 +67,9 @@ def seed_network(
 
 def seed(args: SEEDArgs) -> None:
     """`sssd seed`."""
-    tune_cpu()
-    runtime = RuntimeConfig.of(args)
-    make_accelerator(runtime)
-    out = open_out(args, "training")
+    runtime, out = start_training(args)
     config = replace(DataConfig.of(args), unlabelled=True, label_column=None)
     data = load_images(config, default_size=storage_default(args.image_size))
-    size = choose_size(data, args.image_size)
-    spec = RunSpec(arch=choose_model(args.model, size), size=size, out=out, title="SEED", arguments=args)
+    spec = command_spec(args, data, out, "SEED")
     measured = seed_network(data, args.teacher, SEEDConfig.of(args), runtime, spec, teacher_size=args.teacher_size)
     announce(out, f"{spec.arch} taught by {args.teacher} on {len(data)} images of {data.name}", measured)

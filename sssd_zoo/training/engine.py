@@ -89,7 +89,22 @@ def check_trainable(config: OptimConfig, processes: int, images: int | None) -> 
 
 
 class Trainer:
-    """A training of one task, resumed where its run folder has a checkpoint; for the arguments see `train`."""
+    """A training of one task; `run` leaves the trained weights in it.
+
+    Args:
+        task: the method with its network; moved to the device.
+        loader: the data.
+        optim: how to train.
+        runtime: where and how to run.
+        out: the run folder: checkpoints/ and metrics.jsonl are written there. If its newest checkpoint is of the same
+            identity, the run is resumed from it.
+        identity: what else decides the numbers (data, architecture, the method's settings), for the check on resume.
+        labels: for tasks that need them; those that come of the network have been attached to it.
+        title: for the progress bar.
+
+    Raises:
+        UserError: for a checkpoint of another run.
+    """
 
     def __init__(
         self,
@@ -176,7 +191,15 @@ class Trainer:
         return time.perf_counter() - self.started_at
 
     def run(self) -> dict[str, float]:
-        """Trains to the end and gives what `train` returns."""
+        """Trains to the end.
+
+        Returns:
+            `seconds` of training, `images_per_second` over them, both including the time before a resume, and the last
+            epoch's mean `loss`.
+
+        Raises:
+            UserError: for a full disk, and a loss that is not finite.
+        """
         self.task.train()
         try:
             while self.progress.step < self.total_steps:
@@ -293,40 +316,3 @@ class Trainer:
             raise self.checkpoints.record_divergence(problem, step)
         self.progress.seconds = self.seconds
         self.checkpoints.save(self.accelerator, self.progress, self.runtime.keep_last, self.runtime.keep_best)
-
-
-def train(
-    task: Task,
-    loader: Loader,
-    *,
-    optim: OptimConfig,
-    runtime: RuntimeConfig,
-    out: Path,
-    identity: dict[str, Any],
-    labels: Labels | None = None,
-    title: str = "train",
-) -> dict[str, float]:
-    """Trains `task` and leaves its trained weights in it.
-
-    Args:
-        task: the method with its network; moved to the device.
-        loader: the data.
-        optim: how to train.
-        runtime: where and how to run.
-        out: the run folder: checkpoints/ and metrics.jsonl are written there. If its newest checkpoint is of the same
-            identity, the run is resumed from it.
-        identity: what else decides the numbers (data, architecture, the method's settings), for the check on resume.
-        labels: for tasks that need them; those that come of the network have been attached to it.
-        title: for the progress bar.
-
-    Returns:
-        `seconds` of training, `images_per_second` over them, both including the time before a resume, and the last
-        epoch's mean `loss`.
-
-    Raises:
-        UserError: for settings that cannot train, a checkpoint of another run, a full disk, a loss that is not finite.
-    """
-    trainer = Trainer(
-        task, loader, optim=optim, runtime=runtime, out=out, identity=identity, labels=labels, title=title
-    )
-    return trainer.run()

@@ -13,17 +13,18 @@ from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.distributed import barrier, rank
+from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.files.run_folder import drop, kind_of, mark
+from sssd_zoo.files.run_folder import drop, kind_of, mark, open_out
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.models import SSSDResNet
-from sssd_zoo.models.networks import check_sizes, input_spec
+from sssd_zoo.models.networks import check_sizes, choose_model, choose_size, input_spec
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.tasks import Task
-from sssd_zoo.training.engine import train
+from sssd_zoo.training.engine import Trainer
 from sssd_zoo.training.hardware import make_accelerator
 
 # Settings that came after the first release, with their defaults: earlier runs can be resumed, and are not repeated.
@@ -90,6 +91,24 @@ class RunSpec:
     arguments: Any = None
 
 
+def start_training(args: Any) -> tuple[RuntimeConfig, Path]:
+    """How a command that trains begins: where and how to run, and its run folder.
+
+    Raises:
+        UserError: for settings that cannot run here, and a folder that is not to be written.
+    """
+    tune_cpu()
+    runtime = RuntimeConfig.of(args)
+    make_accelerator(runtime)
+    return runtime, open_out(args, "training")
+
+
+def command_spec(args: Any, data: ImageData | StreamingImages, out: Path, title: str) -> RunSpec:
+    """The network that a command trains: as asked for, else the default for the size of the images."""
+    size = choose_size(data, args.image_size)
+    return RunSpec(arch=choose_model(args.model, size), size=size, out=out, title=title, arguments=args)
+
+
 def run_training(
     task: Task,
     loader: EpochLoader | StreamLoader,
@@ -114,7 +133,7 @@ def run_training(
         labels: for tasks that need them.
 
     Returns:
-        What `engine.train` measured.
+        What `Trainer.run` measured.
     """
     out = spec.out
     check_sizes(spec.arch, [spec.size, *optim.sizes])
@@ -130,9 +149,10 @@ def run_training(
         settings = {"labels": labels.identity, **settings}
         labels.attach(network, out, input_spec(network, spec.size))
     identity = {"arch": spec.arch, "image_size": spec.size, **_data_identity(loader.data), **settings}
-    measured = train(
+    trainer = Trainer(
         task, loader, optim=optim, runtime=runtime, out=out, identity=identity, labels=labels, title=spec.title
     )
+    measured = trainer.run()
     if rank() == 0:
         figures.loss_curves({spec.title: read_metrics(out / "metrics.jsonl")}, out / "curves.png")
         save_network(out, network, spec.arch, input_size=spec.size)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import sssd_zoo  # noqa: F401
 from helpers.commands import ROOT, TINY, command, one_line, sssd
+from helpers.disk import small_disk
 from sssd_zoo.cli import COMMANDS, run
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.augment import normalise, resize, to_float
@@ -433,22 +434,13 @@ def full_disk(folder: Path, data: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_is_one_line_and_nothing_half_written(folder_of_images, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("this machine does not allow mounts")
-    try:
+    with small_disk(tmp_path / "disk", megabytes=20) as disk:
         done = full_disk(disk / "run", folder_of_images)
         assert done.returncode == 2, done.stderr
         assert "disk is full" in done.stderr
         assert "Traceback" not in done.stderr
         left = [path for path in disk.rglob("*") if path.is_file()]
         assert {path.name for path in left} <= {"config.yaml", "metrics.jsonl", ".sssd-zoo.json"}, left
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def test_a_file_size_limit_is_one_line(folder_of_images, tmp_path):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import one_line, sssd
+from helpers.networks import save_tiny
 from sssd_zoo.evaluation import calibration
 from sssd_zoo.evaluation.calibration import (
     MARGIN,
@@ -260,9 +261,7 @@ def test_other_budgets(folder, folder_of_images, tmp_path, budget):
 
 @pytest.fixture(scope="module")
 def four_classes(tmp_path_factory):
-    path = tmp_path_factory.mktemp("other") / "network"
-    save_network(path, timm.create_model("sssd_resnet18", num_classes=4, layers=(1, 1, 1, 1)), "sssd_resnet18")
-    return path
+    return save_tiny(tmp_path_factory.mktemp("other") / "network", classes=4)
 
 
 @pytest.mark.parametrize(

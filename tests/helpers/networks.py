@@ -2,6 +2,7 @@
 
 import copy
 from functools import lru_cache
+from pathlib import Path
 
 import timm
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.models import SSSDResNet
+from sssd_zoo.models.saving import save_network
 
 NAMES = timm.list_models("sssd_*")
 SHORT = {"layers": (1, 1, 1, 1)}
@@ -31,3 +33,9 @@ def _created(name, **kwargs):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.1, 0.1)
     return model.eval()
+
+
+def save_tiny(folder: Path, classes: int) -> Path:
+    """A folder with a network of one block a stage and new weights, with so many classes and no thresholds."""
+    save_network(folder, timm.create_model("sssd_resnet18", num_classes=classes, **SHORT), "sssd_resnet18")
+    return folder

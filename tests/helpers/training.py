@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sssd_zoo.configs import OptimConfig, RuntimeConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.tasks import Task
-from sssd_zoo.training.engine import train
+from sssd_zoo.training.engine import Trainer
 
 
 class Regression(Task):
@@ -56,5 +56,7 @@ def run(
     names = RuntimeConfig.__dataclass_fields__.keys()
     runtime = RuntimeConfig(log_every=1, **{name: kwargs.pop(name) for name in list(kwargs) if name in names})
     optim = OptimConfig(epochs=epochs, batch_size=8, lr=0.05, **kwargs)
-    train(task, loader or Tensors(8), optim=optim, runtime=runtime, out=out, identity=identity or {"arch": "line"})
+    Trainer(
+        task, loader or Tensors(8), optim=optim, runtime=runtime, out=out, identity=identity or {"arch": "line"}
+    ).run()
     return task

@@ -3,11 +3,9 @@
 import base64
 import io
 import json
-import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import tomllib
@@ -27,6 +25,7 @@ from PIL import Image
 
 from helpers.browser import SpacePage, chromium
 from helpers.commands import ROOT, command
+from helpers.pages import served
 from sssd_zoo.cli import run
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.augment import normalise, resize, to_float
@@ -429,25 +428,9 @@ def address(fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     config = json.loads((calibrated / "model/config.json").read_text())
     config["model_args"]["thresholds"] = [1.0, 1.0, 0.0]
     (calibrated / "model/config.json").write_text(json.dumps(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     (folder / "scratch").mkdir()
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder / "scratch")}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "sssd_zoo.cli", "space", str(calibrated), "--port", str(port)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
-    try:
-        assert any("the page is at" in line for line in server.stdout)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()  # not as by Ctrl-C: where the tests run in the background, shells have SIGINT ignored
-        server.stdout.close()
-        assert server.wait(timeout=60) == 0
+    with served(calibrated, folder / "scratch") as where:
+        yield where
     assert not list((folder / "scratch").glob("sssd-space-*"))
 
 

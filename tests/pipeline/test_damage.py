@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import timm
 import torch
 
 from helpers.commands import command
-from helpers.disk import DAMAGE, cut, flip
+from helpers.disk import DAMAGE, cut, flip, small_disk
 from helpers.labels import blobs, pseudo_labels
 from helpers.training import Regression, Tensors, run
 from sssd_zoo.configs import DataConfig, DetectorConfig, OptimConfig, RuntimeConfig
@@ -31,7 +30,7 @@ from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.checkpoints import Checkpoints
-from sssd_zoo.training.engine import train
+from sssd_zoo.training.engine import Trainer
 
 FILES = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "checkpoint.json"]
 
@@ -153,18 +152,11 @@ class Wide(Regression):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_disk_that_is_full_at_any_byte_of_a_checkpoint(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("this machine does not allow mounts")
-    try:
+    with small_disk(tmp_path / "disk", megabytes=64) as disk:
         optim, out, filler = OptimConfig(epochs=1, batch_size=8, lr=0.05), disk / "run", disk / "filler"
 
         def train_wide() -> None:
-            train(Wide(), Tensors(8), optim=optim, runtime=RuntimeConfig(), out=out, identity={})
+            Trainer(Wide(), Tensors(8), optim=optim, runtime=RuntimeConfig(), out=out, identity={}).run()
 
         train_wide()
         needed = shutil.disk_usage(disk).used // 1024  # about 2 x 3900 for the weights and their momentum
@@ -176,8 +168,6 @@ def test_a_disk_that_is_full_at_any_byte_of_a_checkpoint(tmp_path):
                 train_wide()
             assert not [path for path in out.rglob("*") if path.name.startswith((".", "step"))], free
             filler.unlink()
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)  # lazily, for the same reason
 
 
 class Diverges(Regression):
@@ -196,7 +186,7 @@ class TestLossNotFinite:
         task.rate = lr  # type: ignore[assignment]
         optim = OptimConfig(epochs=4, batch_size=8, lr=lr, **settings)
         loader = Tensors(8)
-        train(task, loader, optim=optim, runtime=RuntimeConfig(log_every=1), out=out, identity={})
+        Trainer(task, loader, optim=optim, runtime=RuntimeConfig(log_every=1), out=out, identity={}).run()
         return loader.served
 
     def test_the_last_good_checkpoint_is_resumed_with_another_rate(self, tmp_path):
@@ -240,9 +230,9 @@ class TestLossNotFinite:
         optim.lr = lr  # what no command lets through
         runtime = RuntimeConfig(log_every=1, precision="fp32")
         with pytest.raises(UserError, match="starts from scratch"):
-            train(Regression(), OneStep(), optim=optim, runtime=runtime, out=tmp_path, identity={})
+            Trainer(Regression(), OneStep(), optim=optim, runtime=runtime, out=tmp_path, identity={}).run()
         optim.lr, loader = 0.05, OneStep()
-        train(Regression(), loader, optim=optim, runtime=runtime, out=tmp_path, identity={})
+        Trainer(Regression(), loader, optim=optim, runtime=runtime, out=tmp_path, identity={}).run()
         assert loader.served[0] == (0, 0)
 
     def test_weights_that_are_not_finite_are_not_saved(self, tmp_path):

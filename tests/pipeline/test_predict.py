@@ -11,6 +11,7 @@ from PIL import Image
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import one_line, sssd
+from helpers.networks import save_tiny
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.inputs import prepared
 from sssd_zoo.data.loading import load_images
@@ -110,9 +111,7 @@ def test_corrupt_images(run, folder_of_images, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A network without thresholds."""
-    folder = tmp_path_factory.mktemp("plain") / "network"
-    save_network(folder, timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1)), "sssd_resnet18")
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("plain") / "network", classes=3)
 
 
 @pytest.mark.parametrize(

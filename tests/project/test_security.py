@@ -6,9 +6,6 @@ import os
 import re
 import resource
 import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +18,7 @@ from huggingface_hub.utils import _http
 from PIL import Image
 
 from helpers.commands import ROOT
+from helpers.pages import served
 from hub_server import Fault, Hub
 from sssd_zoo.cli import run
 from sssd_zoo.errors import UserError
@@ -88,24 +86,8 @@ def file_data(path: str) -> dict[str, Any]:
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `sssd space` shows the page of the bundled weights."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    scratch = tmp_path_factory.mktemp("scratch")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "sssd_zoo.cli", "space", SHIPPED, "--port", str(port)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TMPDIR": str(scratch)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout is not None
-    try:
-        assert any("the page is at" in line for line in server.stdout)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.stdout.close()
-        server.wait(timeout=60)
+    with served(SHIPPED, tmp_path_factory.mktemp("scratch")) as where:
+        yield where
 
 
 def test_the_page_analyses_what_its_visitor_uploaded(address):

@@ -23,7 +23,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.checkpoints import Checkpoints
-from sssd_zoo.training.engine import check_trainable, train
+from sssd_zoo.training.engine import Trainer, check_trainable
 from sssd_zoo.training.schedule import make_scheduler
 
 
@@ -45,7 +45,7 @@ def test_sizes_of_the_views_take_equal_parts_of_the_run(tmp_path):
             return super().views(images, random)
 
     optim = OptimConfig(epochs=3, batch_size=8, lr=0.05, sizes=[8, 12, 16])
-    train(Sizes(), Tensors(8), optim=optim, runtime=RuntimeConfig(), out=tmp_path, identity={})
+    Trainer(Sizes(), Tensors(8), optim=optim, runtime=RuntimeConfig(), out=tmp_path, identity={}).run()
     assert Sizes.seen == [8] * 4 + [12] * 4 + [16] * 4
 
 
@@ -86,7 +86,7 @@ def test_accumulation_is_one_step_of_the_whole_batch(tmp_path):
         task = Plain()
         optim = OptimConfig(epochs=2, batch_size=8, lr=0.05, accumulate=accumulate)
         out = tmp_path / str(accumulate)
-        train(task, Tensors(8), optim=optim, runtime=RuntimeConfig(precision="fp32"), out=out, identity={})
+        Trainer(task, Tensors(8), optim=optim, runtime=RuntimeConfig(precision="fp32"), out=out, identity={}).run()
         tasks.append(task)
     assert tasks[0].steps == tasks[1].steps == 8
     for one, four in zip(tasks[0].parameters(), tasks[1].parameters(), strict=True):
@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
     task = Poisoned()
     optim = OptimConfig(epochs=4, batch_size=8, lr=0.05)
     with pytest.raises(UserError, match=r"at step 8 of 16 \(lr 0\.0\d+\).*lower lr"):
-        train(task, Bad(8), optim=optim, runtime=RuntimeConfig(log_every=1), out=tmp_path, identity={})
+        Trainer(task, Bad(8), optim=optim, runtime=RuntimeConfig(log_every=1), out=tmp_path, identity={}).run()
     path, record = Checkpoints(tmp_path / "checkpoints", {}).saved()[-1]
     assert record["step"] == 8
     assert all(value.isfinite().all() for value in safetensors.torch.load_file(path / "model.safetensors").values())

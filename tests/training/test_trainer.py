@@ -11,7 +11,7 @@ from helpers.training import Regression, Tensors
 from sssd_zoo.configs import OptimConfig, RuntimeConfig
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.training.checkpoints import Progress, diverged, read_record, write_record
-from sssd_zoo.training.engine import Trainer, is_finite, train
+from sssd_zoo.training.engine import Trainer, is_finite
 from sssd_zoo.training.log import Log
 from sssd_zoo.training.schedule import make_scheduler
 
@@ -142,12 +142,12 @@ class TestTrainer:
 
     def test_train_tells_time_throughput_and_the_last_epochs_loss(self, tmp_path):
         config, runtime = OptimConfig(**OPTIM), RuntimeConfig(log_every=1)
-        measured = train(Regression(), Tensors(8), optim=config, runtime=runtime, out=tmp_path, identity={})
+        measured = Trainer(Regression(), Tensors(8), optim=config, runtime=runtime, out=tmp_path, identity={}).run()
         assert measured.keys() == {"seconds", "images_per_second", "loss"}
         lines = read_metrics(tmp_path / "metrics.jsonl")
         assert measured["loss"] == pytest.approx(sum(line["loss"] for line in lines[-4:]) / 4)
         assert measured["images_per_second"] > 0
-        again = train(Regression(), Tensors(8), optim=config, runtime=runtime, out=tmp_path, identity={})
+        again = Trainer(Regression(), Tensors(8), optim=config, runtime=runtime, out=tmp_path, identity={}).run()
         assert again["loss"] == measured["loss"], "a run that is done has nothing left to do"
         assert again["seconds"] >= measured["seconds"]
 
