@@ -12,6 +12,7 @@ from PIL import Image
 from helpers.data import everything, load
 from helpers.images import file_bytes, picture, write_parquet
 from helpers.processes import run_together
+from sssd_zoo.configs import SettingsError
 from sssd_zoo.data.loading import GlobalBatches, fits_in_memory
 from sssd_zoo.errors import UserError
 
@@ -25,7 +26,7 @@ from sssd_zoo.errors import UserError
     ],
 )
 def test_options(classes, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((UserError, SettingsError), match=message):
         load(classes, **options)
 
 

@@ -197,7 +197,7 @@ def test_settings_that_cannot_train(settings, images, words):
     [({"epochs": 0}, "epochs is 0"), ({"warmup_epochs": 300}, "warmup_epochs is 300; it must be fewer")],
 )
 def test_settings_that_cannot_train_on_any_data(settings, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(SettingsError, match=words):
         OptimConfig(batch_size=8, **settings)
 
 
