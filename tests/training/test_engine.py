@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from helpers.commands import ROOT, command
 from helpers.training import Regression, Tensors, run
-from sssd_zoo.configs import OptimConfig, RuntimeConfig
+from sssd_zoo.configs import OptimConfig, RuntimeConfig, SettingsError
 from sssd_zoo.distributed.hardware import resolve_precision
 from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
