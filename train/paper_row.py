@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sssd_zoo.configs import AnchoredConfig, ClusterConfig, DataConfig, FitArgs, MoCoConfig, ProbeConfig, RuntimeConfig
+from sssd_zoo.configs import AnchoredConfig, ClusterConfig, DataConfig, FitArgs, MoCoConfig, RuntimeConfig
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.distributed.hardware import machine, tune_cpu
 from sssd_zoo.files import RUN_MARK, read_json, write_json
@@ -192,7 +192,6 @@ def plain_run(args: argparse.Namespace, runtime: RuntimeConfig, plan: dict[str, 
         pretrain=pretrain_config(plan["pretrain"], plan["symmetric"], args.batch_size, plan["images"]),
         cluster=ClusterConfig(k=args.k),
         distill=distill_config(plan["distill"], args.batch_size),
-        probe=ProbeConfig(probe_epochs=100, probe_weight_decay=0.01),
         baseline=False,
     )
 

@@ -96,6 +96,7 @@ class DistillArgs(DataConfig, RuntimeConfig, AnchoredConfig):
         init: run folder whose weights the trunk starts from; by default random initialisation, as in the paper.
         encoder: network whose features every exit also predicts if `anchor` is above 0: a run folder, or the name of
             any timm model.
+        teacher_size: side in pixels that the views are resized to for `encoder`; by default its own input size.
         soft: temperature of soft labels, which weight the nearest centroids by distance, in units of the images' mean
             squared distance to their own centroid. By default labels are hard, as in the paper. Needs labels made with
             --nearest above 1.
@@ -111,6 +112,7 @@ class DistillArgs(DataConfig, RuntimeConfig, AnchoredConfig):
     image_size: Pixels | None = None
     init: str | None = None
     encoder: str | None = None
+    teacher_size: Pixels | None = None
     soft: Temperature | None = None
     resume: bool = False
     overwrite: bool = False
@@ -191,6 +193,8 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
         cluster: k-means.
         distill: self distillation.
         warm_start: initialise the trunk of the distilled network from M_ssl, not at random as in the paper.
+        init: another network to initialise that trunk from: a run folder, or a timm name with weights, such as
+            sssd_resnet18_cifar.cifar10.
         soft: temperature of soft labels, see `sssd distill`; needs `cluster.nearest` above 1, such as 8. By default
             labels are hard.
         probe: linear probes, if the data set has labels.
@@ -206,6 +210,7 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: AnchoredConfig = field(default_factory=AnchoredConfig)
     warm_start: bool = False
+    init: str | None = None
     soft: Temperature | None = None
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     baseline: bool = True

@@ -3,24 +3,21 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sssd_zoo.configs.ranges import Checked, Count, LearningRate, ProperFraction, Temperature, Weight
+from sssd_zoo.configs.ranges import Checked, Count, ProperFraction, Temperature, Weight
 
 
 @dataclass(kw_only=True)
 class ProbeConfig(Checked):
-    """Linear probes: one linear layer per exit, trained on frozen features.
+    """Linear probes: one linear classifier per exit, fitted to frozen features until it converges.
 
     Args:
-        probe_epochs: passes over the features.
-        probe_lr: peak learning rate; it decays to 0 by a cosine schedule.
-        probe_weight_decay: weight decay of the probes.
+        probe_weight_decay: weight decay of the probes; by default chosen for each exit on a tenth of the training
+            images.
         holdout: fraction of the images held out of training to measure the probes on, if the data set has no test or
             validation split.
     """
 
-    probe_epochs: Count = 30
-    probe_lr: LearningRate = 1e-2
-    probe_weight_decay: Weight = 0.05
+    probe_weight_decay: Weight | None = None
     holdout: ProperFraction = 0.2
 
 

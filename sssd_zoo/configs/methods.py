@@ -77,12 +77,15 @@ class PretextConfig(Checked):
 
     Args:
         features: existing network to use as M_ssl, without pretraining: any timm name, hf-hub:NAME, or a run folder.
+        teacher_size: side in pixels that images are resized to for the network of `features`; by default its own input
+            size. Smaller is faster.
         pretrain_model: timm name of the network to pretrain; by default the student architecture.
         pretrain_data: images to pretrain on (D_pre), given like `data`; by default those of `data`.
         pretrain_split: split of `pretrain_data`; by default 'train', or the only one.
     """
 
     features: str | None = None
+    teacher_size: Pixels | None = None
     pretrain_model: str | None = None
     pretrain_data: str | None = None
     pretrain_split: str | None = None

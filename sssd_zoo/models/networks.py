@@ -171,6 +171,31 @@ def check_published(name: str, cache_dir: str | Path | None) -> None:
     check_network(read_config(config), weights, f"hf-hub:{name}")
 
 
+def load_encoder(name: str, size: int | None = None) -> Any:
+    """A network whose features are read: `load_network` without classifier, for images of another size where asked.
+
+    Args:
+        name: the folder or the name.
+        size: side in pixels that images are resized to for it; by default what it was trained with.
+
+    Raises:
+        UserError: if it cannot be loaded, or cannot take images of that size.
+    """
+    network = load_network(name, num_classes=0)
+    if size is None or size == input_spec(network).size:
+        return network
+    try:
+        if hasattr(network, "set_input_size"):  # a transformer's position embeddings are interpolated
+            network.set_input_size(img_size=(size, size))
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, channels(network), size, size))
+    except Exception as error:  # every architecture refuses in its own way
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"'{name}' cannot take images of {size} px: {reason}; give another --teacher_size") from error
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (channels(network), size, size)}
+    return network
+
+
 class Facts(TypedDict):
     """What a network's `pretrained_cfg` must say to be used."""
 

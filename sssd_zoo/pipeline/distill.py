@@ -24,7 +24,7 @@ from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import (
     input_spec,
-    load_network,
+    load_encoder,
     load_trunk,
     load_trunk_of,
     new_trunk,
@@ -48,6 +48,7 @@ def distill_network(
     method: Method = "sssd",
     init: str | None = None,
     encoder: str | None = None,
+    teacher_size: int | None = None,
 ) -> dict[str, float]:
     """Trains a network on labels by `method`, and writes it into the run folder, see `run_training`.
 
@@ -60,6 +61,7 @@ def distill_network(
         method: 'sssd' or 'clusterfit'.
         init: a network whose trunk's weights to start from.
         encoder: the network whose features the exits also predict, where `config` has an anchor.
+        teacher_size: side in pixels of the encoder's views; by default what it was trained with.
     """
     torch.manual_seed(runtime.seed)
     model = new_student(spec.arch, labels.num_classes, method, config.exits)
@@ -74,8 +76,10 @@ def distill_network(
         settings |= method_settings(config, type(config))
         task = SelfDistillation(model, config, views)
         if isinstance(config, AnchoredConfig) and config.anchor:
-            frozen = load_encoder(encoder, data, ForwardConfig(precision=runtime.precision, device=runtime.device))
+            forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
+            frozen = frozen_encoder(encoder, teacher_size, data, forward)
             settings["encoder"] = weights_digest(frozen.network)
+            settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
             task = AnchoredSelfDistillation(model, frozen, config, views)
     optim = OptimConfig.of(config)
     check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
@@ -97,15 +101,21 @@ def new_student(arch: str, classes: int, method: Method, exits: str) -> Any:
     return timm.create_model(arch, num_classes=classes, **kind)
 
 
-def load_encoder(name: str | None, data: ImageData, forward: ForwardConfig) -> FrozenEncoder:
+def frozen_encoder(name: str | None, size: int | None, data: ImageData, forward: ForwardConfig) -> FrozenEncoder:
     """A network to predict, and its features' moments over at most 10,000 of the images, evenly spaced.
+
+    Args:
+        name: run folder or timm name.
+        size: side of its views in pixels; by default what it was trained with.
+        data: the images.
+        forward: how to run it.
 
     Raises:
         UserError: if none is named, or it cannot be loaded.
     """
     if name is None:
         raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
-    network = load_network(name, num_classes=0)
+    network = load_encoder(name, size)
     positions = torch.linspace(0, len(data) - 1, min(len(data), 10_000)).round().long()
     batches = feature_batches(network, data, forward, positions.split(forward.batch_size))
     features = torch.cat([pooled[-1] for _, pooled in batches])
@@ -135,6 +145,7 @@ def distill(args: DistillArgs) -> None:
         method=args.method,
         init=args.init,
         encoder=args.encoder,
+        teacher_size=args.teacher_size,
     )
     trained = f"{spec.arch} trained by {args.method} on {len(data)} images of {data.name}, labels: {args.labels}"
     announce(out, trained, measured)
@@ -148,5 +159,7 @@ def check_choices(args: DistillArgs, *, named: bool) -> None:
         raise UserError("--method clusterfit has no anchor: remove --anchor")
     if args.anchor and args.encoder is None:
         raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
+    if args.teacher_size is not None and not args.anchor:
+        raise UserError("--teacher_size is of the encoder of an anchor: give --anchor and --encoder too")
     if named and args.soft is not None:
         raise UserError(f"--soft applies to pseudo labels with distances to centroids, not to labels '{args.labels}'")

@@ -45,9 +45,9 @@ from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.labels.origin import labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
-from sssd_zoo.models.networks import load_network
+from sssd_zoo.models.networks import load_encoder, load_network
 from sssd_zoo.pipeline.distill import distill_network
-from sssd_zoo.pipeline.pretext import Setup, set_up
+from sssd_zoo.pipeline.pretext import Setup, check_start, set_up
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.training.runs import save_config, settings_of
 
@@ -55,7 +55,10 @@ from sssd_zoo.training.runs import save_config, settings_of
 def fit(args: FitArgs) -> None:
     """`sssd fit`."""
     began = time.perf_counter()
+    if args.warm_start and args.init is not None:
+        raise UserError("--warm_start and --init both say what the student starts from: remove one")
     setup = set_up(args, "fit", [args.distill], warm=args.warm_start)
+    start = {} if args.init is None else {"init": check_start(args.init, setup.arch)}
     if args.soft is not None and args.cluster.nearest < 2:
         raise UserError(
             "--soft needs the distances to several centroids: set --cluster.nearest to more than 1, such as 8"
@@ -65,7 +68,7 @@ def fit(args: FitArgs) -> None:
         evaluation = evaluation_data(
             setup.data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed
         )
-    plan = Plan(args, setup, evaluation)
+    plan = Plan(args, setup, evaluation, start)
     if rank() == 0 and not (plan.out / "config.yaml").exists():  # an older one describes what is there until the end
         save_config(plan.out, args)
     print_main(plan.describe())
@@ -90,11 +93,13 @@ class Plan:
         args: of the command.
         setup: the images, the networks, and where to run.
         evaluation: what the networks are measured on, where the images are labelled.
+        start: the digest of the weights of `args.init`, as `init`, where it is given.
     """
 
     args: FitArgs
     setup: Setup
     evaluation: Evaluation | None
+    start: dict[str, str]
 
     @property
     def out(self) -> Path:
@@ -127,7 +132,7 @@ class Plan:
             Stage(
                 name="distill",
                 action=self.distill,
-                settings={**settings_of(args.distill), "warm_start": args.warm_start, **soft},
+                settings={**settings_of(args.distill), "warm_start": args.warm_start, **self.start, **soft},
                 after=("labels",),
                 all_processes=True,
             ),
@@ -163,8 +168,9 @@ class Plan:
             args.distill,
             setup.runtime,
             setup.spec(folder, "self distillation"),
-            init=encoder if args.warm_start else None,
+            init=encoder if args.warm_start else args.init,
             encoder=encoder if args.distill.anchor else None,
+            teacher_size=setup.pretext.teacher_size,
         )
 
     def baseline(self, folder: Path) -> dict[str, Any]:
@@ -190,7 +196,7 @@ class Plan:
                 save_model_folder(
                     folder / "network", network, arch=setup.arch, label_names=names, input_size=setup.size
                 )
-        trunk = load_network(setup.pretext.network(self.out), num_classes=0)
+        trunk = load_encoder(setup.pretext.network(self.out), setup.pretext.teacher_size)
         features = evaluation_features(trunk, evaluation, setup.forward)
         knn = KNNConfig(neighbours=min(KNNConfig.neighbours, len(features.train_y)))
         return {

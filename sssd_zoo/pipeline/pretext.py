@@ -34,6 +34,7 @@ from sssd_zoo.models.networks import (
     choose_model,
     choose_size,
     input_spec,
+    load_encoder,
     load_network,
     load_trunk,
     load_trunk_of,
@@ -59,6 +60,7 @@ class Pretext:
         size: side of the pretext's views in pixels.
         config: of MoCo.
         digest: of the weights of `features`, or of those that the pretraining starts from; empty for new ones.
+        teacher_size: side in pixels of the images that `features` looks at, where it is not the network's own.
     """
 
     arch: str
@@ -67,6 +69,7 @@ class Pretext:
     size: int
     config: MoCoConfig
     digest: str
+    teacher_size: int | None = None
 
     @property
     def after(self) -> tuple[str, ...]:
@@ -77,7 +80,8 @@ class Pretext:
     def description(self) -> str:
         """What it is, in Markdown."""
         if self.source is None:
-            return f"{code(short_name(self.arch))}, as it is"
+            at = "" if self.teacher_size is None else f" at {self.teacher_size} px"
+            return f"{code(short_name(self.arch))}, as it is{at}"
         where = "the same images" if self.same_data else f"{code(self.source.name)}, {len(self.source):,} images"
         start = f" from the weights of {code(short_name(self.config.init))}" if self.config.init else ""
         return f"{code(self.arch)}, MoCo v2 for {self.config.epochs} epochs{start} on {where}"
@@ -89,7 +93,8 @@ class Pretext:
     def inputs(self) -> dict[str, Any]:
         """What decides it, for the inputs of the stages that use it."""
         if self.source is None:
-            return {"arch": self.arch, "features": self.digest}
+            at = {} if self.teacher_size is None else {"teacher_size": self.teacher_size}
+            return {"arch": self.arch, "features": self.digest, **at}
         where = {"data": self.source.fingerprint, "images": len(self.source), "storage_size": self.source.size}
         start = {"init": self.digest} if self.digest else {}  # the weights count, not where they lie
         return {"arch": self.arch, **where, **start}
@@ -120,7 +125,7 @@ class Pretext:
         model, data = self.network(out), setup.data
 
         def label(folder: Path) -> dict[str, Any]:
-            network = load_network(model, num_classes=0)
+            network = load_encoder(model, self.teacher_size)
             labels = cluster_images(network, data, config, setup.forward, model=model, seed=seed, out=folder)
             if labels is None:
                 return {}
@@ -144,6 +149,17 @@ class Pretext:
         """Raises `UserError` unless the trunk of the student `arch` can start from its weights."""
         network = new_trunk(self.arch) if self.source is not None else load_trunk_of(self.arch)
         load_trunk(timm.create_model(arch), network)
+
+
+def check_start(name: str, arch: str) -> str:
+    """The digest of the weights of a network, whose trunk a network of `arch` can start from.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    network = load_trunk_of(name)
+    load_trunk(new_trunk(arch), network)
+    return weights_digest(network)
 
 
 @dataclass(frozen=True)
@@ -198,7 +214,7 @@ def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, requ
     # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
     default_size = storage_default(args.image_size)
     if args.features is not None:
-        default_size = max(default_size, storage_default(input_spec(load_network(args.features, num_classes=0)).size))
+        default_size = max(default_size, storage_default(input_spec(load_encoder(args.features, args.teacher_size)).size))
     data = load_images(config, default_size=default_size, require_labels=require_labels, progress=rank() == 0)
     size = choose_size(data, args.image_size)
     arch = choose_model(args.model, size)
@@ -249,7 +265,9 @@ def choose_pretext(
         weights = weights_digest(load_network(args.features, num_classes=0))
         if moco.init is not None:
             raise UserError("--features uses a network without pretraining it: remove --pretrain.init")
-        return Pretext(args.features, None, True, size, moco, weights)
+        return Pretext(args.features, None, True, size, moco, weights, args.teacher_size)
+    if args.teacher_size is not None:
+        raise UserError("--teacher_size is of the network of --features: give that too, or remove it")
     if args.pretrain_split is not None and args.pretrain_data is None:
         raise UserError("--pretrain_split selects a split of --pretrain_data: give that too, or use --split")
     pretrain_arch = choose_model(args.pretrain_model or arch, size)
@@ -271,9 +289,7 @@ def choose_pretext(
     check_sizes(pretrain_arch, [size, *moco.sizes])
     start = ""
     if moco.init is not None:
-        network = load_trunk_of(moco.init)
-        load_trunk(new_trunk(pretrain_arch), network)
-        start = weights_digest(network)
+        start = check_start(moco.init, pretrain_arch)
     return Pretext(pretrain_arch, source, source is data, size, moco, start)
 
 

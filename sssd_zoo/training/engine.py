@@ -148,7 +148,8 @@ class Trainer:
         )
         self.scheduler = make_scheduler(optim, optimizer, self.loader.steps_per_epoch)
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
-        self.forward = torch.compile(self.model) if self.runtime.compile else self.model
+        # Fixed shapes: progressive resizing has a few, and kernels for any shape are slower.
+        self.forward = torch.compile(self.model, dynamic=False) if self.runtime.compile else self.model
 
     def _full_identity(self, identity: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides the run's numbers."""
