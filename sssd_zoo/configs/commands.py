@@ -94,8 +94,8 @@ class DistillArgs(DataConfig, RuntimeConfig, AnchoredConfig):
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
             224.
         init: run folder whose weights the trunk starts from; by default random initialisation, as in the paper.
-        encoder: network whose features every exit also predicts if `anchor` is above 0: a run folder, or the name of
-            any timm model.
+        encoder: network whose features every exit also predicts, see `anchor`: a run folder, or the name of any timm
+            model.
         teacher_size: side in pixels that the views are resized to for `encoder`; by default its own input size.
         soft: temperature of soft labels, which weight the nearest centroids by distance, in units of the images' mean
             squared distance to their own centroid. By default labels are hard, as in the paper. Needs labels made with

@@ -1,7 +1,7 @@
 """The settings of the methods."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from sssd_zoo.configs.ranges import (
     AnchorScale,
@@ -19,6 +19,8 @@ from sssd_zoo.configs.ranges import (
     Weight,
 )
 from sssd_zoo.configs.training import OptimConfig
+
+ANCHOR = 4.0  # weight of the anchor loss where a public encoder is distilled
 
 
 @dataclass(kw_only=True)
@@ -120,11 +122,20 @@ class AnchoredConfig(SelfDistillationConfig):
     """Self distillation, and its anchored form, which is not in the paper: see `sssd_zoo.tasks.anchored`.
 
     Args:
-        anchor: weight of the anchor loss, by which every exit also predicts the features of the network that was
-            clustered. 0, as in the paper, disables it; the bundled CIFAR-10 network was trained with 4.
+        anchor: weight of the anchor loss, by which every exit also predicts the features of a frozen network; 0, as in
+            the paper, disables it. By default 4 where such a network is given (`sssd fit --features`, `sssd distill
+            --encoder`), and 0 where the features are those of the run's own pretraining.
+        cached_views: number of views of every image whose features are computed once and kept in a file while the
+            network trains, which sees one of them in each epoch. For a network that is slow compared with the student.
+            By default each step computes the features of a new view.
     """
 
-    anchor: Weight = 0.0
+    anchor: Weight | None = None
+    cached_views: CountOrZero = 0
+
+    def resolved(self, *, encoder: bool) -> Self:
+        """The same with the default of `anchor` filled in: with a public `encoder` or without."""
+        return self if self.anchor is not None else replace(self, anchor=ANCHOR if encoder else 0.0)
 
 
 @dataclass(kw_only=True)

@@ -318,23 +318,21 @@ def compiled_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor:
-    """RandomCrop(S, padding) with zeros and RandomHorizontalFlip of torchvision, one draw per image.
+def shifted(images: Tensor, offsets: Tensor, flip: Tensor, padding: int) -> Tensor:
+    """Shifts each image by whole pixels, with zeros from outside of it, and flips it or not.
+
+    With random offsets that is RandomCrop(S, padding) and RandomHorizontalFlip of torchvision.
 
     Args:
         images: uint8 [B, 3, S, S].
-        random: random numbers of the step.
-        padding: pixels added on each side before the crop.
-
-    Returns:
-        Uint8 [B, 3, S, S].
+        offsets: int64 [B, 2] in -padding..padding: row and column of the image that become the first.
+        flip: bool [B].
+        padding: the largest offset.
     """
     batch, channels, side, _ = images.shape
-    start = random.integers(batch, 2, high=2 * padding + 1)
-    flip = (random.uniform(batch) < 0.5).unsqueeze(1)
-    steps = torch.arange(side)
+    start, steps = offsets + padding, torch.arange(side, device=offsets.device)
     rows = put(start[:, :1] + steps, images)
-    columns = put(start[:, 1:] + torch.where(flip, steps.flip(0), steps), images)
+    columns = put(start[:, 1:] + torch.where(flip.unsqueeze(1), steps.flip(0), steps), images)
     padded = F.pad(images, (padding,) * 4)
     wide = side + 2 * padding
     # Expanded on the images' device: at 32 px the index is 32 times as large as its factors, too much to transfer.
@@ -342,24 +340,50 @@ def padded_crop(images: Tensor, random: BatchRandom, padding: int = 4) -> Tensor
     return padded.flatten(2).gather(2, index.expand(-1, channels, -1)).view(batch, channels, side, side)
 
 
-def supervised_view(
-    images: Tensor, random: BatchRandom, size: int, *, crop: str, scale: tuple[float, float] = (0.08, 1.0)
-) -> Tensor:
-    """The training view of a classifier: a random crop and a flip.
+def draw_views(random: BatchRandom, batch: int, side: int, *, crop: str, scale: tuple[float, float]) -> Tensor:
+    """The random numbers of a classifier's training view, a random crop and a flip, drawn per image.
 
     Args:
-        images: uint8 [B, 3, S, S].
         random: random numbers of the step.
-        size: side of the view in pixels.
+        batch: number of images.
+        side: of the stored images in pixels.
         crop: 'pad' shifts by up to an eighth of the side (4 at 32 px, the CIFAR protocol), 'resized' cuts
             boxes of `scale` of the area (the ImageNet protocol).
         scale: for 'resized'.
 
     Returns:
+        Float32 [batch, 5]: left, top, width and height of the part of the image that is seen, in whole pixels, and 1
+        where it is flipped.
+    """
+    if crop == "pad":
+        padding = shift_of(side)
+        top_left = random.integers(batch, 2, high=2 * padding + 1) - padding
+        boxes = torch.cat([top_left.flip(1), torch.full((batch, 2), side)], dim=1).float()
+    else:
+        boxes = crop_boxes(random, batch, side, scale)
+    flip = (random.uniform(batch) < 0.5).float()
+    return torch.cat([boxes, flip.unsqueeze(1)], dim=1)
+
+
+def shift_of(side: int) -> int:
+    """How far 'pad' shifts an image at most, in pixels: 4 at 32 px, the CIFAR protocol."""
+    return max(1, side // 8)
+
+
+def supervised_view(images: Tensor, views: Tensor, size: int, *, crop: str) -> Tensor:
+    """The training view of a classifier: a random crop and a flip.
+
+    Args:
+        images: uint8 [B, 3, S, S].
+        views: float32 [B, 5], of `draw_views`.
+        size: side of the view in pixels.
+        crop: as `draw_views` had it.
+
+    Returns:
         Float32 [B, 3, size, size] in [0, 1].
     """
     if crop == "pad":
-        return resize(to_float(padded_crop(images, random, padding=max(1, images.shape[-1] // 8))), size)
-    boxes = put(crop_boxes(random, len(images), images.shape[-1], scale), images)
-    flip = put(random.uniform(len(images)) < 0.5, images)
-    return crop_resize(to_float(images), boxes, flip, size)
+        offsets, flip = views[:, [1, 0]].long(), views[:, 4] > 0
+        return resize(to_float(shifted(images, offsets, flip, shift_of(images.shape[-1]))), size)
+    views = put(views, images)
+    return crop_resize(to_float(images), views[:, :4], views[:, 4] > 0, size)

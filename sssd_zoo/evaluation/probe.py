@@ -123,7 +123,8 @@ def _choose_weight_decay(
         return WEIGHT_DECAYS[len(WEIGHT_DECAYS) // 2], None
     problem = LogisticRegression(x[kept], labels[kept], num_classes)
     test_x, test_y = x[held_out], labels[held_out]
-    best, start = (-1, 0.0, None), None
+    best: tuple[int, float, Tensor | None] = (-1, 0.0, None)
+    start: Tensor | None = None
     for decay in WEIGHT_DECAYS:
         start = problem.fit(decay, start)
         weight, bias = problem.unscaled(start)
@@ -180,7 +181,7 @@ class LogisticRegression:
             parameters.grad = torch.cat([self.axes.T @ gradient[:-1] / curvature, gradient[-1:]])
             return loss
 
-        optimiser.step(closure)  # type: ignore[arg-type]  # its type asks for a float, its code for a tensor
+        optimiser.step(closure)
         return on_features()
 
     def loss(self, parameters: Tensor, weight_decay: float) -> tuple[Tensor, Tensor]:

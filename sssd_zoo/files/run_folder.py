@@ -38,7 +38,9 @@ class Kind(NamedTuple):
     files: tuple[str, ...]
 
 
+VIEW_CACHE = tuple(f"view_cache/{name}" for name in ("views.json", "views.npy", "features.npy", ".*.partial"))
 TRAINING = (
+    *VIEW_CACHE,
     *("config.yaml", "metrics.jsonl", "curves.png", "config.json", "model.safetensors", "own_labels.jsonl"),
     *("checkpoints/step-*", "checkpoints/.step-*", "own_labels/epoch-*.npy"),
     *("tensorboard/events.out.tfevents.*", "trackio"),

@@ -28,8 +28,10 @@ def shard(batches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return batches[rank() * part : (rank() + 1) * part]
 
 
-def write_features(path: Path, count: int, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-    """Writes the L2-normalised features of all images into one .npy file, float32 [count, D], whole or not at all.
+def write_features(
+    path: Path, count: int, batches: Iterator[tuple[Tensor, Tensor]], *, dtype: type = np.float32, unit: bool = True
+) -> None:
+    """Writes the features of all images into one .npy file, [count, D], whole or not at all.
 
     Every process calls it with its own batches, and all must see the same file system. The file gets its name once the
     last row is in it; one that a killed run left half written is written anew.
@@ -39,6 +41,8 @@ def write_features(path: Path, count: int, batches: Iterator[tuple[Tensor, Tenso
         count: N, images of all processes together.
         batches: this process's positions, int64 [B] in 0..count-1, and features, float32 [E, B, D], of which the last
             exit's are kept. The main process has at least one.
+        dtype: of the file.
+        unit: divide the features of each image by their L2 norm.
 
     Raises:
         UserError: if the disk is full or not writable, or a process does not see the file of the main one.
@@ -49,11 +53,12 @@ def write_features(path: Path, count: int, batches: Iterator[tuple[Tensor, Tenso
         try:
             if rank() == 0:
                 assert first is not None
-                _reserve(partial, (count, first[1].shape[2]))
+                _reserve(partial, (count, first[1].shape[2]), dtype)
             barrier()
             for positions, features in chain([first] if first is not None else [], batches):
                 # A mapping of its own for each batch: what is written does not stay in this process's memory.
-                _opened(partial)[positions.numpy()] = normalise(features[-1].numpy())
+                values = features[-1].numpy()
+                _opened(partial)[positions.numpy()] = normalise(values) if unit else values
             barrier()
             if rank() == 0:
                 with partial.open("rb+") as file:
@@ -75,9 +80,9 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _reserve(path: Path, shape: tuple[int, int]) -> None:
+def _reserve(path: Path, shape: tuple[int, int], dtype: type) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
     if hasattr(os, "posix_fallocate"):
         # A hole in a mapped file that the full disk cannot fill would kill the process by a signal, without a word.
         with path.open("rb+") as file:

@@ -1,5 +1,6 @@
 """`sssd distill`: self distillation, its anchored form and ClusterFit, on labels of any origin."""
 
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import timm
@@ -17,6 +18,7 @@ from sssd_zoo.configs import (
 from sssd_zoo.data.inputs import storage_default
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import ImageData, load_images
+from sssd_zoo.data.views import CachedViewLoader
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import feature_batches
 from sssd_zoo.labels.origin import Name, labels_by_name, pseudo_labels_for
@@ -30,6 +32,7 @@ from sssd_zoo.models.networks import (
     new_trunk,
     weights_digest,
 )
+from sssd_zoo.pipeline.view_cache import write_view_cache
 from sssd_zoo.tasks import AnchoredSelfDistillation, ClusterFit, FrozenEncoder, SelfDistillation, Task
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
@@ -69,6 +72,7 @@ def distill_network(
         load_trunk(model, load_trunk_of(init))
     views = input_spec(model, spec.size)
     settings: dict[str, Any] = {"init": init}
+    loader = EpochLoader(data, config.batch_size, runtime.seed)
     if method == "clusterfit":
         task: Task = ClusterFit(model, config, views)
         settings |= {"method": method, **views._asdict(), "crop": config.crop, "scale": config.crop_scale}
@@ -77,13 +81,17 @@ def distill_network(
         task = SelfDistillation(model, config, views)
         if isinstance(config, AnchoredConfig) and config.anchor:
             forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
-            frozen = frozen_encoder(encoder, teacher_size, data, forward)
-            settings["encoder"] = weights_digest(frozen.network)
+            network, frozen = frozen_encoder(encoder, teacher_size, data, forward)
+            settings["encoder"] = weights_digest(network)
             settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
+            if config.cached_views:
+                cache = spec.out / "view_cache"
+                write = partial(write_view_cache, cache, network, data, config, forward, runtime.seed)
+                loader = CachedViewLoader(cache, write, data, config.batch_size, runtime.seed)
+                frozen = frozen._replace(network=None)
             task = AnchoredSelfDistillation(model, frozen, config, views)
     optim = OptimConfig.of(config)
     check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
-    loader = EpochLoader(data, config.batch_size, runtime.seed)
     return run_training(task, loader, model, spec, optim=optim, runtime=runtime, settings=settings, labels=labels)
 
 
@@ -101,8 +109,10 @@ def new_student(arch: str, classes: int, method: Method, exits: str) -> Any:
     return timm.create_model(arch, num_classes=classes, **kind)
 
 
-def frozen_encoder(name: str | None, size: int | None, data: ImageData, forward: ForwardConfig) -> FrozenEncoder:
-    """A network to predict, and its features' moments over at most 10,000 of the images, evenly spaced.
+def frozen_encoder(
+    name: str | None, size: int | None, data: ImageData, forward: ForwardConfig
+) -> tuple[Any, FrozenEncoder]:
+    """A network, and as what is to be predicted: with its features' moments over at most 10,000 of the images.
 
     Args:
         name: run folder or timm name.
@@ -119,14 +129,15 @@ def frozen_encoder(name: str | None, size: int | None, data: ImageData, forward:
     positions = torch.linspace(0, len(data) - 1, min(len(data), 10_000)).round().long()
     batches = feature_batches(network, data, forward, positions.split(forward.batch_size))
     features = torch.cat([pooled[-1] for _, pooled in batches])
-    return FrozenEncoder(network, input_spec(network), features.mean(0), features.std(0))
+    return network, FrozenEncoder(network, input_spec(network), features.mean(0), features.std(0))
 
 
 def distill(args: DistillArgs) -> None:
     """`sssd distill`."""
-    runtime, out = start_training(args)
+    config = AnchoredConfig.of(args).resolved(encoder=args.encoder is not None and args.method == "sssd")
     named = args.labels in get_args(Name)
-    check_choices(args, named=named)
+    check_choices(args, config, named=named)
+    runtime, out = start_training(args)
     pseudo = None if named else PseudoLabels.load(args.labels)
     data = load_images(
         DataConfig.of(args), default_size=storage_default(args.image_size), require_labels=args.labels == "true"
@@ -139,7 +150,7 @@ def distill(args: DistillArgs) -> None:
     measured = distill_network(
         data,
         labels,
-        AnchoredConfig.of(args),
+        config,
         runtime,
         spec,
         method=args.method,
@@ -151,15 +162,24 @@ def distill(args: DistillArgs) -> None:
     announce(out, trained, measured)
 
 
-def check_choices(args: DistillArgs, *, named: bool) -> None:
-    """Raises `UserError` for arguments of `sssd distill` that exclude one another; `named` labels need no folder."""
+def check_choices(args: DistillArgs, config: AnchoredConfig, *, named: bool) -> None:
+    """Raises `UserError` for arguments of `sssd distill` that exclude one another.
+
+    Args:
+        args: of the command.
+        config: of the method, resolved.
+        named: whether the labels are named, rather than in a folder.
+    """
     if args.method == "clusterfit" and args.exits != "plain":
         raise UserError(f"--method clusterfit trains a network without exits: remove --exits {args.exits}")
-    if args.method == "clusterfit" and args.anchor:
-        raise UserError("--method clusterfit has no anchor: remove --anchor")
-    if args.anchor and args.encoder is None:
+    if args.method == "clusterfit" and (args.anchor or args.encoder is not None):
+        raise UserError("--method clusterfit has no anchor: remove --anchor and --encoder")
+    if config.anchor and args.encoder is None:
         raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
-    if args.teacher_size is not None and not args.anchor:
-        raise UserError("--teacher_size is of the encoder of an anchor: give --anchor and --encoder too")
+    if args.encoder is not None and not config.anchor:
+        raise UserError("--encoder is the network of the anchor, which --anchor 0 disables: remove one of them")
+    for name in ("teacher_size", "cached_views"):
+        if getattr(args, name) and not config.anchor:
+            raise UserError(f"--{name} is of the network of --encoder: give that too, or remove it")
     if named and args.soft is not None:
         raise UserError(f"--soft applies to pseudo labels with distances to centroids, not to labels '{args.labels}'")

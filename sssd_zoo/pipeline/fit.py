@@ -15,7 +15,7 @@ RUN/
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,9 @@ def fit(args: FitArgs) -> None:
     began = time.perf_counter()
     if args.warm_start and args.init is not None:
         raise UserError("--warm_start and --init both say what the student starts from: remove one")
+    args = replace(args, distill=args.distill.resolved(encoder=args.features is not None))
+    if args.distill.cached_views and not args.distill.anchor:
+        raise UserError("--distill.cached_views is of the anchor's network: give --distill.anchor too, or remove it")
     setup = set_up(args, "fit", [args.distill], warm=args.warm_start)
     start = {} if args.init is None else {"init": check_start(args.init, setup.arch)}
     if args.soft is not None and args.cluster.nearest < 2:

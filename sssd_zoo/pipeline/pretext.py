@@ -214,7 +214,9 @@ def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, requ
     # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
     default_size = storage_default(args.image_size)
     if args.features is not None:
-        default_size = max(default_size, storage_default(input_spec(load_encoder(args.features, args.teacher_size)).size))
+        default_size = max(
+            default_size, storage_default(input_spec(load_encoder(args.features, args.teacher_size)).size)
+        )
     data = load_images(config, default_size=default_size, require_labels=require_labels, progress=rank() == 0)
     size = choose_size(data, args.image_size)
     arch = choose_model(args.model, size)

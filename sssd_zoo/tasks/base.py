@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sssd_zoo.configs import SelfDistillationConfig
-from sssd_zoo.data.augment import BatchRandom, normalise, supervised_view
+from sssd_zoo.data.augment import BatchRandom, draw_views, normalise, supervised_view
 from sssd_zoo.data.inputs import InputSpec
 
 
@@ -104,8 +104,13 @@ class LabelTask(Task):
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
         """One view, float32 [B, 3, size, size]."""
-        return {"images": normalise(self.view(images, random), self.mean, self.std)}
+        return {"images": self.inputs(images, self.draw_views(images, random))}
 
-    def view(self, images: Tensor, random: BatchRandom) -> Tensor:
-        """The view before normalisation, float32 [B, 3, size, size] in [0, 1]."""
-        return supervised_view(images, random, self.size, crop=self.config.crop, scale=self.config.crop_scale)
+    def draw_views(self, images: Tensor, random: BatchRandom) -> Tensor:
+        """Which part of each image is seen; see `augment.draw_views`."""
+        config = self.config
+        return draw_views(random, len(images), images.shape[-1], crop=config.crop, scale=config.crop_scale)
+
+    def inputs(self, images: Tensor, views: Tensor) -> Tensor:
+        """The network's inputs of images, uint8 [B, 3, S, S], and views of them: float32 [B, 3, size, size]."""
+        return normalise(supervised_view(images, views, self.size, crop=self.config.crop), self.mean, self.std)

@@ -27,7 +27,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.labels.protocol import Labels, Targets
 from sssd_zoo.tasks import Task
 from sssd_zoo.training.checkpoints import Checkpoints, Progress
-from sssd_zoo.training.hardware import make_accelerator
+from sssd_zoo.training.hardware import make_accelerator, threads_for
 from sssd_zoo.training.log import Log
 from sssd_zoo.training.schedule import make_scheduler
 
@@ -203,8 +203,9 @@ class Trainer:
         """
         self.task.train()
         try:
-            while self.progress.step < self.total_steps:
-                self.run_epoch()
+            with threads_for(self.accelerator.device):
+                while self.progress.step < self.total_steps:
+                    self.run_epoch()
         finally:
             self.bar.close()
             self.log.close()

@@ -18,7 +18,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.files.run_folder import drop, kind_of, mark, open_out
+from sssd_zoo.files.run_folder import VIEW_CACHE, drop, kind_of, mark, open_out, remove
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.models.networks import check_sizes, choose_model, choose_size, input_spec
@@ -27,8 +27,14 @@ from sssd_zoo.tasks import Task
 from sssd_zoo.training.engine import Trainer
 from sssd_zoo.training.hardware import make_accelerator
 
-# Settings that came after the first release, with their defaults: earlier runs can be resumed, and are not repeated.
-ADDED = {"exits": "plain", "init": None, "anchor": 0.0}
+# Settings that came after the first release, with what they were before: earlier runs can be resumed, and are not
+# repeated.
+ADDED: dict[str, tuple[Any, ...]] = {
+    "exits": ("plain",),
+    "init": (None,),
+    "anchor": (None, 0.0),
+    "cached_views": (0,),
+}
 
 
 def prepare_run_folder(folder: Path, config: Any) -> None:
@@ -54,7 +60,7 @@ def save_config(folder: Path, config: Any) -> None:
 
 def settings_of(config: Any) -> dict[str, Any]:
     """The fields of a configuration, to tell runs apart: at its default, one of `ADDED` is as good as not there."""
-    return {name: value for name, value in asdict(config).items() if name not in ADDED or value != ADDED[name]}
+    return {name: value for name, value in asdict(config).items() if value not in ADDED.get(name, ())}
 
 
 def method_settings(config: Any, kind: type[OptimConfig]) -> dict[str, Any]:
@@ -154,6 +160,7 @@ def run_training(
     )
     measured = trainer.run()
     if rank() == 0:
+        remove(out, VIEW_CACHE)
         figures.loss_curves({spec.title: read_metrics(out / "metrics.jsonl")}, out / "curves.png")
         save_network(out, network, spec.arch, input_size=spec.size)
     return measured

@@ -302,7 +302,17 @@ def test_the_steps_one_by_one(finished, folder_of_images, tmp_path, capsys):
     ours, theirs = ((folder / "labels.parquet").read_bytes() for folder in (labels, finished / "labels"))
     assert ours == theirs, "the step alone gives what fit gives"
     assert (
-        sssd("linear", *data, "--model", finished / "distill", "--out", tmp_path / "probe", "--probe_epochs", "5") == 0
+        sssd(
+            "linear",
+            *data,
+            "--model",
+            finished / "distill",
+            "--out",
+            tmp_path / "probe",
+            "--probe_weight_decay",
+            "0.01",
+        )
+        == 0
     )
     probe = json.loads((tmp_path / "probe" / "metrics.json").read_text())
     reported = json.loads((finished / "metrics.json").read_text())["accuracy"][0]
@@ -332,7 +342,7 @@ def test_clusterfit_trains_a_plain_network_on_the_same_labels(finished, folder_o
     names = load_file(tmp_path / "run" / "model.safetensors").keys()
     assert names == timm.create_model("resnet18", num_classes=4).state_dict().keys(), "timm's own ResNet-18"
     capsys.readouterr()
-    assert sssd("linear", *data, "--model", tmp_path / "run", "--probe_epochs", "5") == 0
+    assert sssd("linear", *data, "--model", tmp_path / "run", "--probe_weight_decay", "0.01") == 0
     out = capsys.readouterr().out
     assert "accuracy" in out
     assert "exit" not in out

@@ -97,9 +97,10 @@ def test_boxes_that_never_fit_take_the_whole_image():
     assert boxes.tolist() == [[0, 0, 32, 32]] * 4
 
 
-def test_padded_crop_shifts_and_flips_whole_pixels():
+def test_shifts_and_flips_move_whole_pixels():
     images = torch.randint(1, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    crops = augment.padded_crop(images, BatchRandom(5, 6), padding=2)
+    views = augment.draw_views(BatchRandom(5, 6), 64, 16, crop="pad", scale=(1.0, 1.0))
+    crops = augment.shifted(images, views[:, [1, 0]].long(), views[:, 4] > 0, padding=2)
     padded = torch.nn.functional.pad(images, (2,) * 4)
     seen = set()
     for image, crop in zip(padded, crops, strict=True):
@@ -147,7 +148,8 @@ def test_two_processes_draw_what_one_would():
 @pytest.mark.parametrize("crop", ["pad", "resized"])
 def test_supervised_view_has_the_asked_size(crop):
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    view = augment.supervised_view(images, BatchRandom(0, 0), 64, crop=crop)
+    views = augment.draw_views(BatchRandom(0, 0), 4, 32, crop=crop, scale=(0.3, 1.0))
+    view = augment.supervised_view(images, views, 64, crop=crop)
     assert view.shape == (4, 3, 64, 64)
     assert 0 <= view.min() <= view.max() <= 1
 

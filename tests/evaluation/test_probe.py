@@ -4,6 +4,9 @@ import math
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import sssd_zoo  # noqa: F401  (registers the models)
@@ -12,7 +15,8 @@ from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.evaluation.knn import knn
-from sssd_zoo.evaluation.probe import linear_probe
+from sssd_zoo.evaluation.probe import LogisticRegression as LogisticRegressionProblem
+from sssd_zoo.evaluation.probe import hold_out_rows, linear_probe
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -29,11 +33,6 @@ def batches(stored, order=None, batch=4):
 def extract(model, stored, size=None, **options):
     spec = InputSpec(size or stored.shape[-1], MEAN, STD)
     return stack_features(read_batches(model, options.pop("batches", batches(stored)), spec, **options), len(stored))
-
-
-def settings(epochs, **options):
-    """Of a probe, by shorter names."""
-    return ProbeConfig(**{f"probe_{name}": value for name, value in {"epochs": epochs, **options}.items()})
 
 
 @pytest.fixture(scope="module")
@@ -138,62 +137,74 @@ def groups(exits=3, n=300, m=100, d=12, classes=4, seed=0):
     return features[:, :n].contiguous(), labels[:n], features[:, n:].contiguous(), labels[n:]
 
 
-def slow_probe(train_x, train_y, test_x, test_y, classes, epochs, lr, weight_decay, seed):
-    """One exit alone, in double precision: nn.Linear on standardised features, AdamW written out."""
-    mean, std = train_x.double().mean(0), train_x.double().std(0, correction=0)
-    std[std < 1e-6] = math.inf
-    x, test = (train_x.double() - mean) / std, (test_x.double() - mean) / std
-    layer = nn.Linear(x.shape[1], classes).double()
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    parameters = [(layer.weight, weight_decay), (layer.bias, 0.0)]
-    moments = [[torch.zeros_like(p), torch.zeros_like(p)] for p, _ in parameters]
-    order, step, total = torch.Generator().manual_seed(seed), 0, epochs * math.ceil(len(x) / 512)
-    for _ in range(epochs):
-        for index in torch.randperm(len(x), generator=order).split(512):
-            layer.zero_grad()
-            log_softmax = layer(x[index]).log_softmax(1)
-            (-sum(row[label] for row, label in zip(log_softmax, train_y[index], strict=True)) / len(index)).backward()
-            rate = lr * (1 + math.cos(math.pi * step / total)) / 2
-            step += 1
-            with torch.no_grad():
-                for (p, decay), (first, second) in zip(parameters, moments, strict=True):
-                    p.mul_(1 - rate * decay)
-                    first.mul_(0.9).add_(0.1 * p.grad)
-                    second.mul_(0.999).add_(0.001 * p.grad**2)
-                    p.sub_(rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8))
-    with torch.no_grad():
-        logits = layer(test)
-    return logits, 100 * sum(int(row.argmax() == label) for row, label in zip(logits, test_y, strict=True)) / len(test)
+def scikit_learn(train_x, train_y, test_x, weight_decay):
+    """One exit alone, in double precision: probabilities [M, C] of the test rows."""
+    scaler = StandardScaler().fit(train_x.double())
+    model = LogisticRegression(C=1 / (len(train_x) * weight_decay), tol=1e-8, max_iter=10_000)
+    model.fit(scaler.transform(train_x.double()), train_y)
+    return torch.from_numpy(model.predict_proba(scaler.transform(test_x.double())))
 
 
-def test_linear_probe_equals_exits_trained_alone():
-    data = groups(n=600)
-    options = {"epochs": 10, "lr": 0.05, "weight_decay": 0.1}
-    probe = linear_probe(*data, 4, settings(**options), seed=3)
-    slow = [slow_probe(data[0][e], data[1], data[2][e], data[3], 4, **options, seed=3) for e in range(3)]
-    torch.testing.assert_close(
-        probe.logits(data[2]).double(), torch.stack([logits for logits, _ in slow]), rtol=5e-3, atol=5e-3
-    )
-    assert probe.exits == pytest.approx([accuracy for _, accuracy in slow])
-    mean = sum(logits.softmax(1) for logits, _ in slow) / 3
-    assert probe.ensemble == pytest.approx(100 * float((mean.argmax(1) == data[3]).double().mean()))
+@pytest.mark.parametrize("weight_decay", [1e-1, 1e-2, 1e-3])
+def test_linear_probe_is_scikit_learns_logistic_regression(weight_decay):
+    train_x, train_y, test_x, test_y = groups(n=600, m=1000)
+    probe = linear_probe(train_x, train_y, test_x, test_y, 4, ProbeConfig(probe_weight_decay=weight_decay))
+    theirs = torch.stack([scikit_learn(train_x[e], train_y, test_x[e], weight_decay) for e in range(3)])
+    torch.testing.assert_close(probe.logits(test_x).softmax(2).double(), theirs, rtol=0, atol=0.02)
+    assert probe.exits == pytest.approx((100 * (theirs.argmax(2) == test_y).double().mean(1)).tolist(), abs=0.3)
+    mean = theirs.mean(0).argmax(1)
+    assert probe.ensemble == pytest.approx(100 * float((mean == test_y).double().mean()), abs=0.3)
     assert probe.weights.shape == (3, 4, 12)
     assert probe.biases.shape == (3, 4)
+    assert probe.weight_decays == [weight_decay] * 3
     assert probe.exits[2] > probe.exits[0] > 30
+
+
+def test_the_gradient_of_the_loss_is_autograds():
+    train_x, train_y, _, _ = groups(exits=1)
+    problem = LogisticRegressionProblem(train_x[0] / torch.logspace(-3, 3, 12), train_y, 4)
+    parameters = torch.randn(13, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    standardised = (problem.x - problem.mean) * problem.scale
+    by_hand = F.cross_entropy(standardised @ parameters[:-1] + parameters[-1], train_y)
+    by_hand = by_hand + 0.3 / 2 * parameters[:-1].square().sum()
+    by_hand.backward()
+    loss, gradient = problem.loss(parameters.detach(), 0.3)
+    torch.testing.assert_close(loss, by_hand.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, parameters.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_the_weight_decay_is_chosen_on_rows_held_out_class_by_class():
+    labels = torch.cat([torch.arange(3).repeat_interleave(100), torch.tensor([3] * 9)])
+    labels = labels[torch.randperm(309, generator=torch.Generator().manual_seed(0))]
+    kept, held_out = hold_out_rows(labels, seed=0)
+    assert torch.bincount(labels[held_out], minlength=4).tolist() == [10, 10, 10, 0]  # a tenth of nine rows is none
+    assert torch.equal(torch.cat([kept, held_out]).sort().values, torch.arange(309))
+    assert not torch.equal(held_out, hold_out_rows(labels, seed=1)[1])
+
+
+def test_noise_asks_for_a_strong_weight_decay_and_clean_features_do_not():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(400) % 4
+    clean = F.one_hot(labels, 4).float() + 0.01 * torch.randn(400, 4, generator=random)
+    noise = torch.randn(400, 200, generator=random)
+    noisy = torch.cat([clean + torch.randn(400, 4, generator=random), noise], 1)
+    padded = torch.cat([clean, torch.zeros(400, 200)], 1)
+    features = torch.stack([noisy, padded])
+    probe = linear_probe(features, labels, features, labels, 4, ProbeConfig())
+    assert probe.weight_decays[0] >= 1e-3
+    assert probe.exits[1] == 100
 
 
 def test_probe_depends_on_its_seed_only():
     data = groups(n=1100)
-    first, again, other = (linear_probe(*data, 4, settings(3), seed=seed) for seed in (1, 1, 2))
+    first, again = (linear_probe(*data, 4, ProbeConfig(), seed=1) for _ in range(2))
     assert torch.equal(first.weights, again.weights)
-    assert not torch.equal(first.weights, other.weights)
 
 
 def test_probe_does_not_look_at_the_test_split():
     train_x, train_y, test_x, test_y = groups()
-    one = linear_probe(train_x, train_y, test_x, test_y, 4, settings(3))
-    other = linear_probe(train_x, train_y, test_x.flip(1)[:, :50], test_y[:50], 4, settings(3))
+    one = linear_probe(train_x, train_y, test_x, test_y, 4, ProbeConfig(probe_weight_decay=0.01))
+    other = linear_probe(train_x, train_y, test_x.flip(1)[:, :50], test_y[:50], 4, ProbeConfig(probe_weight_decay=0.01))
     assert torch.equal(one.weights, other.weights)
     assert torch.equal(one.biases, other.biases)
 
@@ -201,14 +212,14 @@ def test_probe_does_not_look_at_the_test_split():
 def test_probe_leaves_its_features_alone():
     data = groups()
     kept = data[0].clone()
-    linear_probe(*data, 4, settings(1))
+    linear_probe(*data, 4, ProbeConfig(probe_weight_decay=0.01))
     assert torch.equal(data[0], kept)
 
 
 def test_probe_of_extracted_features(model):
     features = extract(model, images(12))
     labels = torch.arange(12) % 3
-    probe = linear_probe(features, labels, features, labels, 3, settings(40, lr=0.05))
+    probe = linear_probe(features, labels, features, labels, 3, ProbeConfig(probe_weight_decay=1e-4))
     assert probe.exits == [100.0] * 4
     assert probe.ensemble == 100
 
@@ -257,8 +268,8 @@ def test_knn_refuses_k(k):
 def test_labels_are_checked():
     train_x, train_y, test_x, test_y = groups()
     with pytest.raises(UserError, match="class 4 has no training images"):
-        linear_probe(train_x, train_y, test_x, test_y, 5, settings(1))
+        linear_probe(train_x, train_y, test_x, test_y, 5, ProbeConfig(probe_weight_decay=0.01))
     with pytest.raises(UserError, match="from 0 to 3, but there are 3"):
         knn(train_x[0], train_y, test_x[0], test_y, num_classes=3, neighbours=5, temperature=0.1)
     with pytest.raises(UserError, match="test split has no images"):
-        linear_probe(train_x, train_y, test_x[:, :0], test_y[:0], 4, settings(1))
+        linear_probe(train_x, train_y, test_x[:, :0], test_y[:0], 4, ProbeConfig(probe_weight_decay=0.01))

@@ -13,13 +13,13 @@ ROOT = Path(__file__).parents[2]
 TINY = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "16"),
     *("--pretrain.splits", "2", "--pretrain.queue_size", "32", "--cluster.k", "4", "--distill.epochs", "1"),
-    *("--distill.batch_size", "16", "--probe.probe_epochs", "5", "--device", "cpu"),
+    *("--distill.batch_size", "16", "--probe.probe_weight_decay", "0.01", "--device", "cpu"),
 ]
 TINY_COMPARE = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "16"),
     *("--pretrain.splits", "2", "--pretrain.queue_size", "32", "--cluster.k", "4", "--distill.epochs", "1"),
     *("--distill.batch_size", "16", "--seed_method.epochs", "1", "--seed_method.batch_size", "16"),
-    *("--seed_method.queue_size", "32", "--probe.probe_epochs", "5", "--device", "cpu"),
+    *("--seed_method.queue_size", "32", "--probe.probe_weight_decay", "0.01", "--device", "cpu"),
 ]
 TINY_DETECTION = [
     *("--short_side", "64", "--fpn_channels", "16", "--regions", "16", "--workers", "0", "--device", "cpu"),

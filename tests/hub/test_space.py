@@ -41,7 +41,7 @@ SHIPPED = "sssd_resnet18_cifar.cifar10"
 TINY = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "48"),
     *("--pretrain.splits", "2", "--pretrain.queue_size", "32", "--cluster.k", "4", "--distill.epochs", "1"),
-    *("--distill.batch_size", "48", "--probe.probe_epochs", "2", "--device", "cpu", "--precision", "fp32"),
+    *("--distill.batch_size", "48", "--probe.probe_weight_decay", "0.01", "--device", "cpu", "--precision", "fp32"),
     *("--baseline", "false"),
 ]
 

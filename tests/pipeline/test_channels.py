@@ -139,7 +139,9 @@ class TestExport:
 def test_measuring_and_calibrating(grey, images, tmp_path, capsys):
     data = ["--data", images, "--workers", "1"]
     assert sssd("knn", "--model", grey, *data, "--neighbours", "5", *CPU) == 0
-    assert sssd("linear", "--model", grey, *data, "--out", tmp_path / "probed", "--probe_epochs", "20", *CPU) == 0
+    assert (
+        sssd("linear", "--model", grey, *data, "--out", tmp_path / "probed", "--probe_weight_decay", "0.01", *CPU) == 0
+    )
     probed = load_network(str(tmp_path / "probed"))
     assert probed.conv1.in_channels == 1
     assert sssd("early-exit", tmp_path / "probed", *data, "--out", tmp_path / "early", "--runs", "1") == 0

@@ -361,7 +361,7 @@ FIT = [
     *("-m", "sssd_zoo.cli", "fit", "--model", "sssd_resnet18", "--image_size", "32", "--device", "cpu"),
     *("--precision", "fp32", "--pretrain.epochs", "2", "--pretrain.batch_size", "16", "--pretrain.splits", "2"),
     *("--pretrain.queue_size", "16", "--cluster.k", "4", "--distill.epochs", "1", "--distill.batch_size", "16"),
-    *("--baseline", "false", "--probe.probe_epochs", "2", "--log_every", "1"),
+    *("--baseline", "false", "--probe.probe_weight_decay", "0.01", "--log_every", "1"),
 ]
 
 

@@ -29,7 +29,7 @@ DRY = [
     *("--pretrain.epochs", "1", "--pretrain.batch_size", "48", "--pretrain.splits", "2", "--pretrain.queue_size", "48"),
     *("--pretrain.warmup_epochs", "0", "--cluster.k", "4", "--distill.epochs", "1", "--distill.batch_size", "48"),
     *("--distill.warmup_epochs", "0", "--seed_method.epochs", "1", "--seed_method.batch_size", "48"),
-    *("--seed_method.queue_size", "48", "--seed_method.warmup_epochs", "0", "--probe.probe_epochs", "1"),
+    *("--seed_method.queue_size", "48", "--seed_method.warmup_epochs", "0", "--probe.probe_weight_decay", "0.01"),
     *("--device", "cpu", "--also", "[]"),
 ]
 

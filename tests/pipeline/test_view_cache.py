@@ -1,0 +1,156 @@
+"""Cached views: what is kept is what the encoder sees of them, resumed and in parts as in one go."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import sssd_zoo  # noqa: F401  registers the models with timm
+from helpers.commands import one_line, sssd
+from sssd_zoo.configs import AnchoredConfig, DataConfig, ForwardConfig
+from sssd_zoo.data.augment import normalise, resize, shifted, supervised_view
+from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.data.loading import load_images
+from sssd_zoo.data.views import CachedViewLoader, ViewBatch
+from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.models.networks import input_spec, load_encoder
+from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline.view_cache import write_view_cache
+from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder
+
+SMALL = {"channels": (8, 16, 32, 64), "layers": (1, 1, 1, 1)}
+FP32 = ForwardConfig(precision="fp32", device="cpu", batch_size=5)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    network = timm.create_model("resnet18", num_classes=0, **SMALL).eval()
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (3, 40, 40)}
+    return network
+
+
+@pytest.fixture(scope="module")
+def data(folder_of_images):
+    return load_images(DataConfig(data=str(folder_of_images), workers=1), default_size=32)
+
+
+@pytest.mark.parametrize("crop", ["pad", "resized"])
+def test_features_are_those_of_the_views(crop, encoder, data, tmp_path):
+    config = AnchoredConfig(anchor=1.0, cached_views=3, crop=crop)
+    loader = CachedViewLoader(
+        tmp_path, lambda: write_view_cache(tmp_path, encoder, data, config, FP32, seed=4), data, batch_size=8, seed=0
+    )
+    spec = encoder.pretrained_cfg
+    seen = []
+    for epoch in range(4):
+        positions, batch = next(iter(loader.epoch(epoch)))
+        view = supervised_view(batch.images, batch.views, 40, crop=crop)
+        with torch.inference_mode():
+            expected = encoder(normalise(view, spec["mean"], spec["std"]))
+        # The encoder saw the view in 8 bits, and its features are kept in 16.
+        torch.testing.assert_close(batch.features.float(), expected, atol=0.02, rtol=0.02)
+        assert torch.equal(batch.images, data.gather(positions))
+        seen.append(dict(zip(positions.tolist(), batch.views.tolist(), strict=True)))
+    both = seen[0].keys() & seen[1].keys()
+    assert all(seen[0][position] != seen[1][position] for position in both)
+    again = seen[0].keys() & seen[3].keys()  # three views: the fourth epoch sees the first one's
+    assert all(seen[0][position] == seen[3][position] for position in again)
+
+
+def test_a_view_of_a_classifier_is_the_same_at_every_size():
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    views = torch.tensor([[-4.0, 2, 32, 32, 0], [3, -1, 32, 32, 1], [0, 0, 32, 32, 0], [4, 4, 32, 32, 1]])
+    offsets, flip = torch.tensor([[2, -4], [-1, 3], [0, 0], [4, 4]]), torch.tensor([False, True, False, True])
+    whole = shifted(images, offsets, flip, 4).float() / 255
+    for size in (16, 32, 48):
+        torch.testing.assert_close(supervised_view(images, views, size, crop="pad"), resize(whole, size))
+    assert torch.equal(whole[2], images[2].float() / 255)
+
+
+def test_a_batch_is_cut_and_moved_as_a_whole():
+    batch = ViewBatch(torch.zeros(5, 3, 8, 8), torch.arange(25.0).view(5, 5), torch.arange(10).view(5, 2).half())
+    parts = batch.chunk(2)
+    assert [len(part.images) for part in parts] == [3, 2]
+    assert torch.equal(torch.cat([part.features for part in parts]), batch.features)
+    assert batch.to(torch.device("meta"), non_blocking=True).views.device.type == "meta"
+
+
+def test_the_task_takes_known_features_in_place_of_the_encoder(encoder):
+    torch.manual_seed(0)
+    model = timm.create_model("sssd_resnet18", num_classes=5, **SMALL)
+    spec = InputSpec(32, (0.5,) * 3, (0.2,) * 3)
+    moments = torch.zeros(64), torch.ones(64)
+    config = AnchoredConfig(anchor=2.0)
+    task = AnchoredSelfDistillation(
+        model, FrozenEncoder(encoder, InputSpec(32, (0.5,) * 3, (0.2,) * 3), *moments), config, spec
+    )
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    views = torch.tensor([[0.0, 0, 32, 32, 0]]).expand(6, 5)
+    labels = torch.arange(6) % 5
+    with torch.no_grad():
+        features = encoder(normalise(images.float() / 255, (0.5,) * 3, (0.2,) * 3))
+    known = AnchoredSelfDistillation(model, FrozenEncoder(None, spec, *moments), config, spec)
+    known.predictors.load_state_dict(task.predictors.state_dict())
+    batch = known.views(ViewBatch(images, views, features), None)
+    expected = task({"images": batch["images"], "encoder": batch["images"], "labels": labels})
+    torch.testing.assert_close(known({**batch, "labels": labels})["loss"], expected["loss"])
+
+
+def test_a_cache_of_the_same_views_is_kept_and_one_of_others_replaced(encoder, data, tmp_path):
+    config = AnchoredConfig(anchor=1.0, cached_views=2)
+    write_view_cache(tmp_path, encoder, data, config, FP32, seed=0)
+    first = np.load(tmp_path / "features.npy")
+    assert first.shape == (2 * len(data), 64)
+    assert first.dtype == np.float16
+    (tmp_path / "features.npy").write_bytes(b"kept")
+    write_view_cache(tmp_path, encoder, data, config, FP32, seed=0)
+    assert (tmp_path / "features.npy").read_bytes() == b"kept"
+    write_view_cache(tmp_path, encoder, data, config, FP32, seed=1)
+    assert not np.array_equal(np.load(tmp_path / "features.npy"), first)
+    assert json.loads((tmp_path / "views.json").read_text())["seed"] == 1
+
+
+def test_fit_with_a_public_encoder(folder_of_images, tmp_path, capsys):
+    torch.manual_seed(0)
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    save_network(folder, timm.create_model("test_resnet", num_classes=0), "test_resnet", input_size=160)
+    words = [
+        *("fit", "--data", folder_of_images, "--features", folder, "--out", tmp_path / "run", "--baseline", "false"),
+        *("--model", "sssd_resnet18", "--image_size", "32", "--cluster.k", "4", "--distill.cached_views", "2"),
+        *("--distill.anchor", "4", "--distill.epochs", "3", "--distill.batch_size", "16", "--log_every", "1"),
+        *("--probe.probe_weight_decay", "0.01", "--device", "cpu"),
+    ]
+    assert sssd(*words, "--teacher_size", "40") == 0
+    lines = read_metrics(tmp_path / "run" / "distill" / "metrics.jsonl")
+    assert len(lines) == 9
+    assert lines[-1]["anchor"] < lines[0]["anchor"]
+    assert not (tmp_path / "run" / "distill" / "view_cache").exists()
+    assert "as it is at 40 px" in (tmp_path / "run" / "report.md").read_text()
+    capsys.readouterr()
+    assert sssd(*words, "--teacher_size", "48") != 0
+    assert "teacher_size" in one_line(capsys)
+
+
+def test_teacher_size_is_refused_where_nothing_would_read_it(folder_of_images, tmp_path, capsys):
+    for words in (
+        ("fit", "--data", folder_of_images, "--teacher_size", "64", "--out", tmp_path / "a"),
+        ("distill", "--data", folder_of_images, "--labels", "random", "--teacher_size", "64", "--out", tmp_path / "b"),
+    ):
+        assert sssd(*words) != 0
+        assert "is of the network of --" in one_line(capsys)
+
+
+def test_an_encoder_that_cannot_take_the_size_is_refused_in_one_line(folder_of_images, tmp_path, capsys):
+    folder = tmp_path / "encoder"
+    folder.mkdir()
+    save_network(folder, timm.create_model("test_vit", num_classes=0), "test_vit", input_size=160)
+    words = ("fit", "--data", folder_of_images, "--features", folder, "--out", tmp_path / "run")
+    assert sssd(*words, "--teacher_size", "50") != 0  # patches of 16 px
+    assert "cannot take images of 50 px" in one_line(capsys)
+    network = load_encoder(str(folder), 64)
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
+    assert input_spec(network).size == 64
