@@ -33,7 +33,8 @@ def model_table(cards: Path) -> str:
         rows.append(
             [
                 f"[`{folder.name}`](hub_cards/{folder.name}/README.md)",
-                f"{results['data']}, {results['images']:,} images at {results['image_size']} px",
+                f"{results['data']}, {results['images']:,} images at {results['image_size']} px"
+                + (f", from the features of `{results['encoder']}`" if "encoder" in results else ""),
                 *(f"{value:.2f}" for value in (*ours["exits"], ours["ensemble"])),
                 f"{time}, {', then '.join(machines)}",
             ]

@@ -69,6 +69,7 @@ class PseudoLabelArgs(DataConfig, ForwardConfig, ClusterConfig):
 
     Args:
         model: run folder of the pretraining, or the name of any timm model.
+        teacher_size: side in pixels that images are resized to for it; by default its own input size.
         out: folder to write the labels into.
         seed: random seed of k-means.
         overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
@@ -76,6 +77,7 @@ class PseudoLabelArgs(DataConfig, ForwardConfig, ClusterConfig):
 
     model: str
     out: str
+    teacher_size: Pixels | None = None
     seed: Seed = 0
     overwrite: bool = False
 
@@ -224,8 +226,11 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     Args:
         out: folder to write; results already there are reused if their settings are the same.
         methods: any of 'sssd', 'random' (BYOT on random labels), 'true' (BYOT on true labels), 'clusterfit', 'seed' and
-            'dacsd'; and variants of SSSD: 'sssd-warm' (trunk initialised from M_ssl), 'sssd-redos' (best of several
-            runs of k-means) and 'sssd-soft' (soft labels).
+            'dacsd'; variants of SSSD: 'sssd-warm' (trunk initialised from M_ssl), 'sssd-redos' (best of several runs of
+            k-means), 'sssd-soft' (soft labels), 'anchored' and 'anchored-warm' (docs/anchored.md);
+            'clusterfit-anchored'; and 'pretext', M_ssl itself.
+        epochs: epochs of single methods in place of those of `distill` and `seed_method`, such as '{clusterfit: 6}', to
+            give all the same training time; for 'pretext' those of MoCo.
         seeds: random seeds; every method is run once for each. They replace --seed.
         model: timm name of the student network, one of this package's; by default chosen by the image size.
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
@@ -244,16 +249,33 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
 
     out: str
     methods: Annotated[
-        list[Literal["sssd", "random", "true", "clusterfit", "seed", "dacsd", "sssd-warm", "sssd-redos", "sssd-soft"]],
+        list[
+            Literal[
+                "sssd",
+                "random",
+                "true",
+                "clusterfit",
+                "seed",
+                "dacsd",
+                "sssd-warm",
+                "sssd-redos",
+                "sssd-soft",
+                "anchored",
+                "anchored-warm",
+                "clusterfit-anchored",
+                "pretext",
+            ]
+        ],
         Items(1),
     ] = field(default_factory=lambda: ["sssd", "random", "clusterfit", "seed", "dacsd", "true"])
+    epochs: dict[str, Count] = field(default_factory=dict)
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
     model: str | None = None
     image_size: Pixels | None = None
     test_split: str | None = None
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    distill: SelfDistillationConfig = field(default_factory=SelfDistillationConfig)
+    distill: AnchoredConfig = field(default_factory=AnchoredConfig)
     seed_method: SEEDConfig = field(default_factory=SEEDConfig)
     redos: Count = 5
     soft: Temperature = 0.2

@@ -240,7 +240,7 @@ def public_recipe(run: Path, data: str) -> dict[str, Any]:
     recipe: dict[str, Any] = read_yaml(run / "config.yaml")
     check_content(run / "config.yaml", recipe, Recipe)
     recipe["data"] = data
-    for key in ("features", "pretrain_data"):  # what lies above a folder is nobody else's business
+    for key in ("features", "pretrain_data", "init"):  # what lies above a folder is nobody else's business
         if recipe.get(key):
             recipe[key] = short_name(recipe[key])
     if recipe["pretrain"].get("init"):
@@ -280,6 +280,8 @@ def copy_records(run: Path, calibrated: Path | None, figures: dict[str, Path], f
 def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
     """What was trained and for how long, as facts for the card."""
     start = "the pretext's weights" if recipe["warm_start"] else "scratch"
+    if recipe.get("init"):
+        start = f"the weights of {code(recipe['init'])}"
     times = results["times"]
     parts = ", ".join(f"{markdown(entry['step'])} {duration(entry['seconds'])}" for entry in times)
     pretext = f"MoCo v2 for {markdown(recipe['pretrain']['epochs'])} epochs"

@@ -113,6 +113,7 @@ def model_card(
         num_classes=classes,
         label_names=config.get("label_names"),
         thresholds=config["model_args"].get("thresholds"),
+        encoder=code(context["encoder"]) if context.get("encoder") else None,
         exits_table=_exits_table(metrics, context),
         probed=bool(metrics),
         figures={path: markdown(caption) for path, caption in (figures or {}).items()},
@@ -161,9 +162,10 @@ def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[st
 
 def _limits(context: Results) -> list[str]:
     """Known limits of the network, as far as the run shows them."""
+    learnt = "features" if context.get("encoder") else "clusters of its own features"
     limits = [
-        "It learnt clusters of its own features, not classes: background, colour and framing can weigh as much as the "
-        "objects shown, and biases of the training images remain",
+        f"It learnt {learnt}, not classes: background, colour and framing can weigh as much as the objects shown, and "
+        "biases of the training images remain",
         "Exits can be confidently wrong; choose early-exit thresholds on images like yours",
     ]
     if context.get("data") == "cifar10-sample":

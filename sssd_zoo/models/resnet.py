@@ -482,9 +482,10 @@ def _cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "sssd_resnet18.tiny_imagenet_32": _cfg(
-            file=_weights("sssd_resnet18.tiny_imagenet_32"),
-            description="SSSD on Tiny ImageNet without labels, a linear probe per exit; its card is in hub_cards/",
+        "sssd_resnet18.dist_tiny_imagenet_32": _cfg(
+            file=_weights("sssd_resnet18.dist_tiny_imagenet_32"),
+            description="EfficientNet-Lite0 (ImageNet-1K with labels) distilled on Tiny ImageNet without labels, a "
+            "linear probe per exit; its card is in hub_cards/",
             num_classes=200,
             input_size=(3, 64, 64),
             pool_size=(2, 2),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sssd_zoo.configs import CompareArgs, OptimConfig, RuntimeConfig
+from sssd_zoo.configs import CompareArgs, OptimConfig, RuntimeConfig, SelfDistillationConfig
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
@@ -34,7 +34,7 @@ from sssd_zoo.labels.origin import Name, labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
-from sssd_zoo.models.networks import load_network
+from sssd_zoo.models.networks import load_encoder, load_network
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, set_up
 from sssd_zoo.pipeline.seed import seed_network
@@ -43,14 +43,19 @@ from sssd_zoo.training.runs import check_queue, save_config, settings_of
 
 LABELLED = {  # the methods that learn pseudo labels, and the stage that makes these
     "sssd": "labels",
+    "anchored": "labels",
+    "anchored-warm": "labels",
     "sssd-warm": "labels",
     "sssd-redos": "labels-redos",
     "sssd-soft": "labels-soft",
     "clusterfit": "labels",
+    "clusterfit-anchored": "labels",
 }
+ANCHORED = ("anchored", "anchored-warm", "clusterfit-anchored")
+WARM = ("sssd-warm", "anchored-warm")  # start from M_ssl's weights
 NAMED: dict[str, Name] = {"random": "random", "true": "true", "dacsd": "own"}  # the other methods, and their labels
 NEAREST = 8  # centroids that soft labels are over
-TAUGHT = (*LABELLED, "seed")  # the methods that need M_ssl; the others start from nothing
+TAUGHT = (*LABELLED, "seed", "pretext")  # the methods that need M_ssl; the others start from nothing
 
 
 def compare(args: CompareArgs) -> None:
@@ -59,7 +64,9 @@ def compare(args: CompareArgs) -> None:
     others = [result for folder in args.also for result in read_results(Path(folder))]
     trained: list[OptimConfig] = [args.distill]
     trained += [args.seed_method] if "seed" in args.methods else []
-    setup = set_up(args, "compare", trained, warm="sssd-warm" in args.methods, require_labels=True)
+    if unknown := sorted(set(args.epochs) - set(args.methods)):
+        raise UserError(f"--epochs names {', '.join(unknown)}, which is not among --methods")
+    setup = set_up(args, "compare", trained, warm=bool(set(WARM) & set(args.methods)), require_labels=True)
     out = setup.out
     if "seed" in args.methods:
         check_queue(args.seed_method.queue_size, len(setup.data))
@@ -154,13 +161,37 @@ class Plan:
             *(pretext.label_stage(self.setup, clusterings[name], self.out, self.seed, name) for name in clustered),
         ]
         for method in self.methods:
-            train = self.seed_stage() if method == "seed" else self.distill_stage(method)
-            stages += [train, self.probe_stage(method)]
+            if method == "seed":
+                stages.append(self.seed_stage())
+            elif method != "pretext":
+                stages.append(self.distill_stage(method))
+            elif self.trains_pretext:
+                stages.append(self.pretext_stage())
+            stages.append(self.probe_stage(method))
         return stages
+
+    @property
+    def trains_pretext(self) -> bool:
+        """Whether 'pretext' is trained for epochs of its own, and not the network that the others learn from."""
+        return "pretext" in self.args.epochs and self.setup.pretext.source is not None
+
+    def epochs(self, method: str) -> int:
+        """Epochs of a method's training, 0 where it has none of its own."""
+        args = self.args
+        if method == "pretext":
+            return args.epochs.get(method, 0) if self.trains_pretext else 0
+        usual = args.seed_method.epochs if method == "seed" else args.distill.epochs
+        return args.epochs.get(method, usual)
+
+    def pretext_stage(self) -> Stage:
+        """M_ssl trained by itself, for as long as the other methods take in all."""
+        config = replace(self.args.pretrain, epochs=self.epochs("pretext"))
+        (stage,) = replace(self.setup.pretext, config=config).pretrain_stages(settings_of(config), self.runtime)
+        return replace(stage, name="pretext")
 
     def seed_stage(self) -> Stage:
         """SEED, whose teacher is M_ssl."""
-        setup, config = self.setup, self.args.seed_method
+        setup, config = self.setup, replace(self.args.seed_method, epochs=self.epochs("seed"))
         teacher = setup.pretext.network(self.out)
 
         def train(folder: Path) -> dict[str, Any]:
@@ -171,8 +202,10 @@ class Plan:
 
     def distill_stage(self, method: str) -> Stage:
         """A method that learns labels; a warm start is from M_ssl's weights."""
-        setup, config = self.setup, self.args.distill
-        warm = method == "sssd-warm"
+        setup, pretext = self.setup, self.setup.pretext
+        distill = replace(self.args.distill, epochs=self.epochs(method))
+        config = distill.resolved(encoder=True) if method in ANCHORED else SelfDistillationConfig.of(distill)
+        warm = method in WARM
 
         def train(folder: Path) -> dict[str, Any]:
             return distill_network(
@@ -181,8 +214,10 @@ class Plan:
                 config,
                 self.runtime,
                 setup.spec(folder, METHODS[method]),
-                method="clusterfit" if method == "clusterfit" else "sssd",
-                init=setup.pretext.network(self.out) if warm else None,
+                method="clusterfit" if method.startswith("clusterfit") else "sssd",
+                init=pretext.network(self.out) if warm else None,
+                encoder=pretext.network(self.out) if method in ANCHORED else None,
+                teacher_size=pretext.teacher_size,
             )
 
         return Stage(
@@ -209,7 +244,10 @@ class Plan:
         args, size = self.args, self.setup.size
 
         def measure(folder: Path) -> dict[str, Any]:
-            network = load_network(str(self.out / method))
+            if method == "pretext" and not self.trains_pretext:
+                network = load_encoder(self.setup.pretext.network(self.out), self.setup.pretext.teacher_size)
+            else:
+                network = load_network(str(self.out / method))
             features = evaluation_features(network, self.evaluation, self.setup.forward)
             probe = probe_features(features, args.probe, self.seed)
             macs = multiply_adds(network, (3, size, size)) if len(probe.exits) > 1 else {}
@@ -217,11 +255,16 @@ class Plan:
             write_json(folder / "metrics.json", measured)
             return measured
 
+        as_it_is = method == "pretext" and not self.trains_pretext
         return Stage(
             name=f"{method}-probe",
             action=measure,
-            settings={**asdict(args.probe), "test": self.evaluation.test.fingerprint},
-            after=(method,),
+            settings={
+                **asdict(args.probe),
+                "test": self.evaluation.test.fingerprint,
+                **(self.setup.pretext.inputs() if as_it_is and not self.setup.pretext.after else {}),
+            },
+            after=self.setup.pretext.after if as_it_is else (method,),
             measured_on=self.evaluation.digest(),
         )
 
@@ -229,16 +272,18 @@ class Plan:
         """A method's row."""
         probed = stages.results[f"{method}-probe"]
         earlier = [LABELLED[method]] if method in LABELLED else []
-        earlier += self.setup.pretext.after if method in TAUGHT else ()
+        if method in TAUGHT and not (method == "pretext" and self.trains_pretext):
+            earlier += self.setup.pretext.after
         return Result(
             method=method,
             seed=self.seed,
             exits=probed["exits"],
             ensemble=probed["ensemble"],
-            seconds=stages.results[method]["seconds"],
+            seconds=stages.results[method]["seconds"] if method in stages.results else 0.0,
             seconds_before=sum(stages.results[stage]["seconds"] for stage in earlier),
             macs=probed["macs"],
             setting=setting,
+            epochs=self.epochs(method),
         )
 
 

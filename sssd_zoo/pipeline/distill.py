@@ -33,7 +33,14 @@ from sssd_zoo.models.networks import (
     weights_digest,
 )
 from sssd_zoo.pipeline.view_cache import write_view_cache
-from sssd_zoo.tasks import AnchoredSelfDistillation, ClusterFit, FrozenEncoder, SelfDistillation, Task
+from sssd_zoo.tasks import (
+    AnchoredClusterFit,
+    AnchoredSelfDistillation,
+    ClusterFit,
+    FrozenEncoder,
+    SelfDistillation,
+    Task,
+)
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import RunSpec, announce, command_spec, method_settings, run_training, start_training
@@ -74,22 +81,23 @@ def distill_network(
     settings: dict[str, Any] = {"init": init}
     loader = EpochLoader(data, config.batch_size, runtime.seed)
     if method == "clusterfit":
-        task: Task = ClusterFit(model, config, views)
         settings |= {"method": method, **views._asdict(), "crop": config.crop, "scale": config.crop_scale}
+        task: Task = ClusterFit(model, config, views)
     else:
         settings |= method_settings(config, type(config))
         task = SelfDistillation(model, config, views)
-        if isinstance(config, AnchoredConfig) and config.anchor:
-            forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
-            network, frozen = frozen_encoder(encoder, teacher_size, data, forward)
-            settings["encoder"] = weights_digest(network)
-            settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
-            if config.cached_views:
-                cache = spec.out / "view_cache"
-                write = partial(write_view_cache, cache, network, data, config, forward, runtime.seed)
-                loader = CachedViewLoader(cache, write, data, config.batch_size, runtime.seed)
-                frozen = frozen._replace(network=None)
-            task = AnchoredSelfDistillation(model, frozen, config, views)
+    if isinstance(config, AnchoredConfig) and config.anchor:
+        forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
+        network, frozen = frozen_encoder(encoder, teacher_size, data, forward)
+        settings |= {"anchor": config.anchor, "encoder": weights_digest(network)}
+        settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
+        if config.cached_views:
+            cache = spec.out / "view_cache"
+            write = partial(write_view_cache, cache, network, data, config, forward, runtime.seed)
+            loader = CachedViewLoader(cache, write, data, config.batch_size, runtime.seed)
+            frozen = frozen._replace(network=None)
+        anchored = AnchoredClusterFit if method == "clusterfit" else AnchoredSelfDistillation
+        task = anchored(model, frozen, config, views)
     optim = OptimConfig.of(config)
     check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
     return run_training(task, loader, model, spec, optim=optim, runtime=runtime, settings=settings, labels=labels)
@@ -134,7 +142,7 @@ def frozen_encoder(
 
 def distill(args: DistillArgs) -> None:
     """`sssd distill`."""
-    config = AnchoredConfig.of(args).resolved(encoder=args.encoder is not None and args.method == "sssd")
+    config = AnchoredConfig.of(args).resolved(encoder=args.encoder is not None)
     named = args.labels in get_args(Name)
     check_choices(args, config, named=named)
     runtime, out = start_training(args)
@@ -172,8 +180,6 @@ def check_choices(args: DistillArgs, config: AnchoredConfig, *, named: bool) -> 
     """
     if args.method == "clusterfit" and args.exits != "plain":
         raise UserError(f"--method clusterfit trains a network without exits: remove --exits {args.exits}")
-    if args.method == "clusterfit" and (args.anchor or args.encoder is not None):
-        raise UserError("--method clusterfit has no anchor: remove --anchor and --encoder")
     if config.anchor and args.encoder is None:
         raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
     if args.encoder is not None and not config.anchor:

@@ -24,6 +24,7 @@ import torch
 
 from sssd_zoo.configs import FitArgs, KNNConfig, SelfDistillationConfig
 from sssd_zoo.data.loading import ImageData
+from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
 from sssd_zoo.errors import UserError
@@ -246,6 +247,8 @@ def write_results(plan: Plan, stages: Stages) -> None:
             + ("" if args.soft is None else f"; soft, temperature {args.soft:g}"),
         ],
     }
+    if setup.pretext.source is None:
+        results["encoder"] = short_name(setup.pretext.arch)
     measured = {}
     if probe:
         results["test"], results["test_images"] = probe["test"], probe["test_images"]

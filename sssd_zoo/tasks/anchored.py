@@ -16,6 +16,8 @@ from sssd_zoo.configs import AnchoredConfig
 from sssd_zoo.data.augment import BatchRandom, normalise, supervised_view
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.views import ViewBatch
+from sssd_zoo.tasks.base import LabelTask
+from sssd_zoo.tasks.clusterfit import ClusterFit
 from sssd_zoo.tasks.sssd import SelfDistillation
 
 
@@ -46,58 +48,108 @@ class FrozenEncoder(NamedTuple):
     feature_std: Tensor
 
 
-class AnchoredSelfDistillation(SelfDistillation):
-    """Self distillation whose exits also predict a frozen encoder's features of the view that they see.
+class Anchor(nn.Module):
+    """What a method needs to be anchored: the frozen encoder, and a linear predictor of its features for each exit.
 
     Args:
-        model: see `LabelTask`.
         encoder: it stays as it is, in eval mode.
-        config: of the method; `config.anchor` is the weight w.
-        spec: see `Task`.
+        width: of an exit's features.
+        exits: number of exits.
+        weight: w.
     """
 
-    config: AnchoredConfig
     feature_mean: Tensor
     feature_std: Tensor
 
-    def __init__(self, model: nn.Module, encoder: FrozenEncoder, config: AnchoredConfig, spec: InputSpec) -> None:
-        super().__init__(model, config, spec)
-        self.weight = config.anchor or 0.0
+    def __init__(self, encoder: FrozenEncoder, width: int, exits: int, weight: float) -> None:
+        super().__init__()
         self.encoder = None if encoder.network is None else encoder.network.eval().requires_grad_(False)
-        self.encoder_spec = encoder.spec
+        self.spec, self.weight = encoder.spec, weight
         self.register_buffer("feature_mean", encoder.feature_mean)
         self.register_buffer("feature_std", encoder.feature_std)
-        width, dim = int(model.num_features), len(encoder.feature_mean)  # type: ignore[arg-type]
-        self.predictors = nn.ModuleList(nn.Linear(width, dim) for _ in range(4))
+        self.predictors = nn.ModuleList(nn.Linear(width, len(encoder.feature_mean)) for _ in range(exits))
 
-    def train(self, mode: bool = True) -> "AnchoredSelfDistillation":
+    def train(self, mode: bool = True) -> "Anchor":
         """As a module's; the encoder stays in eval mode, or its BatchNorm would move."""
         super().train(mode)
         if self.encoder is not None:
             self.encoder.eval()
         return self
 
-    def views(self, images: Tensor | ViewBatch, random: BatchRandom) -> dict[str, Any]:
-        """One view as the network wants it, and as the encoder does, float32 [B, 3, side, side] each.
+    def views(self, task: LabelTask, images: Tensor | ViewBatch, random: BatchRandom) -> dict[str, Any]:
+        """One view as the task's network wants it, and as the encoder does, float32 [B, 3, side, side] each.
 
         Of images whose features are known, `features` instead of the latter, float16 [B, D].
         """
         if isinstance(images, ViewBatch):
-            return {"images": self.inputs(images.images, images.views), "features": images.features}
-        views = self.draw_views(images, random)
-        size, mean, std = self.encoder_spec
-        encoder = normalise(supervised_view(images, views, size, crop=self.config.crop), mean, std)
-        return {"images": self.inputs(images, views), "encoder": encoder}
+            return {"images": task.inputs(images.images, images.views), "features": images.features}
+        views = task.draw_views(images, random)
+        size, mean, std = self.spec
+        encoder = normalise(supervised_view(images, views, size, crop=task.config.crop), mean, std)
+        return {"images": task.inputs(images, views), "encoder": encoder}
 
-    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Equation 4, with the weighted anchor added, and the `anchor` by itself."""
+    def add(self, parts: dict[str, Tensor], features: Sequence[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Adds the weighted anchor to the `loss` of a method's parts, and the `anchor` by itself.
+
+        Args:
+            parts: of the method.
+            features: of the exits, [B, width] each.
+            batch: of `views`.
+        """
         with torch.no_grad():
-            features = self.encoder(batch["encoder"]) if self.encoder is not None else batch["features"]
-            features = features.float()
+            known = self.encoder(batch["encoder"]) if self.encoder is not None else batch["features"]
             # A dimension that never moves, as of a dead ReLU, has nothing to predict.
-            target = (features - self.feature_mean) * torch.where(self.feature_std > 1e-6, 1 / self.feature_std, 0.0)
-        exits = self.model.forward_exits(batch["images"])  # type: ignore[operator]
-        parts = self.distil(exits, batch["labels"])
-        predictions = [predict(vectors) for predict, vectors in zip(self.predictors, exits.features, strict=True)]
+            scale = torch.where(self.feature_std > 1e-6, 1 / self.feature_std, 0.0)
+            target = (known.float() - self.feature_mean) * scale
+        predictions = [predict(vectors) for predict, vectors in zip(self.predictors, features, strict=True)]
         anchor = anchor_loss(predictions, target)
         return {**parts, "loss": parts["loss"] + self.weight * anchor, "anchor": anchor.detach()}
+
+
+class AnchoredSelfDistillation(SelfDistillation):
+    """Self distillation whose exits also predict a frozen encoder's features of the view that they see.
+
+    Args:
+        model: see `LabelTask`.
+        encoder: what is predicted.
+        config: of the method; `config.anchor` is the weight w.
+        spec: see `Task`.
+    """
+
+    def __init__(self, model: nn.Module, encoder: FrozenEncoder, config: AnchoredConfig, spec: InputSpec) -> None:
+        super().__init__(model, config, spec)
+        self.anchor = Anchor(encoder, int(model.num_features), 4, config.anchor or 0.0)  # type: ignore[arg-type]
+
+    def views(self, images: Tensor | ViewBatch, random: BatchRandom) -> dict[str, Any]:
+        """See `Anchor.views`."""
+        return self.anchor.views(self, images, random)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Equation 4 with the anchor added."""
+        exits = self.model.forward_exits(batch["images"])  # type: ignore[operator]
+        return self.anchor.add(self.distil(exits, batch["labels"]), exits.features, batch)
+
+
+class AnchoredClusterFit(ClusterFit):
+    """ClusterFit whose features also predict a frozen encoder's: what the anchor does without exits.
+
+    Args:
+        model: see `LabelTask`.
+        encoder: what is predicted.
+        config: of the method; `config.anchor` is the weight w.
+        spec: see `Task`.
+    """
+
+    def __init__(self, model: nn.Module, encoder: FrozenEncoder, config: AnchoredConfig, spec: InputSpec) -> None:
+        super().__init__(model, config, spec)
+        self.anchor = Anchor(encoder, int(model.num_features), 1, config.anchor or 0.0)  # type: ignore[arg-type]
+
+    def views(self, images: Tensor | ViewBatch, random: BatchRandom) -> dict[str, Any]:
+        """See `Anchor.views`."""
+        return self.anchor.views(self, images, random)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The cross-entropy with the anchor added."""
+        model: Any = self.model
+        features = model.forward_head(model.forward_features(batch["images"]), pre_logits=True)
+        return self.anchor.add(self.fit(model.get_classifier()(features), batch["labels"]), [features], batch)

@@ -17,9 +17,9 @@ class ClusterFit(LabelTask):
     """
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """See `fit`."""
+        return self.fit(self.model(batch["images"]), batch["labels"])
+
+    def fit(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The mean cross-entropy, and the fraction of images whose label is the first answer."""
-        logits = self.model(batch["images"]).float()
-        return {
-            "loss": F.cross_entropy(logits, batch["labels"]),
-            "label_top1": top1(logits, batch["labels"]),
-        }
+        return {"loss": F.cross_entropy(logits.float(), labels), "label_top1": top1(logits, labels)}

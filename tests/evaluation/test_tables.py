@@ -46,6 +46,7 @@ def result(method="sssd", seed=0, accuracy=50.0, **changes):
         seconds_before=0,
         macs={},
         setting=SETTING._replace(**changes),
+        epochs=4,
     )
 
 
@@ -59,7 +60,7 @@ def test_mean_and_range_and_rows():
     assert mean_and_range([1.0]) == "1.00"
     assert mean_and_range([1.0, 2.0, 6.0]) == "3.00 (1.00, 6.00)"
     rows = by_name(table("\n".join(comparison_table([result("seed")]))))
-    assert rows["SEED"] == ["", "", "", "50.00", "", "1", "", "1 min 00 s"]
+    assert rows["SEED"] == ["", "", "", "50.00", "", "1", "", "4", "1 min 00 s"]
     assert sum("not run" in cells for cells in rows.values()) == len(METHODS) - len(VARIANTS) - 1
 
 

@@ -9,7 +9,8 @@ from PIL import Image
 from helpers.commands import TINY_COMPARE as TINY
 from helpers.commands import one_line, sssd
 from helpers.markdown import by_name, sections, table
-from sssd_zoo.evaluation.reports.comparison import METHODS, VARIANTS
+from sssd_zoo.evaluation.reports.comparison import METHODS, PAPER, VARIANTS
+from sssd_zoo.files.json_lines import read_metrics
 
 
 def report(out):
@@ -29,7 +30,7 @@ def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_p
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY]
     assert sssd(*words, "--methods", "[sssd, clusterfit]", "--seeds", "[0]") == 0
     methods, changes, paper = report(tmp_path)
-    assert set(methods) == {title for name, title in METHODS.items() if name not in VARIANTS}
+    assert set(methods) == {METHODS[name] for name in PAPER}
     assert not changes
     assert {title for title, cells in methods.items() if cells[0] != "not run"} == {"SSSD", "ClusterFit"}
     assert ["paper", "CIFAR-10", "SSSD", "ResNet-18", "200", "the same", "78.54"] in [row[:7] for row in paper]
@@ -51,7 +52,7 @@ def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_p
     rows = rows_of(tmp_path)
     assert [(row["method"], row["seed"]) for row in rows] == [(m, s) for s in "01" for m in METHODS]
     for row in rows:
-        plain = row["method"] in ("clusterfit", "seed")
+        plain = row["method"] in ("clusterfit", "clusterfit-anchored", "seed", "pretext")
         assert [bool(row[name]) for name in ("exit 1", "exit 4", "ensemble")] == [not plain, True, not plain]
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["seed"] for row in results} == {0, 1}
@@ -61,9 +62,28 @@ def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_p
     assert Image.open(tmp_path / "accuracy.png").size[0] > 300
 
 
+def test_epochs_of_single_methods_and_the_pretext_itself(folder_of_images, tmp_path, capsys):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
+    assert sssd(*words, "--methods", "[sssd, clusterfit, pretext]") == 0
+    assert table(sections((tmp_path / "report.md").read_text())["Methods compared"])
+    before = by_name(table(sections((tmp_path / "report.md").read_text())["Methods compared"]))
+    assert before["M_ssl itself"][-2:] == ["", "0.0 s"], "nothing is trained for it"
+    longer = "{clusterfit: 2, pretext: 3}"
+    capsys.readouterr()
+    assert sssd(*words, "--methods", "[sssd, clusterfit, pretext]", "--epochs", longer) != 0
+    assert "clusterfit was made with other settings" in one_line(capsys)
+    assert sssd(*words, "--methods", "[sssd, clusterfit, pretext]", "--epochs", longer, "--overwrite", "true") == 0
+    assert "[sssd] done before" in capsys.readouterr().out
+    after = by_name(table(sections((tmp_path / "report.md").read_text())["Methods compared"]))
+    assert [after[name][-2] for name in ("SSSD", "ClusterFit", "M_ssl itself")] == ["1", "2", "3"]
+    assert len(read_metrics(tmp_path / "seed-0" / "pretext" / "metrics.jsonl")) == 3 * 1
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
+        (("--methods", "[sssd]", "--epochs", "{clusterfit: 2}"), "--epochs names clusterfit"),
+        (("--methods", "[sssd]", "--epochs", "{sssd: 0}"), "epochs"),
         (("--methods", "[sssd, magic]"), "magic"),
         (("--methods", "[]"), "methods is []"),
         (("--seed_method.queue_size", "999"), "queue_size 999"),

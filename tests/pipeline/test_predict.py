@@ -149,10 +149,10 @@ def test_shipped_network(folder_of_images, capsys):
 
 def test_wordnet_ids_are_shown_as_words(folder_of_images, capsys):
     image = folder_of_images / "red" / "00.png"
-    assert predict("sssd_resnet18.tiny_imagenet_32", image, "--format", "jsonl", "--output", "1") == 0
+    assert predict("sssd_resnet18.dist_tiny_imagenet_32", image, "--format", "jsonl", "--output", "1") == 0
     (line,) = lines(capsys)
     assert re.fullmatch(r"n\d{8}", line["class"])
-    assert predict("sssd_resnet18.tiny_imagenet_32", image, "--output", "1") == 0
+    assert predict("sssd_resnet18.dist_tiny_imagenet_32", image, "--output", "1") == 0
     assert f"\n{line['description'].split(',')[0]} " in capsys.readouterr().out
 
 

@@ -93,7 +93,7 @@ def test_the_task_takes_known_features_in_place_of_the_encoder(encoder):
     with torch.no_grad():
         features = encoder(normalise(images.float() / 255, (0.5,) * 3, (0.2,) * 3))
     known = AnchoredSelfDistillation(model, FrozenEncoder(None, spec, *moments), config, spec)
-    known.predictors.load_state_dict(task.predictors.state_dict())
+    known.anchor.predictors.load_state_dict(task.anchor.predictors.state_dict())
     batch = known.views(ViewBatch(images, views, features), None)
     expected = task({"images": batch["images"], "encoder": batch["images"], "labels": labels})
     torch.testing.assert_close(known({**batch, "labels": labels})["loss"], expected["loss"])

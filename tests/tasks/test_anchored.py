@@ -9,7 +9,7 @@ import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.configs import AnchoredConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
-from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder, SelfDistillation
+from sssd_zoo.tasks import AnchoredClusterFit, AnchoredSelfDistillation, FrozenEncoder, SelfDistillation
 from sssd_zoo.tasks.anchored import anchor_loss
 
 SMALL = {"channels": (8, 16, 32, 64), "layers": (1, 1, 1, 1)}
@@ -49,15 +49,33 @@ def test_loss_is_that_of_the_paper_with_the_anchor_added():
     plain = SelfDistillation(task.model, SelfDistillationConfig(), SPEC)(
         {"images": batch["images"], "labels": batch["labels"]}
     )
-    features = task.encoder(batch["encoder"])
-    target = (features - task.feature_mean) / task.feature_std
+    features = task.anchor.encoder(batch["encoder"])
+    target = (features - task.anchor.feature_mean) / task.anchor.feature_std
     exits = task.model.forward_exits(batch["images"])
     by_hand = sum(
         (1 - F.cosine_similarity(F.linear(vectors, predict.weight, predict.bias), target)).mean()
-        for vectors, predict in zip(exits.features, task.predictors, strict=True)
+        for vectors, predict in zip(exits.features, task.anchor.predictors, strict=True)
     )
     torch.testing.assert_close(parts["anchor"], by_hand.detach(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(parts["loss"], plain["loss"] + 4 * by_hand, atol=1e-3, rtol=1e-4)
+
+
+def test_clusterfit_is_anchored_by_its_own_features():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=5, **SMALL).eval()
+    encoder = FrozenEncoder(
+        timm.create_model("resnet18", num_classes=0, **SMALL), SPEC, torch.rand(64), torch.rand(64) + 0.1
+    )
+    task = AnchoredClusterFit(model, encoder, AnchoredConfig(anchor=3.0), SPEC)
+    batch = batch_of(task)
+    parts = task(batch)
+    features = model.global_pool(model.forward_features(batch["images"]))
+    target = (task.anchor.encoder(batch["encoder"]) - task.anchor.feature_mean) / task.anchor.feature_std
+    predicted = task.anchor.predictors[0](features)
+    by_hand = F.cross_entropy(model(batch["images"]), batch["labels"])
+    by_hand = by_hand + 3 * (1 - F.cosine_similarity(predicted, target).mean())
+    torch.testing.assert_close(parts["loss"], by_hand, atol=1e-4, rtol=1e-4)
+    assert float(parts["anchor"]) > 0.1
 
 
 def test_the_view_of_both_is_the_same_image():
@@ -68,12 +86,12 @@ def test_the_view_of_both_is_the_same_image():
 
 def test_encoder_stays_as_it_is_and_every_exit_learns():
     task = make(weight=4.0).train()
-    before = {name: value.clone() for name, value in task.encoder.state_dict().items()}
+    before = {name: value.clone() for name, value in task.anchor.encoder.state_dict().items()}
     optimizer = torch.optim.SGD(task.parameter_groups(), lr=0.1)
     task(batch_of(task))["loss"].backward()
-    assert all(predict.weight.grad.abs().sum() > 0 for predict in task.predictors)
+    assert all(predict.weight.grad.abs().sum() > 0 for predict in task.anchor.predictors)
     optimizer.step()
-    assert all(torch.equal(value, before[name]) for name, value in task.encoder.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in task.anchor.encoder.state_dict().items())
 
 
 def test_a_dimension_that_never_moves_is_not_predicted():

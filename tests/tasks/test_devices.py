@@ -10,7 +10,16 @@ import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.configs import AnchoredConfig, MoCoConfig, SEEDConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
-from sssd_zoo.tasks import SEED, AnchoredSelfDistillation, ClusterFit, FrozenEncoder, MoCo, SelfDistillation, Task
+from sssd_zoo.tasks import (
+    SEED,
+    AnchoredClusterFit,
+    AnchoredSelfDistillation,
+    ClusterFit,
+    FrozenEncoder,
+    MoCo,
+    SelfDistillation,
+    Task,
+)
 
 SMALL = {"channels": (8, 16, 32, 64), "layers": (1, 1, 1, 1)}
 SPEC = InputSpec(32, (0.5,) * 3, (0.25,) * 3)
@@ -31,6 +40,12 @@ def anchored() -> Task:
     return AnchoredSelfDistillation(student(), encoder, AnchoredConfig(anchor=4.0), SPEC)
 
 
+def anchored_clusterfit() -> Task:
+    encoder = FrozenEncoder(trunk(), LARGER, torch.zeros(64), torch.ones(64))
+    model = timm.create_model("resnet18", num_classes=5, **SMALL)
+    return AnchoredClusterFit(model, encoder, AnchoredConfig(anchor=4.0), SPEC)
+
+
 def moco(**settings: Any) -> Task:
     return MoCo(trunk(), MoCoConfig(queue_size=32, splits=4, **settings), SPEC)
 
@@ -42,6 +57,7 @@ TASKS = {
     "sssd": lambda: SelfDistillation(student(), PLAIN, SPEC),
     "sssd, resized crops": lambda: SelfDistillation(student(), SelfDistillationConfig(crop="resized"), SPEC),
     "anchored": anchored,
+    "clusterfit, anchored": anchored_clusterfit,
     "clusterfit": lambda: ClusterFit(timm.create_model("resnet18", num_classes=5, **SMALL), PLAIN, SPEC),
 }
 

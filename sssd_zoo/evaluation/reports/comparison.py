@@ -16,13 +16,18 @@ METHODS = {
     "sssd-warm": "SSSD from M_ssl's weights",
     "sssd-redos": "SSSD, best of several k-means",
     "sssd-soft": "SSSD, soft labels",
+    "anchored": "SSSD, anchored",
+    "anchored-warm": "SSSD, anchored, from M_ssl's weights",
     "random": "BYOT, random labels",
     "true": "BYOT, true labels",
     "clusterfit": "ClusterFit",
+    "clusterfit-anchored": "ClusterFit, anchored",
     "seed": "SEED",
     "dacsd": "DACSD",
+    "pretext": "M_ssl itself",
 }
-VARIANTS = ("sssd-warm", "sssd-redos", "sssd-soft")  # beyond the paper
+VARIANTS = ("sssd-warm", "sssd-redos", "sssd-soft", "anchored", "anchored-warm")  # of SSSD, beyond the paper
+PAPER = ("sssd", "random", "true", "clusterfit", "seed", "dacsd")  # a report says which of them were not run
 COLUMNS = ("exit 1", "exit 2", "exit 3", "exit 4", "ensemble")
 NOT_RUN = "not run"
 TITLES = {
@@ -90,6 +95,7 @@ class Result(NamedTuple):
         seconds_before: of the pretext and the labels that it needs.
         macs: by exit; {} of a network without exits.
         setting: of the comparison.
+        epochs: of its training.
     """
 
     method: str
@@ -100,6 +106,7 @@ class Result(NamedTuple):
     seconds_before: float
     macs: dict[str, int]
     setting: Setting
+    epochs: int
 
     def as_json(self) -> dict[str, Any]:
         """For results.json."""
@@ -139,13 +146,14 @@ def comparison_table(results: list[Result]) -> list[str]:
     lines = []
     for method, title in METHODS.items():
         runs = [run for run in results if run.method == method]
-        if not runs and method in VARIANTS:
+        if not runs and method not in PAPER:
             continue
         cells = accuracy_cells(runs) if runs else [NOT_RUN, *[""] * (len(COLUMNS) - 1)]
         before = mean_of(run.seconds_before for run in runs) if runs else 0
         training = duration(mean_of(run.seconds for run in runs)) if runs else ""
-        lines.append([title, *cells, str(len(runs)), duration(before) if before else "", training])
-    return table(["method", *COLUMNS, "seeds", "pretext and labels", "training"], lines)
+        epochs = str(runs[0].epochs or "") if runs else ""
+        lines.append([title, *cells, str(len(runs)), duration(before) if before else "", epochs, training])
+    return table(["method", *COLUMNS, "seeds", "pretext and labels", "epochs", "training"], lines)
 
 
 def changes_table(results: list[Result], others: list[Result]) -> list[str]:

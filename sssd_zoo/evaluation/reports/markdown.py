@@ -43,6 +43,7 @@ class Results(TypedDict, total=False):
         classes: number of true classes.
         seed: of the run.
         machine: what it ran on, in words.
+        encoder: name of the network whose features were distilled as they are; missing for a pretext of the run's own.
         k_asked: clusters asked for.
         sizes: images per cluster.
         quality: of the pseudo labels against the true ones: 'nmi' and 'ari' and 'purity', in 0..1.
@@ -66,6 +67,7 @@ class Results(TypedDict, total=False):
     classes: int
     seed: int
     machine: str
+    encoder: str
     k_asked: int
     sizes: Sequence[int]
     quality: Mapping[str, float] | None
