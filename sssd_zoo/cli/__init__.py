@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sssd_zoo.cli.commands import COMMANDS
+from sssd_zoo.cli.commands import COMMANDS, COMPLETED
 from sssd_zoo.cli.guard import guarded
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import safe_terminal
@@ -27,7 +27,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         from sssd_zoo.cli.arguments import read_arguments
 
         words = sys.argv[1:] if arguments is None else arguments
-        config = read_arguments(name, words, prog or Path(sys.argv[0]).name)
+        config, given = read_arguments(name, words, prog or Path(sys.argv[0]).name)
         guard.out = Path(config.out) if getattr(config, "out", None) else None
 
         from sssd_zoo.distributed.launch import end_other_processes, others_tell_first, start_other_processes
@@ -38,7 +38,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         others = start_other_processes()
         try:
             with guard.told(), others_tell_first():
-                command(config)
+                command(config, given) if name in COMPLETED else command(config)
         finally:
             release_all()
             end_other_processes(others, sys.exception())

@@ -116,8 +116,10 @@ def check_recipes(words: list[str]) -> None:
         check_recipe(recipe)
 
 
-def read_arguments(name: str, words: list[str], prog: str) -> Any:
-    """The arguments of one command, as its dataclass.
+def read_arguments(name: str, words: list[str], prog: str) -> tuple[Any, frozenset[str]]:
+    """The arguments of one command, as its dataclass, and the names of those that were given.
+
+    Names in it are dotted where the dataclass has others in it: 'pretrain.batch_size'.
 
     Raises:
         UserError: that names all values out of their ranges.
@@ -129,6 +131,7 @@ def read_arguments(name: str, words: list[str], prog: str) -> Any:
     check_recipes(words)
     try:
         parsed = parser.parse_args(words)
+        given = parser.parse_args(words, defaults=False)
     except (ArithmeticError, RecursionError, ValueError) as error:  # of numbers and YAML that no parser copes with
         raise UserError(f"cannot read the arguments: {error} (see {prog} --help)") from error
     if wrong := problems(parsed.as_dict(), config):
@@ -139,4 +142,4 @@ def read_arguments(name: str, words: list[str], prog: str) -> Any:
         settings = config(**values)
     except ValueError as error:  # a SettingsError, which jsonargparse may wrap
         raise UserError(str(error)) from error
-    return expand_paths(settings)
+    return expand_paths(settings), frozenset(given.keys())

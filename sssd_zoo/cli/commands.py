@@ -60,3 +60,6 @@ COMMANDS = {
     ),
     "models": Command("ModelsArgs", "list the networks of this package with parameters and MACs of every exit"),
 }
+
+# Commands that choose settings by the data: they are told which were given.
+COMPLETED = ("fit",)

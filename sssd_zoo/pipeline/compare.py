@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sssd_zoo.configs import CompareArgs, OptimConfig, RuntimeConfig, SelfDistillationConfig
+from sssd_zoo.configs import CompareArgs, RuntimeConfig, SelfDistillationConfig
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
@@ -62,8 +62,7 @@ def compare(args: CompareArgs) -> None:
     """`sssd compare`."""
     began = time.perf_counter()
     others = [result for folder in args.also for result in read_results(Path(folder))]
-    trained: list[OptimConfig] = [args.distill]
-    trained += [args.seed_method] if "seed" in args.methods else []
+    trained = ["distill", "seed_method"] if "seed" in args.methods else ["distill"]
     if unknown := sorted(set(args.epochs) - set(args.methods)):
         raise UserError(f"--epochs names {', '.join(unknown)}, which is not among --methods")
     setup = set_up(args, "compare", trained, warm=bool(set(WARM) & set(args.methods)), require_labels=True)

@@ -47,21 +47,40 @@ from sssd_zoo.labels.origin import labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_encoder, load_network
+from sssd_zoo.pipeline.defaults import advice, derive
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, check_start, set_up
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.training.runs import save_config, settings_of
 
 
-def fit(args: FitArgs) -> None:
-    """`sssd fit`."""
+def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
+    """`sssd fit`.
+
+    Args:
+        args: of the command.
+        given: names of the arguments that were given, such as 'pretrain.batch_size'; `defaults.derive` chooses others
+            by the number of images. By default all are taken as they are.
+    """
     began = time.perf_counter()
     if args.warm_start and args.init is not None:
         raise UserError("--warm_start and --init both say what the student starts from: remove one")
     args = replace(args, distill=args.distill.resolved(encoder=args.features is not None))
     if args.distill.cached_views and not args.distill.anchor:
         raise UserError("--distill.cached_views is of the anchor's network: give --distill.anchor too, or remove it")
-    setup = set_up(args, "fit", [args.distill], warm=args.warm_start)
+
+    def complete(images: int, device: str, processes: int) -> FitArgs:
+        if given is None:
+            return args
+        completed, lines = derive(args, given, images, device=device, processes=processes)
+        if lines:
+            print_main(f"chosen for {images:,} images on this machine: {', '.join(lines)} (flags of these names)")
+        if few := advice(images, completed):
+            print_main(few)
+        return completed
+
+    setup = set_up(args, "fit", ["distill"], warm=args.warm_start, complete=complete)
+    args = setup.args
     start = {} if args.init is None else {"init": check_start(args.init, setup.arch)}
     if args.soft is not None and args.cluster.nearest < 2:
         raise UserError(

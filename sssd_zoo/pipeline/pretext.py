@@ -4,6 +4,7 @@ It is pretrained by MoCo v2 (section 3.1 of the paper), on the images to distil 
 4.5), and may be of another size than the student; or it is any network that timm loads, and nothing is pretrained.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from sssd_zoo.configs import (
     DataConfig,
     ForwardConfig,
     MoCoConfig,
-    OptimConfig,
     PretextConfig,
     RuntimeConfig,
 )
@@ -167,6 +167,7 @@ class Setup:
     """What `sssd fit` and `sssd compare` begin with.
 
     Attributes:
+        args: of the command, complete.
         out: the run folder.
         runtime: where and how to run.
         config: of the images.
@@ -178,6 +179,7 @@ class Setup:
         inputs: what all stages depend on, but the seed.
     """
 
+    args: Any
     out: Path
     runtime: RuntimeConfig
     config: DataConfig
@@ -193,22 +195,33 @@ class Setup:
         return RunSpec(arch=self.arch, size=self.size, out=folder, title=title)
 
 
-def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, require_labels: bool = False) -> Setup:
+def set_up(
+    args: Any,
+    kind: str,
+    trained: Sequence[str],
+    *,
+    warm: bool,
+    require_labels: bool = False,
+    complete: Callable[[int, str, int], Any] | None = None,
+) -> Setup:
     """Opens the data, chooses the networks, and checks now all that would fail an hour in.
 
     Args:
         args: of `sssd fit` or `sssd compare`.
         kind: of folder, that the command writes.
-        trained: the trainings on D_tar after the pretext.
+        trained: names of the arguments that hold the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
         require_labels: see `load_images`.
+        complete: of the number of images, the device and the number of processes gives the arguments, where some of
+            them depend on these.
 
     Raises:
         UserError: for arguments that cannot work.
     """
     tune_cpu()
     runtime = RuntimeConfig.of(args)
-    processes = make_accelerator(runtime).num_processes
+    accelerator = make_accelerator(runtime)
+    processes = accelerator.num_processes
     out = open_out(args, kind)
     config = DataConfig.of(args)
     # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
@@ -220,8 +233,10 @@ def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, requ
     data = load_images(config, default_size=default_size, require_labels=require_labels, progress=rank() == 0)
     size = choose_size(data, args.image_size)
     arch = choose_model(args.model, size)
+    if complete is not None:
+        args = complete(len(data), accelerator.device.type, processes)
     pretext = choose_pretext(args, config, args.pretrain, data, arch=arch, size=size, processes=processes)
-    for optim in trained:
+    for optim in (getattr(args, name) for name in trained):
         check_trainable(optim, processes, len(data))
         check_sizes(arch, [size, *optim.sizes])
     if warm:
@@ -240,7 +255,7 @@ def set_up(args: Any, kind: str, trained: list[OptimConfig], *, warm: bool, requ
         "processes": processes,
     }
     forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
-    return Setup(out, runtime, config, data, size, arch, pretext, forward, inputs)
+    return Setup(args, out, runtime, config, data, size, arch, pretext, forward, inputs)
 
 
 def choose_pretext(

@@ -45,7 +45,7 @@ def test_the_settings_of_a_run_are_a_recipe_that_gives_them_again(tmp_path):
     args = distill(epochs=3, batch_size=8, milestones=[1, 2], resume=True, out=str(tmp_path / "run"))
     save_config(tmp_path, args)
     assert not {"resume", "overwrite"} & yaml.safe_load((tmp_path / "config.yaml").read_text()).keys()
-    again = read_arguments("distill", ["--config", str(tmp_path / "config.yaml"), "--resume"], "sssd distill")
+    again, _ = read_arguments("distill", ["--config", str(tmp_path / "config.yaml"), "--resume"], "sssd distill")
     assert again == args
 
 
