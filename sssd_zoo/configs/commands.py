@@ -202,6 +202,8 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
         probe: linear probes, if the data set has labels.
         baseline: also distil on random labels, as a baseline, if the data set has labels to measure by.
         overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
+        keep_checkpoints: keep the checkpoints of trainings that are complete. By default they are removed, as they take
+            many times the space of the networks.
     """
 
     out: str
@@ -217,6 +219,7 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     baseline: bool = True
     overwrite: bool = False
+    keep_checkpoints: bool = False
 
 
 @dataclass(kw_only=True)
@@ -245,6 +248,8 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
         probe: linear probes.
         also: folders of other comparisons, on other data or pretexts, to include in the same tables.
         overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
+        keep_checkpoints: keep the checkpoints of trainings that are complete. By default they are removed, as they take
+            many times the space of the networks.
     """
 
     out: str
@@ -282,6 +287,7 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     also: list[str] = field(default_factory=list)
     overwrite: bool = False
+    keep_checkpoints: bool = False
 
 
 @dataclass(kw_only=True)
@@ -415,6 +421,8 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
         scratch_lr: peak learning rate of a network trained from scratch, for all its parameters.
         weight_decay: weight decay, applied to all parameters; the paper fine-tunes without it.
         overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
+        keep_checkpoints: keep the checkpoints of trainings that are complete. By default they are removed, as they take
+            many times the space of the networks.
     """
 
     out: str
@@ -433,6 +441,7 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     scratch_lr: LearningRate = 0.1
     weight_decay: Weight = 0.0
     overwrite: bool = False
+    keep_checkpoints: bool = False
 
 
 @dataclass(kw_only=True)

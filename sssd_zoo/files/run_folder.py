@@ -39,11 +39,12 @@ class Kind(NamedTuple):
 
 
 VIEW_CACHE = tuple(f"view_cache/{name}" for name in ("views.json", "views.npy", "features.npy", ".*.partial"))
+CHECKPOINTS = ("checkpoints/step-*", "checkpoints/.step-*")
 TRAINING = (
     *VIEW_CACHE,
+    *CHECKPOINTS,
     *("config.yaml", "metrics.jsonl", "curves.png", "config.json", "model.safetensors", "own_labels.jsonl"),
-    *("checkpoints/step-*", "checkpoints/.step-*", "own_labels/epoch-*.npy"),
-    *("tensorboard/events.out.tfevents.*", "trackio"),
+    *("own_labels/epoch-*.npy", "tensorboard/events.out.tfevents.*", "trackio"),
 )
 NETWORK = ("config.json", "model.safetensors")
 LABELS = ("labels.parquet", "centroids.safetensors", "pseudo_labels.json")

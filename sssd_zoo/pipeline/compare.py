@@ -80,7 +80,9 @@ def compare(args: CompareArgs) -> None:
     results: list[Result] = []
     for seed in args.seeds:
         plan = Plan(args, setup, evaluation, seed)
-        stages = Stages(plan.out, {**setup.inputs, "seed": seed}, overwrite=args.overwrite)
+        stages = Stages(
+            plan.out, {**setup.inputs, "seed": seed}, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints
+        )
         for stage in plan.stages():
             stages.run(stage)
         results += [plan.result(method, stages, setting) for method in plan.methods]

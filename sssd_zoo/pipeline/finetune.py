@@ -33,7 +33,7 @@ from sssd_zoo.evaluation.reports.comparison import mean_and_range
 from sssd_zoo.evaluation.reports.markdown import table
 from sssd_zoo.evaluation.reports.paper import TABLE_4
 from sssd_zoo.files import atomic_write_text
-from sssd_zoo.files.run_folder import open_out, remove
+from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.fixed import FixedLabels
 from sssd_zoo.models.networks import (
     check_sizes,
@@ -256,7 +256,7 @@ class Plan:
         args, inputs, rows = self.args, self.inputs(name), []
         for amount in self.amounts:
             folder = self.out / folder_name(name) / f"{amount:g}{'-per-class' if args.per_class else '%'}"
-            stages = Stages(folder, inputs, overwrite=args.overwrite)
+            stages = Stages(folder, inputs, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints)
             for seed in args.seeds:
                 result = stages.run(self.stage(name, amount, seed))
                 labels = len(self.positions(amount, seed))
@@ -301,7 +301,6 @@ class Plan:
         if rank() != 0:
             return {}
         exits, ensemble = self.measure(folder)
-        remove(folder, ("checkpoints/step-*",))  # it is done, and they are many times its size
         steps = optim.epochs * (len(positions) // optim.batch_size)
         return {"exits": exits, "ensemble": ensemble, "loss": measured["loss"], "steps": steps}
 

@@ -3,7 +3,7 @@
 RUN/
     .sssd-zoo.json  marks the folder as this package's, see `run_folder`
     config.yaml     the arguments as resolved
-    pretrain/       the pretrained trunk, its log, curves and checkpoints (not with --features)
+    pretrain/       the pretrained trunk, its log and curves (not with --features); checkpoints while it trains
     labels/         the pseudo labels
     distill/        the distilled network, with a class per cluster
     baseline/       the same on random labels, where true ones exist to compare by
@@ -95,7 +95,9 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     if rank() == 0 and not (plan.out / "config.yaml").exists():  # an older one describes what is there until the end
         save_config(plan.out, args)
     print_main(plan.describe())
-    stages = Stages(plan.out, {**setup.inputs, "seed": args.seed}, overwrite=args.overwrite)
+    stages = Stages(
+        plan.out, {**setup.inputs, "seed": args.seed}, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints
+    )
     for stage in plan.stages():
         stages.run(stage)
     if rank() == 0:

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK, damage, read_json, sha256_of, write_json
-from sssd_zoo.files.run_folder import adopt, check_writable, drop, kind_of, mark, replace
+from sssd_zoo.files.run_folder import CHECKPOINTS, adopt, check_writable, drop, kind_of, mark, remove, replace
 from sssd_zoo.training.checkpoints import diverged
 
 # Inputs that came after the first release: of a step done before there were any, they are as they are now.
@@ -62,10 +62,14 @@ class Stages:
         out: the run folder.
         inputs: what all stages depend on.
         overwrite: repeat stages that were made with other inputs; else they are refused.
+        keep_checkpoints: keep the checkpoints of a training that is complete; they take many times the space of its
+            network, and nothing reads them any more.
     """
 
-    def __init__(self, out: Path, inputs: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.out, self.common, self.overwrite = out, inputs, overwrite
+    def __init__(
+        self, out: Path, inputs: dict[str, Any], *, overwrite: bool = False, keep_checkpoints: bool = False
+    ) -> None:
+        self.out, self.common, self.overwrite, self.keep_checkpoints = out, inputs, overwrite, keep_checkpoints
         self.results: dict[str, dict[str, Any]] = {}
         self.inputs: dict[str, dict[str, Any]] = {}
 
@@ -136,6 +140,8 @@ class Stages:
             result = {"seconds": round(time.perf_counter() - began, 1), **result}
             write_json(record, {"inputs": inputs, "result": result, "sha256": sha256_of(folder, _read_later(folder))})
             self._finish_replacing(stage.name)
+            if not self.keep_checkpoints:
+                remove(self._places(stage.name)[0], CHECKPOINTS)
         barrier()
 
     def _places(self, name: str, *, new: bool = False) -> tuple[Path, Path]:

@@ -292,7 +292,7 @@ def test_every_argument_that_may_be_a_path_is_known():
     no_paths = {
         *("split", "test_split", "pretrain_split", "calibration_split", "image_column", "label_column", "revision"),
         *("objects_column", "classes", "name", "paper", "license", "remarks", "repo", "tag", "commit_message"),
-        *("include", "push", "pattern", "pretrain_model", "optimizer"),
+        *("include", "push", "pattern", "pretrain_model", "optimizer", "epochs"),
     }
     assert texts - no_paths == set(PATHS)
 
@@ -303,7 +303,7 @@ def test_a_tilde_is_the_home_folder_everywhere(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
     seen: list[Any] = []
-    monkeypatch.setattr("sssd_zoo.pipeline.fit.fit", seen.append)
+    monkeypatch.setattr("sssd_zoo.pipeline.fit.fit", lambda args, given: seen.append(args))
     monkeypatch.setattr("sssd_zoo.pipeline.compare.compare", seen.append)
     (home / "recipe.yaml").write_text("data: ~/photos\nout: ~/run\npretrain:\n  init: ~/old\n")
     assert sssd("fit", "--config=~/recipe.yaml", "--features=local-dir:~/net") == 0

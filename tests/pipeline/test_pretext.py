@@ -173,7 +173,7 @@ def test_too_few_other_images_for_the_queue(folder_of_images, tmp_path, capsys):
 
 def test_recipes_can_be_layered(folder_of_images, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("sssd_zoo.pipeline.fit.fit", seen.append)
+    monkeypatch.setattr("sssd_zoo.pipeline.fit.fit", lambda args, given: seen.append(args))
     (tmp_path / "base.yaml").write_text(yaml.safe_dump({"data": "x", "pretrain": {"epochs": 7, "lr": 0.5}}))
     (tmp_path / "row.yaml").write_text(yaml.safe_dump({"pretrain_model": "sssd_resnet50", "pretrain": {"epochs": 9}}))
     words = ["fit", "--config", tmp_path / "base.yaml", "--config", tmp_path / "row.yaml", "--out", "y"]

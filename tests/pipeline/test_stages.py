@@ -196,3 +196,11 @@ class TestDamage:
         del record["sha256"]
         (tmp_path / "steps" / "step.json").write_text(json.dumps(record))
         run_stage(Stages(tmp_path, {}), "step", lambda folder: pytest.fail("it was done"), {})
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_checkpoints_of_a_finished_step_go_unless_they_are_kept(keep, tmp_path):
+    stages = Stages(tmp_path, {"data": "x"}, keep_checkpoints=keep)
+    run_stage(stages, "train", step("1"), {"lr": 1})
+    assert (tmp_path / "train" / "checkpoints").exists() == keep
+    assert (tmp_path / "train" / "metrics.json").read_text() == "1"

@@ -37,7 +37,7 @@ DRY = [
 def parsed(words, command="compare") -> Any:
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"sssd_zoo.pipeline.{command}.{command}", seen.append)
+        patch.setattr(f"sssd_zoo.pipeline.{command}.{command}", lambda args, *_: seen.append(args))
         run(command, list(words))
     return seen[0]
 
