@@ -187,7 +187,7 @@ def test_a_command_with_such_names(encoding, tmp_path):
 
 
 def test_an_error_that_nobody_foresaw_leaves_a_line_and_a_file(monkeypatch, capsys, tmp_path):
-    def broken(args):
+    def broken(args, given):
         raise KeyError("all is\nlost")
 
     monkeypatch.setattr("sssd_zoo.pipeline.fit.fit", broken)
