@@ -11,12 +11,15 @@ class ProbeConfig(Checked):
     """Linear probes: one linear classifier per exit, fitted to frozen features until it converges.
 
     Args:
+        probe_epochs: most iterations of L-BFGS, each of which passes over all features once or a few times; it ends
+            before, when the loss stops falling.
         probe_weight_decay: weight decay of the probes; by default chosen for each exit on a tenth of the training
             images.
         holdout: fraction of the images held out of training to measure the probes on, if the data set has no test or
             validation split.
     """
 
+    probe_epochs: Count = 500
     probe_weight_decay: Weight | None = None
     holdout: ProperFraction = 0.2
 

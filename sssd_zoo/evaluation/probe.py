@@ -17,7 +17,6 @@ from sssd_zoo.errors import UserError
 ROWS = 8192  # looked at in one go, so that nothing of the size of all logits is allocated
 WEIGHT_DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # tried from the strongest on, each from the weights of the one before
 HELD_OUT = 0.1  # fraction of the training rows that the weight decay is chosen on
-ITERATIONS = 500  # at most; the loss stops falling before
 TOLERANCE = 1e-6  # of an iteration's change of the loss: far below what moves an answer
 
 
@@ -70,7 +69,7 @@ def linear_probe(
         test_x: float32 [E, M, D].
         test_y: int64 [M].
         num_classes: C.
-        config: the weight decay, where it is not to be chosen.
+        config: the weight decay, where it is not to be chosen, and the most iterations.
         seed: for the rows that are held out.
         progress: show a progress bar.
 
@@ -85,8 +84,8 @@ def linear_probe(
         if config.probe_weight_decay is not None:
             decay, start = config.probe_weight_decay, None
         else:
-            decay, start = _choose_weight_decay(exit_x, labels, num_classes, kept, held_out)
-        problem = LogisticRegression(exit_x, labels, num_classes)
+            decay, start = _choose_weight_decay(exit_x, labels, num_classes, kept, held_out, config.probe_epochs)
+        problem = LogisticRegression(exit_x, labels, num_classes, config.probe_epochs)
         weight, bias = problem.unscaled(problem.fit(decay, start))
         weights.append(weight)
         biases.append(bias)
@@ -116,12 +115,12 @@ def hold_out_rows(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _choose_weight_decay(
-    x: Tensor, labels: Tensor, num_classes: int, kept: Tensor, held_out: Tensor
+    x: Tensor, labels: Tensor, num_classes: int, kept: Tensor, held_out: Tensor, iterations: int
 ) -> tuple[float, Tensor | None]:
     """The weight decay with the most right answers on the rows held out, and the parameters found with it."""
     if not len(held_out):
         return WEIGHT_DECAYS[len(WEIGHT_DECAYS) // 2], None
-    problem = LogisticRegression(x[kept], labels[kept], num_classes)
+    problem = LogisticRegression(x[kept], labels[kept], num_classes, iterations)
     test_x, test_y = x[held_out], labels[held_out]
     best: tuple[int, float, Tensor | None] = (-1, 0.0, None)
     start: Tensor | None = None
@@ -141,10 +140,11 @@ class LogisticRegression:
         x: float32 [N, D], features as they are.
         labels: int64 [N] in 0..num_classes-1.
         num_classes: C.
+        iterations: of L-BFGS, at most.
     """
 
-    def __init__(self, x: Tensor, labels: Tensor, num_classes: int) -> None:
-        self.x, self.labels, self.num_classes = x, labels, num_classes
+    def __init__(self, x: Tensor, labels: Tensor, num_classes: int, iterations: int = 500) -> None:
+        self.x, self.labels, self.num_classes, self.iterations = x, labels, num_classes, iterations
         std, self.mean = torch.std_mean(x, dim=0, correction=0)
         # A dimension that a ReLU keeps at zero has a std of 0: it is left at zero rather than divided by that.
         self.scale = torch.where(std > 1e-6, 1 / std, 0.0)
@@ -166,7 +166,7 @@ class LogisticRegression:
         parameters = torch.cat([self.axes.T @ start[:-1] * curvature, start[-1:]]).requires_grad_()
         optimiser = torch.optim.LBFGS(
             [parameters],
-            max_iter=ITERATIONS,
+            max_iter=self.iterations,
             history_size=20,
             line_search_fn="strong_wolfe",
             tolerance_grad=TOLERANCE,

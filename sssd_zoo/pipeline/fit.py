@@ -94,16 +94,18 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     plan = Plan(args, setup, evaluation, start)
     if rank() == 0 and not (plan.out / "config.yaml").exists():  # an older one describes what is there until the end
         save_config(plan.out, args)
+    stage_list = plan.stages()
     print_main(plan.describe())
+    print_main(f"{len(stage_list)} stages: {', '.join(stage.name for stage in stage_list)}")
     stages = Stages(
         plan.out, {**setup.inputs, "seed": args.seed}, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints
     )
-    for stage in plan.stages():
+    for stage in stage_list:
         stages.run(stage)
     if rank() == 0:
-        write_results(plan, stages)
+        print("\n" + describe_results(write_results(plan, stages)))
         report = plan.out / "report.md"
-        print(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report}")
+        print(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report}")
         print(
             f"Network: {plan.out / 'model'}, for timm.create_model('local-dir:{plan.out / 'model'}', pretrained=True)"
         )
@@ -240,8 +242,27 @@ class Plan:
         return probe_features(features, self.args.probe, self.args.seed)
 
 
-def write_results(plan: Plan, stages: Stages) -> None:
-    """Writes the figures, the report, metrics.json and the model folder."""
+def describe_results(results: Results) -> str:
+    """The accuracies in a few lines for the terminal; without labels, what the clusters are."""
+    if not results.get("accuracy"):
+        sizes = results["sizes"]
+        return f"{len(sizes)} clusters of {min(sizes)} to {max(sizes)} images; no labels, so no accuracy was measured"
+    names = ["exit 1", "exit 2", "exit 3", "exit 4", "ensemble"]
+    width = max(len(row["name"]) for row in results["accuracy"])
+    lines = [f"linear-probe accuracy in percent, {results['test']}:", f"{'':{width}}  " + "  ".join(names)]
+    for row in results["accuracy"]:
+        values = [*row["exits"], row["ensemble"]]
+        cells = "  ".join(f"{value:{len(name)}.2f}" for name, value in zip(names, values, strict=True))
+        lines.append(f"{row['name']:{width}}  {cells}")
+    return "\n".join(lines)
+
+
+def write_results(plan: Plan, stages: Stages) -> Results:
+    """Writes the figures, the report, metrics.json and the model folder.
+
+    Returns:
+        The content of metrics.json.
+    """
     args, setup, out = plan.args, plan.setup, plan.out
     pseudo = plan.pseudo_labels()
     probe = stages.results.get("probe", {})
@@ -291,6 +312,7 @@ def write_results(plan: Plan, stages: Stages) -> None:
         card_context=results,
     )
     save_config(out, args)
+    return results
 
 
 def draw_figures(plan: Plan, stages: Stages, pseudo: PseudoLabels, macs: dict[str, int]) -> dict[str, str]:

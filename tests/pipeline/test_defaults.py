@@ -6,6 +6,7 @@ import yaml
 from helpers.commands import one_line, sssd
 from sssd_zoo.configs import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig
 from sssd_zoo.pipeline.defaults import advice, derive
+from sssd_zoo.pipeline.fit import describe_results
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.runs import check_queue
 
@@ -72,3 +73,13 @@ def test_a_folder_of_few_images_runs_without_a_flag_about_sizes(folder_of_images
     assert "[distill] done before" in capsys.readouterr().out
     assert sssd(*words, "--cluster.k", "100") != 0
     assert "K = 100 clusters of 48 images" in one_line(capsys)
+
+
+def test_what_the_terminal_says_of_results():
+    row = {"name": "SSSD", "exits": [1.0, 22.5, 33.333, 100.0], "ensemble": 50.0}
+    lines = describe_results({"accuracy": [row], "test": "split test"}).split("\n")
+    assert lines[0] == "linear-probe accuracy in percent, split test:"
+    assert lines[1].split() == ["exit", "1", "exit", "2", "exit", "3", "exit", "4", "ensemble"]
+    assert lines[2].split() == ["SSSD", "1.00", "22.50", "33.33", "100.00", "50.00"]
+    assert len(lines[1]) == len(lines[2])
+    assert describe_results({"sizes": [3, 9]}) == "2 clusters of 3 to 9 images; no labels, so no accuracy was measured"
