@@ -133,6 +133,17 @@ def _choose_weight_decay(
     return best[1:]
 
 
+def principal_components(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances, float32 [D], and axes, float32 [D, D], of the principal components of a covariance matrix [D, D]."""
+    try:
+        variances, axes = torch.linalg.eigh(covariance.double())
+    except torch.linalg.LinAlgError:
+        # Of fewer rows than dimensions most variances are zero, which LAPACK does not always cope with. The dimensions
+        # themselves are as right, and L-BFGS takes more iterations.
+        return covariance.diagonal(), torch.eye(len(covariance), device=covariance.device)
+    return variances.float(), axes.float()
+
+
 class LogisticRegression:
     """Multinomial logistic regression on standardised features, fitted on their device.
 
@@ -149,7 +160,7 @@ class LogisticRegression:
         # A dimension that a ReLU keeps at zero has a std of 0: it is left at zero rather than divided by that.
         self.scale = torch.where(std > 1e-6, 1 / std, 0.0)
         covariance = sum(rows.T @ rows for rows in ((part - self.mean) * self.scale for part in x.split(ROWS))) / len(x)
-        self.variances, self.axes = torch.linalg.eigh(covariance)  # principal components of the standardised features
+        self.variances, self.axes = principal_components(covariance)
 
     def fit(self, weight_decay: float, start: Tensor | None = None) -> Tensor:
         """The parameters that minimise the loss, float32 [D + 1, C]: of standardised features, the biases last.

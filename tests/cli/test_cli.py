@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -95,16 +96,17 @@ def test_recipe_mistakes(capsys, tmp_path):
 
 def test_shipped_recipes_parse(monkeypatch):
     seen = []
-    commands = ("compare", "finetune", "detect")
-    for name in ("fit", *commands):
-        monkeypatch.setattr(f"sssd_zoo.pipeline.{name}.{name}", seen.append)
+    for name in ("fit", "compare", "finetune", "detect", "pretrain"):
+        monkeypatch.setattr(f"sssd_zoo.pipeline.{name}.{name}", lambda args, given=None: seen.append(args))
     recipes = sorted((ROOT / "train" / "recipes").glob("*.yaml"))
     assert {recipe.stem for recipe in recipes} >= {"demo", "cifar10-r18-200ep"}
     left = {"detect-bccd-mini": ["--data", "[FOLDER]"]}  # to its command line, as its first lines say
     for recipe in recipes:
-        command = recipe.stem.split("-")[0]
+        command = re.search(rf"^# sssd (\S+) --config train/recipes/{recipe.name} ", recipe.read_text(), re.MULTILINE)[
+            1
+        ]
         words = ["--config", str(recipe), "--out", "somewhere", *left.get(recipe.stem, [])]
-        run(command if command in commands else "fit", words)
+        run(command, words)
         for name, value in yaml.safe_load(recipe.read_text()).items():
             found = getattr(seen[-1], name)
             if isinstance(value, dict):

@@ -273,3 +273,27 @@ def test_labels_are_checked():
         knn(train_x[0], train_y, test_x[0], test_y, num_classes=3, neighbours=5, temperature=0.1)
     with pytest.raises(UserError, match="test split has no images"):
         linear_probe(train_x, train_y, test_x[:, :0], test_y[:0], 4, ProbeConfig(probe_weight_decay=0.01))
+
+
+def test_features_of_fewer_rows_than_dimensions_and_all_alike():
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(12) % 3
+    wide = torch.randn(12, 600, generator=random)
+    alike = torch.ones(12, 600)
+    features = torch.stack([wide, alike])
+    probe = linear_probe(features, labels, features, labels, 3, ProbeConfig())
+    assert probe.exits[0] == 100
+    assert probe.exits[1] == pytest.approx(100 / 3)
+    assert probe.weights.isfinite().all()
+
+
+def test_a_covariance_that_lapack_gives_up_on_only_costs_iterations(monkeypatch):
+    data = groups()
+    expected = linear_probe(*data, 4, ProbeConfig(probe_weight_decay=0.01))
+
+    def fails(matrix):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    found = linear_probe(*data, 4, ProbeConfig(probe_weight_decay=0.01))
+    torch.testing.assert_close(found.logits(data[2]), expected.logits(data[2]), rtol=0.02, atol=0.02)
