@@ -65,6 +65,10 @@ def compare(args: CompareArgs) -> None:
     trained = ["distill", "seed_method"] if "seed" in args.methods else ["distill"]
     if unknown := sorted(set(args.epochs) - set(args.methods)):
         raise UserError(f"--epochs names {', '.join(unknown)}, which is not among --methods")
+    if args.distill.anchor == 0 and (anchored := sorted(set(ANCHORED) & set(args.methods))):
+        raise UserError(f"--distill.anchor 0 leaves nothing of {', '.join(anchored)}: remove one of them")
+    if "pretext" in args.epochs and args.features is not None:
+        raise UserError("--epochs of pretext are those of MoCo, but --features is taken as it is: remove one of them")
     setup = set_up(args, "compare", trained, warm=bool(set(WARM) & set(args.methods)), require_labels=True)
     out = setup.out
     if "seed" in args.methods:

@@ -12,7 +12,7 @@ from sssd_zoo.configs import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig
 
 STEPS = 16  # steps that an epoch has at least, where the images allow batches of `SMALLEST`
 SMALLEST = 16  # images in a batch, or all of them
-VIEWS = {"cpu": 2_000_000, "cuda": 100_000_000}  # of a training, all epochs together: what a night or two can do
+VIEWS = {"cpu": 2_000_000, "cuda": 100_000_000}  # of a training at most, all epochs together
 FEW = 5_000  # images, below which a start from other weights is advised
 
 

@@ -90,6 +90,7 @@ def distill_network(
         forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
         network, frozen = frozen_encoder(encoder, teacher_size, data, forward)
         settings |= {"anchor": config.anchor, "encoder": weights_digest(network)}
+        settings |= {"cached_views": config.cached_views} if config.cached_views else {}
         settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
         if config.cached_views:
             cache = spec.out / "view_cache"

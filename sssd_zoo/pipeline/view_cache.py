@@ -69,6 +69,7 @@ def write_view_cache(
             order = shard(torch.arange(len(data)).split(batch))
             for positions, images in data.batches(order):
                 seen = supervised_view(images, views[number, positions], spec.size, crop=config.crop)
+                # In 8 bits, as `read_batches` takes all images.
                 yield number * len(data) + positions, (seen * 255).round().byte()
 
     device = compute_device(forward.device)

@@ -106,23 +106,35 @@ class Anchor(nn.Module):
         return {**parts, "loss": parts["loss"] + self.weight * anchor, "anchor": anchor.detach()}
 
 
-class AnchoredSelfDistillation(SelfDistillation):
-    """Self distillation whose exits also predict a frozen encoder's features of the view that they see.
+class Anchored(LabelTask):
+    """A method with an anchor: what `AnchoredSelfDistillation` and `AnchoredClusterFit` add to theirs.
 
     Args:
         model: see `LabelTask`.
         encoder: what is predicted.
         config: of the method; `config.anchor` is the weight w.
         spec: see `Task`.
+
+    Attributes:
+        exits: number of exits whose features predict the encoder's.
     """
+
+    exits: int
 
     def __init__(self, model: nn.Module, encoder: FrozenEncoder, config: AnchoredConfig, spec: InputSpec) -> None:
         super().__init__(model, config, spec)
-        self.anchor = Anchor(encoder, int(model.num_features), 4, config.anchor or 0.0)  # type: ignore[arg-type]
+        width = int(model.num_features)  # type: ignore[arg-type]
+        self.anchor = Anchor(encoder, width, self.exits, config.anchor or 0.0)
 
     def views(self, images: Tensor | ViewBatch, random: BatchRandom) -> dict[str, Any]:
         """See `Anchor.views`."""
         return self.anchor.views(self, images, random)
+
+
+class AnchoredSelfDistillation(Anchored, SelfDistillation):
+    """Self distillation whose exits also predict a frozen encoder's features of the view that they see."""
+
+    exits = 4
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Equation 4 with the anchor added."""
@@ -130,23 +142,10 @@ class AnchoredSelfDistillation(SelfDistillation):
         return self.anchor.add(self.distil(exits, batch["labels"]), exits.features, batch)
 
 
-class AnchoredClusterFit(ClusterFit):
-    """ClusterFit whose features also predict a frozen encoder's: what the anchor does without exits.
+class AnchoredClusterFit(Anchored, ClusterFit):
+    """ClusterFit whose features also predict a frozen encoder's: what the anchor does without exits."""
 
-    Args:
-        model: see `LabelTask`.
-        encoder: what is predicted.
-        config: of the method; `config.anchor` is the weight w.
-        spec: see `Task`.
-    """
-
-    def __init__(self, model: nn.Module, encoder: FrozenEncoder, config: AnchoredConfig, spec: InputSpec) -> None:
-        super().__init__(model, config, spec)
-        self.anchor = Anchor(encoder, int(model.num_features), 1, config.anchor or 0.0)  # type: ignore[arg-type]
-
-    def views(self, images: Tensor | ViewBatch, random: BatchRandom) -> dict[str, Any]:
-        """See `Anchor.views`."""
-        return self.anchor.views(self, images, random)
+    exits = 1
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The cross-entropy with the anchor added."""

@@ -83,6 +83,8 @@ def test_epochs_of_single_methods_and_the_pretext_itself(folder_of_images, tmp_p
     ("mistake", "message"),
     [
         (("--methods", "[sssd]", "--epochs", "{clusterfit: 2}"), "--epochs names clusterfit"),
+        (("--methods", "[anchored]", "--distill.anchor", "0"), "leaves nothing of anchored"),
+        (("--methods", "[pretext]", "--epochs", "{pretext: 2}", "--features", "resnet18"), "is taken as it is"),
         (("--methods", "[sssd]", "--epochs", "{sssd: 0}"), "epochs"),
         (("--methods", "[sssd, magic]"), "magic"),
         (("--methods", "[]"), "methods is []"),
