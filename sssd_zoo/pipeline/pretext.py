@@ -218,6 +218,8 @@ def set_up(
     Raises:
         UserError: for arguments that cannot work.
     """
+    if args.teacher_size is not None and args.features is None:
+        raise UserError("--teacher_size is of the network of --features: give that too, or remove it")
     tune_cpu()
     runtime = RuntimeConfig.of(args)
     accelerator = make_accelerator(runtime)
@@ -283,8 +285,6 @@ def choose_pretext(
         if moco.init is not None:
             raise UserError("--features uses a network without pretraining it: remove --pretrain.init")
         return Pretext(args.features, None, True, size, moco, weights, args.teacher_size)
-    if args.teacher_size is not None:
-        raise UserError("--teacher_size is of the network of --features: give that too, or remove it")
     if args.pretrain_split is not None and args.pretrain_data is None:
         raise UserError("--pretrain_split selects a split of --pretrain_data: give that too, or use --split")
     pretrain_arch = choose_model(args.pretrain_model or arch, size)
