@@ -1,7 +1,7 @@
 """The arguments of every command."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from sssd_zoo.configs.data import MAX_PIXELS, DataConfig, DetectionDataConfig
 from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig
@@ -234,6 +234,8 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
             'clusterfit-anchored'; and 'pretext', M_ssl itself.
         epochs: epochs of single methods in place of those of `distill` and `seed_method`, such as '{clusterfit: 6}', to
             give all the same training time; for 'pretext' those of MoCo.
+        variants: more methods, each one of those that learn pseudo labels with some settings of `distill` changed, by
+            names of your own: '{anchored-mixup: {method: anchored, mix: mixup}}'.
         seeds: random seeds; every method is run once for each. They replace --seed.
         model: timm name of the student network, one of this package's; by default chosen by the image size.
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
@@ -274,6 +276,7 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
         Items(1),
     ] = field(default_factory=lambda: ["sssd", "random", "clusterfit", "seed", "dacsd", "true"])
     epochs: dict[str, Count] = field(default_factory=dict)
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
     model: str | None = None
     image_size: Pixels | None = None

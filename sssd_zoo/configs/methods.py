@@ -12,6 +12,7 @@ from sssd_zoo.configs.ranges import (
     CountOrZero,
     CropScale,
     Fraction,
+    FractionBelowOne,
     LearningRate,
     Pixels,
     QueueSize,
@@ -105,6 +106,9 @@ class SelfDistillationConfig(OptimConfig):
         crop_scale: smallest and largest fraction of an image's area that a 'resized' crop keeps.
         exits: type of the exits: 'plain', or 'attention', which masks the feature map by learnt attention first (BYOT's
             follow-up).
+        mix: 'mixup' or 'cutmix' mixes pairs of images and their labels, beyond the paper.
+        ema: decay of a moving average of the weights, such as 0.999, which is kept instead of the last weights; beyond
+            the paper. By default, 0, there is none.
     """
 
     batch_size: Count = 128
@@ -115,6 +119,8 @@ class SelfDistillationConfig(OptimConfig):
     crop: Literal["pad", "resized"] = "pad"
     crop_scale: CropScale = (0.08, 1.0)
     exits: Literal["plain", "attention"] = "plain"
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    ema: FractionBelowOne = 0.0
 
 
 @dataclass(kw_only=True)

@@ -4,17 +4,18 @@ OUT/seed-S/ holds, for each seed, the steps of every method (see `METHODS`), eac
 OUT/report.md, results.csv, results.json and accuracy.png what they gave.
 """
 
+import re
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sssd_zoo.configs import CompareArgs, RuntimeConfig, SelfDistillationConfig
+from sssd_zoo.configs import AnchoredConfig, CompareArgs, RuntimeConfig, SelfDistillationConfig
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.text import code, markdown
+from sssd_zoo.errors.text import code, listed, markdown, plain
 from sssd_zoo.evaluation.protocol import Evaluation, evaluation_data, evaluation_features, probe_features
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.comparison import (
@@ -63,13 +64,15 @@ def compare(args: CompareArgs) -> None:
     began = time.perf_counter()
     others = [result for folder in args.also for result in read_results(Path(folder))]
     trained = ["distill", "seed_method"] if "seed" in args.methods else ["distill"]
-    if unknown := sorted(set(args.epochs) - set(args.methods)):
-        raise UserError(f"--epochs names {', '.join(unknown)}, which is not among --methods")
+    if unknown := sorted(set(args.epochs) - {*args.methods, *args.variants}):
+        raise UserError(f"--epochs names {', '.join(unknown)}, which is not among --methods or --variants")
+    check_variants(args)
     if args.distill.anchor == 0 and (anchored := sorted(set(ANCHORED) & set(args.methods))):
         raise UserError(f"--distill.anchor 0 leaves nothing of {', '.join(anchored)}: remove one of them")
     if "pretext" in args.epochs and args.features is not None:
         raise UserError("--epochs of pretext are those of MoCo, but --features is taken as it is: remove one of them")
-    setup = set_up(args, "compare", trained, warm=bool(set(WARM) & set(args.methods)), require_labels=True)
+    warm = bool(set(WARM) & {*args.methods, *(changes["method"] for changes in args.variants.values())})
+    setup = set_up(args, "compare", trained, warm=warm, require_labels=True)
     out = setup.out
     if "seed" in args.methods:
         check_queue(args.seed_method.queue_size, len(setup.data))
@@ -95,6 +98,31 @@ def compare(args: CompareArgs) -> None:
         save_config(out, args)
         print_main(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report: {out / 'report.md'}")
     barrier()
+
+
+def check_variants(args: CompareArgs) -> None:
+    """Raises `UserError` for a variant of no method that learns pseudo labels, and for settings that there are not."""
+    known = [field.name for field in fields(AnchoredConfig)]
+    for name, changes in args.variants.items():
+        if name in METHODS or not re.fullmatch(r"(?!pretrain$|steps$|labels|.*-probe$)[A-Za-z0-9][\w.+-]*", name):
+            raise UserError(
+                f"--variants names {plain(name)!r}, which is a method's name or cannot be that of a folder; give one "
+                "such as anchored-mixup"
+            )
+        if changes.get("method") not in LABELLED:
+            raise UserError(f"--variants {name} needs a `method`, one of {', '.join(LABELLED)}")
+        if unknown := sorted(set(changes) - {"method", *known}):
+            raise UserError(f"--variants {name} changes {listed(unknown)}; it may change {', '.join(known)}")
+        variant(args, name)
+
+
+def variant(args: CompareArgs, name: str) -> AnchoredConfig:
+    """How a variant's network is trained, before its epochs of `args.epochs`."""
+    changes = {key: value for key, value in args.variants[name].items() if key != "method"}
+    try:
+        return replace(args.distill, **changes)
+    except ValueError as error:
+        raise UserError(f"--variants {name}: {error}") from error
 
 
 def describe_setting(args: CompareArgs, setup: Setup) -> Setting:
@@ -140,8 +168,12 @@ class Plan:
 
     @property
     def methods(self) -> list[str]:
-        """The methods asked for, in the order of `METHODS`."""
-        return [method for method in METHODS if method in self.args.methods]
+        """The methods asked for, in the order of `METHODS`, and the variants."""
+        return [*(method for method in METHODS if method in self.args.methods), *self.args.variants]
+
+    def base(self, method: str) -> str:
+        """The method of which a variant is one; any other is its own."""
+        return str(self.args.variants[method]["method"]) if method in self.args.variants else method
 
     @property
     def runtime(self) -> RuntimeConfig:
@@ -156,13 +188,10 @@ class Plan:
             "labels-redos": replace(args.cluster, redos=args.redos),
             "labels-soft": replace(args.cluster, nearest=NEAREST),
         }
-        clustered = dict.fromkeys(LABELLED[method] for method in args.methods if method in LABELLED)
+        bases = [self.base(method) for method in self.methods]
+        clustered = dict.fromkeys(LABELLED[method] for method in bases if method in LABELLED)
         stages = [
-            *(
-                pretext.pretrain_stages(settings_of(args.pretrain), self.runtime)
-                if set(TAUGHT) & set(args.methods)
-                else ()
-            ),
+            *(pretext.pretrain_stages(settings_of(args.pretrain), self.runtime) if set(TAUGHT) & set(bases) else ()),
             *(pretext.label_stage(self.setup, clusterings[name], self.out, self.seed, name) for name in clustered),
         ]
         for method in self.methods:
@@ -185,7 +214,10 @@ class Plan:
         args = self.args
         if method == "pretext":
             return args.epochs.get(method, 0) if self.trains_pretext else 0
-        usual = args.seed_method.epochs if method == "seed" else args.distill.epochs
+        if method in args.variants:
+            usual = variant(args, method).epochs
+        else:
+            usual = args.seed_method.epochs if method == "seed" else args.distill.epochs
         return args.epochs.get(method, usual)
 
     def pretext_stage(self) -> Stage:
@@ -207,10 +239,11 @@ class Plan:
 
     def distill_stage(self, method: str) -> Stage:
         """A method that learns labels; a warm start is from M_ssl's weights."""
-        setup, pretext = self.setup, self.setup.pretext
-        distill = replace(self.args.distill, epochs=self.epochs(method))
-        config = distill.resolved(encoder=True) if method in ANCHORED else SelfDistillationConfig.of(distill)
-        warm = method in WARM
+        setup, pretext, base = self.setup, self.setup.pretext, self.base(method)
+        distill = variant(self.args, method) if method in self.args.variants else self.args.distill
+        distill = replace(distill, epochs=self.epochs(method))
+        config = distill.resolved(encoder=True) if base in ANCHORED else SelfDistillationConfig.of(distill)
+        warm = base in WARM
 
         def train(folder: Path) -> dict[str, Any]:
             return distill_network(
@@ -218,10 +251,10 @@ class Plan:
                 self.labels(method),
                 config,
                 self.runtime,
-                setup.spec(folder, METHODS[method]),
-                method="clusterfit" if method.startswith("clusterfit") else "sssd",
+                setup.spec(folder, METHODS.get(method, method)),
+                method="clusterfit" if base.startswith("clusterfit") else "sssd",
                 init=pretext.network(self.out) if warm else None,
-                encoder=pretext.network(self.out) if method in ANCHORED else None,
+                encoder=pretext.network(self.out) if base in ANCHORED else None,
                 teacher_size=pretext.teacher_size,
             )
 
@@ -233,15 +266,16 @@ class Plan:
                 "labels": self.labels(method).identity,
                 **({"warm_start": True} if warm else {}),
             },
-            after=(LABELLED[method],) if method in LABELLED else (),
+            after=(LABELLED[base],) if base in LABELLED else (),
             all_processes=True,
         )
 
     def labels(self, method: str) -> Labels:
         """What a method learns."""
-        if method in LABELLED:
-            pseudo = PseudoLabels.load(self.out / LABELLED[method])
-            return pseudo_labels_for(self.setup.data, pseudo, self.args.soft if method == "sssd-soft" else None)
+        base = self.base(method)
+        if base in LABELLED:
+            pseudo = PseudoLabels.load(self.out / LABELLED[base])
+            return pseudo_labels_for(self.setup.data, pseudo, self.args.soft if base == "sssd-soft" else None)
         return labels_by_name(NAMED[method], self.setup.data, self.args.cluster.k, self.runtime)
 
     def probe_stage(self, method: str) -> Stage:
@@ -276,8 +310,9 @@ class Plan:
     def result(self, method: str, stages: Stages, setting: Setting) -> Result:
         """A method's row."""
         probed = stages.results[f"{method}-probe"]
-        earlier = [LABELLED[method]] if method in LABELLED else []
-        if method in TAUGHT and not (method == "pretext" and self.trains_pretext):
+        base = self.base(method)
+        earlier = [LABELLED[base]] if base in LABELLED else []
+        if base in TAUGHT and not (method == "pretext" and self.trains_pretext):
             earlier += self.setup.pretext.after
         return Result(
             method=method,
@@ -334,10 +369,10 @@ def _write(
     ]
     if changes := changes_table(results, others):
         lines += ["## One thing changed", "", "Points over plain SSSD with the same seed.", "", *changes, ""]
-    drawn = [run for run in results if run.macs and run.method not in VARIANTS]
+    drawn = [run for run in results if run.macs and run.method in METHODS and run.method not in VARIANTS]
     if drawn:
         means: list[AccuracyRow] = []
-        plain = {}
+        without_exits = {}
         for method, title in METHODS.items():
             if method in VARIANTS:
                 continue  # they lie on plain SSSD's points
@@ -347,8 +382,8 @@ def _write(
                 ensemble = mean_of(run.ensemble for run in runs if run.ensemble is not None)
                 means.append({"name": title, "exits": columns, "ensemble": ensemble})
             elif runs:
-                plain[title] = mean_of(run.exits[0] for run in runs)
-        figures.accuracy_cost(means, drawn[0].macs, out / "accuracy.png", plain=plain)
+                without_exits[title] = mean_of(run.exits[0] for run in runs)
+        figures.accuracy_cost(means, drawn[0].macs, out / "accuracy.png", plain=without_exits)
         lines += ["![Accuracy against multiply-adds](accuracy.png)", ""]
     lines += paper_tables([*results, *others])
     atomic_write_text(out / "report.md", "\n".join(lines))

@@ -38,12 +38,20 @@ from sssd_zoo.tasks import (
     AnchoredSelfDistillation,
     ClusterFit,
     FrozenEncoder,
+    LabelTask,
     SelfDistillation,
-    Task,
 )
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import RunSpec, announce, command_spec, method_settings, run_training, start_training
+from sssd_zoo.training.runs import (
+    RunSpec,
+    announce,
+    command_spec,
+    method_settings,
+    regularisation,
+    run_training,
+    start_training,
+)
 
 Method = Literal["sssd", "clusterfit"]
 
@@ -82,7 +90,8 @@ def distill_network(
     loader = EpochLoader(data, config.batch_size, runtime.seed)
     if method == "clusterfit":
         settings |= {"method": method, **views._asdict(), "crop": config.crop, "scale": config.crop_scale}
-        task: Task = ClusterFit(model, config, views)
+        settings |= regularisation(config)
+        task: LabelTask = ClusterFit(model, config, views)
     else:
         settings |= method_settings(config, type(config))
         task = SelfDistillation(model, config, views)
@@ -101,7 +110,9 @@ def distill_network(
         task = anchored(model, frozen, config, views)
     optim = OptimConfig.of(config)
     check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
-    return run_training(task, loader, model, spec, optim=optim, runtime=runtime, settings=settings, labels=labels)
+    return run_training(
+        task, loader, task.trained, spec, optim=optim, runtime=runtime, settings=settings, labels=labels
+    )
 
 
 def new_student(arch: str, classes: int, method: Method, exits: str) -> Any:

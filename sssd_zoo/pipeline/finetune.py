@@ -49,7 +49,7 @@ from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.tasks import ClusterFit, SelfDistillation
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import RunSpec, run_training, save_config
+from sssd_zoo.training.runs import RunSpec, regularisation, run_training, save_config
 
 SCRATCH = "scratch"
 
@@ -247,6 +247,7 @@ class Plan:
             "trunk_lr": args.trunk_lr,
             "self_distillation": [args.alpha, args.lam, args.temperature],
             "views": [args.crop, *args.crop_scale],
+            **regularisation(args),
             "model": name,
             "start": first_model(args, self.size) if scratch else weights_digest(load_network(name, num_classes=0)),
         }
@@ -291,11 +292,16 @@ class Plan:
         measured = run_training(
             task,
             EpochLoader(data, optim.batch_size, seed, torch.from_numpy(positions)),
-            model,
+            task.trained,
             RunSpec(arch=arch, size=self.size, out=folder, title=f"{name}, {len(positions)} labels"),
             optim=optim,
             runtime=replace(self.runtime, seed=seed, checkpoint_epochs=max(1, optim.epochs // 10)),
-            settings={"start": name, "method": args.method, "labels": hashlib.sha256(positions.tobytes()).hexdigest()},
+            settings={
+                "start": name,
+                "method": args.method,
+                "labels": hashlib.sha256(positions.tobytes()).hexdigest(),
+                **regularisation(args),
+            },
             labels=FixedLabels(data.labels),
         )
         if rank() != 0:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sssd_zoo.configs import AnchoredConfig
 from sssd_zoo.data.augment import BatchRandom, normalise, supervised_view
 from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.data.mixing import blend
 from sssd_zoo.data.views import ViewBatch
 from sssd_zoo.tasks.base import LabelTask
 from sssd_zoo.tasks.clusterfit import ClusterFit
@@ -79,14 +80,16 @@ class Anchor(nn.Module):
     def views(self, task: LabelTask, images: Tensor | ViewBatch, random: BatchRandom) -> dict[str, Any]:
         """One view as the task's network wants it, and as the encoder does, float32 [B, 3, side, side] each.
 
-        Of images whose features are known, `features` instead of the latter, float16 [B, D].
+        Of images whose features are known, `features` instead of the latter, float16 [B, D]. The encoder never sees
+        mixed images: its features of two are mixed instead, as their labels are.
         """
         if isinstance(images, ViewBatch):
-            return {"images": task.inputs(images.images, images.views), "features": images.features}
+            batch = {"images": task.inputs(images.images, images.views), "features": images.features}
+            return task.mixed(batch, random)
         views = task.draw_views(images, random)
         size, mean, std = self.spec
         encoder = normalise(supervised_view(images, views, size, crop=task.config.crop), mean, std)
-        return {"images": task.inputs(images, views), "encoder": encoder}
+        return task.mixed({"images": task.inputs(images, views), "encoder": encoder}, random)
 
     def add(self, parts: dict[str, Tensor], features: Sequence[Tensor], batch: dict[str, Any]) -> dict[str, Tensor]:
         """Adds the weighted anchor to the `loss` of a method's parts, and the `anchor` by itself.
@@ -101,6 +104,8 @@ class Anchor(nn.Module):
             # A dimension that never moves, as of a dead ReLU, has nothing to predict.
             scale = torch.where(self.feature_std > 1e-6, 1 / self.feature_std, 0.0)
             target = (known.float() - self.feature_mean) * scale
+            if "own" in batch:
+                target = blend(target, batch["own"][:, None])
         predictions = [predict(vectors) for predict, vectors in zip(self.predictors, features, strict=True)]
         anchor = anchor_loss(predictions, target)
         return {**parts, "loss": parts["loss"] + self.weight * anchor, "anchor": anchor.detach()}
@@ -139,7 +144,8 @@ class AnchoredSelfDistillation(Anchored, SelfDistillation):
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Equation 4 with the anchor added."""
         exits = self.model.forward_exits(batch["images"])  # type: ignore[operator]
-        return self.anchor.add(self.distil(exits, batch["labels"]), exits.features, batch)
+        parts = self.distil(exits, self.labels_of(batch, exits.logits[-1].shape[1]))
+        return self.anchor.add(parts, exits.features, batch)
 
 
 class AnchoredClusterFit(Anchored, ClusterFit):
@@ -151,4 +157,5 @@ class AnchoredClusterFit(Anchored, ClusterFit):
         """The cross-entropy with the anchor added."""
         model: Any = self.model
         features = model.forward_head(model.forward_features(batch["images"]), pre_logits=True)
-        return self.anchor.add(self.fit(model.get_classifier()(features), batch["labels"]), [features], batch)
+        logits = model.get_classifier()(features)
+        return self.anchor.add(self.fit(logits, self.labels_of(batch, logits.shape[1])), [features], batch)

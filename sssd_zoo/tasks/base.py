@@ -1,12 +1,15 @@
 """What the engine asks of a method."""
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sssd_zoo.configs import SelfDistillationConfig
-from sssd_zoo.data.augment import BatchRandom, draw_views, normalise, supervised_view
+from sssd_zoo.data.augment import BatchRandom, draw_views, normalise, put, supervised_view
 from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.data.mixing import blend, blend_labels, draw_mixing
 
 
 class Task(nn.Module):
@@ -79,13 +82,43 @@ class LabelTask(Task):
         config: of the views and, for methods that have weights, of the loss.
         spec: see `Task`.
         trunk_scale: learning rate of all but the classifiers, as a fraction of the run's.
+
+    Attributes:
+        averaged: the moving average of the network, where `config.ema` asks for one.
+        trained: what a run keeps: `averaged` where it exists, otherwise `model`.
     """
+
+    steps: Tensor
 
     def __init__(
         self, model: nn.Module, config: SelfDistillationConfig, spec: InputSpec, *, trunk_scale: float = 1.0
     ) -> None:
         super().__init__(spec)
         self.model, self.config, self.trunk_scale = model, config, trunk_scale
+        self.averaged = copy.deepcopy(model).requires_grad_(False) if config.ema else None
+        if self.averaged is not None:
+            self.register_buffer("steps", torch.zeros(()))
+
+    @property
+    def trained(self) -> nn.Module:
+        """The network to keep."""
+        return self.model if self.averaged is None else self.averaged
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Moves the averaged network, of weights and BatchNorm statistics; faster at first, as timm's ModelEmaV3 does.
+
+        The decay of step t is min(ema, (1 + t) / (10 + t)), or the initial weights would stay in a short training.
+        """
+        if self.averaged is None:
+            return
+        weight = torch.clamp(9 / (10 + self.steps), min=1 - self.config.ema)
+        for average, value in zip(self.averaged.state_dict().values(), self.model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                average.lerp_(value, weight.to(value.dtype))
+            else:
+                average.copy_(value)
+        self.steps += 1
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The classifiers, and the rest at its own rate."""
@@ -103,8 +136,27 @@ class LabelTask(Task):
         ]
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
-        """One view, float32 [B, 3, size, size]."""
-        return {"images": self.inputs(images, self.draw_views(images, random))}
+        """One view, float32 [B, 3, size, size]; see `mixed`."""
+        return self.mixed({"images": self.inputs(images, self.draw_views(images, random))}, random)
+
+    def mixed(self, batch: dict[str, Any], random: BatchRandom) -> dict[str, Any]:
+        """A batch whose `images` are mixed as `config.mix` says, with the fraction of each that is its `own` image's.
+
+        Args:
+            batch: `images`, float32 [B, C, size, size], and others, which stay as they are.
+            random: the step's random numbers.
+        """
+        if self.config.mix == "none":
+            return batch
+        images = batch["images"]
+        own = put(draw_mixing(random, len(images), images.shape[-1], self.config.mix), images)
+        mixed = blend(images, own).contiguous(memory_format=torch.channels_last)
+        return {**batch, "images": mixed, "own": own.mean((1, 2, 3))}
+
+    def labels_of(self, batch: dict[str, Any], classes: int) -> Tensor:
+        """The labels of a batch: as they are, or float32 [B, classes] where its images are mixed."""
+        labels: Tensor = batch["labels"]
+        return blend_labels(labels, batch["own"], classes) if "own" in batch else labels
 
     def draw_views(self, images: Tensor, random: BatchRandom) -> Tensor:
         """Which part of each image is seen; see `augment.draw_views`."""

@@ -18,7 +18,8 @@ class ClusterFit(LabelTask):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """See `fit`."""
-        return self.fit(self.model(batch["images"]), batch["labels"])
+        logits = self.model(batch["images"])
+        return self.fit(logits, self.labels_of(batch, logits.shape[1]))
 
     def fit(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """The mean cross-entropy, and the fraction of images whose label is the first answer."""

@@ -65,7 +65,8 @@ class SelfDistillation(LabelTask):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Equation 4 on a batch; see `distil`."""
-        return self.distil(self.model.forward_exits(batch["images"]), batch["labels"])  # type: ignore[operator]
+        exits = self.model.forward_exits(batch["images"])  # type: ignore[operator]
+        return self.distil(exits, self.labels_of(batch, exits.logits[-1].shape[1]))
 
     def distil(self, exits: Exits, labels: Tensor) -> dict[str, Tensor]:
         """Equation 4, and the fraction of images whose label each of the deepest exit's answers is."""

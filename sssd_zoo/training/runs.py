@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from sssd_zoo.configs import OptimConfig, RuntimeConfig
+from sssd_zoo.configs import OptimConfig, RuntimeConfig, SelfDistillationConfig
 from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
@@ -34,6 +34,8 @@ ADDED: dict[str, tuple[Any, ...]] = {
     "init": (None,),
     "anchor": (None, 0.0),
     "cached_views": (0,),
+    "mix": ("none",),
+    "ema": (0.0,),
 }
 
 
@@ -67,6 +69,11 @@ def method_settings(config: Any, kind: type[OptimConfig]) -> dict[str, Any]:
     """The fields that `kind` adds to `OptimConfig`: a method's own settings."""
     common = {field.name for field in fields(OptimConfig)}
     return {name: value for name, value in settings_of(kind.of(config)).items() if name not in common}
+
+
+def regularisation(config: SelfDistillationConfig) -> dict[str, Any]:
+    """The settings that were added to all methods that learn labels, where they are not at their defaults."""
+    return {name: value for name, value in settings_of(config).items() if name in ("mix", "ema")}
 
 
 def check_queue(queue_size: int, images: int | None) -> None:

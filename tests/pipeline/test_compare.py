@@ -79,11 +79,30 @@ def test_epochs_of_single_methods_and_the_pretext_itself(folder_of_images, tmp_p
     assert len(read_metrics(tmp_path / "seed-0" / "pretext" / "metrics.jsonl")) == 3 * 1
 
 
+def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
+    variants = "{mixed: {method: anchored-warm, mix: mixup}, twice: {method: clusterfit, epochs: 2}}"
+    assert sssd(*words, "--methods", "[anchored-warm]", "--variants", variants, "--epochs", "{mixed: 2}") == 0
+    rows = by_name(table(sections((tmp_path / "report.md").read_text())["Methods compared"]))
+    names = (METHODS["anchored-warm"], "mixed", "twice")
+    assert [rows[name][-2] for name in names] == ["1", "2", "2"]
+    assert [bool(rows[name][0]) for name in names] == [True, True, False], "ClusterFit has no exit 1"
+    record = json.loads((tmp_path / "seed-0" / "steps" / "mixed.json").read_text())
+    assert record["inputs"]["mix"] == "mixup"
+    assert record["inputs"]["warm_start"] is True
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
         (("--methods", "[sssd]", "--epochs", "{clusterfit: 2}"), "--epochs names clusterfit"),
         (("--methods", "[anchored]", "--distill.anchor", "0"), "leaves nothing of anchored"),
+        (("--variants", "{sssd: {method: sssd}}"), "'sssd', which is a method's name"),
+        (("--variants", "{../up: {method: sssd}}"), "cannot be that of a folder"),
+        (("--variants", "{a: {mix: mixup}}"), "a needs a `method`, one of"),
+        (("--variants", "{a: {method: seed}}"), "a needs a `method`, one of"),
+        (("--variants", "{a: {method: sssd, mixx: mixup}}"), "changes mixx; it may change"),
+        (("--variants", "{a: {method: sssd, mix: blend}}"), "a: mix is 'blend'"),
         (("--methods", "[pretext]", "--epochs", "{pretext: 2}", "--features", "resnet18"), "is taken as it is"),
         (("--methods", "[sssd]", "--epochs", "{sssd: 0}"), "epochs"),
         (("--methods", "[sssd, magic]"), "magic"),

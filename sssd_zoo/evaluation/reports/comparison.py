@@ -142,9 +142,13 @@ def accuracy_cells(runs: list[Result]) -> list[str]:
 
 
 def comparison_table(results: list[Result]) -> list[str]:
-    """Lines of Markdown: a row for each method, mean (lowest, highest) over the seeds; the paper's not run say so."""
+    """Lines of Markdown: a row for each method, mean (lowest, highest) over the seeds; the paper's not run say so.
+
+    Variants of names of their own follow.
+    """
     lines = []
-    for method, title in METHODS.items():
+    titles = {**METHODS, **{run.method: code(run.method) for run in results if run.method not in METHODS}}
+    for method, title in titles.items():
         runs = [run for run in results if run.method == method]
         if not runs and method not in PAPER:
             continue
