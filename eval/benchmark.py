@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,15 +15,25 @@ import numpy as np
 import timm
 import torch
 
-from sssd_zoo.configs import MoCoConfig, SelfDistillationConfig
+from sssd_zoo.configs import AnchoredConfig, MoCoConfig, SEEDConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
 from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
 from sssd_zoo.labels.kmeans import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.models.small_maps import small_map_convolutions
 from sssd_zoo.pipeline.export import onnx_bytes, run_onnx, session
-from sssd_zoo.tasks import ClusterFit, MoCo, SelfDistillation, Task
+from sssd_zoo.tasks import (
+    SEED,
+    AnchoredClusterFit,
+    AnchoredSelfDistillation,
+    ClusterFit,
+    FrozenEncoder,
+    MoCo,
+    SelfDistillation,
+    Task,
+)
 
 OURS, BY_HAND, SAME_KERNELS = "sssd_zoo", "faiss by hand", "faiss by hand, same kernels"
 
@@ -182,16 +193,21 @@ def matmul_rate(dtype: torch.dtype, runs: int = 20) -> float:
     return 2048**3 / statistics.median(times[1:])
 
 
-def benchmark_moco(batch_size: int = 256, splits: int = 4, steps: int = 5, rounds: int = 5) -> dict[str, Any]:
-    """MoCo training at 32 px (`sssd_resnet18_cifar`) against the machine's own rate of matrix products.
+def benchmark_moco(
+    batch_size: int = 256, splits: int = 4, size: int = 32, steps: int = 5, rounds: int = 5
+) -> dict[str, Any]:
+    """MoCo training (`sssd_resnet18_cifar`) against the machine's own rate of matrix products.
 
     A step is all of it: the batch gathered from memory, both views, both encoders, backward pass, optimiser, moving
     average and queue. Its multiply-adds are counted as four forward passes an image: query, its backward pass (twice
-    the forward), and key. Rates of the two are taken in turn, and each round's ratio is of its own two.
+    the forward), and key; those with the padding are among them. Rates of the two are taken in turn, and each round's
+    ratio is of its own two; so is the ratio of steps with torch's convolutions alone to those with the matrix products
+    of `sssd_zoo.models.small_maps`.
 
     Args:
         batch_size: images per step.
         splits: parts with BatchNorm statistics of their own.
+        size: side of the views in pixels.
         steps: timed per round; the median counts.
         rounds: of matrix products and steps.
 
@@ -203,9 +219,9 @@ def benchmark_moco(batch_size: int = 256, splits: int = 4, steps: int = 5, round
     precision = resolve_precision("auto", "cpu")
     trunk: Any = timm.create_model("sssd_resnet18_cifar", num_classes=0, output="final")
     config = MoCoConfig(symmetric=False, splits=splits)
-    task = MoCo(trunk, config, SPEC).to(memory_format=torch.channels_last)
+    task = MoCo(trunk, config, SPEC._replace(size=size)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    per_image = 4 * multiply_adds(trunk, (3, 32, 32))["4"]
+    per_image = 4 * multiply_adds(trunk, (3, size, size))["4"]
     images = torch.randint(0, 256, (10 * batch_size, 3, 32, 32), dtype=torch.uint8)
 
     def step(number: int) -> float:
@@ -224,11 +240,15 @@ def benchmark_moco(batch_size: int = 256, splits: int = 4, steps: int = 5, round
     measured = []
     for _ in range(rounds):
         products = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))}
-        images_per_second = batch_size / statistics.median(step(number) for number in range(steps))
+        plain = statistics.median(step(number) for number in range(steps))
+        with small_map_convolutions(task):
+            seconds = statistics.median(step(number) for number in range(steps))
+        images_per_second = batch_size / seconds
         training = images_per_second * per_image
         measured.append(
             {
                 "images_per_second": images_per_second,
+                "speedup_by_small_maps": plain / seconds,
                 "training_multiply_adds_per_second": training,
                 **{f"{name}_product_multiply_adds_per_second": rate for name, rate in products.items()},
                 **{f"ratio_to_{name}_product": training / rate for name, rate in products.items()},
@@ -283,6 +303,72 @@ def benchmark_byot(batch_size: int = 128, steps: int = 5, rounds: int = 5) -> di
         rates = {f"{name}_images_per_second": batch_size / own for name, own in seconds.items()}
         measured.append({**rates, "ratio": seconds["byot"] / seconds["plain"]})
     medians = {name: statistics.median(values[name] for values in measured) for name in measured[0]}
+    return {"precision": precision, "threads": torch.get_num_threads(), "batch_size": batch_size, **medians}
+
+
+def benchmark_methods(batch_size: int = 64, steps: int = 5, rounds: int = 5) -> dict[str, Any]:
+    """Training steps of the methods of `sssd compare` (`sssd_resnet18` at 32 px, K = 200), in turn.
+
+    A step is all of it: views, forward and backward pass, optimiser. By these costs the epochs are chosen that give all
+    methods the same training time.
+
+    Args:
+        batch_size: images per step; MoCo, of which 'pretext' is a step, has twice as many, in 4 splits.
+        steps: timed per round; the median counts.
+        rounds: of all methods.
+
+    Returns:
+        The time of an image with each method as a multiple of that with 'sssd', medians over the rounds.
+    """
+    tune_cpu()
+    precision = resolve_precision("auto", "cpu")
+    config = AnchoredConfig(anchor=4.0)
+
+    def encoder() -> FrozenEncoder:
+        network = timm.create_model("sssd_resnet18", num_classes=0)
+        return FrozenEncoder(network, SPEC, torch.zeros(512), torch.ones(512))
+
+    def network(**kwargs: Any) -> Any:
+        return timm.create_model("sssd_resnet18", **kwargs)
+
+    moco = MoCoConfig(symmetric=False, splits=4, queue_size=256)
+    tasks: dict[str, Task] = {
+        "sssd": SelfDistillation(network(num_classes=200), config, SPEC),
+        "anchored": AnchoredSelfDistillation(network(num_classes=200), encoder(), config, SPEC),
+        "clusterfit": ClusterFit(network(num_classes=200, output="final"), config, SPEC),
+        "clusterfit-anchored": AnchoredClusterFit(network(num_classes=200, output="final"), encoder(), config, SPEC),
+        "seed": SEED(network(num_classes=0), network(num_classes=0), SEEDConfig(queue_size=1024), SPEC, SPEC),
+        "pretext": MoCo(network(num_classes=0), moco, SPEC),
+    }
+    sizes = {name: batch_size * (2 if name == "pretext" else 1) for name in tasks}
+    optimizers = {}
+    for name, task in tasks.items():
+        task.to(memory_format=torch.channels_last).train()
+        trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
+        optimizers[name] = torch.optim.AdamW(trained) if name in ("seed", "pretext") else torch.optim.SGD(trained, 0.01)
+
+    def step(name: str, number: int) -> float:
+        images = torch.randint(0, 256, (sizes[name], 3, 32, 32), dtype=torch.uint8)
+        labels = torch.randint(200, (sizes[name],))
+        start = time.perf_counter()
+        tasks[name].before_step()
+        batch = {**tasks[name].views(images, BatchRandom(0, number)), "labels": labels}
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = tasks[name](batch)["loss"]
+        loss.backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+        return (time.perf_counter() - start) / sizes[name]
+
+    measured = []
+    with ExitStack() as stack:
+        for name, task in tasks.items():
+            stack.enter_context(small_map_convolutions(task))
+            step(name, 0)
+        for _ in range(rounds):
+            seconds = {name: statistics.median(step(name, number) for number in range(steps)) for name in tasks}
+            measured.append({name: value / seconds["sssd"] for name, value in seconds.items()})
+    medians = {name: statistics.median(values[name] for values in measured) for name in tasks}
     return {"precision": precision, "threads": torch.get_num_threads(), "batch_size": batch_size, **medians}
 
 
@@ -348,8 +434,8 @@ def main() -> None:
     for name, default in {"n": 100_000, "d": 512, "k": 1000, "iterations": 20}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_kmeans_disk)
-    section = sections.add_parser("moco", help="MoCo training at 32 px against the rate of matrix products")
-    for name, default in {"batch_size": 256, "splits": 4, "steps": 5, "rounds": 5}.items():
+    section = sections.add_parser("moco", help="MoCo training against the rate of matrix products")
+    for name, default in {"batch_size": 256, "splits": 4, "size": 32, "steps": 5, "rounds": 5}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_moco)
 
@@ -357,6 +443,11 @@ def main() -> None:
     for name, default in {"batch_size": 128, "steps": 5, "rounds": 5}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_byot)
+
+    section = sections.add_parser("methods", help="the cost of an image with each method of `sssd compare`")
+    for name, default in {"batch_size": 64, "steps": 5, "rounds": 5}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_methods)
 
     section = sections.add_parser("deploy", help="exit 2 in onnxruntime against the full network in torch eager")
     for name, default in {"images": 50, "rounds": 5}.items():

@@ -25,6 +25,7 @@ from sssd_zoo.distributed import on_main, rank, world_size
 from sssd_zoo.distributed.batchnorm import average_batchnorm, synchronise_batchnorm
 from sssd_zoo.errors import UserError
 from sssd_zoo.labels.protocol import Labels, Targets
+from sssd_zoo.models.small_maps import small_map_convolutions
 from sssd_zoo.tasks import Task
 from sssd_zoo.training.checkpoints import Checkpoints, Progress
 from sssd_zoo.training.hardware import make_accelerator, threads_for
@@ -203,7 +204,9 @@ class Trainer:
         """
         self.task.train()
         try:
-            with threads_for(self.accelerator.device):
+            on_cpu = self.accelerator.device.type == "cpu" and not self.runtime.compile
+            faster = small_map_convolutions(self.task) if on_cpu else nullcontext()
+            with threads_for(self.accelerator.device), faster:
                 while self.progress.step < self.total_steps:
                     self.run_epoch()
         finally:
