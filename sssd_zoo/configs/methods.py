@@ -134,10 +134,13 @@ class AnchoredConfig(SelfDistillationConfig):
         cached_views: number of views of every image whose features are computed once and kept in a file while the
             network trains, which sees one of them in each epoch. For a network that is slow compared with the student.
             By default each step computes the features of a new view.
+        clusters: let the network learn the clusters beside the features. 'false' trains it on the features alone: the
+            classifiers learn the clusters without changing what is below them.
     """
 
     anchor: Weight | None = None
     cached_views: CountOrZero = 0
+    clusters: bool = True
 
     def resolved(self, *, encoder: bool) -> Self:
         """The same with the default of `anchor` filled in: with a public `encoder` or without."""

@@ -113,7 +113,9 @@ def check_variants(args: CompareArgs) -> None:
             raise UserError(f"--variants {name} needs a `method`, one of {', '.join(LABELLED)}")
         if unknown := sorted(set(changes) - {"method", *known}):
             raise UserError(f"--variants {name} changes {listed(unknown)}; it may change {', '.join(known)}")
-        variant(args, name)
+        config = variant(args, name)
+        if not config.clusters and changes["method"] not in ANCHORED:
+            raise UserError(f"--variants {name}: clusters false leaves nothing to learn without an anchor")
 
 
 def variant(args: CompareArgs, name: str) -> AnchoredConfig:

@@ -99,6 +99,7 @@ def distill_network(
         forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
         network, frozen = frozen_encoder(encoder, teacher_size, data, forward)
         settings |= {"anchor": config.anchor, "encoder": weights_digest(network)}
+        settings |= {} if config.clusters else {"clusters": False}
         settings |= {"cached_views": config.cached_views} if config.cached_views else {}
         settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
         if config.cached_views:
@@ -196,6 +197,8 @@ def check_choices(args: DistillArgs, config: AnchoredConfig, *, named: bool) -> 
         raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
     if args.encoder is not None and not config.anchor:
         raise UserError("--encoder is the network of the anchor, which --anchor 0 disables: remove one of them")
+    if not config.clusters and not config.anchor:
+        raise UserError("--clusters false leaves nothing to learn without --anchor: give that and --encoder")
     for name in ("teacher_size", "cached_views"):
         if getattr(args, name) and not config.anchor:
             raise UserError(f"--{name} is of the network of --encoder: give that too, or remove it")

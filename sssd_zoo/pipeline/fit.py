@@ -66,6 +66,8 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     if args.warm_start and args.init is not None:
         raise UserError("--warm_start and --init both say what the student starts from: remove one")
     args = replace(args, distill=args.distill.resolved(encoder=args.features is not None))
+    if not args.distill.clusters and not args.distill.anchor:
+        raise UserError("--distill.clusters false leaves nothing to learn without --distill.anchor: give a weight")
     if args.distill.cached_views and not args.distill.anchor:
         raise UserError("--distill.cached_views is of the anchor's network: give --distill.anchor too, or remove it")
 

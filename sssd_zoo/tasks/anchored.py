@@ -17,6 +17,7 @@ from sssd_zoo.data.augment import BatchRandom, normalise, supervised_view
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.mixing import blend
 from sssd_zoo.data.views import ViewBatch
+from sssd_zoo.models.exits import Exits, classifiers
 from sssd_zoo.tasks.base import LabelTask
 from sssd_zoo.tasks.clusterfit import ClusterFit
 from sssd_zoo.tasks.sssd import SelfDistillation
@@ -131,9 +132,15 @@ class Anchored(LabelTask):
         width = int(model.num_features)  # type: ignore[arg-type]
         self.anchor = Anchor(encoder, width, self.exits, config.anchor or 0.0)
 
+        self.clusters = config.clusters
+
     def views(self, images: Tensor | ViewBatch, random: BatchRandom) -> dict[str, Any]:
         """See `Anchor.views`."""
         return self.anchor.views(self, images, random)
+
+    def below(self, features: Tensor) -> Tensor:
+        """Features as the classifiers see them: without a gradient where the clusters are not to change them."""
+        return features if self.clusters else features.detach()
 
 
 class AnchoredSelfDistillation(Anchored, SelfDistillation):
@@ -143,9 +150,14 @@ class AnchoredSelfDistillation(Anchored, SelfDistillation):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Equation 4 with the anchor added."""
-        exits = self.model.forward_exits(batch["images"])  # type: ignore[operator]
+        exits: Exits = self.model.forward_exits(batch["images"])  # type: ignore[operator]
+        features = exits.features
+        if not self.clusters:
+            below = [self.below(vectors) for vectors in features]
+            logits = [classify(vectors) for classify, vectors in zip(classifiers(self.model), below, strict=True)]
+            exits = Exits(logits, below)
         parts = self.distil(exits, self.labels_of(batch, exits.logits[-1].shape[1]))
-        return self.anchor.add(parts, exits.features, batch)
+        return self.anchor.add(parts, features, batch)
 
 
 class AnchoredClusterFit(Anchored, ClusterFit):
@@ -157,5 +169,5 @@ class AnchoredClusterFit(Anchored, ClusterFit):
         """The cross-entropy with the anchor added."""
         model: Any = self.model
         features = model.forward_head(model.forward_features(batch["images"]), pre_logits=True)
-        logits = model.get_classifier()(features)
+        logits = model.get_classifier()(self.below(features))
         return self.anchor.add(self.fit(logits, self.labels_of(batch, logits.shape[1])), [features], batch)

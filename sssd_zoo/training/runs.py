@@ -34,6 +34,7 @@ ADDED: dict[str, tuple[Any, ...]] = {
     "init": (None,),
     "anchor": (None, 0.0),
     "cached_views": (0,),
+    "clusters": (True,),
     "mix": ("none",),
     "ema": (0.0,),
 }

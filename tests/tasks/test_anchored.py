@@ -9,6 +9,7 @@ import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.configs import AnchoredConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.models.exits import classifiers
 from sssd_zoo.tasks import AnchoredClusterFit, AnchoredSelfDistillation, FrozenEncoder, SelfDistillation
 from sssd_zoo.tasks.anchored import anchor_loss
 
@@ -92,6 +93,22 @@ def test_encoder_stays_as_it_is_and_every_exit_learns():
     assert all(predict.weight.grad.abs().sum() > 0 for predict in task.anchor.predictors)
     optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in task.anchor.encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("clusters", [True, False])
+def test_the_network_learns_the_clusters_or_its_classifiers_alone_do(clusters):
+    torch.manual_seed(0)
+    model = timm.create_model("sssd_resnet18", num_classes=5, **SMALL)
+    network = timm.create_model("resnet18", num_classes=0, **SMALL)
+    encoder = FrozenEncoder(network, SPEC, torch.rand(64), torch.rand(64) + 0.1)
+    task = AnchoredSelfDistillation(model, encoder, AnchoredConfig(anchor=0.0, clusters=clusters), SPEC)
+    task(batch_of(task))["loss"].backward()
+    assert all(exit_classifier.weight.grad.abs().sum() > 0 for exit_classifier in classifiers(model))
+    moved = model.conv1.weight.grad is not None and bool(model.conv1.weight.grad.abs().sum() > 0)
+    assert moved == clusters
+    learns = AnchoredSelfDistillation(model, encoder, AnchoredConfig(anchor=1.0, clusters=False), SPEC)
+    learns(batch_of(learns))["loss"].backward()
+    assert model.conv1.weight.grad.abs().sum() > 0, "from the features"
 
 
 def test_a_dimension_that_never_moves_is_not_predicted():
