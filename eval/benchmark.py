@@ -3,7 +3,6 @@
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ import timm
 import torch
 
 from sssd_zoo.configs import MoCoConfig, SelfDistillationConfig
+from sssd_zoo.cpus import available_cpus
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
@@ -103,7 +103,7 @@ def benchmark_kmeans(
         "k": k,
         "iterations": iterations,
         "runs": runs,
-        "cores": os.cpu_count(),
+        "cores": available_cpus(),
         **{way: {key: median(way, key) for key in rounds[0][way]} for way in (OURS, BY_HAND, SAME_KERNELS)},
         "ratio": ratio(BY_HAND, "seconds"),
         "ratio_cpu": ratio(BY_HAND, "cpu_seconds"),

@@ -1,8 +1,6 @@
 """The Accelerator of a run."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 
@@ -43,23 +41,6 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
     if config.compile:
         check_compiler(accelerator.device.type)
     return accelerator
-
-
-@contextmanager
-def threads_for(device: torch.device) -> Iterator[None]:
-    """Within the block, torch computes on one CPU thread if `device` is an accelerator.
-
-    There the CPU draws random numbers and launches kernels. Seen on a machine with 16 cores and an H200: waking 16
-    threads for operations of a few thousand numbers left the GPU idle nine tenths of the time (two trainings at once:
-    4,700 and 7,000 images a second with 16 threads each, 17,000 each with 3).
-    """
-    before = torch.get_num_threads()
-    if device.type != "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @cache
