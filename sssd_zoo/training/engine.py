@@ -122,9 +122,10 @@ class Trainer:
         self.total_steps = optim.epochs * loader.steps_per_epoch
         self.accelerator = make_accelerator(runtime)
         self._prepare(task)
-        self.checkpoints = Checkpoints(out / "checkpoints", self._full_identity(identity))
+        full_identity = self._full_identity(identity)
+        self.checkpoints = Checkpoints(out / "checkpoints", full_identity)
         self.progress = self._resume()
-        self.log = Log(out, runtime, self.progress.step, self.accelerator.is_main_process)
+        self.log = Log(out, runtime, self.progress.step, self.accelerator.is_main_process, full_identity)
         self.bar = self._progress_bar(title)
         self.threads = TrainingThreads(self.accelerator.device)
         self.unlogged: list[dict[str, Tensor]] = []  # what the steps since the last line of the log returned
@@ -256,7 +257,10 @@ class Trainer:
             random = BatchRandom(self.runtime.seed, step * chunks + number, rank(), world_size())
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                values = self.forward(self._views(part_positions, part_images, targets, random))
+                views = self._views(part_positions, part_images, targets, random)
+                if step == number == 0:
+                    self.log.write_views(views, self.task.mean, self.task.std, step)
+                values = self.forward(views)
                 self.accelerator.backward(values["loss"] / len(parts))
             for name, value in values.items():
                 means[name] = means.get(name, 0) + value.detach() / len(parts)

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from sssd_zoo.configs import RuntimeConfig
 from sssd_zoo.distributed.hardware import resolve_precision
 from sssd_zoo.errors import UserError
+from sssd_zoo.training.trackers import check_trackers
 
 
 def make_accelerator(config: RuntimeConfig) -> Accelerator:
@@ -20,8 +21,10 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
     `distributed.batchnorm` averages those before every checkpoint.
 
     Raises:
-        UserError: for settings that do not work here: fp16 on a CPU, or `compile` without a compiler.
+        UserError: for settings that do not work here: fp16 on a CPU, `compile` without a compiler, or trackers that
+            are not installed.
     """
+    check_trackers(config.trackers)
     precision = resolve_precision(config.precision, config.device)
     # Accelerate keeps the first precision of a process for good; a later run of the same process may want another.
     AcceleratorState._reset_state()
