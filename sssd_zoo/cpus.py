@@ -84,7 +84,7 @@ def _groups(root: Path) -> list[tuple[Path, Path]]:
     found = []
     for line in mounts:
         before, _, after = line.partition(" - ")
-        top, mount = before.split()[3:5]
+        top, mount = (*before.split(), *[""] * 5)[3:5]
         kind, _, options = (*after.split(), "", "", "")[:3]
         if kind not in paths or (kind == "cgroup" and "cpu" not in options.split(",")):
             continue
