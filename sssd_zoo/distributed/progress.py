@@ -102,8 +102,8 @@ class ProgressLines:
         self.values = values
 
     def refresh(self) -> None:
-        """A line now, as at the end of an epoch, unless there has just been one."""
-        if self.clock() - self.said >= SOON:
+        """A line now, as at the end of an epoch, unless there has just been one or the last one is to come."""
+        if self.clock() - self.said >= SOON and self.done != self.total:
             self._say(self._left())
 
     def write(self, text: str) -> None:
