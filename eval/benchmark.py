@@ -16,7 +16,7 @@ import timm
 import torch
 
 from sssd_zoo.configs import MoCoConfig, SelfDistillationConfig
-from sssd_zoo.cpus import SPINS, available_cpus
+from sssd_zoo.cpus import SPINS, WAITING, available_cpus
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
@@ -278,18 +278,36 @@ def _train_on_demand(pipe: Any, batch_size: int) -> None:
 
 
 def _keep_busy(allowed: Any) -> None:
-    """Computes whenever it is allowed to."""
-    while True:
-        if not allowed.is_set():
-            allowed.wait()
+    """Computes whenever it is allowed to, until the benchmark has ended."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():
+        if allowed.wait(1):
+            sum(range(10**6))
+
+
+def _start_ways(context: Any, batch_size: int) -> dict[str, Any]:
+    """Starts a process that trains for each of the `WAYS`, and gives the pipes to them."""
+    inherited, pipes = dict(os.environ), {}
+    try:
+        for way, environment in WAYS.items():
+            for name in (*WAITING, "OMP_NUM_THREADS"):
+                os.environ.pop(name, None)
+            os.environ.update(environment)
+            pipes[way], theirs = context.Pipe()
+            context.Process(target=_train_on_demand, args=(theirs, batch_size), daemon=True).start()
+            pipes[way].recv()  # it has trained a step
+    finally:
+        os.environ.clear()
+        os.environ.update(inherited)
+    return pipes
 
 
 def benchmark_busy(batch_size: int = 64, seconds: int = 6, rounds: int = 3) -> dict[str, Any]:
     """MoCo training alone and beside a process that keeps one core busy, in turn, as sssd trains and otherwise.
 
     The fair share is max-min fair between the two processes: each is entitled to half of the CPUs, the busy one can
-    use no more than one, and what it leaves is the training's. So on C CPUs it is (C - 1) / C of the rate alone, which
-    is that of two threads without any other process on two cores.
+    use no more than one, and what it leaves is the training's. So on C > 1 CPUs it is (C - 1) / C of the rate alone,
+    half of it on two.
 
     Args:
         batch_size: images per step.
@@ -303,20 +321,8 @@ def benchmark_busy(batch_size: int = 64, seconds: int = 6, rounds: int = 3) -> d
     context = multiprocessing.get_context("spawn")
     allowed = context.Event()
     busy = context.Process(target=_keep_busy, args=(allowed,), daemon=True)
-    pipes = {}
-    inherited = dict(os.environ)
-    try:
-        busy.start()
-        for way, environment in WAYS.items():
-            for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
-                os.environ.pop(name, None)
-            os.environ.update(environment)
-            pipes[way], theirs = context.Pipe()
-            context.Process(target=_train_on_demand, args=(theirs, batch_size), daemon=True).start()
-            pipes[way].recv()
-    finally:
-        os.environ.clear()
-        os.environ.update(inherited)
+    busy.start()
+    pipes = _start_ways(context, batch_size)
     measured: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for _ in range(rounds):
         for beside in ("alone", "beside"):
@@ -345,7 +351,7 @@ def benchmark_busy(batch_size: int = 64, seconds: int = 6, rounds: int = 3) -> d
             for way in WAYS
         },
         "kept": statistics.median(kept),
-        "of_fair_share": statistics.median(kept) / ((cpus - 1) / cpus),
+        "of_fair_share": statistics.median(kept) * cpus / (cpus - min(1, cpus / 2)),
     }
 
 

@@ -13,11 +13,17 @@ EVERY = 5.0  # seconds between looks at what other processes do
 FIRST = 0.5  # seconds of the look before the first step
 
 
+def set_threads(count: int) -> None:
+    """`torch.set_num_threads`, which also changes how MKL computes, where it is another number."""
+    if count != torch.get_num_threads():
+        torch.set_num_threads(count)
+
+
 def limit_threads() -> None:
     """Takes no more threads than the CPUs that this process may use, unless OMP_NUM_THREADS gives their number."""
     if not cpus.THREADS_GIVEN:
         share = cpus.available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), share)))
+        set_threads(max(1, min(torch.get_num_threads(), share)))
 
 
 class TrainingThreads:
@@ -47,18 +53,18 @@ class TrainingThreads:
     def __enter__(self) -> Self:
         """Chooses the number."""
         if self.device.type != "cpu":
-            torch.set_num_threads(1)
+            set_threads(1)
         elif self.adapts:
             self.others = cpus.OtherProcesses()
             time.sleep(FIRST)
             self.busy, _ = self.others.cores()
-            torch.set_num_threads(self._fitting(None))
+            set_threads(self._fitting(None))
         self.looked = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Back to the number before."""
-        torch.set_num_threads(self.before)
+        set_threads(self.before)
 
     def adapt(self) -> bool:
         """Looks, every few seconds, at what other processes do; whether the number of threads changed."""
@@ -68,7 +74,7 @@ class TrainingThreads:
         self.busy, _ = self.others.cores()
         threads = torch.get_num_threads()
         fitting = self._fitting(threads)
-        torch.set_num_threads(fitting)
+        set_threads(fitting)
         return fitting != threads
 
     def _fitting(self, now: int | None) -> int:

@@ -26,7 +26,7 @@ MISSING = sorted({*get_args(Tracker)} - {str(name) for name in get_available_tra
 
 
 def test_they_are_those_of_accelerate():
-    assert set(get_args(Tracker)) == set(LOGGER_TYPE_TO_CLASS)
+    assert set(LOGGER_TYPE_TO_CLASS) <= set(get_args(Tracker))  # older versions have fewer
 
 
 @pytest.mark.parametrize("name", MISSING)
@@ -130,9 +130,9 @@ OFFLINE = {"WANDB_MODE": "offline", "SWANLAB_MODE": "offline", "CLEARML_OFFLINE_
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "dvclive", "swanlab", "clearml"])
 def test_others_run_offline_where_they_are_installed(tmp_path, monkeypatch, name):
-    pytest.importorskip(name)
-    for variable, value in OFFLINE.items():
+    for variable, value in OFFLINE.items():  # some are read by the import
         monkeypatch.setenv(variable, value)
+    pytest.importorskip(name)
     ids = []
     for step in (0, 2):
         trackers = Trackers([name], tmp_path, step, {"lr": 0.1, "sizes": [16, 32], "arch": "line"})
