@@ -94,7 +94,7 @@ class ProgressLines:
     def update(self, n: int = 1) -> None:
         """Counts units that are done."""
         self.done += n
-        if self.clock() >= self.due:
+        if self.clock() >= self.due and self.done != self.total:  # the last line is that of `close`
             self._say(self._left())
 
     def set_postfix(self, refresh: bool = True, **values: Any) -> None:

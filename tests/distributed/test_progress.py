@@ -36,7 +36,6 @@ def test_lines_come_at_intervals(capsys):
         "features: 100/1,000 img (10 %), 10 img/s, 2 min left",
         "features: 400/1,000 img (40 %), 10 img/s, 60 s left",
         "features: 700/1,000 img (70 %), 10 img/s, 30 s left",
-        "features: 1,000/1,000 img (100 %), 10 img/s, 0 s left",
         "features: 1,000/1,000 img (100 %), 10 img/s, took 2 min",
     ]
 
