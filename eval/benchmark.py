@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,9 +17,11 @@ import timm
 import torch
 
 from sssd_zoo.configs import AnchoredConfig, MoCoConfig, SEEDConfig, SelfDistillationConfig
+from sssd_zoo.cpus import SPINS, WAITING, available_cpus
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
+from sssd_zoo.distributed.threads import TrainingThreads
 from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
 from sssd_zoo.labels.kmeans import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.models import multiply_adds
@@ -114,7 +117,7 @@ def benchmark_kmeans(
         "k": k,
         "iterations": iterations,
         "runs": runs,
-        "cores": os.cpu_count(),
+        "cores": available_cpus(),
         **{way: {key: median(way, key) for key in rounds[0][way]} for way in (OURS, BY_HAND, SAME_KERNELS)},
         "ratio": ratio(BY_HAND, "seconds"),
         "ratio_cpu": ratio(BY_HAND, "cpu_seconds"),
@@ -193,6 +196,36 @@ def matmul_rate(dtype: torch.dtype, runs: int = 20) -> float:
     return 2048**3 / statistics.median(times[1:])
 
 
+def moco_step(batch_size: int, splits: int, size: int = 32) -> tuple[str, MoCo, Callable[[int], float]]:
+    """MoCo training (`sssd_resnet18_cifar`) of random images from memory, at `size` px, as the engine trains.
+
+    Returns:
+        The precision that the engine takes on this machine, the task, and a function that makes a step of this number
+        and gives its seconds.
+    """
+    tune_cpu()
+    precision = resolve_precision("auto", "cpu")
+    trunk: Any = timm.create_model("sssd_resnet18_cifar", num_classes=0, output="final")
+    config = MoCoConfig(symmetric=False, splits=splits)
+    task = MoCo(trunk, config, SPEC._replace(size=size)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    images = torch.randint(0, 256, (10 * batch_size, 3, 32, 32), dtype=torch.uint8)
+
+    def step(number: int) -> float:
+        start = time.perf_counter()
+        order = torch.randint(len(images), (batch_size,))
+        batch = task.views(images[order], BatchRandom(0, number))
+        task.before_step()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = task(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    return precision, task, step
+
+
 def benchmark_moco(
     batch_size: int = 256, splits: int = 4, size: int = 32, steps: int = 5, rounds: int = 5
 ) -> dict[str, Any]:
@@ -215,27 +248,8 @@ def benchmark_moco(
         Multiply-adds per second of bf16 and fp32 products and of training, images per second, the precision that the
         engine takes on this machine, and the ratios of training to both products, medians over the rounds.
     """
-    tune_cpu()
-    precision = resolve_precision("auto", "cpu")
-    trunk: Any = timm.create_model("sssd_resnet18_cifar", num_classes=0, output="final")
-    config = MoCoConfig(symmetric=False, splits=splits)
-    task = MoCo(trunk, config, SPEC._replace(size=size)).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    per_image = 4 * multiply_adds(trunk, (3, size, size))["4"]
-    images = torch.randint(0, 256, (10 * batch_size, 3, 32, 32), dtype=torch.uint8)
-
-    def step(number: int) -> float:
-        start = time.perf_counter()
-        order = torch.randint(len(images), (batch_size,))
-        batch = task.views(images[order], BatchRandom(0, number))
-        task.before_step()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            loss = task(batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return time.perf_counter() - start
-
+    precision, task, step = moco_step(batch_size, splits, size)
+    per_image = 4 * multiply_adds(task.query_encoder.trunk, (3, size, size))["4"]
     step(0)
     measured = []
     for _ in range(rounds):
@@ -256,6 +270,109 @@ def benchmark_moco(
         )
     medians = {name: statistics.median(values[name] for values in measured) for name in measured[0]}
     return {"precision": precision, "threads": torch.get_num_threads(), "batch_size": batch_size, **medians}
+
+
+SSSD, TWO, ONE = "as sssd trains", "all threads, OpenMP's own waiting", "one thread"
+WAYS: dict[str, dict[str, str]] = {
+    SSSD: {"GOMP_SPINCOUNT": str(SPINS), "KMP_BLOCKTIME": "1"},  # as `cpus.set_up_openmp` sets them
+    TWO: {"OMP_NUM_THREADS": str(available_cpus())},
+    ONE: {"OMP_NUM_THREADS": "1"},
+}
+
+
+def _train_on_demand(pipe: Any, batch_size: int) -> None:
+    """Trains for as many seconds as each message says, and answers with images per second and the threads."""
+    _, _, step = moco_step(batch_size, 4)
+    step(0)
+    pipe.send(None)
+    number = 0
+    while (seconds := pipe.recv()) is not None:
+        with TrainingThreads(torch.device("cpu")) as threads:
+            start, before = time.perf_counter(), number
+            while time.perf_counter() - start < seconds:
+                number += 1
+                step(number)
+                threads.adapt()
+            rate = batch_size * (number - before) / (time.perf_counter() - start)
+            pipe.send((rate, torch.get_num_threads()))
+
+
+def _keep_busy(allowed: Any) -> None:
+    """Computes whenever it is allowed to, until the benchmark has ended."""
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():
+        if allowed.wait(1):
+            sum(range(10**6))
+
+
+def _start_ways(context: Any, batch_size: int) -> dict[str, Any]:
+    """Starts a process that trains for each of the `WAYS`, and gives the pipes to them."""
+    inherited, pipes = dict(os.environ), {}
+    try:
+        for way, environment in WAYS.items():
+            for name in (*WAITING, "OMP_NUM_THREADS"):
+                os.environ.pop(name, None)
+            os.environ.update(environment)
+            pipes[way], theirs = context.Pipe()
+            context.Process(target=_train_on_demand, args=(theirs, batch_size), daemon=True).start()
+            pipes[way].recv()  # it has trained a step
+    finally:
+        os.environ.clear()
+        os.environ.update(inherited)
+    return pipes
+
+
+def benchmark_busy(batch_size: int = 64, seconds: int = 6, rounds: int = 3) -> dict[str, Any]:
+    """MoCo training alone and beside a process that keeps one core busy, in turn, as sssd trains and otherwise.
+
+    The fair share is max-min fair between the two processes: each is entitled to half of the CPUs, the busy one can
+    use no more than one, and what it leaves is the training's. So on C > 1 CPUs it is (C - 1) / C of the rate alone,
+    half of it on two.
+
+    Args:
+        batch_size: images per step.
+        seconds: of training at a time.
+        rounds: of all ways, alone and beside.
+
+    Returns:
+        By way, images per second alone and beside and the threads, medians over rounds; `kept`, the rate of `sssd`
+        beside to its own alone; `of_fair_share`, the same to the fair share; medians over the rounds' own ratios.
+    """
+    context = multiprocessing.get_context("spawn")
+    allowed = context.Event()
+    busy = context.Process(target=_keep_busy, args=(allowed,), daemon=True)
+    busy.start()
+    pipes = _start_ways(context, batch_size)
+    measured: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    for _ in range(rounds):
+        for beside in ("alone", "beside"):
+            (allowed.set if beside == "beside" else allowed.clear)()
+            for way, pipe in pipes.items():
+                pipe.send(seconds)
+                measured.setdefault((way, beside), []).append(pipe.recv())
+    allowed.clear()
+    for pipe in pipes.values():
+        pipe.send(None)
+    busy.terminate()
+    cpus = available_cpus()
+    kept = [
+        beside[0] / alone[0] for alone, beside in zip(measured[SSSD, "alone"], measured[SSSD, "beside"], strict=True)
+    ]
+    return {
+        "cpus": cpus,
+        "batch_size": batch_size,
+        "rounds": rounds,
+        **{
+            way: {
+                beside: {"images_per_second": statistics.median(rates), "threads": statistics.median(threads)}
+                for beside in ("alone", "beside")
+                for rates, threads in [zip(*measured[way, beside], strict=True)]
+            }
+            for way in WAYS
+        },
+        "kept": statistics.median(kept),
+        "of_fair_share": statistics.median(kept) * cpus / (cpus - min(1, cpus / 2)),
+    }
 
 
 def benchmark_byot(batch_size: int = 128, steps: int = 5, rounds: int = 5) -> dict[str, Any]:
@@ -438,6 +555,11 @@ def main() -> None:
     for name, default in {"batch_size": 256, "splits": 4, "size": 32, "steps": 5, "rounds": 5}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_moco)
+
+    section = sections.add_parser("busy", help="training beside a process that keeps one core busy")
+    for name, default in {"batch_size": 64, "seconds": 6, "rounds": 3}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_busy)
 
     section = sections.add_parser("byot", help="a step with three exits and all losses against a plain one")
     for name, default in {"batch_size": 128, "steps": 5, "rounds": 5}.items():

@@ -10,6 +10,7 @@ from typing import Any
 
 from sssd_zoo.cli.commands import COMMANDS, COMPLETED
 from sssd_zoo.cli.guard import guarded
+from sssd_zoo.cpus import set_up_openmp
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import safe_terminal
 
@@ -24,6 +25,7 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         prog: the program's name in its help.
     """
     with guarded() as guard:
+        set_up_openmp()
         from sssd_zoo.cli.arguments import read_arguments
 
         words = sys.argv[1:] if arguments is None else arguments

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
@@ -88,12 +88,22 @@ def switches(config: Any, prefix: str = "--") -> set[str]:
 def spell_out(arguments: list[str], config: Any) -> list[str]:
     """Writes `--resume` as `--resume true`, which is what jsonargparse understands, and `--dry-run` as `--dry_run`."""
     names, words = switches(config), []
+    arguments = join_trackers(arguments)
     arguments = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     for word, following in zip(arguments, [*arguments[1:], "--"], strict=False):
         words.append(word)
         if word in names and following.lower() not in ("true", "false", "yes", "no", "null"):
             words.append("true")
     return words
+
+
+def join_trackers(arguments: list[str]) -> list[str]:
+    """Writes `--trackers wandb mlflow` as `--trackers [wandb,mlflow]`, which is what jsonargparse understands."""
+    if "--trackers" not in arguments:
+        return arguments
+    start = arguments.index("--trackers") + 1
+    names = list(takewhile(lambda word: word[:1].isalpha(), arguments[start:]))
+    return [*arguments[:start], *([f"[{','.join(names)}]"] if names else []), *arguments[start + len(names) :]]
 
 
 def expand_paths(config: Any) -> Any:

@@ -19,6 +19,9 @@ from sssd_zoo.configs.ranges import (
     Weight,
 )
 
+Tracker = Literal[  # those of Accelerate
+    "tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
+]
 USUAL_OPTIMIZERS = ("momentum", "sgd", "adamw", "lamb")  # known to timm, so it need not be imported to check
 
 
@@ -105,7 +108,8 @@ class RuntimeConfig(Checked):
         keep_last: number of most recent checkpoints to keep; at least one is always kept.
         keep_best: number of checkpoints with the lowest training loss to keep as well.
         log_every: steps between lines in metrics.jsonl.
-        trackers: experiment trackers to log to in addition to metrics.jsonl: 'tensorboard', 'trackio' or both.
+        trackers: experiment trackers to log to in addition to metrics.jsonl, one or several: tensorboard, trackio,
+            wandb, mlflow, comet_ml, aim, clearml, dvclive, swanlab.
     """
 
     seed: Seed = 0
@@ -117,4 +121,4 @@ class RuntimeConfig(Checked):
     keep_last: CountOrZero = 2
     keep_best: CountOrZero = 1
     log_every: Count = 10
-    trackers: list[Literal["tensorboard", "trackio"]] = field(default_factory=list)
+    trackers: list[Tracker] = field(default_factory=list)

@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from tqdm import tqdm
 
 from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data.formats import LFS_POINTER, regular_file
+from sssd_zoo.distributed.progress import progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -294,7 +294,7 @@ def fingerprint(images: EncodedImages, *, progress: bool) -> str:
     count = len(images)
     rows = np.arange(count) if count <= FULL_FINGERPRINT else spaced(count, SAMPLED_FINGERPRINT)
     digest = hashlib.sha256(count.to_bytes(8, "little"))
-    with tqdm(total=len(rows), desc="fingerprint", unit="img", disable=not progress, leave=False) as bar:
+    with progress_bar(len(rows), "fingerprint", "img", disable=not progress, leave=False) as bar:
         for start in range(0, len(rows), CHUNK):
             chunk = images.read(rows[start : start + CHUNK])
             for image in chunk:
@@ -347,7 +347,7 @@ def decode_all(
     with (
         quiet_pillow(),
         ThreadPoolExecutor(max(1, workers)) as pool,
-        tqdm(total=count, desc="decode" if keep else "check", unit="img", disable=not progress) as bar,
+        progress_bar(count, "decode" if keep else "check", "img", disable=not progress) as bar,
     ):
         for done, corrupt in pool.map(decode_chunk, range(0, count, CHUNK)):
             all_corrupt += corrupt

@@ -18,7 +18,6 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-from tqdm import tqdm
 
 from sssd_zoo.configs import (
     DetectorConfig,
@@ -30,6 +29,7 @@ from sssd_zoo.data.detection import DetectionData
 from sssd_zoo.detection.average_precision import coco_average_precision, voc_average_precision
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
+from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.reports import figures
@@ -202,7 +202,7 @@ def detect_objects(detector: FasterRCNN, data: DetectionData, config: ForwardCon
     detections: list[dict[str, Tensor]] = []
     order = torch.arange(len(data)).split(config.batch_size)
     with (
-        tqdm(total=len(data), desc="detect", unit="img", disable=rank() != 0) as bar,
+        progress_bar(len(data), "detect", "img", disable=rank() != 0) as bar,
         torch.inference_mode(),
         torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
     ):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 
 from sssd_zoo.distributed import world_size
+from sssd_zoo.distributed.threads import limit_threads
 
 
 def tune_cpu() -> None:
@@ -14,7 +15,8 @@ def tune_cpu() -> None:
 
     glibc returns large activations to the system at every step and has to fault them in again: letting its malloc keep
     them saves up to 40 percent of a training step. fp32 matrix products at 'medium' precision avoid MKL's slow path on
-    AMD CPUs and remain fp32 there; on GPUs they would lose precision, so this is for CPU runs only.
+    AMD CPUs and remain fp32 there; on GPUs they would lose precision, so this is for CPU runs only. A container's quota
+    of CPUs limits the threads, see `limit_threads`.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -23,6 +25,7 @@ def tune_cpu() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
     if not torch.cuda.is_available():
         torch.set_float32_matmul_precision("medium")
+    limit_threads()
 
 
 def resolve_precision(precision: str, device: Literal["auto", "cpu"] = "auto") -> str:

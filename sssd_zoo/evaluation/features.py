@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from sssd_zoo.configs import ForwardConfig
 from sssd_zoo.data.augment import normalise, resize, to_float
@@ -13,6 +12,7 @@ from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
+from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.models.networks import input_spec
 
 
@@ -135,7 +135,7 @@ def read_batches(
     before = [buffer.clone() for buffer in model.buffers()]
     model.eval()
     try:
-        with tqdm(total=total, desc="features", unit="img", disable=total is None) as bar:
+        with progress_bar(total, "features", "img", disable=total is None) as bar:
             for index, stored in batches:
                 # Only this part is in inference mode: a tensor allocated there could not take part in training later.
                 with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from sssd_zoo.configs import ProbeConfig
+from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 
 ROWS = 8192  # looked at in one go, so that nothing of the size of all logits is allocated
@@ -80,16 +80,18 @@ def linear_probe(
     device = train_x.device
     labels, kept, held_out = train_y.to(device), *(rows.to(device) for rows in hold_out_rows(train_y, seed))
     weights, biases, decays = [], [], []
-    for exit_x in tqdm(train_x, desc="linear probes", unit="exit", disable=not progress):
-        if config.probe_weight_decay is not None:
-            decay, start = config.probe_weight_decay, None
-        else:
-            decay, start = _choose_weight_decay(exit_x, labels, num_classes, kept, held_out, config.probe_epochs)
-        problem = LogisticRegression(exit_x, labels, num_classes, config.probe_epochs)
-        weight, bias = problem.unscaled(problem.fit(decay, start))
-        weights.append(weight)
-        biases.append(bias)
-        decays.append(decay)
+    with progress_bar(len(train_x), "linear probes", "exit", disable=not progress) as bar:
+        for exit_x in train_x:
+            if config.probe_weight_decay is not None:
+                decay, start = config.probe_weight_decay, None
+            else:
+                decay, start = _choose_weight_decay(exit_x, labels, num_classes, kept, held_out, config.probe_epochs)
+            problem = LogisticRegression(exit_x, labels, num_classes, config.probe_epochs)
+            weight, bias = problem.unscaled(problem.fit(decay, start))
+            weights.append(weight)
+            biases.append(bias)
+            decays.append(decay)
+            bar.update()
     probe = Probe(torch.stack(weights), torch.stack(biases), [], 0.0, decays)
     exits, ensemble = _accuracies(probe, test_x.to(device), test_y.to(device))
     return Probe(probe.weights, probe.biases, exits, ensemble, decays)

@@ -45,6 +45,7 @@ TRAINING = (
     *CHECKPOINTS,
     *("config.yaml", "metrics.jsonl", "curves.png", "config.json", "model.safetensors", "own_labels.jsonl"),
     *("own_labels/epoch-*.npy", "tensorboard/events.out.tfevents.*", "trackio"),
+    *("trackers.json", "views.png", "mlflow", "wandb", "comet", ".aim", "dvclive", "swanlog"),
 )
 NETWORK = ("config.json", "model.safetensors")
 LABELS = ("labels.parquet", "centroids.safetensors", "pseudo_labels.json")

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import HfApi, SpaceCard, get_token
 from PIL import Image
-from tqdm.auto import tqdm
 
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import CorruptImageError, EncodedImages, decode, fingerprint, natural_size, spaced
 from sssd_zoo.data.loading import open_encoded
+from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports.markdown import read_results
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, write_json
@@ -242,10 +242,11 @@ def copy_clusters(run: Path, folder: Path) -> str:
         [order[start : start + min(size, NEAREST)] for start, size in zip(starts, sizes, strict=True)]
     )
     side = min(natural_size(encoded.read(spaced(len(encoded), EXAMPLES))) or THUMBNAIL_SIDE, THUMBNAIL_SIDE)
-    images = [
-        encode(decode(encoded.read([row])[0], side, config.max_pixels), "WEBP")
-        for row in tqdm(pseudo.rows[shown].tolist(), desc="thumbnails", unit="img", leave=False)
-    ]
+    images = []
+    with progress_bar(len(shown), "thumbnails", "img", leave=False) as bar:
+        for row in pseudo.rows[shown].tolist():
+            images.append(encode(decode(encoded.read([row])[0], side, config.max_pixels), "WEBP"))
+            bar.update()
     copy_network(run, "pretrain", folder)
     check_network(read_config(folder / "config.json"), folder / "model.safetensors", str(run / "pretrain"))
     atomic_write_bytes(folder / "centroids.safetensors", read_inside(run, "labels/centroids.safetensors"))

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from sssd_zoo.configs import ClusterConfig
+from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.labels.feature_file import FeatureFile
 from sssd_zoo.labels.kmeans import Clustering, FloatArray, check_kmeans, first_seed, import_faiss, refuse_non_finite
 
@@ -55,7 +55,7 @@ def kmeans_from_file(
     faiss = import_faiss()
     best: FloatArray | None = None
     best_inertia = np.float32(np.inf)
-    with tqdm(total=redos * iterations, desc="k-means", unit="pass", disable=not progress) as bar:
+    with progress_bar(redos * iterations, "k-means", "pass", disable=not progress) as bar:
         for redo in range(redos):
             order = np.empty(n, dtype=np.int32)
             faiss.rand_perm(faiss.swig_ptr(order), n, first_seed(seed, redo) + 1)

@@ -8,9 +8,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm.auto import tqdm
 
 from sssd_zoo.configs import ClusterConfig
+from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 
 logger = logging.getLogger("sssd_zoo")
@@ -164,7 +164,7 @@ def kmeans(
     faiss = import_faiss()
     all_rows = {"max_points_per_centroid": -(-n // k), "min_points_per_centroid": 1, "check_input_data_for_NaNs": False}
     best, best_inertia = None, np.inf
-    with tqdm(total=redos * iterations, desc="k-means", unit="pass", disable=not progress) as bar:
+    with progress_bar(redos * iterations, "k-means", "pass", disable=not progress) as bar:
         for redo in range(redos):
             # One pass per call, so that the bar can move, gives the same bits as faiss's own loop at 1 ms more a pass.
             trainer = faiss.Kmeans(d, k, niter=1, seed=first_seed(seed, redo), **all_rows)

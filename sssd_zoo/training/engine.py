@@ -6,7 +6,6 @@ processes see the samples and the views that one process with the same global ba
 """
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -17,18 +16,19 @@ from typing import Any, Protocol
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sssd_zoo.configs import OptimConfig, RuntimeConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.distributed import on_main, rank, world_size
 from sssd_zoo.distributed.batchnorm import average_batchnorm, synchronise_batchnorm
+from sssd_zoo.distributed.progress import progress_bar
+from sssd_zoo.distributed.threads import TrainingThreads
 from sssd_zoo.errors import UserError
 from sssd_zoo.labels.protocol import Labels, Targets
 from sssd_zoo.models.small_maps import small_map_convolutions
 from sssd_zoo.tasks import Task
 from sssd_zoo.training.checkpoints import Checkpoints, Progress
-from sssd_zoo.training.hardware import make_accelerator, threads_for
+from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.log import Log
 from sssd_zoo.training.schedule import make_scheduler
 
@@ -123,10 +123,12 @@ class Trainer:
         self.total_steps = optim.epochs * loader.steps_per_epoch
         self.accelerator = make_accelerator(runtime)
         self._prepare(task)
-        self.checkpoints = Checkpoints(out / "checkpoints", self._full_identity(identity))
+        full_identity = self._full_identity(identity)
+        self.checkpoints = Checkpoints(out / "checkpoints", full_identity)
         self.progress = self._resume()
-        self.log = Log(out, runtime, self.progress.step, self.accelerator.is_main_process)
+        self.log = Log(out, runtime, self.progress.step, self.accelerator.is_main_process, full_identity)
         self.bar = self._progress_bar(title)
+        self.threads = TrainingThreads(self.accelerator.device)
         self.unlogged: list[dict[str, Tensor]] = []  # what the steps since the last line of the log returned
         self.logged_at = time.perf_counter()
         self.started_at = self.logged_at - self.progress.seconds  # as if the run had never been interrupted
@@ -172,14 +174,13 @@ class Trainer:
         return Progress.of(record)
 
     def _progress_bar(self, title: str) -> Any:
-        return tqdm(
-            total=self.total_steps * self.optim.batch_size,
-            initial=self.progress.step * self.optim.batch_size,
-            desc=title,
-            unit="img",
-            unit_scale=True,
+        return progress_bar(
+            self.total_steps * self.optim.batch_size,
+            title,
+            "img",
             disable=not self.accelerator.is_main_process,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
+            initial=self.progress.step * self.optim.batch_size,
+            step_size=self.optim.batch_size,
         )
 
     @property
@@ -205,8 +206,8 @@ class Trainer:
         self.task.train()
         try:
             on_cpu = self.accelerator.device.type == "cpu" and not self.runtime.compile
-            faster = small_map_convolutions(self.task) if on_cpu else nullcontext()
-            with threads_for(self.accelerator.device), faster:
+            with self.threads, small_map_convolutions(self.task) if on_cpu else nullcontext():
+                self._say_threads()
                 while self.progress.step < self.total_steps:
                     self.run_epoch()
         finally:
@@ -235,6 +236,7 @@ class Trainer:
             if every and step % every == 0 and step % steps_per_epoch:
                 self.save()
         self.flush()
+        self.bar.refresh()
         if (epoch + 1) % max(1, self.runtime.checkpoint_epochs) == 0 or self.progress.step == self.total_steps:
             self.save()
 
@@ -257,7 +259,10 @@ class Trainer:
             random = BatchRandom(self.runtime.seed, step * chunks + number, rank(), world_size())
             is_last = number == len(parts) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                values = self.forward(self._views(part_positions, part_images, targets, random))
+                views = self._views(part_positions, part_images, targets, random)
+                if step == number == 0:
+                    self.log.write_views(views, self.task.mean, self.task.std, step)
+                values = self.forward(views)
                 self.accelerator.backward(values["loss"] / len(parts))
             for name, value in values.items():
                 means[name] = means.get(name, 0) + value.detach() / len(parts)
@@ -268,6 +273,13 @@ class Trainer:
         self.unlogged.append(means)
         self.progress.step += 1
         self.bar.update(self.optim.batch_size)
+        if self.threads.adapt():
+            self._say_threads()
+
+    def _say_threads(self) -> None:
+        line = self.threads.describe()
+        if line is not None and self.accelerator.is_main_process:
+            self.bar.write(line)
 
     def _views(self, positions: Tensor, images: Any, targets: Targets | None, random: BatchRandom) -> dict[str, Any]:
         """What the task's `forward` takes, on the device."""

@@ -1,8 +1,6 @@
 """The Accelerator of a run."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 
@@ -14,6 +12,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from sssd_zoo.configs import RuntimeConfig
 from sssd_zoo.distributed.hardware import resolve_precision
 from sssd_zoo.errors import UserError
+from sssd_zoo.training.trackers import check_trackers
 
 
 def make_accelerator(config: RuntimeConfig) -> Accelerator:
@@ -22,8 +21,10 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
     `distributed.batchnorm` averages those before every checkpoint.
 
     Raises:
-        UserError: for settings that do not work here: fp16 on a CPU, or `compile` without a compiler.
+        UserError: for settings that do not work here: fp16 on a CPU, `compile` without a compiler, or trackers that
+            are not installed.
     """
+    check_trackers(config.trackers)
     precision = resolve_precision(config.precision, config.device)
     # Accelerate keeps the first precision of a process for good; a later run of the same process may want another.
     AcceleratorState._reset_state()
@@ -43,23 +44,6 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
     if config.compile:
         check_compiler(accelerator.device.type)
     return accelerator
-
-
-@contextmanager
-def threads_for(device: torch.device) -> Iterator[None]:
-    """Within the block, torch computes on one CPU thread if `device` is an accelerator.
-
-    There the CPU draws random numbers and launches kernels. Seen on a machine with 16 cores and an H200: waking 16
-    threads for operations of a few thousand numbers left the GPU idle nine tenths of the time (two trainings at once:
-    4,700 and 7,000 images a second with 16 threads each, 17,000 each with 3).
-    """
-    before = torch.get_num_threads()
-    if device.type != "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @cache

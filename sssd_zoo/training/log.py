@@ -1,13 +1,14 @@
 """What a training writes while it runs: metrics.jsonl and the trackers."""
 
 import json
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sssd_zoo.configs import RuntimeConfig
 from sssd_zoo.files import atomic_write_text, disk_errors
 from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.training.trackers import Trackers, grid_of_views
 
 
 class Log:
@@ -21,45 +22,36 @@ class Log:
         config: says which trackers.
         step: optimiser steps done, more than 0 in a resumed run.
         is_main: whether this is the main process.
+        settings: of the training, for the trackers.
     """
 
-    def __init__(self, out: Path, config: RuntimeConfig, step: int, is_main: bool) -> None:
+    def __init__(
+        self, out: Path, config: RuntimeConfig, step: int, is_main: bool, settings: dict[str, Any] | None = None
+    ) -> None:
         self.path, self.is_main = out / "metrics.jsonl", is_main
-        self.tensorboard: Any = None
-        self.trackio: Any = None
+        self.trackers: Trackers | None = None
         if not is_main:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        if "tensorboard" in config.trackers:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(out / "tensorboard", purge_step=step + 1)
-        if "trackio" in config.trackers:
-            os.environ.setdefault("TRACKIO_DIR", str(out / "trackio"))
-            import trackio
-
-            self.trackio = trackio
-            trackio.init(project="sssd-zoo", name=out.name, embed=False)
+        if config.trackers:
+            self.trackers = Trackers(config.trackers, out, step, settings or {})
 
     def write(self, values: dict[str, float]) -> None:
-        """Appends a line of numbers, one of which is `step`."""
+        """Appends a line of numbers, one of which is `step`; any names, which the trackers get, too."""
         if not self.is_main:
             return
-        step = int(values["step"])
-        with disk_errors(self.path):
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-            if self.tensorboard is not None:
-                for name, value in values.items():
-                    self.tensorboard.add_scalar(name, value, step)
-        if self.trackio is not None:
-            self.trackio.log({name: value for name, value in values.items() if name != "step"}, step=step)
+        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.trackers is not None:
+            self.trackers.log({name: value for name, value in values.items() if name != "step"}, int(values["step"]))
+
+    def write_views(self, batch: dict[str, Any], mean: Sequence[float], std: Sequence[float], step: int) -> None:
+        """Gives the trackers, if there are any, a picture of a batch's augmented views; see `grid_of_views`."""
+        if self.trackers is not None and (grid := grid_of_views(batch, mean, std)) is not None:
+            self.trackers.log_image("views", grid, step)
 
     def close(self) -> None:
         """Flushes the trackers."""
-        if self.tensorboard is not None:
-            with disk_errors(self.path):
-                self.tensorboard.close()
-        if self.trackio is not None:
-            self.trackio.finish()
+        if self.trackers is not None:
+            self.trackers.close()
