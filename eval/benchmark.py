@@ -249,7 +249,8 @@ def benchmark_moco(
         engine takes on this machine, and the ratios of training to both products, medians over the rounds.
     """
     precision, task, step = moco_step(batch_size, splits, size)
-    per_image = 4 * multiply_adds(task.query_encoder.trunk, (3, size, size))["4"]
+    trunk: Any = task.query_encoder.trunk
+    per_image = 4 * multiply_adds(trunk, (3, size, size))["4"]
     step(0)
     measured = []
     for _ in range(rounds):
