@@ -13,6 +13,7 @@ RUN/
     cluster_names.json   what `sssd rename` called the clusters
     figures/        PNG
     report.md       tables and figures; metrics.json holds their numbers
+    report.html     the same as a page, with the clusters to look at, to name and to merge
 """
 
 import time
@@ -52,6 +53,7 @@ from sssd_zoo.pipeline.defaults import advice, derive
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, check_start, set_up
 from sssd_zoo.pipeline.rename import cluster_names
+from sssd_zoo.pipeline.report import write_run_page
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.training.runs import save_config, settings_of
 
@@ -106,8 +108,10 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
         stages.run(stage)
     if rank() == 0:
         print("\n" + describe_results(write_results(plan, stages)))
+        page = write_run_page(plan.out, plan.setup.data, plan.setup.forward)
         report = plan.out / "report.md"
         print(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report}")
+        print(f"The clusters to look at and name, in a browser: {page}")
         print(
             f"Network: {plan.out / 'model'}, for timm.create_model('local-dir:{plan.out / 'model'}', pretrained=True)"
         )

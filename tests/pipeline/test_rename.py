@@ -12,6 +12,7 @@ import torch
 from helpers.commands import TINY, one_line, sssd
 from helpers.disk import contents
 from helpers.networks import save_tiny
+from helpers.runs import made_run
 from sssd_zoo.hub.page import Demo
 from sssd_zoo.hub.space import assemble
 from sssd_zoo.models.merged import Answers
@@ -23,10 +24,8 @@ GOOD = "cluster,name\n0,cats\n1,cats\n2,dogs\n3,none of these\n"
 
 @pytest.fixture(scope="module")
 def run(folder_of_images, tmp_path_factory) -> Path:
-    """A run of `sssd fit` without labels: its network answers four clusters."""
-    out = tmp_path_factory.mktemp("fit") / "run"
-    assert sssd("fit", "--data", folder_of_images, "--unlabelled", "--out", out, *TINY) == 0
-    return out
+    """A run without labels: its network answers four clusters."""
+    return made_run(tmp_path_factory.mktemp("made") / "run", folder_of_images)
 
 
 @pytest.fixture
@@ -73,12 +72,21 @@ def test_predict_answers_with_the_names_of_a_run(run, folder_of_images, tmp_path
     assert load_network(str(copy)).pretrained_cfg["label_names"] == ["cats", "cats", "dogs", "birds"]
 
 
-def test_fit_keeps_the_names_until_the_clusters_change(run, folder_of_images, tmp_path, capsys):
+@pytest.mark.slow
+def test_fit_keeps_the_names(folder_of_images, tmp_path):
+    out = tmp_path / "run"
+    fit = ("fit", "--data", folder_of_images, "--unlabelled", "--out", out, *TINY)
+    assert sssd(*fit) == 0
+    assert "cluster 3" in (out / "report.html").read_text()
+    assert sssd("rename", out, csv(tmp_path, GOOD)) == 0
+    assert sssd(*fit) == 0
+    assert load_network(str(out)).pretrained_cfg["label_names"] == ["cats", "cats", "dogs", "none of these"]
+    assert '"none of these"' in (out / "report.html").read_text()
+
+
+def test_names_of_other_clusters_are_not_used(run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")
     assert sssd("rename", copy, csv(tmp_path, GOOD)) == 0
-    fit = ("fit", "--data", folder_of_images, "--unlabelled", "--out", copy, *TINY)
-    assert sssd(*fit) == 0
-    assert load_network(str(copy)).pretrained_cfg["label_names"] == ["cats", "cats", "dogs", "none of these"]
     naming = json.loads((copy / "cluster_names.json").read_text())
     (copy / "cluster_names.json").write_text(json.dumps({**naming, "labels": "of others"}))
     capsys.readouterr()
@@ -151,6 +159,8 @@ def test_a_wrong_file_is_one_line_and_changes_nothing(content, words, network, t
 
 def test_networks_that_are_not_renamed(run, network, folder_of_images, tmp_path, capsys):
     names = csv(tmp_path, GOOD)
+    (run / "steps").mkdir(exist_ok=True)
+    (run / "steps" / "distill.json").write_text("{}")
     assert sssd("rename", network, names) == 0
     assert load_network(str(network)).pretrained_cfg["label_names"][1] == "cats"
     for model, words in (
