@@ -179,31 +179,32 @@ function draw() {
 
 // --- names
 
+// Names are kept in the browser until the run has others. A browser may forbid that to pages from the disk: then they
+// are lost with the page, which asks before it is closed.
 let unsaved = false;
+let kept = true;
 
 function changed() {
   unsaved = true;
   try {
-    localStorage.setItem(storageKey, JSON.stringify(names));
+    localStorage.setItem(storageKey, JSON.stringify({ run: clusters.name, names }));
   } catch {
-    // A browser may forbid it to pages from the disk: the names are then kept until the page is closed.
+    kept = false;
   }
   tellNaming();
 }
 
 function restore() {
-  let kept = null;
+  let before = null;
   try {
-    kept = JSON.parse(localStorage.getItem(storageKey));
+    before = JSON.parse(localStorage.getItem(storageKey));
   } catch {
-    return; // nothing was kept
+    kept = false;
   }
-  if (!Array.isArray(kept) || kept.length !== names.length) return;
-  kept.forEach((name, cluster) => {
-    if (typeof name === "string" && name !== names[cluster]) {
-      names[cluster] = name;
-      unsaved = true;
-    }
+  if (!before || String(before.run) !== String(clusters.name) || before.names?.length !== names.length) return;
+  before.names.forEach((name, cluster) => {
+    unsaved ||= name !== names[cluster];
+    names[cluster] = String(name);
   });
 }
 
@@ -326,7 +327,7 @@ function start() {
     find("naming").addEventListener("submit", nameTicked);
     find("untick").addEventListener("click", untick);
     find("save").addEventListener("click", save);
-    window.addEventListener("beforeunload", (event) => unsaved && event.preventDefault());
+    window.addEventListener("beforeunload", (event) => unsaved && !kept && event.preventDefault());
     tellNaming();
   }
   find("search").addEventListener("input", draw);
