@@ -126,8 +126,8 @@ class Page:
         return self.browser.execute_script(script)
 
     def type(self, selector: str, words: str) -> None:
-        script = "const e = document.querySelector(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))"
-        self.browser.execute_script(script, selector, words)
+        script = "const e = document.querySelector(arguments[0]); e.value = arguments[1];"
+        self.browser.execute_script(script + "e.dispatchEvent(new Event('input'))", selector, words)
 
     def cards(self) -> list[int]:
         return list(self.js("return [...document.querySelectorAll('#list .cluster')].map((e) => +e.dataset.cluster)"))
@@ -151,7 +151,7 @@ def test_a_reader_searches_and_looks_closer(made, browser):
     assert page.cards() == [0, 1, 2, 3]
     assert page.thumbs() == 50
     page.type("#search", "2")
-    assert page.cards()[:1] == [0] or 2 in page.cards()
+    assert page.cards() == [0, 1, 2, 3], "the cluster of this number, and files with it in their names"
     page.type("#search", "cluster 2")
     assert page.cards() == [2]
     page.type("#search", "COPY OF")
@@ -170,7 +170,6 @@ def test_a_reader_searches_and_looks_closer(made, browser):
     assert page.js("return document.querySelectorAll('#zoom-near .thumb').length") == 8
     browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     assert page.js("return document.querySelector('#zoom').open") is False
-    assert page.js("return typeof window.alerted") == "undefined"
     assert page.errors() == []
 
 
@@ -188,6 +187,8 @@ def test_a_reader_names_clusters_and_the_network_answers_so(made, photos, browse
     page.type('[data-cluster="3"] .name', "dogs")
     state = page.js("return document.querySelector('#state').textContent")
     assert state == "3 of 4 clusters named; the network gives 3 answers, not saved yet"
+    page.browser.refresh()
+    assert page.js("return document.querySelector('[data-cluster=\"2\"] .name').value") == 'cats, "big"; ünï'
     page.js("document.querySelector('#save').click()")
     from selenium.webdriver.support.ui import WebDriverWait
 
