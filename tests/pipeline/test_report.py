@@ -15,6 +15,7 @@ from helpers.browser import chromium
 from helpers.commands import one_line, sssd
 from helpers.images import picture, write
 from helpers.runs import made_run
+from sssd_zoo.data.sources import SAMPLE_NAME
 from sssd_zoo.models.networks import load_network
 
 ODD = [
@@ -229,3 +230,19 @@ def test_labelled_images_have_purities_and_no_names_to_give(folder_of_images, br
     assert page.thumbs() >= 16
     assert "&lt;SSSD&gt;" in (out / "report.html").read_text()
     assert page.errors() == []
+
+
+@pytest.mark.slow
+def test_ten_thousand_images_open_at_once(browser, tmp_path):
+    out = made_run(tmp_path / "run", SAMPLE_NAME, clusters=200)
+    assert sssd("report", out, "--device", "cpu") == 0
+    assert data_of(out / "report.html")["total"] == 10_000
+    assert (out / "report.html").stat().st_size < 15e6
+    # The time that the page itself takes, not what other programs of a busy machine take from it.
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    page = Page(browser, out / "report.html")
+    assert page.thumbs() == 24 * 24
+    measured = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    assert next(each["value"] for each in measured if each["name"] == "TaskDuration") < 3
+    page.type("#search", "row 1234")
+    assert page.thumbs() == 1
