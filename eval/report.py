@@ -1,4 +1,4 @@
-"""Another name of compare.py, from before it had this one."""
+"""Another name of compare.py, from before it had this one. The page of a single run is written by `sssd report`."""
 
 from sssd_zoo.cli import run
 

@@ -22,6 +22,7 @@ class Command(NamedTuple):
 
 
 MODEL = (("model", None),)
+RUN = (("run", None),)
 COMMANDS = {
     "fit": Command("FitArgs", "the whole pipeline: images in, a trained four-exit network and a report out"),
     "pretrain": Command("PretrainArgs", "pretrain a network without labels by MoCo v2"),
@@ -41,6 +42,12 @@ COMMANDS = {
     ),
     "predict": Command(
         "PredictArgs", "classify image files or folders, and report which exit answered", (*MODEL, ("images", "+"))
+    ),
+    "report": Command(
+        "ReportArgs", "write report.html of a run: its results, and its clusters to look at and name", RUN
+    ),
+    "rename": Command(
+        "RenameArgs", "name the clusters that a network answers, and merge them", (*MODEL, ("names", None))
     ),
     "finetune": Command("FinetuneArgs", "fine-tune networks on a few labels, over several label fractions and seeds"),
     "detect": Command("DetectArgs", "train Faster R-CNN on a trained trunk, on boxes from VOC, COCO or `datasets`"),

@@ -398,6 +398,37 @@ class PredictArgs(ForwardConfig):
 
 
 @dataclass(kw_only=True)
+class ReportArgs(ForwardConfig):
+    """Writes report.html of a finished run: its results, and its clusters with their images to look at and name.
+
+    `sssd fit` writes it at its end, too.
+
+    Args:
+        run: run folder of `sssd fit`.
+        data: where the run's images are now, if they have moved.
+        images: number of images to show at most; of more, those shown are spread over each cluster.
+    """
+
+    run: str
+    data: str | None = None
+    images: Count = 10_000
+
+
+@dataclass(kw_only=True)
+class RenameArgs(Checked):
+    """Names the clusters that a network answers: `sssd rename RUN NAMES.csv`. Clusters of one name become one answer.
+
+    Args:
+        model: run folder of `sssd fit`, or folder of a network.
+        names: CSV file with the columns 'cluster' and 'name', as report.html saves it; clusters that it leaves out keep
+            their names.
+    """
+
+    model: str
+    names: str
+
+
+@dataclass(kw_only=True)
 class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     """Fine-tunes networks on class-balanced subsets of the labels, over several seeds. Rerun it to resume.
 

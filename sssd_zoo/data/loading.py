@@ -106,6 +106,7 @@ class ImageData:
         size: side S of the stored images.
         corrupt: row number or path, and reason, of each undecodable image that is left out.
         in_memory: whether all images are decoded and kept in memory.
+        encoded: the images as they are stored, by row number.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class ImageData:
         self.class_names = None if labels is None else labels.names
         self.corrupt = tally.corrupt
         self.in_memory = pixels is not None
+        self.encoded = source.encoded
         self._tally, self._workers, self._pixels = tally, config.workers, pixels
         self._decoder = _Decoder(source.encoded, rows, size, config.max_pixels)
 

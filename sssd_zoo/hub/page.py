@@ -38,6 +38,7 @@ from sssd_zoo.data.images import CorruptImageError, Encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import html, plain
 from sssd_zoo.models import SSSDResNet, ensemble_logits, exits_asked, exits_taken, multiply_adds
+from sssd_zoo.models.merged import Answers
 
 PASSES = 5  # of each length; their median time is shown
 SHOWN = 3  # most probable classes of each answer
@@ -56,21 +57,24 @@ class Analysis:
     """What a network makes of one image.
 
     Attributes:
-        probabilities: of the classes by the exits 1 to 4, each a list.
-        top: of the exits 1 to 4 and of the ensemble, the most probable classes and their probabilities, best first.
+        probabilities: of the names by the exits 1 to 4, each a list.
+        top: of the exits 1 to 4 and of the ensemble, the most probable names and their probabilities, best first.
         seconds: median time of a pass that stops at exit 1 to 4, and of one that computes all answers.
         cluster: number of the nearest centroid, where the page has clusters.
+        confidences: of the exits 1 to 3 in single classes, which early exit goes by; by default those of `top`, which
+            are greater where several classes have one name.
     """
 
     probabilities: list[list[float]]
     top: list[list[tuple[int, float]]]
     seconds: list[float]
     cluster: int | None
+    confidences: Sequence[float] = ()
 
     def exit_taken(self, thresholds: Sequence[float]) -> int:
         """The exit, 1..4, that `forward_early` leaves at with these thresholds of the exits 1 to 3."""
-        confidences = torch.tensor([[answer[0][1]] for answer in self.top[:3]])
-        return int(exits_taken(confidences, thresholds))
+        confidences = self.confidences or [answer[0][1] for answer in self.top[:3]]
+        return int(exits_taken(torch.tensor(confidences).unsqueeze(1), thresholds))
 
     def early_answer(self, thresholds: Sequence[float]) -> tuple[int, float]:
         """The class that `forward_early` answers with these thresholds, and its probability."""
@@ -164,8 +168,8 @@ class Demo:
         self.network = load_folder(folder / "model")
         names = self.network.pretrained_cfg.get("label_names")
         descriptions = self.network.pretrained_cfg.get("label_descriptions") or {}  # where names are WordNet's ids
-        self.names: list[str] = [plain(descriptions.get(name, name)) for name in names or []]
-        self.names = self.names or [f"class {number}" for number in range(self.network.num_classes)]
+        self.merged = Answers(names or [f"class {number}" for number in range(self.network.num_classes)])
+        self.names: list[str] = [plain(descriptions.get(name, name)) for name in self.merged.names]
         self.costs = multiply_adds(self.network, self.network.pretrained_cfg["input_size"])
         self.clusters = Clusters(folder / "clusters") if (folder / "clusters").is_dir() else None
         self.examples = sorted(map(str, (folder / "examples").iterdir()))
@@ -181,12 +185,13 @@ class Demo:
         logits = self.network.forward_exits(pixels).logits
         top = []
         for answer in [*logits, ensemble_logits(logits)]:
-            best = answer[0].softmax(0).topk(min(SHOWN, len(self.names)))
+            best = self.merged.probabilities(answer[0]).topk(min(SHOWN, len(self.names)))
             top.append(list(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
         seconds = pass_seconds(self.network, pixels)
-        probabilities = [answer[0].softmax(0).tolist() for answer in logits]
+        probabilities = [self.merged.probabilities(answer[0]).tolist() for answer in logits]
+        confidences = [float(answer[0].softmax(0).max()) for answer in logits[:3]]
         cluster = None if self.clusters is None else self.clusters.nearest(image)
-        return Analysis(probabilities, top, seconds, cluster)
+        return Analysis(probabilities, top, seconds, cluster, confidences)
 
     def introduction(self) -> str:
         """What the network is, as Markdown."""

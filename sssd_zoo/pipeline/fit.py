@@ -10,8 +10,10 @@ RUN/
     probe/          accuracy of both, where labels exist
     steps/          each step's inputs and result, by which the next call knows what is done
     model/          what to use: the network (with the probes as heads where labels exist) and its card
+    cluster_names.json   what `sssd rename` called the clusters
     figures/        PNG
     report.md       tables and figures; metrics.json holds their numbers
+    report.html     the same as a page, with the clusters to look at, to name and to merge
 """
 
 import time
@@ -50,6 +52,8 @@ from sssd_zoo.models.networks import load_encoder, load_network
 from sssd_zoo.pipeline.defaults import advice, derive
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, check_start, set_up
+from sssd_zoo.pipeline.rename import cluster_names
+from sssd_zoo.pipeline.report import write_run_page
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.training.runs import save_config, settings_of
 
@@ -106,8 +110,10 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
         stages.run(stage)
     if rank() == 0:
         print("\n" + describe_results(write_results(plan, stages)))
+        page = write_run_page(plan.out, plan.setup.data, plan.setup.forward)
         report = plan.out / "report.md"
         print(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report}")
+        print(f"The clusters to look at and name, in a browser: {page}")
         print(
             f"Network: {plan.out / 'model'}, for timm.create_model('local-dir:{plan.out / 'model'}', pretrained=True)"
         )
@@ -303,13 +309,12 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         measured["ensemble"] = ours["ensemble"]
     write_report(out / "report.md", results)
     write_json(out / "metrics.json", results)
-    clusters = [f"cluster {number}" for number in range(len(pseudo.meta["sizes"]))]
     save_model_folder(
         out / "model",
         network,
         arch=setup.arch,
         input_size=setup.size,
-        label_names=setup.data.class_names if probe else clusters,
+        label_names=setup.data.class_names if probe else cluster_names(out),
         metrics=measured,
         card_context=results,
     )

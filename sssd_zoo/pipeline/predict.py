@@ -17,6 +17,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.features import float32_classifiers
 from sssd_zoo.models import SSSDResNet
+from sssd_zoo.models.merged import Answers
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import class_descriptions
 
@@ -119,7 +120,9 @@ class Rows:
 
     def __init__(self, model: Any, form: str) -> None:
         self.form = form
-        self.names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
+        names = model.pretrained_cfg.get("label_names") or [str(number) for number in range(model.num_classes)]
+        self.answers = Answers(names)
+        self.names = self.answers.names
         self.descriptions = class_descriptions(self.names)  # of WordNet's ids, which say nothing to a person
         described = self.descriptions
         self.shown = [plain(described[name].split(",")[0] if described else name) for name in self.names]
@@ -138,7 +141,7 @@ class Rows:
             logits: of them, [B, num_classes].
             exits: that gave them; see `answer`.
         """
-        confidences, classes = logits.float().softmax(1).max(1)
+        confidences, classes = self.answers.probabilities(logits).max(1)
         for row in zip(files, classes.tolist(), confidences.tolist(), exits, strict=True):
             file, number, confidence, exit_taken = row
             if self.form == "jsonl":

@@ -141,16 +141,21 @@ def test_a_bar_in_a_name_does_not_break_the_table(tmp_path: Path) -> None:
 
 
 def test_loss_curves(tmp_path: Path, drawn: list[Figure]) -> None:
-    parts = {"ce_teacher": 4.0, "feature": 300.0, "label_top1": 0.25}
+    parts = {"ce_teacher": 4.0, "kl": 0.1, "feature": 300.0, "label_top1": 0.25}
     stages = {"MoCo v2": lines(500), "distil": lines(40, **parts), "skipped": [], "short": lines(1, kl=0.0)}
     loss_curves(stages, tmp_path / "curves.png")
-    panels = np.array(drawn[0].axes).reshape(3, 3)  # loss, top-1, lr; the stage without lines has no column
+    panels = np.array(drawn[0].axes).reshape(4, 3)  # loss, feature, top-1, lr; the stage without lines has no column
     assert [panel.get_title(loc="left") for panel in panels[0]] == ["MoCo v2", "distil", "short"]
     assert [panel.get_yscale() for panel in panels[0]] == ["linear", "log", "linear"]
-    assert [panel.get_visible() for panel in panels[1]] == [False, True, False]
+    for row in (1, 2):
+        assert [panel.get_visible() for panel in panels[row]] == [False, True, False]
     names = [text.get_text() for text in panels[0, 1].get_legend().get_texts()]
-    assert names == ["loss", "ce teacher", "feature"]
-    assert panels[1, 1].get_lines()[0].get_ydata().tolist() == [25.0] * 40
+    assert names == ["loss", "ce teacher", "kl"]
+    assert panels[1, 1].get_lines()[0].get_ydata().tolist() == [300.0] * 40
+    assert "unweighted" in panels[1, 1].get_ylabel()
+    assert panels[2, 1].get_lines()[0].get_ydata().tolist() == [25.0] * 40
+    loss_curves({"MoCo v2": lines(500)}, tmp_path / "pretrain.png")
+    assert len(drawn[1].axes) == 3, "no row for a term that no stage has"
     raw, smooth = panels[0, 0].get_lines()
     assert len(smooth.get_ydata()) == len(raw.get_ydata()) == 500
     np.testing.assert_allclose(smooth.get_ydata()[100], np.mean(raw.get_ydata()[95:105]), rtol=1e-6)

@@ -45,6 +45,9 @@ EXITS = ("1", "2", "3", "4")
 
 NUMBERED = 3  # networks in one figure whose points have room for their numbers
 
+# Terms that are logged without their small weight in the loss, far above the others, and what their axes are called.
+OWN_SCALE = {"feature": "feature\n(unweighted)"}
+
 LONGEST_LABEL = 40  # characters of a name
 
 LEAST_SPAN = 10  # points of accuracy that the axis covers at least
@@ -56,19 +59,23 @@ def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str 
 
     Args:
         metrics: by the stage's title, the lines of its metrics.jsonl: `epoch`, `loss`, `lr`; any `*_top1`, a fraction,
-            is drawn in percent, and the other names but `step` and `images_per_second` as terms of the loss.
+            is drawn in percent, those of `OWN_SCALE` in a panel of their own where a stage has them, and the other
+            names but `step` and `images_per_second` as terms of the loss.
         path: PNG to write.
     """
     stages = {title: lines for title, lines in metrics.items() if lines}
     columns = max(1, len(stages))
-    figure = Figure(figsize=(max(5.2, 4.0 * columns), 5.8), layout="constrained")
-    panels = figure.subplots(3, columns, sharex="col", squeeze=False, height_ratios=(4, 1.4, 1))
-    for (losses, accuracies, rates), (title, lines) in zip(panels.T, stages.items(), strict=False):
+    extra = int(any(OWN_SCALE.keys() & lines[0].keys() for lines in stages.values()))
+    figure = Figure(figsize=(max(5.2, 4.0 * columns), 5.8 + 1.4 * extra), layout="constrained")
+    heights = (4, *[1.4] * extra, 1.4, 1)
+    panels = figure.subplots(len(heights), columns, sharex="col", squeeze=False, height_ratios=heights)
+    for (losses, *unweighted, accuracies, rates), (title, lines) in zip(panels.T, stages.items(), strict=False):
         epochs = [line["epoch"] for line in lines]
         values = {name: np.array([line[name] for line in lines]) for name in lines[0]}
         drawn = [name for name in values if name not in ("step", "epoch", "lr", "images_per_second")]
         top1 = [name for name in drawn if name.endswith("_top1")]
-        terms = [name for name in drawn if name not in top1]
+        own_scale = [name for name in drawn if name in OWN_SCALE]
+        terms = [name for name in drawn if name not in (*top1, *own_scale)]
 
         for name, colour in zip(terms, _colours(), strict=False):
             _curve(losses, epochs, values[name], colour, name, width=2 if name == "loss" else 1.3)
@@ -79,6 +86,12 @@ def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str 
                 getattr(losses.yaxis, f"set_{axis_part}_formatter")(LogFormatter())
         losses.set_title(_label(title))
         _legend_below(losses)
+
+        for panel in unweighted:
+            for name, colour in zip(own_scale, _colours(start=4), strict=False):
+                _curve(panel, epochs, values[name], colour, name, width=1.3)
+            panel.set_visible(bool(own_scale))
+            panel.set(ylim=(0, None), ylabel=", ".join(OWN_SCALE[name] for name in own_scale))
 
         for name, colour in zip(top1, _colours(start=5), strict=False):
             _curve(accuracies, epochs, 100 * values[name], colour, name, width=2)
@@ -92,8 +105,8 @@ def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str 
         _curve(rates, epochs, values["lr"], FAINT, "lr", width=1.4)
         rates.set(xlabel="epoch", xlim=(0, None), ylim=(0, None))
         rates.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    for panel, name in zip(panels[:, 0], ("loss", "top-1", "lr"), strict=True):
-        panel.set_ylabel(name)
+    for row, name in ((0, "loss"), (-2, "top-1"), (-1, "lr")):
+        panels[row, 0].set_ylabel(name)
     _save(figure, path)
 
 
