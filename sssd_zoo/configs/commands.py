@@ -146,10 +146,10 @@ class SEEDArgs(DataConfig, RuntimeConfig, SEEDConfig):
 
 @dataclass(kw_only=True)
 class LinearArgs(DataConfig, ForwardConfig, ProbeConfig):
-    """Trains a linear probe on every exit of a frozen network, and measures the probes and their ensemble.
+    """Trains a linear probe on every exit of a frozen network, and measures them: `sssd linear MODEL --data DATA`.
 
     Args:
-        model: run folder, or the name of any timm model.
+        model: run folder, or the name of any timm model; also as the first word, without the flag.
         out: folder to write metrics.json and the network with the probes as its heads into; by default results are only
             printed.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
@@ -166,10 +166,10 @@ class LinearArgs(DataConfig, ForwardConfig, ProbeConfig):
 
 @dataclass(kw_only=True)
 class KNNArgs(DataConfig, ForwardConfig, KNNConfig):
-    """Measures every exit of a frozen network by weighted k-nearest-neighbour classification.
+    """Measures every exit of a frozen network by weighted k-nearest neighbours: `sssd knn MODEL --data DATA`.
 
     Args:
-        model: run folder, or the name of any timm model.
+        model: run folder, or the name of any timm model; also as the first word, without the flag.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
         holdout: fraction of the images to measure on, if the data set has no test or validation split.
         seed: random seed of the held-out fraction.
@@ -477,10 +477,10 @@ class DetectArgs(DetectionDataConfig, DetectorConfig, RuntimeConfig, OptimConfig
 
 @dataclass(kw_only=True)
 class DetectEvalArgs(DetectionDataConfig, ForwardConfig):
-    """Measures the average precision of a trained detector.
+    """Measures the average precision of a trained detector: `sssd detect-eval MODEL --data DATA`.
 
     Args:
-        model: run folder of `sssd detect`.
+        model: run folder of `sssd detect`; also as the first word, without the flag.
         split: split to measure on; by default 'test' or 'val'.
         classes: class names, which must be the detector's; by default they are.
         batch_size: images per forward pass.
@@ -536,10 +536,10 @@ class ModelsArgs(Checked):
 
 @dataclass(kw_only=True)
 class CardArgs(Checked):
-    """Collects a trained network's model card, config, metrics, logs, recipe and figures in one folder.
+    """Collects a trained network's model card, config, metrics, logs, recipe and figures: `sssd card RUN --out FOLDER`.
 
     Args:
-        run: run folder of `sssd fit`.
+        run: run folder of `sssd fit`; also as the first word, without the flag.
         out: folder to write.
         name: timm name and tag of the weights if they are bundled with the package, such as
             'sssd_resnet18_cifar.cifar10'.
