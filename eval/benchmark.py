@@ -1,6 +1,7 @@
 """Measures what the README and docs state about speed and memory: `python eval/benchmark.py SECTION`, see --help."""
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -11,16 +12,21 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import timm
 import torch
+from PIL import Image
 
-from sssd_zoo.configs import MoCoConfig, SelfDistillationConfig
+from sssd_zoo.configs import EmbedArgs, MoCoConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
 from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
 from sssd_zoo.labels.kmeans import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.models.networks import channels, input_spec
+from sssd_zoo.pipeline.embed import embed, load_exits
 from sssd_zoo.pipeline.export import onnx_bytes, run_onnx, session
 from sssd_zoo.tasks import ClusterFit, MoCo, SelfDistillation, Task
 
@@ -336,6 +342,122 @@ def benchmark_deploy(images: int = 50, rounds: int = 5) -> dict[str, Any]:
     }
 
 
+def write_photos(folder: Path, count: int, width: int = 400, height: int = 300) -> None:
+    """Writes JPEGs of smooth noise, each of about 30 kB."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number:06}.jpg", quality=90)
+
+
+def benchmark_embed(
+    model: str = "sssd_resnet18", images: int = 512, batch_size: int = 64, rounds: int = 3
+) -> dict[str, Any]:
+    """`sssd embed` of JPEGs of 400 x 300 px into parquet, against the forward pass of its network alone, in turn.
+
+    Of embed all is timed: opening and hashing the images, loading the network, decoding, the forward pass and writing.
+    The forward pass alone runs over one batch of inputs again and again, in the same precision.
+
+    Args:
+        model: the network; of one with exits the last.
+        images: number of them.
+        batch_size: images of a forward pass.
+        rounds: of both; the forward pass is timed before and after each embed, and its mean counts.
+
+    Returns:
+        Images per second of both, and the ratio of embed's rate to the forward pass's, medians over the rounds; and the
+        ratio of each round.
+    """
+    tune_cpu()
+    precision = resolve_precision("auto", "cpu")
+    network = load_exits(model, "final")[0].eval().to(memory_format=torch.channels_last)
+    size = input_spec(network).size
+    batch = torch.randn(batch_size, channels(network), size, size).contiguous(memory_format=torch.channels_last)
+
+    def forward_rate() -> float:
+        start = time.perf_counter()
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            for _ in range(images // batch_size):
+                network.forward_head(network.forward_features(batch), pre_logits=True)
+        return images // batch_size * batch_size / (time.perf_counter() - start)
+
+    measured = []
+    with TemporaryDirectory() as folder:
+        photos = Path(folder, "photos")
+        photos.mkdir()
+        write_photos(photos, images)
+        args = EmbedArgs(
+            model=model,
+            data=str(photos),
+            out=f"{folder}/embeddings.parquet",
+            batch_size=batch_size,
+            device="cpu",
+            overwrite=True,
+        )
+        forward_rate()
+        before = forward_rate()
+        for _ in range(rounds):
+            start = time.perf_counter()
+            embed(args)
+            rate = images / (time.perf_counter() - start)
+            after = forward_rate()
+            measured.append({"embed": rate, "forward": (before + after) / 2, "ratio": 2 * rate / (before + after)})
+            before = after
+    return {
+        "model": model,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "images": images,
+        "batch_size": batch_size,
+        **{name: statistics.median(values[name] for values in measured) for name in measured[0]},
+        "ratios": [values["ratio"] for values in measured],
+    }
+
+
+def benchmark_embed_memory(images: int = 100_000, side: int = 8) -> dict[str, Any]:
+    """The most memory that `sssd embed` takes for so many tiny images in parquet, in a process of its own; Linux only.
+
+    Args:
+        images: number of them.
+        side: of them, in pixels.
+
+    Returns:
+        Peaks of resident memory in MiB: with a hundredth of the images, and with all of them; and the size of the file
+        of embeddings in MiB.
+    """
+    random = np.random.default_rng(0)
+    with TemporaryDirectory() as folder:
+        schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
+        for name, count in (("few", images // 100), ("all", images)):
+            with pq.ParquetWriter(f"{folder}/{name}.parquet", schema) as file:
+                for start in range(0, count, 1000):
+                    rows = [{"image": {"bytes": _tiny(random, side)}} for _ in range(min(1000, count - start))]
+                    file.write_table(pa.Table.from_pylist(rows, schema))
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            few, whole = (pool.apply(_embed_peak, (folder, name)) for name in ("few", "all"))
+        size = Path(folder, "all.out.parquet").stat().st_size / 2**20
+    return {"images": images, "peak_mib_of_a_hundredth": few, "peak_mib": whole, "file_mib": size}
+
+
+def _tiny(random: np.random.Generator, side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _embed_peak(folder: str, name: str) -> float:
+    args = EmbedArgs(
+        model="sssd_resnet18_cifar",
+        data=f"{folder}/{name}.parquet",
+        out=f"{folder}/{name}.out.parquet",
+        exits="1",
+        image_size=8,
+        device="cpu",
+    )
+    embed(args)
+    return _peak_mib()
+
+
 def main() -> None:
     """Runs one benchmark and prints what it gives as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -362,6 +484,17 @@ def main() -> None:
     for name, default in {"images": 50, "rounds": 5}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_deploy)
+
+    section = sections.add_parser("embed", help="`sssd embed` against its network's forward pass alone")
+    section.add_argument("--model", default="sssd_resnet18", help="default sssd_resnet18")
+    for name, default in {"images": 512, "batch_size": 64, "rounds": 3}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_embed)
+
+    section = sections.add_parser("embed-memory", help="the most memory that `sssd embed` takes for many images")
+    for name, default in {"images": 100_000, "side": 8}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_embed_memory)
 
     arguments = vars(parser.parse_args())
     del arguments["section"]

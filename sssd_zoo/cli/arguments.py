@@ -25,7 +25,7 @@ from sssd_zoo.files.untrusted import check_recipe
 # Arguments that are paths, or may be: a `~` in front of them is expanded, wherever they were given.
 PATHS = (
     *("data", "pretrain_data", "test_data", "image_folder", "images", "out", "weights", "run", "calibrated", "also"),
-    *("model", "models", "features", "teacher", "encoder", "init", "labels"),
+    *("model", "models", "features", "teacher", "encoder", "init", "labels", "index"),
 )
 
 

@@ -44,6 +44,13 @@ COMMANDS = {
     "predict": Command(
         "PredictArgs", "classify image files or folders, and report which exit answered", (*MODEL, ("images", "+"))
     ),
+    "embed": Command("EmbedArgs", "write the features of images into a parquet, CSV or .npy file", MODEL),
+    "search": Command(
+        "SearchArgs",
+        "find the images of such a file that are nearest to others",
+        (*MODEL, ("index", None), ("images", "+")),
+    ),
+    "clusters": Command("ClustersArgs", "copy or link a run's images into a folder per cluster", (("run", None),)),
     "finetune": Command("FinetuneArgs", "fine-tune networks on a few labels, over several label fractions and seeds"),
     "detect": Command("DetectArgs", "train Faster R-CNN on a trained trunk, on boxes from VOC, COCO or `datasets`"),
     "detect-eval": Command("DetectEvalArgs", "measure the average precision of a trained detector", network="model"),

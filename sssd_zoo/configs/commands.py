@@ -15,6 +15,7 @@ from sssd_zoo.configs.methods import (
     SelfDistillationConfig,
 )
 from sssd_zoo.configs.ranges import (
+    LARGEST_COUNT,
     Checked,
     Clusters,
     Count,
@@ -392,6 +393,84 @@ class PredictArgs(ForwardConfig):
     format: Literal["table", "jsonl"] = "table"
     max_corrupt: CountOrZero = 0
     max_pixels: Count = MAX_PIXELS
+
+
+@dataclass(kw_only=True)
+class EmbedArgs(DataConfig, ForwardConfig):
+    """Writes the features of images into a file, with the path or row of each; rerun it to resume.
+
+    `sssd embed MODEL --data DATA --out FILE`.
+
+    Args:
+        model: folder of a network or of a run, any timm name, or hf-hub:NAME.
+        out: file to write; its ending says how: .parquet, .csv or .npy (docs/features.md).
+        exits: an exit's number, 'final' (the last; of networks without exits, their pooled features), or 'all'.
+        dtype: 'fp16' takes half the space of 'fp32'.
+        normalise: divide every embedding by its L2 norm, so that a product of two is their cosine similarity.
+        image_size: side in pixels that images are resized to for the network; by default its own input size.
+        max_corrupt: number of undecodable images to leave out before giving up; by default any number of them are left
+            out, named and counted.
+        overwrite: replace `out` if it is of this command, and discard an unfinished one of other settings.
+    """
+
+    model: str
+    out: str
+    exits: Literal["1", "2", "3", "4", "final", "all"] = "final"
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    normalise: bool = False
+    image_size: Pixels | None = None
+    max_corrupt: CountOrZero = LARGEST_COUNT
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class SearchArgs(ForwardConfig):
+    """Finds the images of a file of `sssd embed` that are nearest to others: `sssd search MODEL INDEX IMAGES`.
+
+    Args:
+        model: the network that made the file: folder of a network or of a run, timm name, or hf-hub:NAME.
+        index: file of `sssd embed`.
+        images: image files, or folders of them.
+        exit: exit whose embeddings are compared, if the file has several; by default the last of them.
+        k: number of images to find for each.
+        format: 'table', or 'jsonl' for one JSON object per image found.
+        out: CSV file to write what was found into, too.
+        max_corrupt: number of undecodable images to skip before giving up; each one is named.
+        max_pixels: largest number of pixels an image may have to be decoded: a small file can expand to gigabytes. JPEG
+            is decoded at reduced resolution and counted at that size.
+        overwrite: replace `out` if it is of this command.
+    """
+
+    model: str
+    index: str
+    images: Names
+    exit: Literal["1", "2", "3", "4", "final"] | None = None
+    k: Count = 10
+    format: Literal["table", "jsonl"] = "table"
+    out: str | None = None
+    max_corrupt: CountOrZero = 0
+    max_pixels: Count = MAX_PIXELS
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class ClustersArgs(Checked):
+    """Copies or links the images of a run into a folder per cluster, and lists them in clusters.csv.
+
+    Args:
+        run: run folder of `sssd fit`, or a folder of pseudo labels.
+        out: folder to write.
+        link: 'hard' or 'symbolic' links instead of copies; images that are no files, such as rows of parquet, are
+            written as files.
+        data: where the images are now, if not where the run found them; needed for a folder of pseudo labels.
+        overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
+    """
+
+    run: str
+    out: str
+    link: Literal["none", "hard", "symbolic"] = "none"
+    data: str | None = None
+    overwrite: bool = False
 
 
 @dataclass(kw_only=True)

@@ -163,6 +163,15 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = No
             yield picture
 
 
+def format_of(data: bytes) -> str | None:
+    """The format of an encoded image as Pillow names it, such as 'JPEG'; None where it cannot tell."""
+    try:
+        with _open(data) as picture:
+            return picture.format
+    except Exception:  # Pillow's plugins raise whatever their parsers run into
+        return None
+
+
 def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decodes an image to its stored form: RGB, rotated by its EXIF tag, centre-cropped and resized to size x size.
 

@@ -182,7 +182,8 @@ class ImageData:
             self._tally.add(corrupt, len(self) if leave_out else len(index))
             if leave_out and corrupt:
                 # A corrupt image has the place of another, which the batch then holds twice; if all are, none is real.
-                first = np.unique(index.numpy(), return_index=True)[1] if len(corrupt) < len(index) else []
+                count = len(index) if len(corrupt) < len(index) else 0
+                first = np.unique(index.numpy()[:count], return_index=True)[1]
                 index, images = index[first], images[first]
             yield index, images
 

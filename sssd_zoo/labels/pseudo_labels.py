@@ -87,7 +87,8 @@ class PseudoLabels:
     """Pseudo labels and the data they belong to; on disk a folder.
 
     The folder holds labels.parquet (columns row, label, distance, path where the images are files, and for soft labels
-    near and near_distance), centroids.safetensors (tensor ``centroids``) and pseudo_labels.json (`meta` and the sha256 of the other two).
+    near and near_distance), centroids.safetensors (tensor ``centroids``) and pseudo_labels.json (`meta` and the sha256
+    of the other two).
 
     Attributes:
         rows: int64 [N], each image's row number in the data set, corrupt ones left out.
