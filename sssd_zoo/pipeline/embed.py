@@ -237,7 +237,9 @@ def compute(args: EmbedArgs, network: Any, data: ImageData, parts: Parts, number
             positions, values = zip(*group, strict=True)
             if writing is not None:
                 writing.result()
-            corrupt, told = data.corrupt[told:], len(data.corrupt)
+            # The loader is ahead, so some may be of the next part; `join` takes each once.
+            corrupt = data.corrupt[told:]
+            told += len(corrupt)
             features = torch.cat(values, 1).transpose(0, 1)
             if args.normalise:
                 features = torch.nn.functional.normalize(features, dim=-1)
@@ -261,6 +263,7 @@ def feature_batches(
         input_spec(network),
         total=sum(map(len, order)) if rank() == 0 else None,
         autocast=AUTOCAST[resolve_precision(args.precision, args.device)],
+        ahead=True,
     )
 
 
@@ -319,7 +322,8 @@ def describe(meta: Meta, out: Path) -> str:
     """What was written, in a line or two."""
     exits = f"exits {', '.join(meta['exits'])}" if len(meta["exits"]) > 1 else f"exit {meta['exits'][0]}"
     exits = "the pooled features" if meta["exits"] == ["final"] else exits
-    line = f"{meta['count']:,} image{'s' if meta['count'] != 1 else ''} of {meta['data']} ({meta['split']}), {exits}, {meta['dimension']} numbers: {out}"
+    count = f"{meta['count']:,} image{'s' if meta['count'] != 1 else ''}"
+    line = f"{count} of {meta['data']} ({meta['split']}), {exits}, {meta['dimension']} numbers each: {out}"
     if meta["left_out"]:
         line += f"\nleft out, as they cannot be read: {len(meta['left_out']):,} ({described(meta['left_out'])})"
     return line
