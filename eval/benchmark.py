@@ -9,7 +9,7 @@ import statistics
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from PIL import Image
 from sssd_zoo.configs import EmbedArgs, MoCoConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
-from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
+from sssd_zoo.distributed.hardware import DTYPES, resolve_precision, tune_cpu
 from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
 from sssd_zoo.labels.kmeans import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.models import multiply_adds
@@ -351,7 +351,11 @@ def write_photos(folder: Path, count: int, width: int = 400, height: int = 300) 
 
 
 def benchmark_embed(
-    model: str = "sssd_resnet18", images: int = 512, batch_size: int = 64, rounds: int = 3
+    model: str = "sssd_resnet18",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    images: int = 4096,
+    batch_size: int = 64,
+    rounds: int = 3,
 ) -> dict[str, Any]:
     """`sssd embed` of JPEGs of 400 x 300 px into parquet, against the forward pass of its network alone, in turn.
 
@@ -360,6 +364,7 @@ def benchmark_embed(
 
     Args:
         model: the network; of one with exits the last.
+        precision: of the forward pass.
         images: number of them.
         batch_size: images of a forward pass.
         rounds: of both; the forward pass is timed before and after each embed, and its mean counts.
@@ -370,14 +375,14 @@ def benchmark_embed(
         ratio is where the loader's workers have cores of their own. Medians over the rounds.
     """
     tune_cpu()
-    precision = resolve_precision("auto", "cpu")
+    autocast = DTYPES[resolve_precision(precision, "cpu")]
     network = load_exits(model, "final")[0].eval().to(memory_format=torch.channels_last)
     size = input_spec(network).size
     batch = torch.randn(batch_size, channels(network), size, size).contiguous(memory_format=torch.channels_last)
 
     def forward_rate() -> tuple[float, float]:
         start, start_cpu = time.perf_counter(), time.thread_time()
-        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with torch.inference_mode(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             for _ in range(images // batch_size):
                 network.forward_head(network.forward_features(batch), pre_logits=True)
         count = images // batch_size * batch_size
@@ -393,6 +398,7 @@ def benchmark_embed(
             data=str(photos),
             out=f"{folder}/embeddings.parquet",
             batch_size=batch_size,
+            precision=precision,
             device="cpu",
             overwrite=True,
         )
@@ -415,7 +421,7 @@ def benchmark_embed(
             before = after
     return {
         "model": model,
-        "precision": precision,
+        "precision": resolve_precision(precision, "cpu"),
         "threads": torch.get_num_threads(),
         "images": images,
         "batch_size": batch_size,
@@ -496,7 +502,8 @@ def main() -> None:
 
     section = sections.add_parser("embed", help="`sssd embed` against its network's forward pass alone")
     section.add_argument("--model", default="sssd_resnet18", help="default sssd_resnet18")
-    for name, default in {"images": 512, "batch_size": 64, "rounds": 3}.items():
+    section.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="default auto")
+    for name, default in {"images": 4096, "batch_size": 64, "rounds": 3}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_embed)
 

@@ -282,6 +282,7 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
         shape = values.shape if len(positions) else shape
     left_out = [LeftOut(image=name, reason=reason) for name, reason in sorted(corrupt, key=lambda one: str(one[0]))]
     if not count:
+        parts.discard()
         raise UserError(f"none of the {parts.count} images of {data.name} can be read ({described(left_out)})")
     meta: Meta = {
         "package": "sssd-zoo",
