@@ -66,7 +66,7 @@ def test_every_image_lies_in_its_cluster_the_nearest_first(run, photos, tmp_path
     for cluster in range(3):
         distances = [float(row["distance"]) for row in rows if row["cluster"] == str(cluster)]
         assert distances == sorted(distances)
-        assert [row["rank"] for row in rows if row["cluster"] == str(cluster)][0] == "1"
+        assert next(row["rank"] for row in rows if row["cluster"] == str(cluster)) == "1"
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert {row["file"] for row in rows} == files - {"clusters.csv", ".sssd-zoo.json"}
 
