@@ -7,6 +7,10 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -16,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import timm
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from sssd_zoo.configs import EmbedArgs, MoCoConfig, SelfDistillationConfig
@@ -359,8 +364,9 @@ def benchmark_embed(
 ) -> dict[str, Any]:
     """`sssd embed` of JPEGs of 400 x 300 px into parquet, against the forward pass of its network alone, in turn.
 
-    Of embed all is timed: opening and hashing the images, loading the network, decoding, the forward pass and writing.
-    The forward pass alone runs over one batch of inputs again and again, in the same precision.
+    Of embed is timed all that each image costs: opening, hashing, decoding, the forward pass and writing. What it takes
+    however many they are (loading the network and the like) is timed with one image, and subtracted. The forward
+    pass alone runs over one batch of inputs again and again, in the same precision.
 
     Args:
         model: the network; of one with exits the last.
@@ -380,43 +386,29 @@ def benchmark_embed(
     size = input_spec(network).size
     batch = torch.randn(batch_size, channels(network), size, size).contiguous(memory_format=torch.channels_last)
 
-    def forward_rate() -> tuple[float, float]:
-        start, start_cpu = time.perf_counter(), time.thread_time()
+    def forward() -> None:
         with torch.inference_mode(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
             for _ in range(images // batch_size):
                 network.forward_head(network.forward_features(batch), pre_logits=True)
-        count = images // batch_size * batch_size
-        return count / (time.perf_counter() - start), (time.thread_time() - start_cpu) / count
 
     measured = []
     with TemporaryDirectory() as folder:
-        photos = Path(folder, "photos")
-        photos.mkdir()
-        write_photos(photos, images)
-        args = EmbedArgs(
-            model=model,
-            data=str(photos),
-            out=f"{folder}/embeddings.parquet",
-            batch_size=batch_size,
-            precision=precision,
-            device="cpu",
-            overwrite=True,
-        )
-        forward_rate()
-        before = forward_rate()
+        embeds = []
+        for name, count in (("few", 1), ("all", images // batch_size * batch_size + 1)):
+            Path(folder, name).mkdir()
+            write_photos(Path(folder, name), count)
+            to = f"{folder}/{name}.parquet"
+            args = EmbedArgs(model=model, data=f"{folder}/{name}", out=to, batch_size=batch_size, device="cpu")
+            embeds.append(partial(embed, replace(args, precision=precision, overwrite=True)))
+        forward()
+        before = _timed(forward)
         for _ in range(rounds):
-            start, start_cpu = time.perf_counter(), time.thread_time()
-            embed(args)
-            seconds, cpu_seconds = time.perf_counter() - start, time.thread_time() - start_cpu
-            after = forward_rate()
-            rate, cpu = (statistics.mean(pair) for pair in zip(before, after, strict=True))
+            few, whole, after = _timed(embeds[0]), _timed(embeds[1]), _timed(forward)
+            alone, ours = (before + after) / 2, whole - few
+            rates = images // batch_size * batch_size / np.stack([ours, alone])[:, 0]
+            seconds, cpu_seconds = (alone / ours).tolist()
             measured.append(
-                {
-                    "embed": images / seconds,
-                    "forward": rate,
-                    "ratio": images / seconds / rate,
-                    "ratio_of_the_thread": cpu * images / cpu_seconds,
-                }
+                {"embed": rates[0], "forward": rates[1], "ratio": seconds, "ratio_of_the_thread": cpu_seconds}
             )
             before = after
     return {
@@ -425,8 +417,15 @@ def benchmark_embed(
         "threads": torch.get_num_threads(),
         "images": images,
         "batch_size": batch_size,
-        **{name: statistics.median(values[name] for values in measured) for name in measured[0]},
+        **{name: float(statistics.median(values[name] for values in measured)) for name in measured[0]},
     }
+
+
+def _timed(function: Callable[[], None]) -> NDArray[np.float64]:
+    """The seconds that a function takes, and those of the CPU in this thread, float64 [2]."""
+    start = np.array([time.perf_counter(), time.thread_time()])
+    function()
+    return np.array([time.perf_counter(), time.thread_time()]) - start
 
 
 def benchmark_embed_memory(images: int = 100_000, side: int = 8) -> dict[str, Any]:
@@ -448,8 +447,9 @@ def benchmark_embed_memory(images: int = 100_000, side: int = 8) -> dict[str, An
                 for start in range(0, count, 1000):
                     rows = [{"image": {"bytes": _tiny(random, side)}} for _ in range(min(1000, count - start))]
                     file.write_table(pa.Table.from_pylist(rows, schema))
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            few, whole = (pool.apply(_embed_peak, (folder, name)) for name in ("few", "all"))
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:  # may have children of its own
+            few, whole = pool.map(_embed_peak, [folder] * 2, ["few", "all"])
         size = Path(folder, "all.out.parquet").stat().st_size / 2**20
     return {"images": images, "peak_mib_of_a_hundredth": few, "peak_mib": whole, "file_mib": size}
 

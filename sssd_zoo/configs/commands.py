@@ -499,6 +499,7 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
         trunk_lr: peak learning rate of the trunk of a pretrained network.
         scratch_lr: peak learning rate of a network trained from scratch, for all its parameters.
         weight_decay: weight decay, applied to all parameters; the paper fine-tunes without it.
+        deploy: leave one network to use in OUT/model: all exits by self distillation on the most labels, with its card.
         overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
         keep_checkpoints: keep the checkpoints of trainings that are complete. By default they are removed, as they take
             many times the space of the networks.
@@ -519,6 +520,7 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     trunk_lr: LearningRate = 0.01
     scratch_lr: LearningRate = 0.1
     weight_decay: Weight = 0.0
+    deploy: bool = True
     overwrite: bool = False
     keep_checkpoints: bool = False
 
