@@ -49,8 +49,8 @@ def save_model_folder(
         arch: see `save_network`.
         input_size: see `save_network`.
         label_names: see `save_network`.
-        metrics: linear-probe accuracies of this network in percent, or its own where it was fine-tuned, of the exits '1'
-            to '4' and the 'ensemble'; missing ones are left out of the card.
+        metrics: linear-probe accuracies of this network in percent, or its own where it was fine-tuned, of the exits
+            '1' to '4' and the 'ensemble'; missing ones are left out of the card.
         card_context: what else was measured; `accuracy` rows after the first are shown beside the network's own.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def test_the_documented_columns(network, photos, tmp_path):
     assert embed(network, photos, tmp_path / "one.csv") == 0
     header = (tmp_path / "one.csv").read_text().splitlines()[0].replace('"', "").split(",")
     assert header == ["row", "path", *(f"embedding_{number}" for number in range(512))]
+
+
+def test_the_snippet_of_the_docs(network, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert embed(network, photos, tmp_path / "features.parquet") == 0
+    page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    names: dict = {}
+    exec(compile(code, "docs/features.md", "exec"), names)
+    assert names["features"].shape == (17, 512)
+    assert names["made_by"]["exits"] == ["4"]
+    assert Path(names["made_by"]["folder"], names["names"][0]).is_file()
 
 
 def test_unit_length_and_rows_of_parquet(network, tmp_path):
