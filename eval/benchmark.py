@@ -425,7 +425,8 @@ def _timed(function: Callable[[], None]) -> NDArray[np.float64]:
     """The seconds that a function takes, and those of the CPU in this thread, float64 [2]."""
     start = np.array([time.perf_counter(), time.thread_time()])
     function()
-    return np.array([time.perf_counter(), time.thread_time()]) - start
+    passed: NDArray[np.float64] = np.array([time.perf_counter(), time.thread_time()]) - start
+    return passed
 
 
 def benchmark_embed_memory(images: int = 100_000, side: int = 8) -> dict[str, Any]:

@@ -277,7 +277,8 @@ def test_one_network_is_left_to_deploy(folder_of_images, distilled, tmp_path, mo
         torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-3, atol=1e-3)
     assert model.storage_size == 16
     card = (out / "model" / "README.md").read_text()
-    assert "fine-tuned from `distilled` by self distillation of all exits on 22 labelled images" in card
+    labels = rows_of(out)[-1]["labels"]
+    assert f"fine-tuned from `distilled` by self distillation of all exits on {labels} labelled images" in card
     assert "inear-probe" not in card.split("## Limits")[0].split("## Network")[1]
     assert "**Calibration**: the classifiers" in card
     report = (out / "report.md").read_text()
