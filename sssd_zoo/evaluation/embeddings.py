@@ -72,7 +72,7 @@ class Meta(TypedDict, total=False):
     dtype: Required[str]
     normalised: bool
     precision: str
-    image_size: int
+    image_size: Required[int]
     storage_size: Required[int]
     data: str
     split: str

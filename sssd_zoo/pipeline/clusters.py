@@ -89,7 +89,7 @@ def cluster_names(run: Path, count: int) -> dict[int, str]:
 
     They are those of the network's classes, where these are the clusters: on labelled images they are true classes.
     """
-    if read_results(run).get("accuracy"):
+    if not (run / "metrics.json").is_file() or read_results(run).get("accuracy"):  # unfinished, or labelled
         return {}
     names = read_json(run / "model" / "config.json").get("label_names") or []
     if len(names) != count:

@@ -284,6 +284,7 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
     if not count:
         parts.discard()
         raise UserError(f"none of the {parts.count} images of {data.name} can be read ({described(left_out)})")
+    are_files = data.paths(np.arange(1))[0] is not None
     meta: Meta = {
         "package": "sssd-zoo",
         "kind": KIND,
@@ -298,7 +299,7 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
         "storage_size": data.size,
         "data": data.name,
         "split": data.split,
-        "folder": str(Path(args.data).absolute()) if Path(args.data).is_dir() else None,
+        "folder": str(Path(args.data).absolute()) if are_files and Path(args.data).is_dir() else None,
         "fingerprint": data.fingerprint,
         "count": count,
         "left_out": left_out,
