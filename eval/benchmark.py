@@ -1,31 +1,41 @@
 """Measures what the README and docs state about speed and memory: `python eval/benchmark.py SECTION`, see --help."""
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import timm
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
-from sssd_zoo.configs import AnchoredConfig, MoCoConfig, SEEDConfig, SelfDistillationConfig
+from sssd_zoo.configs import AnchoredConfig, EmbedArgs, MoCoConfig, SEEDConfig, SelfDistillationConfig
 from sssd_zoo.cpus import SPINS, WAITING, available_cpus
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
-from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
+from sssd_zoo.distributed.hardware import DTYPES, resolve_precision, tune_cpu
 from sssd_zoo.distributed.threads import TrainingThreads
 from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
 from sssd_zoo.labels.kmeans import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.models import multiply_adds
+from sssd_zoo.models.networks import channels, input_spec
 from sssd_zoo.models.small_maps import small_map_convolutions
+from sssd_zoo.pipeline.embed import embed, load_exits
 from sssd_zoo.pipeline.export import onnx_bytes, run_onnx, session
 from sssd_zoo.tasks import (
     SEED,
@@ -540,6 +550,133 @@ def benchmark_deploy(images: int = 50, rounds: int = 5) -> dict[str, Any]:
     }
 
 
+def write_photos(folder: Path, count: int, width: int = 400, height: int = 300) -> None:
+    """Writes JPEGs of smooth noise, each of about 30 kB."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number:06}.jpg", quality=90)
+
+
+def benchmark_embed(
+    model: str = "sssd_resnet18",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    images: int = 4096,
+    batch_size: int = 64,
+    rounds: int = 3,
+) -> dict[str, Any]:
+    """`sssd embed` of JPEGs of 400 x 300 px into parquet, against the forward pass of its network alone, in turn.
+
+    Of embed is timed all that each image costs: opening, hashing, decoding, the forward pass and writing. What it takes
+    however many they are (loading the network and the like) is timed with one image, and subtracted. The forward
+    pass alone runs over one batch of inputs again and again, in the same precision.
+
+    Args:
+        model: the network; of one with exits the last.
+        precision: of the forward pass.
+        images: number of them.
+        batch_size: images of a forward pass.
+        rounds: of both; the forward pass is timed before and after each embed, and its mean counts.
+
+    Returns:
+        Images per second of both, the ratio of embed's rate to the forward pass's, and `ratio_of_the_thread`, the same
+        by the CPU seconds of the thread that runs the network, which other work on the machine disturbs less: what the
+        ratio is where the loader's workers have cores of their own. Medians over the rounds.
+    """
+    tune_cpu()
+    autocast = DTYPES[resolve_precision(precision, "cpu")]
+    network = load_exits(model, "final")[0].eval().to(memory_format=torch.channels_last)
+    size = input_spec(network).size
+    batch = torch.randn(batch_size, channels(network), size, size).contiguous(memory_format=torch.channels_last)
+
+    def forward() -> None:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+            for _ in range(images // batch_size):
+                network.forward_head(network.forward_features(batch), pre_logits=True)
+
+    measured = []
+    with TemporaryDirectory() as folder:
+        embeds = []
+        for name, count in (("few", 1), ("all", images // batch_size * batch_size + 1)):
+            Path(folder, name).mkdir()
+            write_photos(Path(folder, name), count)
+            to = f"{folder}/{name}.parquet"
+            args = EmbedArgs(model=model, data=f"{folder}/{name}", out=to, batch_size=batch_size, device="cpu")
+            embeds.append(partial(embed, replace(args, precision=precision, overwrite=True)))
+        forward()
+        before = _timed(forward)
+        for _ in range(rounds):
+            few, whole, after = _timed(embeds[0]), _timed(embeds[1]), _timed(forward)
+            alone, ours = (before + after) / 2, whole - few
+            rates = images // batch_size * batch_size / np.stack([ours, alone])[:, 0]
+            seconds, cpu_seconds = (alone / ours).tolist()
+            measured.append(
+                {"embed": rates[0], "forward": rates[1], "ratio": seconds, "ratio_of_the_thread": cpu_seconds}
+            )
+            before = after
+    return {
+        "model": model,
+        "precision": resolve_precision(precision, "cpu"),
+        "threads": torch.get_num_threads(),
+        "images": images,
+        "batch_size": batch_size,
+        **{name: float(statistics.median(values[name] for values in measured)) for name in measured[0]},
+    }
+
+
+def _timed(function: Callable[[], None]) -> NDArray[np.float64]:
+    """The seconds that a function takes, and those of the CPU in this thread, float64 [2]."""
+    start = np.array([time.perf_counter(), time.thread_time()])
+    function()
+    passed: NDArray[np.float64] = np.array([time.perf_counter(), time.thread_time()]) - start
+    return passed
+
+
+def benchmark_embed_memory(images: int = 100_000, side: int = 8) -> dict[str, Any]:
+    """The most memory that `sssd embed` takes for so many tiny images in parquet, in a process of its own; Linux only.
+
+    Args:
+        images: number of them.
+        side: of them, in pixels.
+
+    Returns:
+        Peaks of resident memory in MiB: with a hundredth of the images, and with all of them; and the size of the file
+        of embeddings in MiB.
+    """
+    random = np.random.default_rng(0)
+    with TemporaryDirectory() as folder:
+        schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))])
+        for name, count in (("few", images // 100), ("all", images)):
+            with pq.ParquetWriter(f"{folder}/{name}.parquet", schema) as file:
+                for start in range(0, count, 1000):
+                    rows = [{"image": {"bytes": _tiny(random, side)}} for _ in range(min(1000, count - start))]
+                    file.write_table(pa.Table.from_pylist(rows, schema))
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:  # may have children of its own
+            few, whole = pool.map(_embed_peak, [folder] * 2, ["few", "all"])
+        size = Path(folder, "all.out.parquet").stat().st_size / 2**20
+    return {"images": images, "peak_mib_of_a_hundredth": few, "peak_mib": whole, "file_mib": size}
+
+
+def _tiny(random: np.random.Generator, side: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _embed_peak(folder: str, name: str) -> float:
+    args = EmbedArgs(
+        model="sssd_resnet18_cifar",
+        data=f"{folder}/{name}.parquet",
+        out=f"{folder}/{name}.out.parquet",
+        exits="1",
+        image_size=8,
+        device="cpu",
+    )
+    embed(args)
+    return _peak_mib()
+
+
 def main() -> None:
     """Runs one benchmark and prints what it gives as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -576,6 +713,18 @@ def main() -> None:
     for name, default in {"images": 50, "rounds": 5}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     section.set_defaults(benchmark=benchmark_deploy)
+
+    section = sections.add_parser("embed", help="`sssd embed` against its network's forward pass alone")
+    section.add_argument("--model", default="sssd_resnet18", help="default sssd_resnet18")
+    section.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="default auto")
+    for name, default in {"images": 4096, "batch_size": 64, "rounds": 3}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_embed)
+
+    section = sections.add_parser("embed-memory", help="the most memory that `sssd embed` takes for many images")
+    for name, default in {"images": 100_000, "side": 8}.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.set_defaults(benchmark=benchmark_embed_memory)
 
     arguments = vars(parser.parse_args())
     del arguments["section"]

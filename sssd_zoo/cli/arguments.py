@@ -25,7 +25,7 @@ from sssd_zoo.files.untrusted import check_recipe
 # Arguments that are paths, or may be: a `~` in front of them is expanded, wherever they were given.
 PATHS = (
     *("data", "pretrain_data", "test_data", "image_folder", "images", "out", "weights", "run", "calibrated", "also"),
-    *("model", "models", "features", "teacher", "encoder", "init", "labels", "names"),
+    *("model", "models", "features", "teacher", "encoder", "init", "labels", "names", "index"),
 )
 
 
@@ -106,6 +106,37 @@ def join_trackers(arguments: list[str]) -> list[str]:
     return [*arguments[:start], *([f"[{','.join(names)}]"] if names else []), *arguments[start + len(names) :]]
 
 
+def name_network(words: list[str], argument: str, prog: str) -> list[str]:
+    """Writes `linear RUN` as `linear --model=RUN`.
+
+    Args:
+        words: what `spell_out` gives, in which every flag has one value.
+        argument: the name of the flag, such as 'model'.
+        prog: the program's name, for the error.
+
+    Raises:
+        UserError: if the flag on the command line gives another network.
+    """
+    flag, named = f"--{argument}", None
+    by_position, others = [], []
+    following = iter(words)
+    for word in following:
+        if not word.startswith("-"):
+            by_position.append(word)
+            continue
+        others.append(word)
+        name, _, value = word.partition("=")
+        if "=" not in word and (value := next(following, "")):
+            others.append(value)
+        named = value if name == flag else named
+    if not by_position:
+        return words
+    network, *unknown = by_position
+    if named not in (None, network):
+        raise UserError(f"{network} and {flag} {named} are two networks: give one, as in {prog} {network}")
+    return [*others, f"{flag}={network}", *unknown]
+
+
 def expand_paths(config: Any) -> Any:
     """Expands `~` in the paths of a dataclass, and of the dataclasses in it; raises `UserError` if it is nobody's."""
     for field in fields(config):
@@ -138,6 +169,8 @@ def read_arguments(name: str, words: list[str], prog: str) -> tuple[Any, frozens
     config = getattr(configs, COMMANDS[name].arguments)
     parser = _parser(name, prog)
     words = spell_out(words, config)
+    if network := COMMANDS[name].network:
+        words = name_network(words, network, prog)
     check_recipes(words)
     try:
         parsed = parser.parse_args(words)

@@ -14,11 +14,13 @@ class Command(NamedTuple):
         arguments: name of a dataclass in `sssd_zoo.configs`.
         summary: a line for `sssd --help`.
         positional: positional arguments, and argparse's `nargs` of each.
+        network: the argument that names the network, which may be given by its flag or as the first word.
     """
 
     arguments: str
     summary: str
     positional: tuple[tuple[str, str | None], ...] = ()
+    network: str | None = None
 
 
 MODEL = (("model", None),)
@@ -31,8 +33,8 @@ COMMANDS = {
     ),
     "distill": Command("DistillArgs", "train a four-exit network on pseudo labels by self distillation"),
     "seed": Command("SEEDArgs", "distil a frozen teacher into a small network by SEED, a baseline"),
-    "linear": Command("LinearArgs", "measure every exit and their ensemble by linear probes"),
-    "knn": Command("KNNArgs", "measure every exit by k-nearest-neighbour classification"),
+    "linear": Command("LinearArgs", "measure every exit and their ensemble by linear probes", network="model"),
+    "knn": Command("KNNArgs", "measure every exit by k-nearest-neighbour classification", network="model"),
     "compare": Command("CompareArgs", "compare several methods on the same images, beside the paper's results"),
     "early-exit": Command(
         "EarlyExitArgs", "calibrate early exit to a budget of accuracy, MACs or latency, and measure it", MODEL
@@ -49,12 +51,21 @@ COMMANDS = {
     "rename": Command(
         "RenameArgs", "name the clusters that a network answers, and merge them", (*MODEL, ("names", None))
     ),
+    "embed": Command("EmbedArgs", "write the features of images into a parquet, CSV or .npy file", MODEL),
+    "search": Command(
+        "SearchArgs",
+        "find the images of such a file that are nearest to others",
+        (*MODEL, ("index", None), ("images", "+")),
+    ),
+    "clusters": Command("ClustersArgs", "copy or link a run's images into a folder per cluster", (("run", None),)),
     "finetune": Command("FinetuneArgs", "fine-tune networks on a few labels, over several label fractions and seeds"),
     "detect": Command("DetectArgs", "train Faster R-CNN on a trained trunk, on boxes from VOC, COCO or `datasets`"),
-    "detect-eval": Command("DetectEvalArgs", "measure the average precision of a trained detector"),
+    "detect-eval": Command("DetectEvalArgs", "measure the average precision of a trained detector", network="model"),
     "space": Command("SpaceArgs", "serve a page to try a network on, or publish it as a Space", (("run", None),)),
     "card": Command(
-        "CardArgs", "collect a trained network's card, metrics, logs and half-precision weights in a folder"
+        "CardArgs",
+        "collect a trained network's card, metrics, logs and half-precision weights in a folder",
+        network="run",
     ),
     "publish": Command(
         "PublishArgs", "publish a trained network with its card on the Hub, and verify it", (("run", None),)

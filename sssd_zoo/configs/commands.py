@@ -15,6 +15,7 @@ from sssd_zoo.configs.methods import (
     SelfDistillationConfig,
 )
 from sssd_zoo.configs.ranges import (
+    LARGEST_COUNT,
     Checked,
     Clusters,
     Count,
@@ -146,10 +147,10 @@ class SEEDArgs(DataConfig, RuntimeConfig, SEEDConfig):
 
 @dataclass(kw_only=True)
 class LinearArgs(DataConfig, ForwardConfig, ProbeConfig):
-    """Trains a linear probe on every exit of a frozen network, and measures the probes and their ensemble.
+    """Trains a linear probe on every exit of a frozen network, and measures them: `sssd linear MODEL --data DATA`.
 
     Args:
-        model: run folder, or the name of any timm model.
+        model: run folder, or the name of any timm model; also as the first word, without the flag.
         out: folder to write metrics.json and the network with the probes as its heads into; by default results are only
             printed.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
@@ -166,10 +167,10 @@ class LinearArgs(DataConfig, ForwardConfig, ProbeConfig):
 
 @dataclass(kw_only=True)
 class KNNArgs(DataConfig, ForwardConfig, KNNConfig):
-    """Measures every exit of a frozen network by weighted k-nearest-neighbour classification.
+    """Measures every exit of a frozen network by weighted k-nearest neighbours: `sssd knn MODEL --data DATA`.
 
     Args:
-        model: run folder, or the name of any timm model.
+        model: run folder, or the name of any timm model; also as the first word, without the flag.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
         holdout: fraction of the images to measure on, if the data set has no test or validation split.
         seed: random seed of the held-out fraction.
@@ -429,6 +430,84 @@ class RenameArgs(Checked):
 
 
 @dataclass(kw_only=True)
+class EmbedArgs(DataConfig, ForwardConfig):
+    """Writes the features of images into a file, with the path or row of each; rerun it to resume.
+
+    `sssd embed MODEL --data DATA --out FILE`.
+
+    Args:
+        model: folder of a network or of a run, any timm name, or hf-hub:NAME.
+        out: file to write; its ending says how: .parquet, .csv or .npy (docs/features.md).
+        exits: an exit's number, 'final' (the last; of networks without exits, their pooled features), or 'all'.
+        dtype: 'fp16' takes half the space of 'fp32'.
+        normalise: divide every embedding by its L2 norm, so that a product of two is their cosine similarity.
+        image_size: side in pixels that images are resized to for the network; by default its own input size.
+        max_corrupt: number of undecodable images to leave out before giving up; by default any number of them are left
+            out, named and counted.
+        overwrite: replace `out` if it is of this command, and discard an unfinished one of other settings.
+    """
+
+    model: str
+    out: str
+    exits: Literal["1", "2", "3", "4", "final", "all"] = "final"
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    normalise: bool = False
+    image_size: Pixels | None = None
+    max_corrupt: CountOrZero = LARGEST_COUNT
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class SearchArgs(ForwardConfig):
+    """Finds the images of a file of `sssd embed` that are nearest to others: `sssd search MODEL INDEX IMAGES`.
+
+    Args:
+        model: the network that made the file: folder of a network or of a run, timm name, or hf-hub:NAME.
+        index: file of `sssd embed`.
+        images: image files, or folders of them.
+        exit: exit whose embeddings are compared, if the file has several; by default the last of them.
+        k: number of images to find for each.
+        format: 'table', or 'jsonl' for one JSON object per image found.
+        out: CSV file to write what was found into, too.
+        max_corrupt: number of undecodable images to skip before giving up; each one is named.
+        max_pixels: largest number of pixels an image may have to be decoded: a small file can expand to gigabytes. JPEG
+            is decoded at reduced resolution and counted at that size.
+        overwrite: replace `out` if it is of this command.
+    """
+
+    model: str
+    index: str
+    images: Names
+    exit: Literal["1", "2", "3", "4", "final"] | None = None
+    k: Count = 10
+    format: Literal["table", "jsonl"] = "table"
+    out: str | None = None
+    max_corrupt: CountOrZero = 0
+    max_pixels: Count = MAX_PIXELS
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class ClustersArgs(Checked):
+    """Copies or links the images of a run into a folder per cluster, and lists them in clusters.csv.
+
+    Args:
+        run: run folder of `sssd fit`, or a folder of pseudo labels.
+        out: folder to write.
+        link: 'hard' or 'symbolic' links instead of copies; images that are no files, such as rows of parquet, are
+            written as files.
+        data: where the images are now, if not where the run found them; needed for a folder of pseudo labels.
+        overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
+    """
+
+    run: str
+    out: str
+    link: Literal["none", "hard", "symbolic"] = "none"
+    data: str | None = None
+    overwrite: bool = False
+
+
+@dataclass(kw_only=True)
 class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     """Fine-tunes networks on class-balanced subsets of the labels, over several seeds. Rerun it to resume.
 
@@ -454,6 +533,7 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
         trunk_lr: peak learning rate of the trunk of a pretrained network.
         scratch_lr: peak learning rate of a network trained from scratch, for all its parameters.
         weight_decay: weight decay, applied to all parameters; the paper fine-tunes without it.
+        deploy: leave one network to use in OUT/model: all exits by self distillation on the most labels, with its card.
         overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
         keep_checkpoints: keep the checkpoints of trainings that are complete. By default they are removed, as they take
             many times the space of the networks.
@@ -474,6 +554,7 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
     trunk_lr: LearningRate = 0.01
     scratch_lr: LearningRate = 0.1
     weight_decay: Weight = 0.0
+    deploy: bool = True
     overwrite: bool = False
     keep_checkpoints: bool = False
 
@@ -511,10 +592,10 @@ class DetectArgs(DetectionDataConfig, DetectorConfig, RuntimeConfig, OptimConfig
 
 @dataclass(kw_only=True)
 class DetectEvalArgs(DetectionDataConfig, ForwardConfig):
-    """Measures the average precision of a trained detector.
+    """Measures the average precision of a trained detector: `sssd detect-eval MODEL --data DATA`.
 
     Args:
-        model: run folder of `sssd detect`.
+        model: run folder of `sssd detect`; also as the first word, without the flag.
         split: split to measure on; by default 'test' or 'val'.
         classes: class names, which must be the detector's; by default they are.
         batch_size: images per forward pass.
@@ -570,10 +651,10 @@ class ModelsArgs(Checked):
 
 @dataclass(kw_only=True)
 class CardArgs(Checked):
-    """Collects a trained network's model card, config, metrics, logs, recipe and figures in one folder.
+    """Collects a trained network's model card, config, metrics, logs, recipe and figures: `sssd card RUN --out FOLDER`.
 
     Args:
-        run: run folder of `sssd fit`.
+        run: run folder of `sssd fit`; also as the first word, without the flag.
         out: folder to write.
         name: timm name and tag of the weights if they are bundled with the package, such as
             'sssd_resnet18_cifar.cifar10'.

@@ -85,6 +85,20 @@ class EncodedImages:
         images = self.rows[list(map(int, index))][self.column].to_pylist()
         return [encoded(int(row), image) for row, image in zip(index, images, strict=True)]
 
+    def files(self, index: NDArray[np.int64]) -> list[str | None]:
+        """The paths of the files that these rows are; None for a row that holds its image itself."""
+        import pyarrow.compute as pc
+
+        found: list[str | None] = []
+        for start in range(0, len(index), 1000):
+            few = index[start : start + 1000]
+            # A slice, which copies nothing: the rows of parquet files hold the images.
+            images = self.rows[int(few.min()) : int(few.max()) + 1][self.column]
+            held = pc.is_valid(pc.struct_field(images, "bytes")).to_pylist()
+            paths = pc.struct_field(images, "path").to_pylist()
+            found += [None if held[row] else paths[row] for row in (few - few.min()).tolist()]
+        return found
+
 
 def encoded(name: int | str, image: dict[str, Any] | None) -> Encoded:
     """Turns the `{'bytes', 'path'}` of an undecoded `Image` feature into an `Encoded`; reads the file if necessary."""
@@ -147,6 +161,15 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = No
             raise CorruptImageError(f"its {width} x {height} pixels are more than --max_pixels {max_pixels} allows")
         with _one_large if pixels > LARGE else nullcontext():
             yield picture
+
+
+def format_of(data: bytes) -> str | None:
+    """The format of an encoded image as Pillow names it, such as 'JPEG'; None where it cannot tell."""
+    try:
+        with _open(data) as picture:
+            return picture.format
+    except Exception:  # Pillow's plugins raise whatever their parsers run into
+        return None
 
 
 def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:

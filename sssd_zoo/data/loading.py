@@ -128,6 +128,7 @@ class ImageData:
         self.in_memory = pixels is not None
         self.encoded = source.encoded
         self._tally, self._workers, self._pixels = tally, config.workers, pixels
+        self._encoded, self._root = source.encoded, Path(config.data).expanduser()
         self._decoder = _Decoder(source.encoded, rows, size, config.max_pixels)
 
     def __len__(self) -> int:
@@ -146,16 +147,30 @@ class ImageData:
         self._tally.add(corrupt, len(index))
         return images
 
-    def batches(self, order: Iterable[Tensor], *, workers: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def paths(self, index: NDArray[np.int64] | None = None) -> list[str | None]:
+        """The files of the images at `index`, int64 [B] positions; by default of all.
+
+        Returns:
+            Paths relative to the folder of the data, with '/' between their parts; of files that lie elsewhere as the
+            data have them. None for an image that is no file of its own, such as a row of a parquet file.
+        """
+        files = self._encoded.files(self.rows if index is None else self.rows[index])
+        roots = (self._root, self._root.absolute())
+        return [None if file is None else relative_path(file, roots) for file in files]
+
+    def batches(
+        self, order: Iterable[Tensor], *, workers: int | None = None, leave_out: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Reads batches in the order given.
 
         Args:
             order: int64 [B] positions for each batch, as `GlobalBatches.epoch` gives them.
             workers: DataLoader processes if the images are not in memory; by default those of the configuration.
+            leave_out: leave corrupt images out of their batches, which may become empty.
 
         Yields:
             The positions, int64 [B], and their images, uint8 [B, 3, S, S], on the device that `move` put them on. A
-            corrupt image is replaced, in both, by another of its batch.
+            corrupt image is replaced, in both, by another of its batch, unless `leave_out`.
 
         Raises:
             UserError: if more than `max_corrupt` images are corrupt.
@@ -166,7 +181,12 @@ class ImageData:
             return
         workers = self._workers if workers is None else workers
         for index, images, corrupt in read_in_order(self._decoder, order, workers):
-            self._tally.add(corrupt, len(index))
+            self._tally.add(corrupt, len(self) if leave_out else len(index))
+            if leave_out and corrupt:
+                # A corrupt image has the place of another, which the batch then holds twice; if all are, none is real.
+                count = len(index) if len(corrupt) < len(index) else 0
+                first = np.unique(index.numpy()[:count], return_index=True)[1]
+                index, images = index[first], images[first]
             yield index, images
 
 
@@ -323,6 +343,13 @@ def read_in_order(dataset: Dataset[Batch], order: Iterable[Tensor], workers: int
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
+
+
+def relative_path(file: str, roots: Iterable[Path]) -> str:
+    """A file's path relative to the first of the folders that it lies in, with '/' between its parts."""
+    path = Path(file)
+    root = next((root for root in roots if path.is_relative_to(root)), None)
+    return path.as_posix() if root is None else path.relative_to(root).as_posix()
 
 
 def fits_in_memory(size: int) -> bool:

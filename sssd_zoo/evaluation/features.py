@@ -1,7 +1,8 @@
 """Features and logits of a frozen network's exits."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.models.networks import input_spec
+
+T = TypeVar("T")
 
 
 def pooled_features(model: Any, images: Tensor) -> Tensor:
@@ -110,6 +113,7 @@ def read_batches(
     total: int | None = None,
     autocast: torch.dtype | None = None,
     read: Callable[[Any, Tensor], Tensor] = pooled_features,
+    ahead: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Runs a network where it lies over images, without augmentation, and gives what `read` reads of it.
 
@@ -123,6 +127,7 @@ def read_batches(
         total: images in all batches, for a progress bar; None shows none.
         autocast: bfloat16 or float16 for mixed precision; None computes in the network's own.
         read: of the network and its inputs [B, C, size, size] makes [E, B, D], for E exits.
+        ahead: read and prepare each batch in a thread while the network runs on the one before it.
 
     Yields:
         The positions, int64 [B], and what was read, float32 [E, B, D] on the CPU.
@@ -135,12 +140,12 @@ def read_batches(
     before = [buffer.clone() for buffer in model.buffers()]
     model.eval()
     try:
+        inputs = network_inputs(batches, spec, device)
         with progress_bar(total, "features", "img", disable=total is None) as bar:
-            for index, stored in batches:
+            for index, images in one_ahead(inputs) if ahead else inputs:
                 # Only this part is in inference mode: a tensor allocated there could not take part in training later.
                 with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    images = resize(to_float(stored.to(device, non_blocking=True)), spec.size)
-                    values = read(model, normalise(images, spec.mean, spec.std)).float().cpu()
+                    values = read(model, images).float().cpu()
                 yield index, values
                 bar.update(len(index))
     finally:
@@ -148,6 +153,27 @@ def read_batches(
             module.training = training
     if not all(torch.equal(old, new) for old, new in zip(before, model.buffers(), strict=True)):
         raise RuntimeError("the network changed its buffers while features were read: the features cannot be trusted")
+
+
+def network_inputs(
+    batches: Iterable[tuple[Tensor, Tensor]], spec: InputSpec, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions and stored images, uint8 [B, 3, S, S], to positions and a network's inputs, float32, on its device."""
+    for index, stored in batches:
+        with torch.inference_mode():
+            images = resize(to_float(stored.to(device, non_blocking=True)), spec.size)
+            images = normalise(images, spec.mean, spec.std)
+        yield index, images
+
+
+def one_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The items, each made by a thread while the one before it is used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future[Any] = thread.submit(next, iterator, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, iterator, end)
+            yield item
 
 
 def stack_features(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tensor:

@@ -71,6 +71,8 @@ KINDS = {
         ),
     ),
     "graphs": Kind("graphs of `sssd export`", ("stage[1-4].onnx", "early_exit.json")),
+    "clusters": Kind("images of `sssd clusters`", ("clusters.csv",)),  # the images are those that it lists
+    "embedding": Kind("an unfinished embedding of `sssd embed`", ("identity.json", "part-*.npz")),
     # A step of fit, compare or finetune whose folder is not marked more closely.
     "step": Kind(
         "a step of a run",
@@ -89,7 +91,7 @@ BEFORE_MARKS = {
 }
 RESULTS = (
     *("checkpoints", "config.json", "pseudo_labels.json", "metrics.json", "early_exit.json"),
-    *("model.safetensors", "labels.parquet"),
+    *("model.safetensors", "labels.parquet", "clusters.csv"),
 )
 SOURCES = ("data", "pretrain_data", "test_data", "image_folder")  # arguments that are only read, never written
 
@@ -307,6 +309,15 @@ def remove(folder: Path, patterns: tuple[str, ...]) -> None:
         for above in path.relative_to(folder).parents[:-1]:
             with suppress(OSError):  # it holds other things
                 (folder / above).rmdir()
+
+
+def discard(folder: Path, kind: str) -> None:
+    """Removes the files of a kind, and their folder, which `claim` locked; it stays where it holds anything else."""
+    drop(folder, kind)
+    lock.release(folder)
+    if [path.name for path in folder.iterdir()] == [RUN_MARK]:
+        (folder / RUN_MARK).unlink()
+        folder.rmdir()
 
 
 def replace(temporary: Path, folder: Path, kind: str) -> None:

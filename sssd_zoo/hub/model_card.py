@@ -49,8 +49,8 @@ def save_model_folder(
         arch: see `save_network`.
         input_size: see `save_network`.
         label_names: see `save_network`.
-        metrics: linear-probe accuracies of this network in percent, of the exits '1' to '4' and the 'ensemble';
-            missing ones are left out of the card.
+        metrics: linear-probe accuracies of this network in percent, or its own where it was fine-tuned, of the exits
+            '1' to '4' and the 'ensemble'; missing ones are left out of the card.
         card_context: what else was measured; `accuracy` rows after the first are shown beside the network's own.
 
     Raises:
@@ -113,6 +113,7 @@ def model_card(
         num_classes=classes,
         label_names=config.get("label_names"),
         thresholds=config["model_args"].get("thresholds"),
+        finetuned=context.get("finetuned"),
         encoder=code(context["encoder"]) if context.get("encoder") else None,
         exits_table=_exits_table(metrics, context),
         probed=bool(metrics),
@@ -162,6 +163,11 @@ def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[st
 
 def _limits(context: Results) -> list[str]:
     """Known limits of the network, as far as the run shows them."""
+    if "finetuned" in context:
+        return [
+            "It knows the classes that it was trained on, and answers with one of them for any image",
+            "Exits can be confidently wrong, on images unlike those that it was trained on above all",
+        ]
     learnt = "features" if context.get("encoder") else "clusters of its own features"
     limits = [
         f"It learnt {learnt}, not classes: background, colour and framing can weigh as much as the objects shown, and "
@@ -187,7 +193,7 @@ def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalRe
             dataset_name=context["data"],
             dataset_split=test.removeprefix("split ") if test.startswith("split ") else None,
             metric_type="accuracy",
-            metric_name=f"linear-probe accuracy, {_exit_name(name)} (%)",
+            metric_name=f"{'' if 'finetuned' in context else 'linear-probe '}accuracy, {_exit_name(name)} (%)",
             metric_value=round(value, 2),
         )
         for name, value in metrics.items()

@@ -169,17 +169,27 @@ def copy_app(folder: Path, title: str) -> None:
         atomic_write_bytes(copy, path.read_bytes())
 
 
-def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
-    """A run's arguments, and the splits of its data.
+def config_of(run: Path) -> tuple[dict[str, Any], DataConfig]:
+    """A run's arguments, and those of its data among them.
 
     Raises:
-        UserError: if either cannot be read.
+        UserError: if they cannot be read.
     """
     recipe: dict[str, Any] = read_yaml(run / "config.yaml")
     try:
         config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from error
+    return recipe, config
+
+
+def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
+    """A run's arguments, and the splits of its data.
+
+    Raises:
+        UserError: if either cannot be read.
+    """
+    recipe, config = config_of(run)
     splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled)
     return recipe, config, splits
 

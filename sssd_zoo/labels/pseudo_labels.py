@@ -86,8 +86,9 @@ class Meta(TypedDict):
 class PseudoLabels:
     """Pseudo labels and the data they belong to; on disk a folder.
 
-    The folder holds labels.parquet (columns row, label, distance, and for soft labels near and near_distance),
-    centroids.safetensors (tensor ``centroids``) and pseudo_labels.json (`meta` and the sha256 of the other two).
+    The folder holds labels.parquet (columns row, label, distance, path where the images are files, and for soft labels
+    near and near_distance), centroids.safetensors (tensor ``centroids``) and pseudo_labels.json (`meta` and the sha256
+    of the other two).
 
     Attributes:
         rows: int64 [N], each image's row number in the data set, corrupt ones left out.
@@ -98,6 +99,8 @@ class PseudoLabels:
             per cluster), quality (nmi, ari, purity; None without true labels) and, with `near`, nearest (M).
         near: int64 [N, M], the centroids nearest to each image, the nearest first, where soft labels may be wanted.
         near_distances: float32 [N, M], the squared distances to them.
+        paths: N, each image's file relative to the folder of the data, as `ImageData.paths` gives it; None where the
+            images are no files, and for labels of versions that kept none.
     """
 
     rows: IntArray
@@ -107,6 +110,7 @@ class PseudoLabels:
     meta: dict[str, Any]
     near: IntArray | None = None
     near_distances: FloatArray | None = None
+    paths: list[str | None] | None = None
 
     @classmethod
     def from_clustering(
@@ -144,6 +148,7 @@ class PseudoLabels:
             "sizes": np.bincount(clustering.labels).tolist(),
             **({} if near is None else {"nearest": near[0].shape[1]}),
         }
+        paths = data.paths()
         return cls(
             rows=data.rows,
             labels=clustering.labels,
@@ -152,6 +157,7 @@ class PseudoLabels:
             meta=meta,
             near=None if near is None else near[0],
             near_distances=None if near is None else near[1],
+            paths=paths if any(path is not None for path in paths) else None,
         )
 
     def save(self, folder: str | Path) -> None:
@@ -161,6 +167,8 @@ class PseudoLabels:
             UserError: if it cannot be written.
         """
         columns: dict[str, Any] = {"row": self.rows, "label": self.labels, "distance": self.distances}
+        if self.paths is not None:
+            columns["path"] = pa.array(self.paths, pa.string())
         if self.near is not None and self.near_distances is not None:
             for name, values in (("near", self.near), ("near_distance", self.near_distances)):
                 columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
@@ -199,6 +207,7 @@ class PseudoLabels:
                 else None
                 for name in ("near", "near_distance")
             )
+            paths = table["path"].to_pylist() if "path" in table.column_names else None
             centroids = safetensors.numpy.load_file(folder / "centroids.safetensors")["centroids"]
             clusters, sizes = np.unique(labels, return_counts=True)
             whole = np.array_equal(clusters, np.arange(len(centroids))) and "fingerprint" in meta
@@ -216,6 +225,7 @@ class PseudoLabels:
             meta=meta,
             near=near,
             near_distances=near_distances,
+            paths=paths,
         )
 
     def check(self, data_fingerprint: str) -> None:

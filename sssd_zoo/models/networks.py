@@ -171,17 +171,18 @@ def check_published(name: str, cache_dir: str | Path | None) -> None:
     check_network(read_config(config), weights, f"hf-hub:{name}")
 
 
-def load_encoder(name: str, size: int | None = None) -> Any:
+def load_encoder(name: str, size: int | None = None, **kwargs: Any) -> Any:
     """A network whose features are read: `load_network` without classifier, for images of another size where asked.
 
     Args:
         name: the folder or the name.
         size: side in pixels that images are resized to for it; by default what it was trained with.
+        kwargs: of `timm.create_model`.
 
     Raises:
         UserError: if it cannot be loaded, or cannot take images of that size.
     """
-    network = load_network(name, num_classes=0)
+    network = load_network(name, num_classes=0, **kwargs)
     if size is None or size == input_spec(network).size:
         return network
     try:
@@ -191,7 +192,7 @@ def load_encoder(name: str, size: int | None = None) -> Any:
             network.eval()(torch.zeros(1, channels(network), size, size))
     except Exception as error:  # every architecture refuses in its own way
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"'{name}' cannot take images of {size} px: {reason}; give another --teacher_size") from error
+        raise UserError(f"'{name}' cannot take images of {size} px: {reason}; give another size") from error
     network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (channels(network), size, size)}
     return network
 

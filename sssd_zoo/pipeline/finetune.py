@@ -1,7 +1,7 @@
 """`sssd finetune`: semi-supervised fine-tuning on a few labels (table 4 of the paper), from several initialisations.
 
 OUT/MODEL/LABELS/seed-S/ holds each trained network, done once and reused by later calls; OUT/report.md, results.csv and
-accuracy.png what they gave.
+accuracy.png what they gave; OUT/model the network to use, see `deploy`.
 """
 
 import csv
@@ -45,6 +45,7 @@ from sssd_zoo.models.networks import (
     weights_digest,
 )
 from sssd_zoo.models.resnet import SSSDResNet
+from sssd_zoo.pipeline.deploy import deploy
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.tasks import ClusterFit, SelfDistillation
 from sssd_zoo.training.engine import check_trainable
@@ -147,10 +148,13 @@ def finetune(args: FinetuneArgs) -> None:
         save_config(out, args)
     print_main(plan.describe())
     rows = [row for name in args.models for row in plan.run(name)]
+    deployed = deploy(plan, rows) if args.deploy else []
     if rank() == 0:
-        write_results(plan, rows)
+        write_results(plan, rows, deployed)
         save_config(out, args)
-        print_main(f"report: {out / 'report.md'}")
+        print(f"report: {out / 'report.md'}")
+        if deployed:
+            print(f"network: {out / 'model'}, for timm.create_model('local-dir:{out / 'model'}', pretrained=True)")
     barrier()
 
 
@@ -160,6 +164,11 @@ def check_models(args: FinetuneArgs) -> None:
         raise UserError("give --fractions or --per_class")
     if len({folder_name(name) for name in args.models}) < len(args.models):
         raise UserError(f"--models must have different names: {', '.join(args.models)}")
+    if args.deploy and (taken := [name for name in args.models if folder_name(name) == "model"]):
+        raise UserError(
+            f"--models {taken[0]} would share OUT/model with the network to deploy: give its absolute path, or "
+            "--deploy false"
+        )
 
 
 def folder_name(model: str) -> str:
@@ -222,6 +231,15 @@ class Plan:
             count = len(self.positions(amount, args.seeds[0]))
             check_trainable(step_plan(args, args.models[0], count, self.processes), self.processes, count)
 
+    def has_exits(self, name: str) -> bool:
+        """Whether a network to fine-tune is one of this package."""
+        source = first_model(self.args, self.size) if name == SCRATCH else name
+        return isinstance(load_network(source, pretrained=False, num_classes=0), SSSDResNet)
+
+    def folder(self, name: str, amount: float) -> Path:
+        """Where the runs of a network on so many labels lie."""
+        return self.out / folder_name(name) / f"{amount:g}{'-per-class' if self.args.per_class else '%'}"
+
     def describe(self) -> str:
         """What is about to run, in a line."""
         evaluation = self.evaluation
@@ -256,8 +274,9 @@ class Plan:
         """Fine-tunes one network on every amount of labels with every seed; gives a row for each."""
         args, inputs, rows = self.args, self.inputs(name), []
         for amount in self.amounts:
-            folder = self.out / folder_name(name) / f"{amount:g}{'-per-class' if args.per_class else '%'}"
-            stages = Stages(folder, inputs, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints)
+            stages = Stages(
+                self.folder(name, amount), inputs, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints
+            )
             for seed in args.seeds:
                 result = stages.run(self.stage(name, amount, seed))
                 labels = len(self.positions(amount, seed))
@@ -319,8 +338,14 @@ class Plan:
         return accuracies(logits, evaluation.test_labels)
 
 
-def write_results(plan: Plan, rows: list[dict[str, Any]]) -> None:
-    """Writes report.md, results.csv and accuracy.png."""
+def write_results(plan: Plan, rows: list[dict[str, Any]], deployed: list[str]) -> None:
+    """Writes report.md, results.csv and accuracy.png.
+
+    Args:
+        plan: of the command.
+        rows: of all runs.
+        deployed: lines of Markdown about the network to deploy, if there is one.
+    """
     args, out = plan.args, plan.out
     short = {name: short_name(name) for name in args.models}
     titles = short if len(set(short.values())) == len(short) else {name: name for name in short}
@@ -329,7 +354,8 @@ def write_results(plan: Plan, rows: list[dict[str, Any]]) -> None:
         curves.setdefault(titles[row["model"]], {}).setdefault(row["amount"], []).append(row["accuracy"])
     unit = "labels of each class" if args.per_class else "labels (%)"
     figures.label_curves(curves, TABLE_4, out / "accuracy.png", axis=unit)
-    atomic_write_text(out / "report.md", "\n".join(report_lines(plan, rows, curves)))
+    chapter = ["## The network to deploy", "", *(f"- {line}" for line in deployed), ""] if deployed else []
+    atomic_write_text(out / "report.md", "\n".join([*report_lines(plan, rows, curves), *chapter]))
     atomic_write_text(out / "results.csv", results_csv(rows))
     print("\n".join(accuracy_table("accuracy (%) from", args, curves)))
 

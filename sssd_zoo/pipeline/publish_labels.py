@@ -3,6 +3,8 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pyarrow.parquet as pq
+
 from sssd_zoo.configs import PublishLabelsArgs
 from sssd_zoo.files import (
     atomic_write_text,
@@ -23,6 +25,7 @@ def publish_labels(args: PublishLabelsArgs) -> None:
     with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)
         copy_files(source, ("labels.parquet", "centroids.safetensors"), folder)
+        leave_out_paths(folder / "labels.parquet")
         model = labels.meta["model"]
         meta = {
             **labels.meta,
@@ -33,3 +36,10 @@ def publish_labels(args: PublishLabelsArgs) -> None:
         write_json(folder / "pseudo_labels.json", meta)
         atomic_write_text(folder / "README.md", labels_card(meta, args.repo, args.license))
         send(args, folder, "dataset", verify_labels)
+
+
+def leave_out_paths(labels: Path) -> None:
+    """Drops the column of file names, which can say more than their owner wants: rows tell which image is meant."""
+    table = pq.read_table(labels)
+    if "path" in table.column_names:
+        pq.write_table(table.drop_columns(["path"]), labels)

@@ -38,6 +38,7 @@ SCRIPTS = [
     "eval/linear.py",
     "eval/knn.py",
     "eval/early_exit.py",
+    "eval/embed.py",
 ]
 
 

@@ -43,6 +43,7 @@ WORDS = {  # a command line of each command that has an --out, but for that
     "detect": ["--data", "[DATA]", "--model", "sssd_resnet18_cifar"],
     "detect-eval": ["--data", "[DATA]", "--model", "sssd_resnet18_cifar"],
     "card": ["--run", "DATA"],
+    "clusters": ["DATA"],
     "pull": ["sssd_resnet18_cifar"],
 }
 
@@ -64,7 +65,7 @@ def mine(tmp_path: Path) -> Path:
 
 def test_every_command_that_writes_a_folder_is_tried_here():
     writers = {name for name, made in COMMANDS.items() if "out" in get_type_hints(getattr(arguments, made.arguments))}
-    assert writers == set(WORDS)
+    assert writers - {"embed", "search"} == set(WORDS)  # those write files
 
 
 @pytest.mark.parametrize("command", WORDS)

@@ -18,7 +18,7 @@ def blobs(n=600, d=16, groups=6, seed=0):
 
 def pseudo_labels(clustering, rows, truth=None, near=None, *, model="resnet18", **of_data):
     """The pseudo labels of a clustering of these rows; `of_data` are other names than those of the photos."""
-    of_data = {"name": "photos", "split": "train", "fingerprint": "abc", **of_data}
+    of_data = {"name": "photos", "split": "train", "fingerprint": "abc", "paths": lambda: [None] * len(rows), **of_data}
     data = SimpleNamespace(rows=rows, labels=truth, **of_data)
     config = ClusterConfig(k=len(clustering.centroids), redos=3)
     return PseudoLabels.from_clustering(clustering, data, config, model=model, seed=0, near=near)

@@ -19,6 +19,8 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import accuracies
 from sssd_zoo.evaluation.reports.paper import TABLE_4
 from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline import deploy as deploying
+from sssd_zoo.pipeline.deploy import choose
 from sssd_zoo.pipeline.finetune import labelled_subset, starting_network, step_plan
 from sssd_zoo.tasks import ClusterFit, SelfDistillation
 from sssd_zoo.training import engine
@@ -38,7 +40,7 @@ TINY = [
         "--scratch_lr",
         "0.02",
     ),
-    *("--device", "cpu", "--precision", "fp32"),
+    *("--device", "cpu", "--precision", "fp32", "--deploy", "false"),
 ]
 SPEC = InputSpec(32, (0.5,) * 3, (0.25,) * 3)
 PLAIN = SelfDistillationConfig()
@@ -233,4 +235,68 @@ def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, t
 def test_mistakes(mistake, message, folder_of_images, tmp_path, capsys):
     assert sssd("finetune", "--data", folder_of_images, "--out", tmp_path / "out", *TINY, *mistake) == 2
     assert message in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_deployed_is_the_best_start_at_the_most_labels_with_the_first_seed():
+    rows = [
+        {"model": name, "amount": amount, "seed": seed, "accuracy": accuracy}
+        for name, amount, accuracies in (
+            ("a", 10.0, (99, 99)),
+            ("a", 50.0, (60, 70)),
+            ("b", 50.0, (40, 92)),
+            ("timm", 50.0, (95, 95)),
+        )
+        for seed, accuracy in zip((7, 3), accuracies, strict=True)
+    ]
+    assert choose(rows, ["a", "b"]) == ("b", 50.0, 7)
+    assert choose(rows, ["a"]) == ("a", 50.0, 7)
+    assert choose(rows, []) == ("timm", 50.0, 7)
+
+
+def test_one_network_is_left_to_deploy(folder_of_images, distilled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deploying, "FEWEST", 3)
+    out = tmp_path / "out"
+    words = ["finetune", "--data", folder_of_images, "--out", out, *TINY, "--models", f"[{distilled}]"]
+    words += ["--fractions", "[0.3, 0.6]", "--seeds", "[1]", "--deploy", "true"]
+    assert sssd(*words) == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == (
+        f"network: {out / 'model'}, for timm.create_model('local-dir:{out / 'model'}', pretrained=True)"
+    )
+    assert not list((out / "distilled").rglob("30%/seed-1-exits"))
+    model = timm.create_model(f"local-dir:{out / 'model'}", pretrained=True).eval()
+    cell = next(out.rglob("60%/seed-1-exits"))
+    trained = timm.create_model(f"local-dir:{cell}", pretrained=True).eval()
+    assert model.pretrained_cfg["label_names"] == ["blue", "green", "red"]
+    ours, theirs = model.state_dict(), trained.state_dict()
+    heads = ("fc.", "exit1.fc.", "exit2.fc.", "exit3.fc.")
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items() if not name.startswith(heads))
+    for head in ("exit1.fc", "exit2.fc", "exit3.fc", "fc"):  # of which a temperature divides all numbers
+        ratio = theirs[f"{head}.weight"] / ours[f"{head}.weight"]
+        torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio), rtol=1e-3, atol=1e-3)
+    assert model.storage_size == 16
+    card = (out / "model" / "README.md").read_text()
+    labels = rows_of(out)[-1]["labels"]
+    assert f"fine-tuned from `distilled` by self distillation of all exits on {labels} labelled images" in card
+    assert "inear-probe" not in card.split("## Limits")[0].split("## Network")[1]
+    assert "**Calibration**: the classifiers" in card
+    report = (out / "report.md").read_text()
+    assert "## The network to deploy" in report
+    assert str(tmp_path) not in report + card
+    assert sssd("predict", out, folder_of_images / "red" / "00.png", "--device", "cpu") == 0
+    capsys.readouterr()
+    weights = (out / "model" / "model.safetensors").read_bytes()
+    assert sssd(*words) == 0
+    assert capsys.readouterr().out.count("done before") == 3
+    assert (out / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_network_called_model_is_refused(folder_of_images, distilled, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(distilled)
+    words = ["finetune", "--data", folder_of_images, "--out", "out", *TINY, "--models", "[model]", "--seeds", "[0]"]
+    words += ["--fractions", "[0.3]"]
+    assert sssd(*words, "--deploy") == 2
+    assert "--models model would share OUT/model with the network to deploy" in one_line(capsys)
     assert not (tmp_path / "out").exists()

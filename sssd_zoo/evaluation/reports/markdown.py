@@ -53,6 +53,7 @@ class Results(TypedDict, total=False):
         times: of the steps.
         figures: file names beside the report and their captions.
         notes: more facts, each a line of Markdown.
+        finetuned: of a network that was trained on true labels: from what and how, in Markdown.
     """
 
     model: str
@@ -77,6 +78,7 @@ class Results(TypedDict, total=False):
     times: Sequence[Timing]
     figures: Mapping[str, str]
     notes: Sequence[str]
+    finetuned: str
 
 
 def read_results(run: str | Path) -> Results:

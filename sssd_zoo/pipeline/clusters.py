@@ -1,0 +1,215 @@
+"""`sssd clusters`: a run's images in a folder per cluster, those nearest to its centroid first.
+
+OUT/
+    cluster-07/0001-beach.jpg   the image nearest to the centroid of cluster 7; or the folder has the cluster's name
+    clusters.csv                every image: cluster, name, rank, squared distance to the centroid, row, path, file here
+"""
+
+import csv
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+
+from sssd_zoo.configs import ClustersArgs, DataConfig
+from sssd_zoo.data import columns, sources
+from sssd_zoo.data.images import EncodedImages, fingerprint, format_of
+from sssd_zoo.data.loading import open_encoded
+from sssd_zoo.distributed.progress import progress_bar
+from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.reports.markdown import read_results
+from sssd_zoo.files import atomic_write_text, disk_errors, expand_home, read_json
+from sssd_zoo.files.run_folder import atomic_dir, open_out
+from sssd_zoo.hub.space import config_of
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+
+LISTING = "clusters.csv"
+COLUMNS = ("cluster", "name", "rank", "distance", "row", "path", "file")
+LONGEST = 80  # characters of a folder's or a file's own name
+
+
+class Member(NamedTuple):
+    """An image and its place, as clusters.csv lists it; `path` is where it came from, `file` where it lies now."""
+
+    cluster: int
+    name: str
+    rank: int
+    distance: float
+    row: int
+    path: str
+    file: str
+
+
+def clusters(args: ClustersArgs) -> None:
+    """`sssd clusters`."""
+    out = open_out(args, "clusters")
+    run = Path(args.run)
+    fitted = (run / "labels" / "labels.parquet").is_file()
+    pseudo = PseudoLabels.load(run / "labels" if fitted else run)
+    images = open_images(args, run if fitted else None, pseudo)
+    names = cluster_names(run, len(pseudo.centroids)) if fitted else {}
+    found = list(members(pseudo, images, names))
+    with atomic_dir(out, "clusters") as folder:
+        with disk_errors(out), progress_bar(len(found), "images", "img") as bar:
+            for member in found:
+                place(images, member, folder / member.file, args.link)
+                bar.update(1)
+        atomic_write_text(folder / LISTING, as_csv(found))
+        remove_listed(out)
+    folders = len({member.file.split("/")[0] for member in found})
+    print(f"{len(found):,} images in {folders} folders: {out}")
+
+
+def open_images(args: ClustersArgs, run: Path | None, pseudo: PseudoLabels) -> EncodedImages:
+    """The images that were clustered.
+
+    Raises:
+        UserError: if they cannot be read, or are others.
+    """
+    if run is None and args.data is None:
+        raise UserError(f"{args.run} holds pseudo labels without a run: say where their images are by --data")
+    config = DataConfig(data=args.data or "") if run is None else config_of(run)[1]
+    config = replace(config, data=args.data or expand_home(config.data))
+    name = sources.short_name(config.data)
+    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled)
+    splits, split = columns.take_split(splits, pseudo.meta["split"], name)
+    encoded = open_encoded(splits[split], config.image_column, name)
+    pseudo.check(fingerprint(encoded, progress=True))
+    return encoded
+
+
+def cluster_names(run: Path, count: int) -> dict[int, str]:
+    """The names that a run's clusters were given, by number.
+
+    They are those of the network's classes, where these are the clusters: on labelled images they are true classes.
+    """
+    if not (run / "metrics.json").is_file() or read_results(run).get("accuracy"):  # unfinished, or labelled
+        return {}
+    names = read_json(run / "model" / "config.json").get("label_names") or []
+    if len(names) != count:
+        return {}
+    return {number: str(name) for number, name in enumerate(names) if name != f"cluster {number}"}
+
+
+def members(pseudo: PseudoLabels, images: EncodedImages, names: dict[int, str]) -> Iterator[Member]:
+    """All images by cluster, those nearest to the centroid first; clusters of the same name are one."""
+    folders = folder_names(names, len(pseudo.centroids))
+    numbers = {folder: number for number, folder in enumerate(dict.fromkeys(folders.values()))}
+    group = np.array([numbers[folders[label]] for label in pseudo.labels.tolist()])
+    order = np.lexsort((pseudo.rows, pseudo.distances, group))
+    width = len(str(int(np.bincount(group).max())))
+    files = images.files(np.sort(pseudo.rows))
+    file_of = dict(zip(np.sort(pseudo.rows).tolist(), files, strict=True))
+    rank, before = 0, -1
+    for place in order.tolist():
+        rank, before = (rank + 1 if group[place] == before else 1), group[place]
+        label, row = int(pseudo.labels[place]), int(pseudo.rows[place])
+        path = file_of[row]
+        original = PurePosixPath(path).name if path is not None else f"row-{row}{ending(images, row)}"
+        yield Member(
+            cluster=label,
+            name=names.get(label, ""),
+            rank=rank,
+            distance=float(pseudo.distances[place]),
+            row=row,
+            path=path or "",
+            file=f"{folders[label]}/{rank:0{width}}-{shortened(original)}",
+        )
+
+
+def folder_names(names: dict[int, str], count: int) -> dict[int, str]:
+    """The folder of each cluster: its name, with what no file system minds, or its number.
+
+    Clusters of one name share a folder; other names that come out alike, also but for case, get their numbers.
+    """
+    width = len(str(count - 1))
+    owners: dict[str, str] = {f"cluster-{number:0{width}}": "" for number in range(count)}
+    folders = {}
+    for number in range(count):
+        name = names.get(number, "")
+        folder = safe_name(name) if name else ""
+        if not folder:
+            folders[number] = f"cluster-{number:0{width}}"
+            continue
+        if owners.setdefault(folder.casefold(), name) != name:
+            folder = f"{folder}-{number:0{width}}"
+            owners[folder.casefold()] = name
+        folders[number] = folder
+    return folders
+
+
+def safe_name(name: str) -> str:
+    """A name of visible letters, digits, spaces, dots, hyphens and underscores, which no system takes for another."""
+    safe = re.sub(r"[^\w .-]+", "_", name)[:LONGEST].strip(" .-_")
+    reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", safe)  # by Windows
+    return f"_{safe}" if reserved else safe
+
+
+def shortened(file: str) -> str:
+    """A file's name, cut where a number in front of it would make it too long for a file system."""
+    stem, suffix = os.path.splitext(file)  # noqa: PTH122  of a name, which may be '.jpg'
+    while len(os.fsencode(stem + suffix)) > 200:
+        stem, suffix = stem[:-1], suffix[:20]
+    return stem + suffix
+
+
+def ending(images: EncodedImages, row: int) -> str:
+    """What the file of an image that is in a row should end in, by its format: '.jpg', '.png' and so on."""
+    form = format_of(images.read([row])[0].data) or ""
+    return {"JPEG": ".jpg", "TIFF": ".tif"}.get(form, f".{form.lower()}" if form else "")
+
+
+def place(images: EncodedImages, member: Member, target: Path, link: str) -> None:
+    """Copies or links one image.
+
+    Raises:
+        UserError: if it cannot be linked there.
+    """
+    target.parent.mkdir(exist_ok=True)
+    if not member.path:
+        target.write_bytes(images.read([member.row])[0].data)
+        return
+    source = Path(member.path).absolute()
+    if link == "symbolic":
+        target.symlink_to(source)
+    elif link == "hard":
+        try:
+            os.link(source.resolve(), target)
+        except OSError as error:
+            raise UserError(
+                f"cannot make a hard link to {source}: {error.strerror}; give --link symbolic, or leave it out"
+            ) from error
+    else:
+        shutil.copy2(source, target)
+
+
+def as_csv(found: list[Member]) -> str:
+    """The listing of all images."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows([*one[:3], f"{one.distance:.6g}", *one[4:]] for one in found)
+    return text.getvalue()
+
+
+def remove_listed(out: Path) -> None:
+    """Removes the images that an earlier listing names, and their folders where nothing else is in them."""
+    if not (out / LISTING).is_file():
+        return
+    with (out / LISTING).open(encoding="utf-8", newline="") as file:
+        listed = [row["file"] for row in csv.DictReader(file) if row.get("file")]
+    for name in listed:
+        folder, _, own = name.partition("/")
+        inside = own and "/" not in own and folder not in (".", "..") and own not in (".", "..")
+        if inside and not (out / folder).is_symlink():
+            (out / folder / own).unlink(missing_ok=True)
+    for folder in {name.partition("/")[0] for name in listed} - {"", ".", ".."}:
+        with suppress(OSError):  # it holds other things
+            (out / folder).rmdir()

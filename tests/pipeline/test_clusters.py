@@ -1,0 +1,191 @@
+"""`sssd clusters`: every image in the folder of its cluster, nearest first, and nothing of the user's replaced."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from helpers.commands import one_line, sssd
+from helpers.images import file_bytes, picture, write, write_parquet
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.files import write_json
+from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.pipeline.clusters import folder_names, safe_name
+from sssd_zoo.training.runs import save_config
+
+WORDS = ["--model", "sssd_resnet18_cifar", "--k", "3", "--device", "cpu", "--unlabelled"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "photos"
+    for number in range(12):
+        write(root / ("a" if number % 2 else "b") / f"{number:02} é.png", picture(number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory) -> Path:
+    """What `sssd clusters` reads of a run of `sssd fit` on images without labels."""
+    run = tmp_path_factory.mktemp("fit") / "run"
+    assert sssd("pseudo-label", "--data", photos, "--out", run / "labels", *WORDS) == 0
+    save_config(run, DataConfig(data=str(photos), unlabelled=True))
+    write_json(run / "metrics.json", {"data": "photos"})
+    name(run, [f"cluster {number}" for number in range(3)])
+    return run
+
+
+def name(run: Path, names: list[str]) -> None:
+    (run / "model").mkdir(exist_ok=True)
+    write_json(run / "model" / "config.json", {"label_names": names})
+
+
+def listing(out: Path) -> list[dict[str, str]]:
+    with (out / "clusters.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_image_lies_in_its_cluster_the_nearest_first(run, photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sssd("clusters", run, "--out", out) == 0
+    assert "12 images in 3 folders" in capsys.readouterr().out
+    labels = PseudoLabels.load(run / "labels")
+    rows = listing(out)
+    assert sorted(int(row["row"]) for row in rows) == list(range(12))
+    for row in rows:
+        place = int(np.flatnonzero(labels.rows == int(row["row"]))[0])
+        assert labels.labels[place] == int(row["cluster"])
+        assert row["file"].startswith(f"cluster-{row['cluster']}/{row['rank']}-")
+        assert row["path"] == str(photos / labels.paths[place])
+        assert (out / row["file"]).read_bytes() == Path(row["path"]).read_bytes()
+        assert float(row["distance"]) == pytest.approx(float(labels.distances[place]), rel=1e-4)
+    for cluster in range(3):
+        distances = [float(row["distance"]) for row in rows if row["cluster"] == str(cluster)]
+        assert distances == sorted(distances)
+        assert next(row["rank"] for row in rows if row["cluster"] == str(cluster)) == "1"
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert {row["file"] for row in rows} == files - {"clusters.csv", ".sssd-zoo.json"}
+
+
+@pytest.mark.parametrize("link", ["hard", "symbolic"])
+def test_links(link, run, tmp_path):
+    assert sssd("clusters", run, "--out", tmp_path / "out", "--link", link) == 0
+    for row in listing(tmp_path / "out"):
+        file = tmp_path / "out" / row["file"]
+        assert file.is_symlink() == (link == "symbolic")
+        assert os.path.samefile(file, row["path"])  # noqa: PTH121
+    assert sssd("clusters", run, "--out", tmp_path / "out", "--overwrite") == 0
+    assert all(Path(row["path"]).read_bytes() for row in listing(tmp_path / "out")), "the originals are where they were"
+
+
+def test_named_clusters_and_those_of_one_name(run, tmp_path):
+    name(run, ["sea/../side", "cluster 1", "sea/../side"])
+    try:
+        assert sssd("clusters", run, "--out", tmp_path / "out") == 0
+    finally:
+        name(run, [f"cluster {number}" for number in range(3)])
+    rows = listing(tmp_path / "out")
+    assert {row["file"].split("/")[0] for row in rows} == {"sea_.._side", "cluster-1"}
+    assert {row["name"] for row in rows} == {"sea/../side", ""}
+    merged = [row for row in rows if row["name"]]
+    assert {row["cluster"] for row in merged} == {"0", "2"}
+    assert [int(row["rank"]) for row in merged] == list(range(1, len(merged) + 1))
+
+
+def test_classes_are_no_names_of_clusters(run, tmp_path):
+    name(run, ["red", "green", "blue"])
+    write_json(
+        run / "metrics.json", {"data": "photos", "accuracy": [{"name": "SSSD", "exits": [1.0] * 4, "ensemble": 1.0}]}
+    )
+    try:
+        assert sssd("clusters", run, "--out", tmp_path / "out") == 0
+    finally:
+        name(run, [f"cluster {number}" for number in range(3)])
+        write_json(run / "metrics.json", {"data": "photos"})
+    assert {row["file"].split("/")[0] for row in listing(tmp_path / "out")} == {f"cluster-{n}" for n in range(3)}
+
+
+def test_only_what_the_command_wrote_is_replaced(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sssd("clusters", run, "--out", out) == 0
+    (out / "cluster-0" / "1-mine.png").write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    before = {row["file"] for row in listing(out)}
+    assert sssd("clusters", run, "--out", out) == 2
+    assert "--overwrite to replace it" in one_line(capsys)
+    name(run, ["beach", "wood", "street"])
+    try:
+        assert sssd("clusters", run, "--out", out, "--overwrite") == 0
+    finally:
+        name(run, [f"cluster {number}" for number in range(3)])
+    assert (out / "cluster-0" / "1-mine.png").read_text() == (out / "notes.txt").read_text() == "mine"
+    assert not any((out / file).exists() for file in before)
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"cluster-0", "beach", "wood", "street"}
+
+
+def test_rows_of_parquet_become_files(tmp_path, capsys):
+    pictures = [file_bytes(picture(number), "JPEG" if number % 2 else "PNG") for number in range(8)]
+    data = write_parquet(tmp_path / "data" / "train.parquet", pictures)
+    assert sssd("pseudo-label", "--data", data, "--out", tmp_path / "labels", *WORDS) == 0
+    assert sssd("clusters", tmp_path / "labels", "--out", tmp_path / "out") == 2
+    assert "say where their images are by --data" in one_line(capsys)
+    assert sssd("clusters", tmp_path / "labels", "--out", tmp_path / "out", "--data", data, "--link", "hard") == 0
+    for row in listing(tmp_path / "out"):
+        number = int(row["row"])
+        assert row["file"].endswith(f"-row-{number}.{'jpg' if number % 2 else 'png'}")
+        assert (tmp_path / "out" / row["file"]).read_bytes() == pictures[number]
+        assert row["path"] == ""
+    assert "path" not in pq.read_schema(tmp_path / "labels" / "labels.parquet").names
+
+
+def test_mistakes(run, photos, tmp_path, capsys):
+    assert sssd("clusters", tmp_path, "--out", tmp_path / "out") == 2
+    assert "is not a folder of pseudo labels" in one_line(capsys)
+    other = tmp_path / "other"
+    write(other / "1.png", picture(1))
+    assert sssd("clusters", run, "--out", tmp_path / "out", "--data", other) == 2
+    assert "belong to other data" in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_listing_that_was_changed_removes_nothing_elsewhere(run, tmp_path):
+    out = tmp_path / "out"
+    assert sssd("clusters", run, "--out", out) == 0
+    (tmp_path / "thesis.txt").write_text("the only copy")
+    lines = (out / "clusters.csv").read_text().splitlines()
+    lines += [
+        f"0,,1,0,0,,{file}" for file in ("../thesis.txt", "cluster-0/../../thesis.txt", str(tmp_path / "thesis.txt"))
+    ]
+    (out / "clusters.csv").write_text("\n".join(lines) + "\n")
+    assert sssd("clusters", run, "--out", out, "--overwrite") == 0
+    assert (tmp_path / "thesis.txt").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("Sea side", "Sea side"),
+        ("..", ""),
+        ("a/b", "a_b"),
+        ("CON", "_CON"),
+        ("-rf", "rf"),
+        ("é 💡", "é"),
+        ("x" * 99, "x" * 80),
+    ],
+)
+def test_safe_names(name, safe):
+    assert safe_name(name) == safe
+
+
+def test_folders_of_names_that_come_out_alike():
+    names = {0: "Sea/side", 1: "sea:side", 2: "Sea/side", 3: "..", 4: "cluster-3"}
+    folders = folder_names(names, 12)
+    assert folders[0] == folders[2] == "Sea_side"
+    assert folders[1] == "sea_side-01"
+    assert folders[3] == "cluster-03"
+    assert len(set(folders.values())) == 11
+    json.dumps(folders)

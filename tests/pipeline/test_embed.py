@@ -1,0 +1,307 @@
+"""`sssd embed`: what the files hold, that a killed run and several processes give the same, and what is refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import timm
+import torch
+
+from helpers.commands import ROOT, command, one_line, sssd
+from helpers.data import load
+from helpers.images import file_bytes, picture, write, write_parquet
+from helpers.networks import save_tiny
+from sssd_zoo.configs import EmbedArgs, ForwardConfig
+from sssd_zoo.evaluation.embeddings import EmbeddingFile
+from sssd_zoo.evaluation.features import network_features
+from sssd_zoo.files import RUN_MARK
+from sssd_zoo.models.networks import load_network
+from sssd_zoo.pipeline import embed as module
+
+CPU = ["--device", "cpu", "--precision", "fp32", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    return save_tiny(tmp_path_factory.mktemp("network") / "tiny", classes=3)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """22 files in two folders, of which three are no images: one batch of four has none."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    for number in range(22):
+        write(root / ("a" if number < 12 else "b") / f"{number:02}.png", picture(number))
+    for number in (4, 5, 6, 7, 13):
+        (root / ("a" if number < 12 else "b") / f"{number:02}.png").write_text("not an image")
+    return root
+
+
+def embed(network, data, out, *words) -> int:
+    return sssd("embed", network, "--data", data, "--out", out, "--batch_size", "4", "--image_size", "32", *CPU, *words)
+
+
+def expected(network, photos, output) -> np.ndarray:
+    """The features of the readable images by the functions that the rest of the package uses."""
+    model = load_network(str(network), num_classes=0, output=output)
+    model.pretrained_cfg["input_size"] = (3, 32, 32)
+    data = load(photos, max_corrupt=9)
+    return network_features(model, data, ForwardConfig(batch_size=4, precision="fp32", device="cpu")).numpy()
+
+
+@pytest.mark.parametrize(
+    ("ending", "exits", "output"),
+    [("parquet", "2", "2"), ("csv", "all", "ensemble"), ("npy", "2", "2"), ("npy", "all", "ensemble")],
+)
+def test_the_embeddings_are_the_networks_features(ending, exits, output, network, photos, tmp_path, capsys):
+    out = tmp_path / f"e.{ending}"
+    assert embed(network, photos, out, "--exits", exits) == 0
+    assert "17 images of photos" in capsys.readouterr().out
+    features = expected(network, photos, output)
+    file = EmbeddingFile(out)
+    for number, values in zip(file.meta["exits"], features, strict=True):
+        np.testing.assert_allclose(np.concatenate(list(file.chunks(number))), values, rtol=1e-5, atol=1e-6)
+    rows, paths = file.images()
+    names = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
+    assert paths == [names[row] for row in rows]
+    assert sorted(set(range(22)) - set(rows.tolist())) == [4, 5, 6, 7, 13]
+    assert file.meta["folder"] == str(photos)
+    assert [Path(one["image"]).name for one in file.meta["left_out"]] == [f"{n:02}.png" for n in (4, 5, 6, 7, 13)]
+    assert file.meta["exits"] == (["2"] if exits == "2" else ["1", "2", "3", "4"])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_documented_columns(network, photos, tmp_path):
+    assert embed(network, photos, tmp_path / "one.parquet", "--dtype", "fp16") == 0
+    assert embed(network, photos, tmp_path / "all.parquet", "--exits", "all") == 0
+    one = pq.read_schema(tmp_path / "one.parquet")
+    assert [(field.name, str(field.type)) for field in one] == [
+        ("row", "int64"),
+        ("path", "string"),
+        ("embedding", "fixed_size_list<element: halffloat>[512]"),
+    ]
+    assert pq.read_schema(tmp_path / "all.parquet").names[2:] == [f"embedding_{number}" for number in range(1, 5)]
+    assert embed(network, photos, tmp_path / "all.npy", "--exits", "all", "--dtype", "fp16") == 0
+    array = np.load(tmp_path / "all.npy")
+    assert (array.shape, array.dtype) == ((17, 4, 512), np.float16)
+    assert (tmp_path / "all.npy.csv").read_text().splitlines()[:2] == ['"row","path"', '0,"a/00.png"']
+    assert json.loads((tmp_path / "all.npy.json").read_text())["count"] == 17
+    assert embed(network, photos, tmp_path / "one.csv") == 0
+    header = (tmp_path / "one.csv").read_text().splitlines()[0].replace('"', "").split(",")
+    assert header == ["row", "path", *(f"embedding_{number}" for number in range(512))]
+
+
+def test_the_snippet_of_the_docs(network, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert embed(network, photos, tmp_path / "features.parquet") == 0
+    page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    names: dict = {}
+    exec(compile(code, "docs/features.md", "exec"), names)
+    assert names["features"].shape == (17, 512)
+    assert names["made_by"]["exits"] == ["4"]
+    assert Path(names["made_by"]["folder"], names["names"][0]).is_file()
+
+
+def test_unit_length_and_rows_of_parquet(network, tmp_path):
+    data = write_parquet(tmp_path / "data" / "train.parquet", [file_bytes(picture(number)) for number in range(6)])
+    assert embed(network, data, tmp_path / "e.npy", "--normalise") == 0
+    np.testing.assert_allclose(np.linalg.norm(np.load(tmp_path / "e.npy"), axis=1), 1, rtol=1e-5)
+    file = EmbeddingFile(tmp_path / "e.npy")
+    assert file.images()[1] == [None] * 6
+    assert file.meta["folder"] is None
+
+
+def test_any_timm_network(photos, tmp_path, monkeypatch, capsys):
+    create = timm.create_model
+    torch.manual_seed(0)
+    plain = create("test_vit", num_classes=5).eval()
+
+    def made(name, *args, pretrained=False, **kwargs):  # its weights are not to be had offline
+        model = create(name, *args, **kwargs)
+        model.load_state_dict(plain.state_dict(), strict=False)
+        return model
+
+    monkeypatch.setattr(timm, "create_model", made)
+    words = ["--data", str(photos), "--out", str(tmp_path / "e.npy"), *CPU]
+    assert sssd("embed", "test_vit", *words) == 0
+    assert np.load(tmp_path / "e.npy").shape == (17, plain.num_features)
+    assert EmbeddingFile(tmp_path / "e.npy").meta["exits"] == ["final"]
+    assert sssd("embed", "test_vit", *words, "--overwrite", "--exits", "2") == 2
+    assert "'test_vit' has no exits to choose from: leave out --exits 2" in one_line(capsys)
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "npy"])
+def test_a_stopped_run_resumes_to_the_same_bytes(ending, network, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "PART", 8)
+    assert embed(network, photos, tmp_path / "whole" / f"e.{ending}", "--exits", "all") == 0
+    write_part, left = module.Parts.write, 1
+
+    def stopping(self, *args):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        write_part(self, *args)
+
+    out = tmp_path / "stopped" / f"e.{ending}"
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Parts, "write", stopping)
+        assert embed(network, photos, out, "--exits", "all") == 130
+    assert not out.exists()
+    assert embed(network, photos, out, "--exits", "2") == 2
+    assert "holds an unfinished embedding of other settings or data (exits differ)" in one_line(capsys)
+    assert embed(network, photos, out, "--exits", "all") == 0
+    assert "resumed: 1 of 3 parts were done before" in capsys.readouterr().out
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes(), path.name
+    assert len(list((tmp_path / "stopped").iterdir())) == len(list((tmp_path / "whole").iterdir()))
+
+
+def test_other_settings_discard_the_parts_with_overwrite(network, photos, tmp_path, monkeypatch):
+    parts = module.Parts(tmp_path / ".e.npy.parts", 22, 4)
+    assert embed(network, photos, tmp_path / "e.npy") == 0
+    monkeypatch.setattr(module, "write_embeddings", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert embed(network, photos, tmp_path / "e.npy", "--overwrite") == 130
+    assert parts.path(0).is_file()
+    monkeypatch.undo()
+    assert embed(network, photos, tmp_path / "e.npy", "--overwrite", "--exits", "1") == 0
+    assert EmbeddingFile(tmp_path / "e.npy").meta["exits"] == ["1"]
+    assert not parts.folder.exists()
+
+
+def test_nothing_of_the_users_is_replaced(network, photos, tmp_path, capsys):
+    np.save(tmp_path / "mine.npy", np.zeros(3))
+    (tmp_path / "new.npy.json").write_text('{"mine": true}')
+    write_parquet(tmp_path / "mine.parquet", [file_bytes(picture(1))])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for name, words in (
+        ("mine.npy", "is not embeddings of `sssd embed`, so it is kept"),
+        ("mine.parquet", "is not embeddings of `sssd embed`, so it is kept"),
+        ("new.npy", "new.npy.json is not of `sssd embed`, so it is kept"),
+    ):
+        assert embed(network, photos, tmp_path / name, "--overwrite") == 2
+        assert words in one_line(capsys)
+    assert embed(network, photos, photos / "e.parquet") == 2
+    assert "lies in --data" in one_line(capsys)
+    assert embed(network, photos, tmp_path / "e.txt") == 2
+    assert "must end in one of .parquet, .csv, .npy" in one_line(capsys)
+    assert embed(network, photos, tmp_path / "e.npy", "--in_memory") == 2
+    assert "--in_memory is of no use here" in one_line(capsys)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert embed(network, photos, tmp_path / "e.npy") == 0
+    assert embed(network, photos, tmp_path / "e.npy") == 2
+    assert "already exists; give --overwrite" in one_line(capsys)
+    (tmp_path / ".other.npy.parts").mkdir()
+    (tmp_path / ".other.npy.parts" / "mine.txt").write_text("mine")
+    assert embed(network, photos, tmp_path / "other.npy", "--overwrite") == 2
+    assert "was not made by sssd-zoo" in one_line(capsys)
+
+
+def test_images_that_cannot_be_read(network, photos, tmp_path, capsys):
+    assert embed(network, photos, tmp_path / "e.npy", "--max_corrupt", "4") == 2
+    assert "5 images of photos (train) cannot be decoded, more than max_corrupt 4" in one_line(capsys)
+    assert not (tmp_path / "e.npy").exists()
+    none = tmp_path / "none"
+    none.mkdir()
+    (none / "a.png").write_text("not an image")
+    assert embed(network, none, tmp_path / "none.npy") == 2
+    assert "none of 1 images of none (train) can be decoded" in one_line(capsys)
+
+
+def test_numbers_that_fp16_cannot_hold_and_damaged_files(network, photos, tmp_path, capsys, monkeypatch):
+    parts = module.Parts(tmp_path / "parts", 4, 2)
+    values = torch.tensor([[[1.0]], [[1e6]]])
+    with pytest.raises(module.UserError, match="the embedding of image 3 exceeds fp16: give --dtype fp32"):
+        parts.write(0, torch.tensor([2, 3]), values, [], "fp16")
+    with pytest.raises(module.UserError, match="image 2 is no finite number"):
+        parts.write(0, torch.tensor([2, 3]), values / 0 * values, [], "fp32")
+    assert embed(network, photos, tmp_path / "e.npy") == 0
+    array = np.load(tmp_path / "e.npy")
+    np.save(tmp_path / "e.npy", array[::-1])
+    with pytest.raises(module.UserError, match=r"e.npy is not as it was written"):
+        EmbeddingFile(tmp_path / "e.npy")
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_file(network, tmp_path):
+    for number in range(1400):
+        write(tmp_path / "photos" / f"{number:04}.png", picture(number, 8))
+    words = [
+        "-m",
+        "sssd_zoo.cli",
+        "embed",
+        str(network),
+        "--data",
+        str(tmp_path / "photos"),
+        "--image_size",
+        "32",
+        *CPU,
+    ]
+    words += ["--batch_size", "16", "--out"]
+    assert command(*words, str(tmp_path / "whole.parquet")).returncode == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen([sys.executable, *words, str(tmp_path / "killed.parquet")], cwd=ROOT, env=environment)
+    parts = tmp_path / ".killed.parquet.parts"
+    while not list(parts.glob("part-*.npz")):
+        assert running.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert (parts / RUN_MARK).is_file()
+    done = command(*words, str(tmp_path / "killed.parquet"))
+    assert done.returncode == 0, done.stderr
+    assert "resumed: 1 of 2 parts" in done.stdout
+    assert (tmp_path / "killed.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_file_of_one(network, tmp_path):
+    for number in range(2100):
+        write(tmp_path / "photos" / f"{number:04}.png", picture(number, 8))
+    (tmp_path / "photos" / "2050.png").write_text("not an image")
+    words = [
+        str(network),
+        "--data",
+        str(tmp_path / "photos"),
+        "--image_size",
+        "32",
+        *CPU,
+        "--batch_size",
+        "16",
+        "--out",
+    ]
+    assert command("eval/embed.py", *words, str(tmp_path / "one.npy")).returncode == 0
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "eval/embed.py"]
+    done = command(*launch, *words, str(tmp_path / "two.npy"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2,099 images") == 1
+    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "two.npy").read_bytes()
+    assert (tmp_path / "one.npy.csv").read_bytes() == (tmp_path / "two.npy.csv").read_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
+def test_the_memory_does_not_grow_with_the_images(tmp_path):
+    sys.path.insert(0, str(ROOT / "eval"))
+    try:
+        from benchmark import benchmark_embed_memory
+    finally:
+        sys.path.remove(str(ROOT / "eval"))
+    found = benchmark_embed_memory(images=20_000)
+    assert found["file_mib"] > 30
+    assert found["peak_mib"] - found["peak_mib_of_a_hundredth"] < 60 + found["file_mib"] / 4
+
+
+def test_arguments_of_the_library():
+    args = EmbedArgs(model="m", data="d", out="e.npy")
+    assert (args.exits, args.dtype, args.normalise, args.max_corrupt) == ("final", "fp32", False, 2**31 - 1)
