@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from sssd_zoo.configs import OptimConfig, RuntimeConfig
+from sssd_zoo.configs import AugmentConfig, OptimConfig, RuntimeConfig
 from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
@@ -34,6 +34,7 @@ ADDED: dict[str, tuple[Any, ...]] = {
     "init": (None,),
     "anchor": (None, 0.0),
     "cached_views": (0,),
+    "augment": (asdict(AugmentConfig()),),
 }
 
 
@@ -61,6 +62,11 @@ def save_config(folder: Path, config: Any) -> None:
 def settings_of(config: Any) -> dict[str, Any]:
     """The fields of a configuration, to tell runs apart: at its default, one of `ADDED` is as good as not there."""
     return {name: value for name, value in asdict(config).items() if value not in ADDED.get(name, ())}
+
+
+def augment_settings(augment: AugmentConfig) -> dict[str, Any]:
+    """What tells runs with these augmentations from earlier ones, which had the default."""
+    return {} if augment == AugmentConfig() else {"augment": asdict(augment)}
 
 
 def method_settings(config: Any, kind: type[OptimConfig]) -> dict[str, Any]:
@@ -154,7 +160,7 @@ def run_training(
     if labels is not None:
         settings = {"labels": labels.identity, **settings}
         labels.attach(network, out, input_spec(network, spec.size))
-    identity = {"arch": spec.arch, "image_size": spec.size, **_data_identity(loader.data), **settings}
+    identity = {"arch": spec.arch, "image_size": spec.size, **loader.data.identity, **settings}
     trainer = Trainer(
         task, loader, optim=optim, runtime=runtime, out=out, identity=identity, labels=labels, title=spec.title
     )
@@ -164,13 +170,6 @@ def run_training(
         figures.loss_curves({spec.title: read_metrics(out / "metrics.jsonl")}, out / "curves.png")
         save_network(out, network, spec.arch, input_size=spec.size)
     return measured
-
-
-def _data_identity(data: ImageData | StreamingImages) -> dict[str, Any]:
-    """What tells images from others, for the check on resume."""
-    if isinstance(data, ImageData):
-        return {"data": data.fingerprint, "images": len(data), "storage_size": data.size}
-    return {"data": data.name, "images": data.count, "storage_size": data.size}
 
 
 def announce(out: Path, what: str, measured: dict[str, float]) -> None:

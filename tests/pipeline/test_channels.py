@@ -14,7 +14,8 @@ import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import TINY_DETECTION, one_line, sssd
 from helpers.images import write_voc
 from sssd_zoo.data.augment import LUMA, normalise
-from sssd_zoo.data.images import Encoded, decode
+from sssd_zoo.data.images import decode
+from sssd_zoo.data.opening import Encoded
 from sssd_zoo.models.networks import input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
