@@ -59,10 +59,15 @@ def header_of(data: bytes) -> tuple[int, int, int]:
     """
     if data.startswith(NUMPY):
         shape, dtype = _npy_header(io.BytesIO(data))
-        height, width = (shape if len(shape) == 2 or shape[-1] <= MOST_SAMPLES else shape[1:])[:2]
+        height, width = (shape[1:] if len(shape) == 3 and shape[0] < shape[-1] else shape)[:2]
         return width, height, 8 if dtype in (np.uint8, np.bool_) else 16
     file = _dicom(data, stop_before_pixels=True)
     return int(file.Columns), int(file.Rows), 8 if int(file.BitsStored) <= 8 else 16
+
+
+def frames_of(data: bytes) -> int:
+    """How many frames a DICOM file states."""
+    return int(_dicom(data, stop_before_pixels=True).get("NumberOfFrames", 1) or 1)
 
 
 def array_of(data: bytes, max_pixels: int, channels: int | None = None) -> Pixels:
@@ -91,7 +96,7 @@ def channels_last(array: NDArray[Any], channels: int | None) -> NDArray[Any]:
 
     Args:
         array: of an image.
-        channels: C, where it is known; otherwise the first axis counts channels where it is the shortest.
+        channels: C, where it is known; otherwise 1, 3 or 4.
 
     Raises:
         CorruptImageError: if it has other axes.
@@ -101,7 +106,8 @@ def channels_last(array: NDArray[Any], channels: int | None) -> NDArray[Any]:
     if array.ndim != 3:
         raise CorruptImageError(f"its array has {array.ndim} axes, and an image has 2 or 3")
     first, last = array.shape[0], array.shape[-1]
-    crossed = first == channels if channels in (first, last) and first != last else first < last and first < 5
+    known = (1, 3, 4) if channels is None else (channels,)
+    crossed = first in known and last not in known
     return np.moveaxis(array, 0, -1) if crossed else array
 
 
@@ -220,10 +226,11 @@ def tiff_pixels(data: bytes, max_pixels: int, channels: int) -> Pixels:
     return whole(first)
 
 
-def tiff_bits(data: bytes) -> int:
-    """Bits per channel of a TIFF file's first page, 8 or 16 for all more."""
+def tiff_header(data: bytes) -> tuple[int, int, int]:
+    """Width, height and bits per channel (8, or 16 for all more) of a TIFF file's first page."""
     with need("tifffile", "TIFF of several channels").TiffFile(io.BytesIO(data)) as file:
-        return 8 if file.pages[0].dtype in (np.uint8, np.bool_) else 16
+        page = file.pages[0]
+        return page.imagewidth, page.imagelength, 8 if page.dtype in (np.uint8, np.bool_) else 16
 
 
 def _full_pages(file: Any) -> list[Any]:
@@ -256,7 +263,7 @@ def count_pages(path: Path) -> int:
         if ending in TIFF:
             with package.TiffFile(path) as file:
                 return len(_full_pages(file))
-        return int(package.dcmread(path, stop_before_pixels=True).get("NumberOfFrames", 1) or 1)
+        return frames_of(path.read_bytes())
     except Exception:  # decoding reports it
         return 1
 

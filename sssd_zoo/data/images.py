@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sssd_zoo.configs.data import MAX_PIXELS
-from sssd_zoo.data.containers import Pixels
+from sssd_zoo.data.containers import Pixels, is_tiff
 from sssd_zoo.data.formats import CorruptImageError
 from sssd_zoo.data.opening import Encoded, encoded, opened, side_lengths
 from sssd_zoo.data.pixels import PAGE, PixelFormat, stored
@@ -106,8 +106,9 @@ def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS, pixels: Pixe
     except (CorruptImageError, UserError):
         raise
     except UnidentifiedImageError:
+        hint = "; if it has other channels than RGB, give --channels" if is_tiff(image.data) else ""
         raise CorruptImageError(
-            "it is not an image of a known format, or of pixels that Pillow does not read"
+            f"it is not an image of a known format, or of pixels that Pillow does not read{hint}"
         ) from None
     except Exception as error:  # Pillow's plugins raise whatever their parsers run into
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
@@ -198,8 +199,6 @@ def natural_size(images: Sequence[Encoded]) -> int | None:
     for image in images:
         try:
             sizes.add(side_lengths(image.data))
-        except UserError:
-            raise
         except Exception:  # decoding reports it
             continue
     if len(sizes) != 1:

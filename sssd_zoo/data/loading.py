@@ -6,7 +6,7 @@ Both give the same images in the same order, which `GlobalBatches` alone decides
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,8 +35,10 @@ from sssd_zoo.data.images import (
     spaced,
     take,
 )
+from sssd_zoo.data.opening import Encoded, pages_of
 from sssd_zoo.data.pixels import PixelFormat, moments, pixel_format, shown
 from sssd_zoo.data.several import open_data
+from sssd_zoo.data.walk import warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
@@ -70,7 +72,7 @@ def statistics_of(batches: Iterable[Tensor], channels: int) -> Statistics:
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=0).sqrt()
     std = torch.where(std < 1e-6, 1.0, std)
-    return Statistics(tuple(round(value, 6) for value in mean.tolist()), tuple(round(each, 6) for each in std.tolist()))
+    return Statistics(*(tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, std)))
 
 
 class CorruptTally:
@@ -270,6 +272,8 @@ def load_images(
     encoded = source.encoded
     sample = encoded.read(spaced(len(encoded), SAMPLED_SIZES))
     pixels = pixel_format(config, sample)
+    if config.pages == "first":
+        _tell_of_pages(sample, source.name, config.channels)
     size = config.storage_size or natural_size(sample) or default_size
     keep = config.in_memory
     if keep is None:
@@ -290,6 +294,16 @@ def load_images(
         )
         tally.add(corrupt, len(encoded), shared=True)
     return ImageData(source, config, rows=rows, size=size, tally=tally, kept=kept, pixels=pixels)
+
+
+def _tell_of_pages(sample: Sequence[Encoded], name: str, channels: int | None) -> None:
+    """Warns of files with several pages, of which one is read; those with a page for each channel are read whole."""
+    several = [str(image.name) for image in sample if pages_of(image.data) not in (1, channels)]
+    if several:
+        warn_once(
+            f"{len(several)} of {len(sample)} sampled files of {name} have several pages ({listed(several)}): the "
+            "first of each is read; --pages all makes an image of every page"
+        )
 
 
 def _open_split(config: DataConfig, *, require_labels: bool, progress: bool) -> OpenedSplit:

@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data import containers
@@ -75,8 +75,26 @@ def side_lengths(data: bytes) -> tuple[int, int]:
     """Width and height that an encoded image states; whatever its parser raises, if that is damaged."""
     if containers.is_array(data):
         return containers.header_of(data)[:2]
-    with open_picture(data) as picture:
-        return picture.size
+    try:
+        with open_picture(data) as picture:
+            return picture.size
+    except UnidentifiedImageError:
+        if not containers.is_tiff(data):
+            raise
+        return containers.tiff_header(data)[:2]
+
+
+def pages_of(data: bytes) -> int:
+    """How many pages a TIFF or DICOM file states; 1 for any other, and for one that is damaged."""
+    try:
+        if containers.is_dicom(data):
+            return containers.frames_of(data)
+        if containers.is_tiff(data):
+            with open_picture(data) as picture:
+                return int(getattr(picture, "n_frames", 1))
+    except Exception:  # decoding reports it
+        return 1
+    return 1
 
 
 def open_picture(data: bytes) -> Image.Image:

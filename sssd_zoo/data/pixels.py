@@ -64,7 +64,7 @@ def _bits(data: bytes) -> int:
             with open_picture(data) as picture:
                 return 16 if picture.mode[0] in "IF" or _deep_colour(picture) else 8
         except UnidentifiedImageError:
-            return containers.tiff_bits(data) if containers.is_tiff(data) else 8
+            return containers.tiff_header(data)[2] if containers.is_tiff(data) else 8
     except UserError:
         raise
     except Exception:  # decoding reports it
@@ -113,7 +113,9 @@ def _decoded(data: bytes, size: int, max_pixels: int, pixels: PixelFormat) -> Pi
             stacked = single and pixels.channels > 1 and getattr(picture, "n_frames", 1) == pixels.channels
             deep = _deep_colour(picture)
             if not (picture.format == "TIFF" and (stacked or (deep and picture.mode not in ("RGB", "RGBA")))):
-                return _deep_pixels(data, picture) if deep else _shallow_pixels(picture)
+                array = _deep_pixels(data, picture) if deep else _shallow_pixels(picture)
+                has_alpha = picture.mode in ("LA", "RGBA") and array.shape[2] in (2, 4)
+                return array[:, :, :-1] if has_alpha and array.shape[2] != pixels.channels else array
     except UnidentifiedImageError:
         if not containers.is_tiff(data):
             raise
@@ -129,9 +131,7 @@ def _shallow_pixels(picture: Image.Image) -> Pixels:
         return containers.whole(np.asarray(picture))[:, :, None]
     if picture.mode == "1":
         return np.asarray(picture.convert("L"))[:, :, None]
-    if picture.mode == "P":
-        picture = picture.convert("RGBA" if "transparency" in picture.info else "RGB")
-    elif picture.mode not in ("LA", "RGB", "RGBA"):
+    if picture.mode == "P" or picture.mode not in ("LA", "RGB", "RGBA", "RGBX"):
         picture = picture.convert("RGB")
     return np.asarray(picture)
 
@@ -172,14 +172,12 @@ def _other_way_round(args: Any) -> Any:
 def _with_channels(array: Pixels, channels: int) -> Pixels:
     """An image [H, W, C] with the channels asked for, see `stored`."""
     found = array.shape[2]
-    if found in (2, 4) and found == channels + 1:  # alpha, or none is asked for
-        array, found = array[:, :, :channels], channels
     if found == channels:
         return array
     if found == 1 and channels == 3:
         return np.repeat(array, 3, axis=2)
-    if channels == 1 and found in (3, 4):
-        luma: Pixels = np.rint(array[:, :, :3] @ np.array([0.299, 0.587, 0.114])).astype(array.dtype)
+    if channels == 1 and found == 3:
+        luma: Pixels = np.rint(array @ np.array([0.299, 0.587, 0.114])).astype(array.dtype)
         return luma[:, :, None]
     raise CorruptImageError(f"it has {found} channel{'s' * (found != 1)}, and --channels asks for {channels}")
 

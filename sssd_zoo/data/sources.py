@@ -4,6 +4,7 @@ Each is opened as splits of Hugging Face `datasets`; `columns.py` then finds the
 """
 
 import logging
+import os
 import re
 import tarfile
 from collections import defaultdict
@@ -25,6 +26,7 @@ logger = logging.getLogger("sssd_zoo")
 
 SAMPLE_NAME = "cifar10-sample"
 SAMPLE_FOLDER = Path(__file__).with_name("sample")
+TAR_BLOCK = 512  # bytes
 HUB_TIMEOUT = 10.0  # seconds; without this check `datasets` retries an unreachable Hub for half a minute
 
 Splits = Mapping[str, Any]  # split name -> Dataset or IterableDataset
@@ -136,8 +138,23 @@ def _shards(files: Mapping[str, list[str]], origin: Path, streaming: bool) -> Sp
             for split, paths in files.items()
         }
 
-    refuse_pointers([Path(file) for paths in files.values() for file in paths], origin)
+    shards = [Path(file) for paths in files.values() for file in paths]
+    refuse_pointers(shards, origin)
+    if cut := [shard.name for shard in shards if not _ends_as_tar(shard)]:
+        raise UserError(
+            f"{len(cut)} of {len(shards)} .tar files of {origin} have no end mark, so they are cut short or no tar "
+            f"files ({listed(cut)}): fetch or write them again"
+        )
     return {split: rows if streaming else _json_label(rows) for split, rows in _load(load, origin).items()}
+
+
+def _ends_as_tar(file: Path) -> bool:
+    """Whether a file ends in a block of zeros: tarfile takes one that is cut in a header for a shorter one."""
+    with file.open("rb") as opened:
+        if opened.seek(0, os.SEEK_END) < TAR_BLOCK:
+            return False
+        opened.seek(-TAR_BLOCK, os.SEEK_END)
+        return not any(opened.read())
 
 
 def _json_label(rows: Any) -> Any:

@@ -11,6 +11,7 @@ RUN/
     steps/          each step's inputs and result, by which the next call knows what is done
     model/          what to use: the network (with the probes as heads where labels exist) and its card
     figures/        PNG
+    corrupt.tsv     the images that were skipped, and why, where there are any
     report.md       tables and figures; metrics.json holds their numbers
 """
 
@@ -51,7 +52,7 @@ from sssd_zoo.pipeline.defaults import advice, derive
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, check_start, set_up, with_augment
 from sssd_zoo.pipeline.stages import Stage, Stages
-from sssd_zoo.training.runs import save_config, settings_of
+from sssd_zoo.training.runs import save_config, save_corrupt, settings_of
 
 
 def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
@@ -313,6 +314,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         card_context=results,
     )
     save_config(out, args)
+    save_corrupt(out, setup.data.corrupt)
     return results
 
 

@@ -9,16 +9,18 @@ import yaml
 from torch import nn
 
 from sssd_zoo.configs import AugmentConfig, OptimConfig, RuntimeConfig
+from sssd_zoo.data.images import Corrupt
 from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.files.run_folder import VIEW_CACHE, drop, kind_of, mark, open_out, remove
+from sssd_zoo.files.run_folder import CORRUPT, VIEW_CACHE, drop, kind_of, mark, open_out, remove
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.models.networks import check_sizes, choose_model, choose_size, input_spec
@@ -51,6 +53,15 @@ def prepare_run_folder(folder: Path, config: Any) -> None:
             drop(folder, kind)
         save_config(folder, config)
     barrier()
+
+
+def save_corrupt(folder: Path, corrupt: list[Corrupt]) -> None:
+    """Writes all images that were skipped, and why, as corrupt.tsv; where there are none, an older file goes."""
+    if not corrupt:
+        (folder / CORRUPT).unlink(missing_ok=True)
+        return
+    rows = [f"{plain(name, longest=4096)}\t{plain(reason, longest=4096)}" for name, reason in corrupt]
+    atomic_write_text(folder / CORRUPT, "\n".join(["image\treason", *rows, ""]))
 
 
 def save_config(folder: Path, config: Any) -> None:
@@ -169,6 +180,8 @@ def run_training(
         remove(out, VIEW_CACHE)
         figures.loss_curves({spec.title: read_metrics(out / "metrics.jsonl")}, out / "curves.png")
         save_network(out, network, spec.arch, input_size=spec.size)
+        if spec.arguments is not None:
+            save_corrupt(out, loader.data.corrupt)
     return measured
 
 

@@ -16,8 +16,8 @@ from sssd_zoo.configs import DataConfig, SettingsError
 from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data.formats import CorruptImageError
 from sssd_zoo.data.images import decode
-from sssd_zoo.data.opening import Encoded, encoded
 from sssd_zoo.data.loading import load_images
+from sssd_zoo.data.opening import Encoded, encoded
 from sssd_zoo.errors import UserError
 
 
