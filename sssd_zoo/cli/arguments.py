@@ -78,8 +78,9 @@ def switches(config: Any, prefix: str = "--") -> set[str]:
     """The options of a dataclass, and of the dataclasses in it, that are true or false."""
     flags: set[str] = set()
     for name, kind in get_type_hints(config).items():
-        if is_dataclass(kind):
-            flags |= switches(kind, f"{prefix}{name}.")
+        inner = next(filter(is_dataclass, (kind, *get_args(kind))), None)
+        if inner is not None:
+            flags |= switches(inner, f"{prefix}{name}.")
         elif bool in (kind, *get_args(kind)):
             flags.add(prefix + name)
     return flags

@@ -3,6 +3,7 @@
 This package imports nothing else of sssd-zoo.
 """
 
+from sssd_zoo.configs.augment import AugmentConfig
 from sssd_zoo.configs.commands import (
     CardArgs,
     ClustersArgs,
@@ -47,6 +48,7 @@ from sssd_zoo.configs.training import OptimConfig, RuntimeConfig
 
 __all__ = [
     "AnchoredConfig",
+    "AugmentConfig",
     "CardArgs",
     "ClusterConfig",
     "ClustersArgs",

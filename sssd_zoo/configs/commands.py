@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from sssd_zoo.configs.augment import AugmentConfig
 from sssd_zoo.configs.data import MAX_PIXELS, DataConfig, DetectionDataConfig
 from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig
 from sssd_zoo.configs.methods import (
@@ -195,6 +196,7 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
         pretrain: MoCo v2.
         cluster: k-means.
         distill: self distillation.
+        augment: augmentations of all trainings, in place of those of `pretrain` and `distill`.
         warm_start: initialise the trunk of the distilled network from M_ssl, not at random as in the paper.
         init: another network to initialise that trunk from: a run folder, or a timm name with weights, such as
             sssd_resnet18_cifar.cifar10.
@@ -214,6 +216,7 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: AnchoredConfig = field(default_factory=AnchoredConfig)
+    augment: AugmentConfig | None = None
     warm_start: bool = False
     init: str | None = None
     soft: Temperature | None = None
@@ -246,6 +249,7 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
         cluster: k-means; its k is also the number of classes of random labels and of DACSD's.
         distill: training of all methods that learn from labels.
         seed_method: SEED.
+        augment: augmentations of all trainings, in place of those of `pretrain`, `distill` and `seed_method`.
         redos: number of random initialisations of k-means for 'sssd-redos'.
         soft: temperature of the soft labels of 'sssd-soft', which cover each image's 8 nearest centroids.
         probe: linear probes.
@@ -286,6 +290,7 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: AnchoredConfig = field(default_factory=AnchoredConfig)
     seed_method: SEEDConfig = field(default_factory=SEEDConfig)
+    augment: AugmentConfig | None = None
     redos: Count = 5
     soft: Temperature = 0.2
     probe: ProbeConfig = field(default_factory=ProbeConfig)

@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sssd_zoo.configs.ranges import Checked, Count, CountOrZero, DistinctNames, Names, Pixels, Workers
+from sssd_zoo.configs.ranges import (
+    Checked,
+    Count,
+    CountOrZero,
+    DistinctNames,
+    ImageChannels,
+    Names,
+    Pixels,
+    SettingsError,
+    Workers,
+)
 
 MAX_PIXELS = 89_478_485  # above this Pillow warns of decompression bombs; decoding takes up to 1 GB
 
@@ -14,14 +24,19 @@ class DataConfig(Checked):
 
     Args:
         data: 'cifar10-sample' (bundled), a Hub id such as uoft-cs/cifar10 (`id:configuration` if it has several), an
-            image folder with or without class sub-folders, a parquet file or a folder of them, or a `save_to_disk`
-            folder.
+            image folder with or without class sub-folders, a text file with the path of an image or a folder on each
+            line, a parquet or WebDataset file or a folder of them, or a `save_to_disk` folder; or several of these,
+            as in '[A, B]', whose rows are concatenated.
         split: split to read; by default 'train', or the only one. 'train[:20000]' and 'train[10%:20%]' select rows; not
             available with --streaming.
         image_column: column that holds the images; by default found by its type or name.
         label_column: column that holds the labels; by default found by its type or name. Labels are optional unless a
             command needs them.
         unlabelled: ignore all labels, for instance where sub-folders are dates or cameras rather than classes.
+        channels: read images as they are stored, with this number of channels, 1 to 16, and 8 or 16 bits each; their
+            mean and std are then measured. By default as RGB of 8 bits.
+        bits: bits per channel to keep with `channels`, 8 or 16; by default 16 if images of a sample have more than 8.
+        pages: 'first' reads the first page of a TIFF or DICOM file with several, 'all' makes an image of each.
         storage_size: side in pixels of the square that each image is stored as; by default the images' own size if all
             are square, equal in size and at most 96 px, otherwise a size that fits the network.
         max_corrupt: number of undecodable images to skip before giving up; each one is named.
@@ -34,11 +49,14 @@ class DataConfig(Checked):
         revision: commit, branch or tag of the data set on the Hub; by default the latest.
     """
 
-    data: str
+    data: str | Names
     split: str | None = None
     image_column: str | None = None
     label_column: str | None = None
     unlabelled: bool = False
+    channels: ImageChannels | None = None
+    bits: Literal[8, 16] | None = None
+    pages: Literal["first", "all"] = "first"
     storage_size: Pixels | None = None
     max_corrupt: CountOrZero = 0
     max_pixels: Count = MAX_PIXELS
@@ -46,6 +64,14 @@ class DataConfig(Checked):
     streaming: bool = False
     workers: Workers = 2
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` also for settings that contradict one another."""
+        super().__post_init__()
+        if self.bits is not None and self.channels is None:
+            raise SettingsError("bits are kept as they are only with channels: give --channels too, or remove --bits")
+        if self.pages == "all" and self.streaming:
+            raise SettingsError("pages 'all' needs row numbers, which a stream has not: remove --pages or --streaming")
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,9 @@
 """The settings of the methods."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+from sssd_zoo.configs.augment import AugmentConfig
 from sssd_zoo.configs.ranges import (
     AnchorScale,
     Channels,
@@ -14,6 +15,7 @@ from sssd_zoo.configs.ranges import (
     Fraction,
     FractionBelowOne,
     LearningRate,
+    Names,
     Pixels,
     QueueSize,
     Temperature,
@@ -39,6 +41,7 @@ class MoCoConfig(OptimConfig):
             of the number of processes.
         crop_scale: smallest and largest fraction of an image's area that a random resized crop keeps.
         blur: probability of Gaussian blur; 0.5 is usual at 224 px, 0 at 32 px.
+        augment: flips, rotation, jitter, blur and grey of the views.
         init: run folder or timm name of a network whose trunk weights training starts from; by default random
             initialisation.
     """
@@ -51,7 +54,13 @@ class MoCoConfig(OptimConfig):
     splits: Count = 8
     crop_scale: CropScale = (0.2, 1.0)
     blur: Fraction = 0.0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     init: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` also for augmentations that contradict one another."""
+        super().__post_init__()
+        self.augment.resolved(contrastive=True, blur=self.blur)
 
 
 @dataclass(kw_only=True)
@@ -90,7 +99,7 @@ class PretextConfig(Checked):
     features: str | None = None
     teacher_size: Pixels | None = None
     pretrain_model: str | None = None
-    pretrain_data: str | None = None
+    pretrain_data: str | Names | None = None
     pretrain_split: str | None = None
 
 
@@ -104,6 +113,7 @@ class SelfDistillationConfig(OptimConfig):
         temperature: softmax temperature in the KL term.
         crop: 'pad' shifts the image by up to an eighth of its side; 'resized' takes a random resized crop.
         crop_scale: smallest and largest fraction of an image's area that a 'resized' crop keeps.
+        augment: flips, rotation, jitter, blur and grey of the views.
         exits: type of the exits: 'plain', or 'attention', which masks the feature map by learnt attention first (BYOT's
             follow-up).
         mix: 'mixup' or 'cutmix' mixes pairs of images and their labels, beyond the paper.
@@ -118,9 +128,15 @@ class SelfDistillationConfig(OptimConfig):
     temperature: Temperature = 1.0
     crop: Literal["pad", "resized"] = "pad"
     crop_scale: CropScale = (0.08, 1.0)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     exits: Literal["plain", "attention"] = "plain"
     mix: Literal["none", "mixup", "cutmix"] = "none"
     ema: FractionBelowOne = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` also for augmentations that contradict one another."""
+        super().__post_init__()
+        self.augment.resolved(contrastive=False)
 
 
 @dataclass(kw_only=True)
@@ -158,6 +174,7 @@ class SEEDConfig(OptimConfig):
         teacher_temperature: softmax temperature of the teacher (paper: 0.01; default of its code: 1e-4).
         crop_scale: smallest and largest fraction of an image's area that a random resized crop keeps.
         blur: probability of Gaussian blur; 0.5 is usual at 224 px, 0 at 32 px.
+        augment: flips, rotation, jitter, blur and grey of the views.
     """
 
     batch_size: Count = 256
@@ -168,6 +185,12 @@ class SEEDConfig(OptimConfig):
     teacher_temperature: Temperature = 0.01
     crop_scale: CropScale = (0.2, 1.0)
     blur: Fraction = 0.0
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` also for augmentations that contradict one another."""
+        super().__post_init__()
+        self.augment.resolved(contrastive=True, blur=self.blur)
 
 
 @dataclass(kw_only=True)

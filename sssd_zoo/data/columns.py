@@ -29,6 +29,10 @@ class Labels:
     values: NDArray[np.int64]
     names: list[str]
 
+    def renumbered(self, numbers: Mapping[str, int]) -> NDArray[np.int64]:
+        """The values by other numbers of the classes' names."""
+        return np.array([numbers[name] for name in self.names], dtype=np.int64)[self.values]
+
 
 def pick_split(splits: Splits, split: str | None, name: str) -> str:
     """The name of the split asked for ('val' finds 'validation'); by default 'train', or the only split.

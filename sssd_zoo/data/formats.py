@@ -1,12 +1,17 @@
 """Image file formats: those that are read, and what to do about the others."""
 
 import importlib
+import importlib.util
 import stat
 from pathlib import Path
 
 from PIL import Image
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # start of the placeholder for a file that was not pulled
+
+
+class CorruptImageError(Exception):
+    """An image that cannot be decoded; the text is the reason."""
 
 
 def _endings(names: str) -> tuple[str, ...]:
@@ -29,7 +34,8 @@ def _decodable() -> tuple[str, ...]:
     )
 
 
-EXTENSIONS = _decodable()
+TIFF, DICOM, ARRAYS, SHARDS = _endings("tif tiff"), _endings("dcm dicom dic"), _endings("npy"), _endings("tar")
+EXTENSIONS = _decodable() + (DICOM if importlib.util.find_spec("pydicom") is not None else ())
 _CONVERT = "convert them to PNG or JPEG"
 UNREAD = {  # extensions of images and of image containers that are not read, and what to do about them
     **dict.fromkeys(_endings("heic heif hif"), "pip install pillow-heif"),
@@ -39,9 +45,11 @@ UNREAD = {  # extensions of images and of image containers that are not read, an
         _endings("dng raw cr2 cr3 crw nef nrw arw srf sr2 raf orf rw2 pef srw 3fr iiq x3f erf kdc mrw"),
         "camera RAW: convert them to TIFF or JPEG, for example with rawpy or darktable",
     ),
-    **dict.fromkeys(_endings("npy npz mat h5 hdf5"), "arrays: save them as PNG, or as parquet with images"),
-    **dict.fromkeys(_endings("dcm dicom nii mha mhd nrrd"), "medical images: convert them to PNG, as with pydicom"),
-    **dict.fromkeys(_endings("zip tar tgz gz 7z rar"), "unpack them"),
+    **dict.fromkeys(ARRAYS, "arrays: give --channels, the number of their channels"),
+    **dict.fromkeys(_endings("npz mat h5 hdf5"), "arrays: save them as .npy, PNG, or parquet with images"),
+    **dict.fromkeys(DICOM, "DICOM: pip install 'sssd-zoo[dicom]'"),
+    **dict.fromkeys(_endings("nii mha mhd nrrd"), "medical images: convert them to DICOM, TIFF or .npy"),
+    **dict.fromkeys(_endings("zip tgz gz 7z rar"), "unpack them"),
     **dict.fromkeys(
         _endings(
             "psd psb xcf svg svgz eps ps pdf ai exr hdr pfm dds ico icns cur pcx sgi rgb rgba bw ras im fits fit msp "

@@ -6,14 +6,11 @@ image is decoded once. Only the codec runs without Python's lock, so threads hel
 """
 
 import hashlib
-import io
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,16 +19,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sssd_zoo.configs.data import MAX_PIXELS
-from sssd_zoo.data.formats import LFS_POINTER, regular_file
+from sssd_zoo.data.containers import Pixels, is_tiff
+from sssd_zoo.data.formats import CorruptImageError
+from sssd_zoo.data.opening import Encoded, encoded, opened, side_lengths
+from sssd_zoo.data.pixels import PAGE, PixelFormat, stored
 from sssd_zoo.distributed.progress import progress_bar
+from sssd_zoo.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-# Formats whose header does not bound the memory for decoding: containers of other files, or programs for Ghostscript.
-UNBOUNDED = frozenset(("BLP", "DCX", "EPS", "FPX", "ICNS", "ICO", "IPTC", "MIC"))
-
-LARGE = 2**24  # pixels; larger images are decoded one at a time in a process, however many threads it has
 
 STRIP = 2**20  # pixels of a deep image that are scaled at a time
 
@@ -48,21 +44,7 @@ FULL_FINGERPRINT = 200_000  # rows up to which the fingerprint covers all of the
 
 SAMPLED_FINGERPRINT = 20_000  # rows of larger sets that it covers
 
-_one_large = Lock()
-
 Corrupt = tuple[int | str, str]  # row number, or path where the image is a file; and the reason
-
-
-class Encoded(NamedTuple):
-    """One encoded image of a data set: its path or row number, its bytes, and the reason if these are missing."""
-
-    name: int | str
-    data: bytes
-    error: str | None
-
-
-class CorruptImageError(Exception):
-    """An image that cannot be decoded; the text is the reason."""
 
 
 class EncodedImages:
@@ -70,20 +52,25 @@ class EncodedImages:
 
     Args:
         rows: a split with the column.
-        column: its images, of the feature `Image` without decoding.
+        column: its images, of the feature `Image` without decoding; a column `PAGE` says which page of a file each is.
+        max_pixels: largest number of pixels of a page.
     """
 
-    def __init__(self, rows: "Dataset", column: str) -> None:
-        self.column = column
-        self.rows = rows.select_columns([column]).with_format("arrow")
+    def __init__(self, rows: "Dataset", column: str, max_pixels: int = MAX_PIXELS) -> None:
+        self.column, self.max_pixels = column, max_pixels
+        self.paged = PAGE in rows.column_names
+        self.rows = rows.select_columns([column, PAGE] if self.paged else [column]).with_format("arrow")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, index: Sequence[int] | NDArray[np.int64]) -> list[Encoded]:
         """Reads rows in the order given; an unreadable one carries the reason."""
-        images = self.rows[list(map(int, index))][self.column].to_pylist()
-        return [encoded(int(row), image) for row, image in zip(index, images, strict=True)]
+        table = self.rows[list(map(int, index))]
+        images = table[self.column].to_pylist()
+        if self.paged:
+            images = [{**image, "page": page} for image, page in zip(images, table[PAGE].to_pylist(), strict=True)]
+        return [encoded(int(row), image, self.max_pixels) for row, image in zip(index, images, strict=True)]
 
     def files(self, index: NDArray[np.int64]) -> list[str | None]:
         """The paths of the files that these rows are; None for a row that holds its image itself."""
@@ -100,79 +87,7 @@ class EncodedImages:
         return found
 
 
-def encoded(name: int | str, image: dict[str, Any] | None) -> Encoded:
-    """Turns the `{'bytes', 'path'}` of an undecoded `Image` feature into an `Encoded`; reads the file if necessary."""
-    if image is None:
-        return Encoded(name, b"", "the row has no image")
-    if image["bytes"] is not None:
-        return Encoded(name, image["bytes"], None)
-    path = image["path"]
-    if path is None:
-        return Encoded(name, b"", "the row has no image")
-    try:
-        # Streamed folders hold URLs, chains of them for archives.
-        if "://" in path:
-            from datasets.utils.file_utils import xopen
-
-            with xopen(path, "rb") as file:
-                return Encoded(path, file.read(), None)
-        data = regular_file(Path(path)).read_bytes()
-    except OSError as error:
-        return Encoded(path, b"", error.strerror or str(error))
-    if data.startswith(LFS_POINTER):
-        return Encoded(path, b"", "it is a git-lfs pointer, not an image: run `git lfs pull`")
-    return Encoded(path, data, None)
-
-
-def _open(data: bytes) -> Image.Image:
-    Image.init()  # all formats that Pillow and its plugins know
-    return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in UNBOUNDED])
-
-
-@contextmanager
-def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = None) -> Iterator[Image.Image]:
-    """Opens an encoded image without decoding it, if its header states a permitted size.
-
-    So a small file never expands to a huge image in memory, whatever its format and mode.
-
-    Args:
-        data: the encoded image.
-        max_pixels: largest number of pixels that may be decoded.
-        shrink_to: where the format can be decoded at a fraction of its size, as JPEG can, the shorter side may shrink
-            to twice this; pixels are counted after that.
-
-    Raises:
-        CorruptImageError: if it has more pixels.
-    """
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # otherwise Pillow itself would refuse what the user allows
-    try:
-        picture = _open(data)
-    except Image.DecompressionBombError:
-        raise CorruptImageError(f"it has more pixels than --max_pixels {max_pixels} allows") from None
-    with picture:
-        width, height = picture.size
-        # A JPEG decoder can halve the image up to three times at no cost; the filter then resizes from twice the size.
-        if shrink_to is not None and min(picture.size) > 2 * shrink_to:
-            picture.draft("RGB", (2 * shrink_to, 2 * shrink_to))
-        # A progressive JPEG is decoded whole before it shrinks.
-        pixels = width * height if picture.info.get("progressive") else picture.width * picture.height
-        if pixels > max_pixels:
-            raise CorruptImageError(f"its {width} x {height} pixels are more than --max_pixels {max_pixels} allows")
-        with _one_large if pixels > LARGE else nullcontext():
-            yield picture
-
-
-def format_of(data: bytes) -> str | None:
-    """The format of an encoded image as Pillow names it, such as 'JPEG'; None where it cannot tell."""
-    try:
-        with _open(data) as picture:
-            return picture.format
-    except Exception:  # Pillow's plugins raise whatever their parsers run into
-        return None
-
-
-def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS, pixels: PixelFormat | None = None) -> Pixels:
     """Decodes an image to its stored form: RGB, rotated by its EXIF tag, centre-cropped and resized to size x size.
 
     The shorter side is resized to `size` (bilinear, antialiased), the longer one is centre-cropped. Alpha is dropped,
@@ -183,9 +98,10 @@ def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[n
         image: the encoded image.
         size: side of the result in pixels.
         max_pixels: largest number of pixels that may be decoded, see `opened`.
+        pixels: channels and bits to keep, see `pixels.stored`; by default RGB of 8 bits.
 
     Returns:
-        uint8 [3, size, size].
+        uint8 [3, size, size], or what `pixels` says.
 
     Raises:
         CorruptImageError: if it cannot be read or fully decoded, or has too many pixels.
@@ -195,15 +111,18 @@ def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS) -> NDArray[n
     if not image.data:
         raise CorruptImageError("it is empty")
     try:
+        if pixels is not None:
+            return stored(image.data, size, max_pixels, pixels)
         with opened(image.data, max_pixels, shrink_to=size) as picture:
             rgb = to_rgb(picture)
             if rgb.size != (size, size):
                 rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
-    except CorruptImageError:
+    except (CorruptImageError, UserError):
         raise
     except UnidentifiedImageError:
+        hint = "; if it has other channels than RGB, give --channels" if is_tiff(image.data) else ""
         raise CorruptImageError(
-            "it is not an image of a known format, or of pixels that Pillow does not read"
+            f"it is not an image of a known format, or of pixels that Pillow does not read{hint}"
         ) from None
     except Exception as error:  # Pillow's plugins raise whatever their parsers run into
         raise CorruptImageError(" ".join(str(error).split()) or type(error).__name__) from error
@@ -293,8 +212,7 @@ def natural_size(images: Sequence[Encoded]) -> int | None:
     sizes = set()
     for image in images:
         try:
-            with _open(image.data) as picture:
-                sizes.add(picture.size)
+            sizes.add(side_lengths(image.data))
         except Exception:  # decoding reports it
             continue
     if len(sizes) != 1:
@@ -333,7 +251,14 @@ def spaced(count: int, samples: int) -> NDArray[np.int64]:
 
 
 def decode_all(
-    images: EncodedImages, size: int, *, keep: bool, workers: int, progress: bool, max_pixels: int = MAX_PIXELS
+    images: EncodedImages,
+    size: int,
+    *,
+    keep: bool,
+    workers: int,
+    progress: bool,
+    max_pixels: int = MAX_PIXELS,
+    pixels: PixelFormat | None = None,
 ) -> tuple[Tensor | None, NDArray[np.int64], list[Corrupt]]:
     """Decodes a whole split in threads, to keep its images or only to find corrupt ones.
 
@@ -344,13 +269,15 @@ def decode_all(
         workers: number of threads.
         progress: show a progress bar.
         max_pixels: largest number of pixels of an image, see `decode`.
+        pixels: channels and bits to keep, see `decode`.
 
     Returns:
-        The images that could be decoded, uint8 [M, 3, S, S], if kept; their row numbers, int64 [M]; the corrupt ones.
+        The images that could be decoded, uint8 [M, 3, S, S] or as `pixels` says, if kept; their row numbers, int64 [M];
+        the corrupt ones.
     """
     count = len(images)
-    pixels = torch.empty(count, 3, size, size, dtype=torch.uint8) if keep else None
-    into = None if pixels is None else pixels.numpy()
+    kept = empty(count, size, pixels) if keep else None
+    into = None if kept is None else kept.numpy()
     good = np.ones(count, dtype=bool)
 
     def decode_chunk(start: int) -> tuple[int, list[Corrupt]]:
@@ -358,9 +285,9 @@ def decode_all(
         for row, image in enumerate(chunk, start):
             try:
                 if into is None:
-                    decode(image, 1, max_pixels)
+                    decode(image, 1, max_pixels, pixels)
                 else:
-                    into[row] = decode(image, size, max_pixels)
+                    into[row] = decode(image, size, max_pixels, pixels)
             except CorruptImageError as error:
                 good[row] = False
                 corrupt.append((image.name, str(error)))
@@ -376,7 +303,7 @@ def decode_all(
             all_corrupt += corrupt
             bar.update(done)
     rows = np.flatnonzero(good)
-    return (pixels[torch.from_numpy(rows)] if pixels is not None and all_corrupt else pixels), rows, all_corrupt
+    return (take(kept, torch.from_numpy(rows)) if kept is not None and all_corrupt else kept), rows, all_corrupt
 
 
 def decode_batch(
@@ -384,6 +311,7 @@ def decode_batch(
     size: int,
     run: Callable[[Callable[[Encoded], Any], Iterable[Encoded]], Iterable[Any]] = map,
     max_pixels: int = MAX_PIXELS,
+    pixels: PixelFormat | None = None,
 ) -> tuple[Tensor, NDArray[np.int64], list[Corrupt]]:
     """Decodes a batch; each corrupt image is replaced by a good one of the batch.
 
@@ -392,20 +320,21 @@ def decode_batch(
         size: side S of the result.
         run: `map`, or that of an executor.
         max_pixels: largest number of pixels of an image, see `decode`.
+        pixels: channels and bits to keep, see `decode`.
 
     Returns:
-        uint8 [B, 3, S, S]; int64 [B], which image of the batch lies in each place; the corrupt ones. If all are
-        corrupt, the images are black.
+        uint8 [B, 3, S, S], or as `pixels` says; int64 [B], which image of the batch lies in each place; the corrupt
+        ones. If all are corrupt, the images are black.
     """
 
-    def attempt(image: Encoded) -> NDArray[np.uint8] | CorruptImageError:
+    def attempt(image: Encoded) -> Pixels | CorruptImageError:
         try:
-            return decode(image, size, max_pixels)
+            return decode(image, size, max_pixels, pixels)
         except CorruptImageError as error:
             return error
 
-    pixels = torch.zeros(len(images), 3, size, size, dtype=torch.uint8)
-    into, places, corrupt = pixels.numpy(), np.arange(len(images)), []
+    batch = empty(len(images), size, pixels).zero_()
+    into, places, corrupt = batch.numpy(), np.arange(len(images)), []
     good, bad = [], []
     for place, result in enumerate(run(attempt, images)):
         if isinstance(result, CorruptImageError):
@@ -417,7 +346,21 @@ def decode_batch(
     if good:
         places[bad] = np.resize(good, len(bad))
         into[bad] = into[places[bad]]
-    return pixels, places, corrupt
+    return batch, places, corrupt
+
+
+def empty(count: int, size: int, pixels: PixelFormat | None) -> Tensor:
+    """A tensor for images: uint8 [count, 3, size, size], or as `pixels` says."""
+    if pixels is None:
+        return torch.empty(count, 3, size, size, dtype=torch.uint8)
+    return torch.empty(count, pixels.channels, size, size, dtype=pixels.dtype)
+
+
+def take(images: Tensor, index: Tensor) -> Tensor:
+    """The images at these places; torch indexes uint16 on no GPU."""
+    if images.dtype == torch.uint16:
+        return images.view(torch.int16)[index].view(torch.uint16)
+    return images[index]
 
 
 @contextmanager

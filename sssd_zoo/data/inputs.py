@@ -3,11 +3,14 @@
 from typing import Any, NamedTuple
 
 import torch
+from timm.models._input import get_model_args
 from torch import Tensor
 
 from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data.augment import normalise, resize, to_float
-from sssd_zoo.data.images import Encoded, decode, natural_size
+from sssd_zoo.data.images import decode, natural_size
+from sssd_zoo.data.opening import Encoded
+from sssd_zoo.data.pixels import PixelFormat
 
 
 class InputSpec(NamedTuple):
@@ -23,23 +26,41 @@ def storage_default(image_size: int | None) -> int:
     return round((image_size or 224) * 8 / 7)
 
 
+def pixels_of(network: Any) -> PixelFormat | None:
+    """The channels and bits that a network's images are read with; None for RGB of 8 bits.
+
+    Networks of this package record the bits where their images were read by `--channels`. Others take what their
+    channels say: RGB, or grey made of RGB, for 3 or 1; for any other number, images with so many, of 16 bits or fewer.
+    """
+    channels = input_channels(network)
+    bits = getattr(network, "bits", get_model_args(network).get("bits"))
+    if bits is None and channels in (1, 3):
+        return None
+    return PixelFormat(channels, bits or 16)
+
+
+def input_channels(network: Any) -> int:
+    """How many channels the images of a timm network have."""
+    return int(get_model_args(network).get("in_chans", 3))
+
+
 def prepared(stored: Tensor, network: Any) -> Tensor:
-    """Stored images, uint8 [B, 3, S, S], as a network's input: float32 [B, 3, size, size], by its mean and std."""
+    """Stored images, uint8 or uint16 [B, C, S, S], as a network's input, float32 [B, C, size, size], normalised."""
     config = network.pretrained_cfg
     return normalise(resize(to_float(stored), int(config["input_size"][-1])), config["mean"], config["std"])
 
 
 def prepare(image: Encoded, network: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Decodes one image to a network's input, float32 [1, 3, size, size] on its device.
+    """Decodes one image to a network's input, float32 [1, C, size, size] on its device.
 
-    It is stored at the size at which the network's accuracy was measured. Networks that do not record it (of earlier
-    versions, or bundled) were measured on small square images at their own size, on others at
-    `storage_default`.
+    It is read with the channels and bits that the network was trained on, see `pixels_of`, and stored at the size at
+    which the network's accuracy was measured. Networks that do not record it (of earlier versions, or bundled) were
+    measured on small square images at their own size, on others at `storage_default`.
 
     Raises:
         CorruptImageError: if it cannot be decoded, or its header states more than `max_pixels` pixels.
     """
     default = storage_default(int(network.pretrained_cfg["input_size"][-1]))
     side = getattr(network, "storage_size", None) or natural_size([image]) or default
-    stored = torch.from_numpy(decode(image, side, max_pixels).copy()).unsqueeze(0)
+    stored = torch.from_numpy(decode(image, side, max_pixels, pixels_of(network)).copy()).unsqueeze(0)
     return prepared(stored.to(next(network.parameters()).device), network)

@@ -6,10 +6,11 @@ Both give the same images in the same order, which `GlobalBatches` alone decides
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import psutil
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sssd_zoo.configs import DataConfig
+from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import (
     Corrupt,
@@ -30,8 +32,14 @@ from sssd_zoo.data.images import (
     natural_size,
     quiet_pillow,
     spaced,
+    take,
 )
+from sssd_zoo.data.opening import Encoded, pages_of
+from sssd_zoo.data.pixels import PixelFormat, moments, pixel_format, shown
+from sssd_zoo.data.several import open_data
+from sssd_zoo.data.walk import warn_once
 from sssd_zoo.distributed import rank
+from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
 
@@ -42,6 +50,29 @@ logger = logging.getLogger("sssd_zoo")
 NAMED = 10  # corrupt images that a message names; all of them are in `ImageData.corrupt`
 
 SAMPLED_SIZES = 256  # evenly spaced images whose sizes decide the storage size
+
+
+MEASURED, MEASURED_BATCH = 10_000, 256  # images whose mean and std stand for those of all
+
+
+class Statistics(NamedTuple):
+    """Mean and std of each channel, of values in 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def statistics_of(batches: Iterable[Tensor], channels: int) -> Statistics:
+    """Mean and std over images, uint8 or uint16 [B, C, S, S] each; the std of a constant channel is 1."""
+    count, total, squares = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    for images in batches:
+        sums = moments(images)
+        count += len(images) * images.shape[2] * images.shape[3]
+        total, squares = total + sums[0], squares + sums[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    std = torch.where(std < 1e-6, 1.0, std)
+    return Statistics(*(tuple(float(f"{value:.6g}") for value in values.tolist()) for values in (mean, std)))
 
 
 class CorruptTally:
@@ -104,6 +135,7 @@ class ImageData:
         labels: int64 [N] in 0..C-1, or None.
         class_names: the C names, or None.
         size: side S of the stored images.
+        pixels: channels and bits of the images; None for RGB of 8 bits.
         corrupt: row number or path, and reason, of each undecodable image that is left out.
         in_memory: whether all images are decoded and kept in memory.
         encoded: the images as they are stored, by row number.
@@ -117,32 +149,70 @@ class ImageData:
         rows: NDArray[np.int64],
         size: int,
         tally: CorruptTally,
-        pixels: Tensor | None,
+        kept: Tensor | None,
+        pixels: PixelFormat | None = None,
     ) -> None:
         self.name, self.split, self.fingerprint = source.name, source.split, source.fingerprint
-        self.rows, self.size = rows, size
+        self.rows, self.size, self.pixels = rows, size, pixels
         labels = source.labels
         self.labels = None if labels is None else labels.values[rows]
         self.class_names = None if labels is None else labels.names
         self.corrupt = tally.corrupt
-        self.in_memory = pixels is not None
+        self.in_memory = kept is not None
         self.encoded = source.encoded
-        self._tally, self._workers, self._pixels = tally, config.workers, pixels
-        self._encoded, self._root = source.encoded, Path(config.data).expanduser()
-        self._decoder = _Decoder(source.encoded, rows, size, config.max_pixels)
+        self._tally, self._workers, self._kept = tally, config.workers, kept
+        self._root = Path(config.data).expanduser() if isinstance(config.data, str) else None
+        self._decoder = _Decoder(source.encoded, rows, size, config.max_pixels, pixels)
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def shown(self, index: Tensor) -> Tensor:
+        """The images at `index` for a person's eye: uint8 [B, 3, S, S], see `pixels.shown`."""
+        images, statistics = self.gather(index), self.statistics
+        return images if statistics is None else shown(images, statistics.mean, statistics.std)
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return 3 if self.pixels is None else self.pixels.channels
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the images from others, for the check on resume."""
+        how = {} if self.pixels is None else self.pixels.identity
+        return {"data": self.fingerprint, "images": len(self), "storage_size": self.size, **how}
+
+    @cached_property
+    def statistics(self) -> Statistics | None:
+        """Mean and std of the channels over at most 10,000 of the images; None for RGB of 8 bits, which has ImageNet's.
+
+        Raises:
+            UserError: if too many images are corrupt.
+        """
+        if self.pixels is None:
+            return None
+        positions = torch.from_numpy(spaced(len(self), MEASURED)).split(MEASURED_BATCH)
+        with progress_bar(sum(map(len, positions)), "mean and std", "img", disable=rank() != 0) as bar:
+            return statistics_of(self._measured(positions, bar), self.pixels.channels)
+
+    def _measured(self, positions: Iterable[Tensor], bar: Any) -> Iterator[Tensor]:
+        for index in positions:
+            yield self.gather(index)
+            bar.update(len(index))
+
     def move(self, device: torch.device) -> None:
         """Moves the decoded images to a GPU if they fit, for good."""
-        if self._pixels is not None and not self._pixels.is_cuda and fits_on_gpu(self._pixels, device):
-            self._pixels = self._pixels.to(device)
+        if self._kept is not None and not self._kept.is_cuda and fits_on_gpu(self._kept, device):
+            self._kept = self._kept.to(device)
 
     def gather(self, index: Tensor) -> Tensor:
-        """The images at `index`, int64 [B] positions, as uint8 [B, 3, S, S]; decoded now unless in memory."""
-        if self._pixels is not None:
-            return self._pixels[index.to(self._pixels.device)].cpu()
+        """The images at `index`, int64 [B] positions: uint8 [B, 3, S, S], or as `pixels` says.
+
+        They are decoded now unless they are in memory.
+        """
+        if self._kept is not None:
+            return take(self._kept, index.to(self._kept.device)).cpu()
         _, images, corrupt = self._decoder[index.numpy()]
         self._tally.add(corrupt, len(index))
         return images
@@ -151,11 +221,12 @@ class ImageData:
         """The files of the images at `index`, int64 [B] positions; by default of all.
 
         Returns:
-            Paths relative to the folder of the data, with '/' between their parts; of files that lie elsewhere as the
-            data have them. None for an image that is no file of its own, such as a row of a parquet file.
+            Paths relative to the folder of the data, with '/' between their parts; of files that lie elsewhere, and of
+            several sources, as the data have them. None for an image that is no file of its own, such as a row of a
+            parquet file.
         """
-        files = self._encoded.files(self.rows if index is None else self.rows[index])
-        roots = (self._root, self._root.absolute())
+        files = self.encoded.files(self.rows if index is None else self.rows[index])
+        roots = () if self._root is None else (self._root, self._root.absolute())
         return [None if file is None else relative_path(file, roots) for file in files]
 
     def batches(
@@ -169,15 +240,15 @@ class ImageData:
             leave_out: leave corrupt images out of their batches, which may become empty.
 
         Yields:
-            The positions, int64 [B], and their images, uint8 [B, 3, S, S], on the device that `move` put them on. A
-            corrupt image is replaced, in both, by another of its batch, unless `leave_out`.
+            The positions, int64 [B], and their images, uint8 [B, 3, S, S] or as `pixels` says, on the device that
+            `move` put them on. A corrupt image is replaced, in both, by another of its batch, unless `leave_out`.
 
         Raises:
             UserError: if more than `max_corrupt` images are corrupt.
         """
-        if self._pixels is not None:
+        if self._kept is not None:
             for index in order:
-                yield index, self._pixels[index.to(self._pixels.device, non_blocking=True)]
+                yield index, take(self._kept, index.to(self._kept.device, non_blocking=True))
             return
         workers = self._workers if workers is None else workers
         for index, images, corrupt in read_in_order(self._decoder, order, workers):
@@ -222,28 +293,49 @@ def load_images(
     progress = progress and rank() == 0
     source = _open_split(config, require_labels=require_labels, progress=progress)
     encoded = source.encoded
-    size = config.storage_size or natural_size(encoded.read(spaced(len(encoded), SAMPLED_SIZES))) or default_size
+    sample = encoded.read(spaced(len(encoded), SAMPLED_SIZES))
+    pixels = pixel_format(config, sample)
+    if config.pages == "first":
+        _tell_of_pages(sample, source.name, config.channels)
+    size = config.storage_size or natural_size(sample) or default_size
     keep = config.in_memory
     if keep is None:
-        keep = fits_in_memory(len(encoded) * 3 * size * size)
+        image = size * size * (3 if pixels is None else pixels.channels * pixels.bits // 8)
+        keep = fits_in_memory(len(encoded) * image)
     rows = np.arange(len(encoded))
-    pixels: Tensor | None = None
+    kept: Tensor | None = None
     tally = CorruptTally(f"{source.name} ({source.split})", config.max_corrupt)
     if keep or verify:
-        pixels, rows, corrupt = decode_all(
-            encoded, size, keep=keep, workers=config.workers, progress=progress, max_pixels=config.max_pixels
+        kept, rows, corrupt = decode_all(
+            encoded,
+            size,
+            keep=keep,
+            workers=config.workers,
+            progress=progress,
+            max_pixels=config.max_pixels,
+            pixels=pixels,
         )
         tally.add(corrupt, len(encoded), shared=True)
-    return ImageData(source, config, rows=rows, size=size, tally=tally, pixels=pixels)
+    return ImageData(source, config, rows=rows, size=size, tally=tally, kept=kept, pixels=pixels)
+
+
+def _tell_of_pages(sample: Sequence[Encoded], name: str, channels: int | None) -> None:
+    """Warns of files with several pages, of which one is read; those with a page for each channel are read whole."""
+    several = [str(image.name) for image in sample if pages_of(image.data) not in (1, channels)]
+    if several:
+        warn_once(
+            f"{len(several)} of {len(sample)} sampled files of {name} have several pages ({listed(several)}): the "
+            "first of each is read; --pages all makes an image of every page"
+        )
 
 
 def _open_split(config: DataConfig, *, require_labels: bool, progress: bool) -> OpenedSplit:
     name = sources.short_name(config.data)
-    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled, progress=progress)
+    splits = open_data(config, progress=progress)
     splits, split = columns.take_split(splits, config.split, name)
     if len(splits[split]) == 0:
         raise UserError(f"{name} ({split}) has no rows: choose another split")
-    encoded = open_encoded(splits[split], config.image_column, name)
+    encoded = open_encoded(splits[split], config.image_column, name, config.max_pixels)
     labels = None
     if not config.unlabelled:
         labels = columns.read_labels(splits, split, config.label_column, name, required=require_labels)
@@ -252,17 +344,15 @@ def _open_split(config: DataConfig, *, require_labels: bool, progress: bool) -> 
 
 def split_names(config: DataConfig) -> list[str]:
     """The splits that the data set has, in its order; raises `UserError` as `load_images` does."""
-    return list(
-        sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled, progress=rank() == 0)
-    )
+    return list(open_data(config, progress=rank() == 0))
 
 
-def open_encoded(rows: Any, image_column: str | None, name: str) -> EncodedImages:
+def open_encoded(rows: Any, image_column: str | None, name: str, max_pixels: int = MAX_PIXELS) -> EncodedImages:
     """The encoded images of a split, however its image column is stored."""
     from datasets import Image
 
     column = columns.image_column(rows.features, image_column, name)
-    return EncodedImages(rows.cast_column(column, Image(decode=False)), column)
+    return EncodedImages(rows.cast_column(column, Image(decode=False)), column, max_pixels)
 
 
 class GlobalBatches:
@@ -316,13 +406,20 @@ class GlobalBatches:
 class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
     """Batches as items, for DataLoader workers: positions in; positions, images and corrupt images out."""
 
-    def __init__(self, encoded: EncodedImages, rows: NDArray[np.int64], size: int, max_pixels: int) -> None:
-        self.encoded, self.rows, self.size, self.max_pixels = encoded, rows, size, max_pixels
+    def __init__(
+        self,
+        encoded: EncodedImages,
+        rows: NDArray[np.int64],
+        size: int,
+        max_pixels: int,
+        pixels: PixelFormat | None = None,
+    ) -> None:
+        self.encoded, self.rows, self.size, self.max_pixels, self.pixels = encoded, rows, size, max_pixels, pixels
 
     def __getitem__(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor, list[Corrupt]]:
         with quiet_pillow():
             images, places, corrupt = decode_batch(
-                self.encoded.read(self.rows[positions]), self.size, max_pixels=self.max_pixels
+                self.encoded.read(self.rows[positions]), self.size, max_pixels=self.max_pixels, pixels=self.pixels
             )
         return torch.from_numpy(positions[places]), images, corrupt
 

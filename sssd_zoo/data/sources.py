@@ -1,33 +1,42 @@
-"""Where images come from: the bundled sample, the Hub, folders, parquet files and `save_to_disk` folders.
+"""Where images come from: the sample, the Hub, folders, lists of files, parquet, WebDataset and `save_to_disk` folders.
 
 Each is opened as splits of Hugging Face `datasets`; `columns.py` then finds their columns.
 """
 
 import logging
+import os
 import re
+import tarfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
+from sssd_zoo.data.file_list import LIST, listed_files, paged
+from sssd_zoo.data.formats import SHARDS
 from sssd_zoo.data.layout import image_layout, split_of_parquet
 from sssd_zoo.data.walk import FolderContent, refuse_pointers, walk, warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 from sssd_zoo.files import disk_errors
 
 logger = logging.getLogger("sssd_zoo")
 
 SAMPLE_NAME = "cifar10-sample"
 SAMPLE_FOLDER = Path(__file__).with_name("sample")
+TAR_BLOCK = 512  # bytes
 HUB_TIMEOUT = 10.0  # seconds; without this check `datasets` retries an unreachable Hub for half a minute
 
 Splits = Mapping[str, Any]  # split name -> Dataset or IterableDataset
 
 
-def short_name(data: str) -> str:
+def short_name(data: str | Sequence[str]) -> str:
     """The name of the data in files that are shared: a Hub id as it is, a path without its parent folders."""
+    if not isinstance(data, str):
+        names = [PurePath(short_name(part)).name for part in data]
+        return short_name(data[0]) if len(names) == 1 else listed(names, 3, " + ")
     try:
         path = Path(data).expanduser()
         return path.resolve().name if path.exists() else data
@@ -42,16 +51,21 @@ def open_splits(
     streaming: bool = False,
     unlabelled: bool = False,
     progress: bool = True,
+    arrays: bool = False,
+    all_pages: bool = False,
 ) -> Splits:
     """Opens the splits of a data set.
 
     Args:
-        data: 'cifar10-sample'; a path of an image folder, a parquet file, a folder of parquet files or a
-            `save_to_disk` folder; or a Hub id, with `:configuration` behind it where the data set has several.
+        data: 'cifar10-sample'; a path of an image folder, a list of files, a parquet or WebDataset file, a folder of
+            these or a `save_to_disk` folder; or a Hub id, with `:configuration` behind it where the data set has
+            several.
         revision: commit or branch, for the Hub.
         streaming: read rows as they are asked for.
         unlabelled: treat no sub-folder of an image folder as a class.
         progress: show the bars of downloads.
+        arrays: count files of NumPy arrays as images.
+        all_pages: give a row to every page of a TIFF or DICOM file; only of folders and lists of files.
 
     Returns:
         Splits by name; `IterableDataset` of the Hub's and of parquet files when streaming, otherwise `Dataset`.
@@ -61,22 +75,32 @@ def open_splits(
     """
     if data == SAMPLE_NAME:
         files = {split: [str(SAMPLE_FOLDER / f"{split}.parquet")] for split in ("train", "test")}
-        return _parquet(files, SAMPLE_FOLDER, streaming)
+        splits: Splits = _parquet(files, SAMPLE_FOLDER, streaming)
+        return paged(splits, data) if all_pages else splits
+    if not data:
+        raise UserError("a name of the data is empty: give a folder, a file or a Hub id")
     path = Path(data).expanduser()
     if path.exists():
-        return _open_path(path, streaming, unlabelled)
+        splits = _open_path(path, streaming, unlabelled, arrays)
+        return paged(splits, data) if all_pages else splits
     name, _, configuration = data.partition(":")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix == ".parquet":
         raise UserError(f"no file or folder {data}: give an image folder, parquet, a Hub id or {SAMPLE_NAME}")
+    if all_pages:
+        raise UserError(f"--pages all is for folders and lists of files, not for the Hub's {name}: remove it")
     return _open_hub(name, configuration or None, revision, streaming, progress)
 
 
-def _open_path(path: Path, streaming: bool, unlabelled: bool) -> Splits:
+def _open_path(path: Path, streaming: bool, unlabelled: bool, arrays: bool) -> Splits:
     from datasets import Dataset, load_from_disk
 
     if path.is_file():
+        if path.suffix == LIST:
+            return listed_files(path, arrays=arrays)
+        if path.suffix in SHARDS:
+            return _shards({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
         if path.suffix != ".parquet":
-            raise UserError(f"{path} is another kind of file: give a parquet file or a folder")
+            raise UserError(f"{path} is another kind of file: give a folder, a list of files ({LIST}), parquet or .tar")
         return _parquet({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
     if not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder: give a parquet file or a folder")
@@ -84,13 +108,61 @@ def _open_path(path: Path, streaming: bool, unlabelled: bool) -> Splits:
         refuse_pointers(sorted(path.rglob("*.arrow")), path)
         splits = _load(lambda: load_from_disk(str(path)), path)
         return {str(splits.split or "train"): splits} if isinstance(splits, Dataset) else splits
-    found = walk(path)
+    found = walk(path, arrays=arrays)
+    if found.shards and not found.images and not found.parquet and not found.metadata:
+        return _shard_folder(found, streaming)
     if found.parquet or (found.metadata and not found.images):
         return _parquet_folder(found, streaming)
     if not found.images:
         raise found.no_images()
     found.warn()
     return _image_folder(found, unlabelled)
+
+
+def _shard_folder(found: FolderContent, streaming: bool) -> Splits:
+    """Splits of WebDataset's tar files, by the names of the files and their folders."""
+    found.warn()
+    files = defaultdict(list)
+    for file in found.shards:
+        files[split_of_parquet(file)].append(str(found.root / file))
+    return _shards(files, found.root, streaming)
+
+
+def _shards(files: Mapping[str, list[str]], origin: Path, streaming: bool) -> Splits:
+    """Splits of WebDataset's tar files; a class in `json` becomes the column `label` where there is no `cls`."""
+    from datasets import load_dataset
+
+    def load() -> Any:
+        return {
+            split: load_dataset("webdataset", data_files={split: _stamped(paths)}, split=split, streaming=streaming)
+            for split, paths in files.items()
+        }
+
+    shards = [Path(file) for paths in files.values() for file in paths]
+    refuse_pointers(shards, origin)
+    if cut := [shard.name for shard in shards if not _ends_as_tar(shard)]:
+        raise UserError(
+            f"{len(cut)} of {len(shards)} .tar files of {origin} have no end mark, so they are cut short or no tar "
+            f"files ({listed(cut)}): fetch or write them again"
+        )
+    return {split: rows if streaming else _json_label(rows) for split, rows in _load(load, origin).items()}
+
+
+def _ends_as_tar(file: Path) -> bool:
+    """Whether a file ends in a block of zeros: tarfile takes one that is cut in a header for a shorter one."""
+    with file.open("rb") as opened:
+        if opened.seek(0, os.SEEK_END) < TAR_BLOCK:
+            return False
+        opened.seek(-TAR_BLOCK, os.SEEK_END)
+        return not any(opened.read())
+
+
+def _json_label(rows: Any) -> Any:
+    record = rows.features.get("json")
+    names = [name for name in ("label", "class", "target", "cls") if isinstance(record, dict) and name in record]
+    if not names or "cls" in rows.features or "label" in rows.features:
+        return rows
+    return rows.flatten().rename_column(f"json.{names[0]}", "label")
 
 
 def _parquet_folder(found: FolderContent, streaming: bool) -> Splits:
@@ -236,7 +308,14 @@ def _load(load: Callable[[], Any], origin: Path) -> Any:
     with _quiet(bars=False), disk_errors(Path(datasets.config.HF_DATASETS_CACHE)):
         try:
             return load()
-        except (datasets.exceptions.DatasetsError, pa.ArrowException, ValueError, FileNotFoundError) as error:
+        except (
+            datasets.exceptions.DatasetsError,
+            pa.ArrowException,
+            tarfile.TarError,
+            EOFError,
+            ValueError,
+            FileNotFoundError,
+        ) as error:
             _reraise_disk_error(error)
             raise UserError(f"cannot read {origin}: {_reason(error)}") from error
 

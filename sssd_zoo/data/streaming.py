@@ -6,6 +6,7 @@ This is for pretraining, which needs neither labels nor row numbers; every other
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import count, islice
 from typing import Any
 
@@ -14,13 +15,17 @@ from torch import Tensor
 
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data import columns, sources
-from sssd_zoo.data.images import Corrupt, Encoded, decode_batch, encoded, natural_size
-from sssd_zoo.data.loading import CorruptTally
+from sssd_zoo.data.images import Corrupt, decode_batch, natural_size
+from sssd_zoo.data.loading import CorruptTally, Statistics, statistics_of
+from sssd_zoo.data.opening import Encoded, encoded
+from sssd_zoo.data.pixels import pixel_format
+from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 
 BUFFER = 4096  # encoded images from which the next one is drawn
 SAMPLED_SIZES = 16  # first images, whose sizes decide the storage size
+MEASURED, PART = 1024, 64  # first images, whose mean and std stand for those of all, and how many at a time
 SHARDS = 64  # parts of a local data set, read in a different order each epoch
 
 
@@ -32,6 +37,7 @@ class StreamingImages:
         split: the split's name.
         size: side S of the images.
         count: number of rows if the data set states it, else None.
+        pixels: channels and bits of the images; None for RGB of 8 bits.
         corrupt: path or hash, and reason, of each image that this process could not decode.
     """
 
@@ -43,9 +49,34 @@ class StreamingImages:
         first = [_encoded(row[column]) for row in rows.take(SAMPLED_SIZES)]
         if not first:
             raise UserError(f"{name} ({split}) has no rows: choose another split")
+        self.pixels = pixel_format(config, first)
         self.size = config.storage_size or natural_size(first) or default_size
         info = rows.info.splits
         self.count: int | None = info[split].num_examples if info and split in info else None
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return 3 if self.pixels is None else self.pixels.channels
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells the images from others, for the check on resume."""
+        how = {} if self.pixels is None else self.pixels.identity
+        return {"data": self.name, "images": self.count, "storage_size": self.size, **how}
+
+    @cached_property
+    def statistics(self) -> Statistics | None:
+        """Mean and std of the channels over the first 1,024 images; None for RGB of 8 bits, which has ImageNet's."""
+        if self.pixels is None:
+            return None
+        rows = (_encoded(row[self._column]) for row in self._rows.take(MEASURED))
+        return statistics_of(map(self._decoded, iter(lambda: list(islice(rows, PART)), [])), self.pixels.channels)
+
+    def _decoded(self, images: list[Encoded]) -> Tensor:
+        batch, _, corrupt = decode_batch(images, self.size, map, self._max_pixels, self.pixels)
+        self._tally.add(corrupt, len(images), shared=True)
+        return batch
 
     @property
     def corrupt(self) -> list[Corrupt]:
@@ -69,7 +100,8 @@ class StreamingImages:
 
         Yields:
             The position of each image in this process's stream, int64 [batch_size / world], and the images, uint8
-            [batch_size / world, 3, S, S]. A corrupt image is replaced, in both, by another of its batch.
+            [batch_size / world, 3, S, S] or as `pixels` says. A corrupt image is replaced, in both, by another of
+            its batch.
 
         Raises:
             UserError: if the batch size is not a multiple of the processes, or too many images are corrupt.
@@ -82,7 +114,7 @@ class StreamingImages:
 
             def read() -> tuple[Tensor, Any, list[Corrupt]]:
                 return decode_batch(
-                    [_encoded(row) for row in islice(rows, part)], self.size, pool.map, self._max_pixels
+                    [_encoded(row) for row in islice(rows, part)], self.size, pool.map, self._max_pixels, self.pixels
                 )
 
             ahead = reader.submit(read)
@@ -122,13 +154,7 @@ def load_streaming(config: DataConfig, *, default_size: int = 224, progress: boo
     if "[" in (config.split or ""):
         raise UserError(f"split {config.split!r}: a stream has no row numbers, so no part of a split; drop --streaming")
     name = sources.short_name(config.data)
-    splits = sources.open_splits(
-        config.data,
-        revision=config.revision,
-        streaming=True,
-        unlabelled=True,
-        progress=progress and rank() == 0,
-    )
+    splits = open_data(config, progress=progress and rank() == 0, streaming=True)
     split = columns.pick_split(splits, config.split, name)
     rows = splits[split]
     if isinstance(rows, Dataset):

@@ -23,8 +23,8 @@ class ViewBatch:
     """Images, the view that is to be taken of each, and an encoder's features of that view.
 
     Attributes:
-        images: uint8 [B, 3, S, S].
-        views: float32 [B, 5], see `augment.draw_views`.
+        images: uint8 or uint16 [B, C, S, S].
+        views: float32 [B, 5] or [B, 18], see `augment.draw_views`.
         features: float16 [B, D].
     """
 
@@ -47,7 +47,7 @@ class CachedViewLoader(EpochLoader):
     """Feeds the engine with `ViewBatch`es: in epoch e, every image is seen in its view number e mod V.
 
     Args:
-        folder: of the views, float32 [V, N, 5], and their features, float16 [V * N, D], as .npy files.
+        folder: of the views, float32 [V, N, 5 or 18], and their features, float16 [V * N, D], as .npy files.
         write: writes them, called before the first epoch.
         data: the images.
         batch_size: images per step, over all processes.

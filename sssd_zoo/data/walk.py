@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePath
 
-from sssd_zoo.data.formats import EXTENSIONS, LFS_POINTER, UNREAD
+from sssd_zoo.data.formats import ARRAYS, EXTENSIONS, LFS_POINTER, SHARDS, UNREAD
 from sssd_zoo.distributed import rank
+from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
 from sssd_zoo.files import RUN_MARK
@@ -30,6 +31,8 @@ class FolderContent:
         images: files with an image's extension, also if they cannot be opened: decoding reports those.
         parquet: parquet files, without `metadata`.
         metadata: files of `METADATA_NAMES`.
+        shards: tar files, which may be WebDataset's.
+        endings: of what counts as an image.
         unread: number of images in unsupported formats, by extension.
         others: number of other files.
         left_out: paths that were skipped, by reason.
@@ -39,18 +42,22 @@ class FolderContent:
     images: list[PurePath] = field(default_factory=list)
     parquet: list[PurePath] = field(default_factory=list)
     metadata: list[PurePath] = field(default_factory=list)
+    shards: list[PurePath] = field(default_factory=list)
+    endings: tuple[str, ...] = EXTENSIONS
     unread: Counter[str] = field(default_factory=Counter)
     others: int = 0
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def warn(self) -> None:
         """Warns, in the main process, about what looks like data but is not read."""
-        if self.left_out or self.unread:
+        if self.describe():
             warn_once(f"not read in {self.root}: {self.describe()}")
 
     def describe(self) -> str:
         """What looks like data but is not read, on one line; '' if there is nothing."""
-        parts = [f"{count} {ending} files ({UNREAD[ending]})" for ending, count in self.unread.most_common()]
+        beside = bool(self.shards and (self.images or self.parquet))
+        parts = [f"{len(self.shards)} .tar files (unpack them, or give the folder of those alone)"] if beside else []
+        parts += [f"{count} {ending} files ({UNREAD[ending]})" for ending, count in self.unread.most_common()]
         parts += [f"{len(names)} {reason} ({listed(names)})" for reason, names in self.left_out.items()]
         return "; ".join(parts)
 
@@ -59,11 +66,13 @@ class FolderContent:
         if self.unread or self.left_out:
             return UserError(f"{self.root} holds no images that can be read: {self.describe()}")
         if others := self.others + len(self.parquet) + len(self.metadata):
-            return UserError(f"{self.root} holds no images: none of its {others} files ends in {' '.join(EXTENSIONS)}")
+            return UserError(
+                f"{self.root} holds no images: none of its {others} files ends in {' '.join(self.endings)}"
+            )
         return UserError(f"{self.root} is empty: give a folder with images or parquet files")
 
 
-def walk(root: Path) -> FolderContent:
+def walk(root: Path, *, arrays: bool = False) -> FolderContent:
     """Looks through a folder and its sub-folders, except hidden files and folders.
 
     Each file and folder is taken once, by device and inode, and under its own name even if links lead to it. Links out
@@ -71,11 +80,12 @@ def walk(root: Path) -> FolderContent:
 
     Args:
         root: the folder.
+        arrays: count files of NumPy arrays as images.
 
     Raises:
         UserError: if it, or a folder below it, cannot be read, or if it is a run folder.
     """
-    content = FolderContent(root)
+    content = FolderContent(root, endings=EXTENSIONS + ARRAYS if arrays else EXTENSIONS)
     if not _is_text(str(root)):
         raise UserError(f"the name of {printable(root)} is not UTF-8: rename it")
     if (root / RUN_MARK).exists():
@@ -85,6 +95,8 @@ def walk(root: Path) -> FolderContent:
     inside = root.resolve()
     seen = {_identity(folder.stat()) for folder in (inside, *inside.parents)}
     folders, links = [PurePath()], deque[PurePath]()
+    title = f"looking through {root.name}"
+    counted = progress_bar(None, title, "files", delay=2, leave=False, disable=rank() != 0)
     while folders or links:
         # Links come last, so that what can be reached both ways is taken under its own name.
         if not folders:
@@ -94,12 +106,14 @@ def walk(root: Path) -> FolderContent:
             continue
         folder = folders.pop()
         for entry in _entries(folder, content):
+            counted.update(1)
             path = folder / entry.name
             if entry.is_symlink():
                 links.append(path)
             elif _take(path, entry, content, seen, linked=False):
                 folders.append(path)
-    for files in (content.images, content.parquet, content.metadata):
+    counted.close()
+    for files in (content.images, content.parquet, content.metadata, content.shards):
         files.sort(key=PurePath.as_posix)
     return content
 
@@ -133,9 +147,11 @@ def _take(
         content.metadata
         if path.name in METADATA_NAMES
         else content.images
-        if ending in EXTENSIONS
+        if ending in content.endings
         else content.parquet
         if ending == ".parquet"
+        else content.shards
+        if ending in SHARDS
         else None
     )
     status: os.stat_result | None

@@ -25,6 +25,7 @@ def progress_bar(
     leave: bool = True,
     initial: int = 0,
     step_size: int | None = None,
+    delay: float = 0,
 ) -> Any:
     """A bar of tqdm, or `ProgressLines` where stderr is neither a terminal nor a notebook's.
 
@@ -38,10 +39,13 @@ def progress_bar(
         leave: whether the bar stays when it is complete, or a line says so.
         initial: units done before.
         step_size: units of an optimiser step, for a training: lines count those.
+        delay: seconds before a bar appears.
     """
     if disable or sys.stderr.isatty() or in_notebook():
         many = {"unit_scale": True, "mininterval": 0.5} if step_size else {}
-        return tqdm(total=total, desc=title, unit=unit, disable=disable, leave=leave, initial=initial, **many)
+        return tqdm(
+            total=total, desc=title, unit=unit, disable=disable, leave=leave, initial=initial, delay=delay, **many
+        )
     return ProgressLines(total, title, unit, leave=leave, initial=initial, step_size=step_size)
 
 

@@ -40,7 +40,9 @@ class Kind(NamedTuple):
 
 VIEW_CACHE = tuple(f"view_cache/{name}" for name in ("views.json", "views.npy", "features.npy", ".*.partial"))
 CHECKPOINTS = ("checkpoints/step-*", "checkpoints/.step-*")
+CORRUPT = "corrupt.tsv"  # the images that were skipped, and why
 TRAINING = (
+    CORRUPT,
     *VIEW_CACHE,
     *CHECKPOINTS,
     *("config.yaml", "metrics.jsonl", "curves.png", "config.json", "model.safetensors", "own_labels.jsonl"),

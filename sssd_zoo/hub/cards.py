@@ -76,7 +76,7 @@ CALIBRATED = (
 class Recipe(TypedDict):
     """The fields of a run's config.yaml that are changed for the card."""
 
-    data: str
+    data: str | list[str]
     out: str
     pretrain: dict[str, Any]
 

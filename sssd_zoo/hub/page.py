@@ -34,7 +34,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sssd_zoo.data import inputs
-from sssd_zoo.data.images import CorruptImageError, Encoded
+from sssd_zoo.data.formats import CorruptImageError
+from sssd_zoo.data.opening import Encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import html, plain
 from sssd_zoo.models import SSSDResNet, ensemble_logits, exits_asked, exits_taken, multiply_adds

@@ -20,8 +20,10 @@ from PIL import Image
 
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data import columns, sources
-from sssd_zoo.data.images import CorruptImageError, EncodedImages, decode, fingerprint, natural_size, spaced
+from sssd_zoo.data.formats import CorruptImageError
+from sssd_zoo.data.images import EncodedImages, decode, fingerprint, natural_size, spaced
 from sssd_zoo.data.loading import open_encoded
+from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports.markdown import read_results
@@ -140,7 +142,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
                 notes.append(f"without the run's images and clusters: {error}")
     if examples is None:
         sample = DataConfig(data=sources.SAMPLE_NAME)
-        examples = pick_examples(sources.open_splits(sample.data), "test", sample)
+        examples = pick_examples(sources.open_splits(sources.SAMPLE_NAME), "test", sample)
     for number, image in enumerate(examples):
         atomic_write_bytes(folder / f"examples/{number:02}.png", encode(image, "PNG"))
     clusters = names == [f"cluster {number}" for number in range(network.num_classes)]
@@ -190,7 +192,9 @@ def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
         UserError: if either cannot be read.
     """
     recipe, config = config_of(run)
-    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled)
+    if config.channels is not None:
+        raise UserError(f"{run} was trained with --channels {config.channels}, and the page shows RGB images only")
+    splits = open_data(config, progress=True)
     return recipe, config, splits
 
 
@@ -198,7 +202,7 @@ def run_examples(run: Path) -> list[Any]:
     """Images of the split that a run was measured on, or of its training split."""
     recipe, config, splits = data_of(run)
     split = next((name for name in (recipe["test_split"], "test", "validation") if name in splits), config.split)
-    return pick_examples(*columns.take_split(splits, split, config.data), config)
+    return pick_examples(*columns.take_split(splits, split, sources.short_name(config.data)), config)
 
 
 def pick_examples(splits: sources.Splits, split: str, config: DataConfig) -> list[Any]:

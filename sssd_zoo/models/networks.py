@@ -3,9 +3,9 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, cast
 
 import timm
 import torch
@@ -15,11 +15,11 @@ from huggingface_hub import (
     hf_hub_download,
 )
 from huggingface_hub.errors import HfHubHTTPError
-from timm.models._input import get_model_args
 from torch import nn
 
+from sssd_zoo.configs import DataConfig
 from sssd_zoo.configs.ranges import Count, Pixels, problems
-from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.data.inputs import InputSpec, input_channels, pixels_of
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import HUB_TIMEOUT
 from sssd_zoo.data.streaming import StreamingImages
@@ -32,6 +32,8 @@ from sssd_zoo.files import (
 from sssd_zoo.files.hub_client import limited_waiting
 from sssd_zoo.models.bundled import bundled_weights, check_bundled
 from sssd_zoo.models.checks import check_network, read_config
+
+MOST_CHANNELS = 16  # of images, see `--channels`
 
 # What a folder with a network holds.
 NETWORK_FILES = ("config.json", "model.safetensors")
@@ -83,7 +85,7 @@ def load_network(name: str, **kwargs: Any) -> Any:
         kwargs: of `timm.create_model`; `pretrained=False` gives the network with new weights.
 
     Raises:
-        UserError: if there is neither, the weights do not fit, or its images are neither RGB nor grey.
+        UserError: if there is neither, the weights do not fit, or its images have more channels than can be read.
     """
     source = find_network(name)
     kwargs = {"pretrained": True, **kwargs}
@@ -100,10 +102,10 @@ def load_network(name: str, **kwargs: Any) -> Any:
     except Exception as error:  # a config.json can ask for anything, of timm's code and of this
         raise UserError(f"cannot load the network '{name}': {type(error).__name__}: {str(error)[:300]}") from error
     check_facts(name, model, classes=None if kwargs.keys() & {"num_classes", "features_only"} else model.num_classes)
-    if channels(model) not in (1, 3):
+    if channels(model) > MOST_CHANNELS:
         raise UserError(
-            f"'{name}' takes images with {channels(model)} channels, but images are read as RGB (3 channels) or "
-            "greyscale (1 channel): give a network for 3 or 1"
+            f"'{name}' takes images with {channels(model)} channels, and images have at most {MOST_CHANNELS}: give "
+            "another network"
         )
     return model
 
@@ -260,15 +262,76 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def new_trunk(arch: str, num_classes: int = 0) -> Any:
-    """A network without exits, with new weights."""
+def new_trunk(arch: str, num_classes: int = 0, data: ImageData | StreamingImages | None = None) -> Any:
+    """A network without exits, with new weights, for the images of `data`."""
     without_exits: dict[str, Any] = {"output": "final"} if arch.startswith("sssd_") else {}
-    return timm.create_model(arch, num_classes=num_classes, **without_exits)
+    return new_network(arch, data, num_classes=num_classes, **without_exits)
+
+
+def new_network(arch: str, data: ImageData | StreamingImages | None, **kwargs: Any) -> Any:
+    """A network with new weights for the images of `data`: their channels, bits, mean and std, which config.json keeps.
+
+    Args:
+        arch: timm name.
+        data: the images; of RGB of 8 bits, or without any, the network is timm's, with the mean and std that it has.
+        kwargs: of `timm.create_model`.
+
+    Raises:
+        UserError: if it cannot take images of so many channels.
+    """
+    if data is None or data.pixels is None:
+        return timm.create_model(arch, **kwargs)
+    mean, std = data.statistics or ((), ())
+    try:
+        network: Any = timm.create_model(arch, in_chans=data.channels, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:  # every architecture refuses in its own way
+        raise UserError(f"'{arch}' cannot take images of {data.channels} channels: {error}") from error
+    size = (data.channels, *network.pretrained_cfg["input_size"][1:])
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": size, "mean": mean, "std": std}
+    if hasattr(network, "bits"):
+        network.bits = data.pixels.bits
+    return network
 
 
 def channels(model: Any) -> int:
     """How many channels the images of a timm network have."""
-    return int(get_model_args(model).get("in_chans", 3))
+    return input_channels(model)
+
+
+def fits_channels(network: Any, images: int) -> bool:
+    """Whether a network takes images of so many channels; one for grey images also takes RGB, which become grey."""
+    return channels(network) == images or (channels(network) == 1 and images == 3)
+
+
+def check_channels(name: str, network: Any, data: ImageData) -> None:
+    """Raises `UserError` unless a network, which the user called `name`, takes images of this data's channels."""
+    if not fits_channels(network, data.channels):
+        raise UserError(
+            f"'{name}' takes images with {channels(network)} channels, and those of {data.name} are read with "
+            f"{data.channels}: give another network, or other --channels"
+        )
+
+
+def config_for(name: str, network: Any, config: DataConfig) -> DataConfig:
+    """How to read images for a network: with the channels and bits that it was trained on.
+
+    Args:
+        name: what the user called the network.
+        network: it.
+        config: what the user asked for.
+
+    Raises:
+        UserError: if that is another number of channels.
+    """
+    pixels = pixels_of(network)
+    if config.channels is None:
+        return config if pixels is None else replace(config, channels=pixels.channels, bits=cast(Any, pixels.bits))
+    if not fits_channels(network, config.channels):
+        raise UserError(
+            f"'{name}' takes images with {channels(network)} channels, not {config.channels}: remove --channels, or "
+            "give another network"
+        )
+    return config if pixels is None else replace(config, bits=config.bits or cast(Any, pixels.bits))
 
 
 def input_spec(model: Any, size: int | None = None) -> InputSpec:

@@ -55,6 +55,8 @@ class SSSDResNet(ResNet):
             stores them in config.json, so that timm gives them here. New classifiers drop them.
         storage_size: side in pixels of the square that images were stored as before they were resized to the input, in
             training and where accuracy was measured; config.json keeps it for `sssd predict`. No part of the network.
+        bits: 8 or 16 where the images were read as they are stored (`--channels`), with so many bits per channel mapped
+            to 0..1; None where they were read as RGB of 8 bits. config.json keeps it as well. No part of the network.
         kwargs: the other arguments of timm's ResNet (in_chans, global_pool, act_layer, norm_layer, device, dtype, ...).
 
     Raises:
@@ -85,6 +87,7 @@ class SSSDResNet(ResNet):
         cifar_stem: bool = False,
         thresholds: Sequence[float] | None = None,
         storage_size: int | None = None,
+        bits: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(block, layers, num_classes, **kwargs)
@@ -96,6 +99,9 @@ class SSSDResNet(ResNet):
         self.ensemble = self.output == "ensemble"
         self.thresholds = check_thresholds(thresholds) if self.ensemble and thresholds is not None else None
         self.storage_size = storage_size
+        if bits not in (None, 8, 16):
+            raise UserError(f"there are no images of bits={bits!r} per channel: choose 8 or 16, or None")
+        self.bits = bits
         if cifar_stem:
             self._replace_stem()
         self._add_exits(

@@ -79,8 +79,9 @@ def network_config(
     config["model_args"].pop("thresholds", None)
     if getattr(model, "thresholds", None) is not None:
         config["model_args"]["thresholds"] = model.thresholds
-    if getattr(model, "storage_size", None) is not None:
-        config["model_args"]["storage_size"] = model.storage_size
+    for name in ("storage_size", "bits"):
+        if getattr(model, name, None) is not None:
+            config["model_args"][name] = getattr(model, name)
     # These describe the weights of the network's default configuration, not the ones saved.
     for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"):
         config["pretrained_cfg"].pop(name, None)

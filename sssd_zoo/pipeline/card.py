@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sssd_zoo.configs import CardArgs
+from sssd_zoo.data.inputs import pixels_of
 from sssd_zoo.files import (
     atomic_write_bytes,
     read_json,
@@ -28,7 +29,8 @@ def card(args: CardArgs) -> None:
     with copy_sources(run, calibrated) as (copy, calibrated):
         network = load_network(str(calibrated or copy / "model")).eval()
         # The bundled weights are rounded: what follows is measured on those.
-        sample = sample_accuracy(network.half().float())
+        # The bundled images are RGB of 8 bits, which says nothing of networks for others.
+        sample = sample_accuracy(network.half().float()) if pixels_of(network) is None else None
         options = CardOptions(args.license, name=args.name, paper=args.paper, remarks=args.remarks)
         with atomic_dir(out, "card") as folder:
             weights = write_card(copy, folder, options, out=out, calibrated=calibrated, sample=sample)

@@ -20,12 +20,14 @@ import numpy as np
 
 from sssd_zoo.configs import ClustersArgs, DataConfig
 from sssd_zoo.data import columns, sources
-from sssd_zoo.data.images import EncodedImages, fingerprint, format_of
+from sssd_zoo.data.images import EncodedImages, fingerprint
 from sssd_zoo.data.loading import open_encoded
+from sssd_zoo.data.opening import format_of
+from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports.markdown import read_results
-from sssd_zoo.files import atomic_write_text, disk_errors, expand_home, read_json
+from sssd_zoo.files import atomic_write_text, disk_errors, read_json
 from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.hub.space import config_of
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
@@ -76,9 +78,10 @@ def open_images(args: ClustersArgs, run: Path | None, pseudo: PseudoLabels) -> E
     if run is None and args.data is None:
         raise UserError(f"{args.run} holds pseudo labels without a run: say where their images are by --data")
     config = DataConfig(data=args.data or "") if run is None else config_of(run)[1]
-    config = replace(config, data=args.data or expand_home(config.data))
+    if args.data is not None:
+        config = replace(config, data=args.data)
     name = sources.short_name(config.data)
-    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled)
+    splits = open_data(config, progress=True)
     splits, split = columns.take_split(splits, pseudo.meta["split"], name)
     encoded = open_encoded(splits[split], config.image_column, name)
     pseudo.check(fingerprint(encoded, progress=True))

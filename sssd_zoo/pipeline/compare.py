@@ -37,7 +37,7 @@ from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_encoder, load_network
 from sssd_zoo.pipeline.distill import distill_network
-from sssd_zoo.pipeline.pretext import Setup, set_up
+from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
 from sssd_zoo.pipeline.seed import seed_network
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.training.runs import check_queue, save_config, settings_of
@@ -71,6 +71,7 @@ def compare(args: CompareArgs) -> None:
         raise UserError(f"--distill.anchor 0 leaves nothing of {', '.join(anchored)}: remove one of them")
     if "pretext" in args.epochs and args.features is not None:
         raise UserError("--epochs of pretext are those of MoCo, but --features is taken as it is: remove one of them")
+    args = with_augment(args, ("pretrain", "distill", "seed_method"))
     warm = bool(set(WARM) & {*args.methods, *(changes["method"] for changes in args.variants.values())})
     setup = set_up(args, "compare", trained, warm=warm, require_labels=True)
     out = setup.out
@@ -236,7 +237,7 @@ class Plan:
         def train(folder: Path) -> dict[str, Any]:
             return dict(seed_network(setup.data, teacher, config, self.runtime, setup.spec(folder, "SEED")))
 
-        settings = {**asdict(config), **({} if setup.pretext.after else {"features": setup.pretext.digest})}
+        settings = {**settings_of(config), **({} if setup.pretext.after else {"features": setup.pretext.digest})}
         return Stage(name="seed", action=train, settings=settings, after=setup.pretext.after, all_processes=True)
 
     def distill_stage(self, method: str) -> Stage:
@@ -291,7 +292,7 @@ class Plan:
                 network = load_network(str(self.out / method))
             features = evaluation_features(network, self.evaluation, self.setup.forward)
             probe = probe_features(features, args.probe, self.seed)
-            macs = multiply_adds(network, (3, size, size)) if len(probe.exits) > 1 else {}
+            macs = multiply_adds(network, (self.setup.data.channels, size, size)) if len(probe.exits) > 1 else {}
             measured = {"exits": probe.exits, "ensemble": probe.ensemble if macs else None, "macs": macs}
             write_json(folder / "metrics.json", measured)
             return measured

@@ -8,6 +8,7 @@ from torchvision.models.detection import FasterRCNN
 
 from sssd_zoo.configs import DetectArgs, DetectionDataConfig, DetectorConfig, ForwardConfig, OptimConfig, RuntimeConfig
 from sssd_zoo.data.detection import DetectionData, DetectionLoader, load_detection
+from sssd_zoo.data.inputs import pixels_of
 from sssd_zoo.detection.average_precision import coco_backend
 from sssd_zoo.detection.detector import (
     build_detector,
@@ -18,11 +19,12 @@ from sssd_zoo.detection.detector import (
 )
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.distributed.hardware import machine, tune_cpu
+from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import open_out
-from sssd_zoo.models.networks import load_network
+from sssd_zoo.models.networks import channels, load_network
 from sssd_zoo.pipeline.detect_eval import load_test_data
 from sssd_zoo.tasks.detection import Detection
 from sssd_zoo.training.engine import Trainer, check_trainable
@@ -60,6 +62,11 @@ def detect(args: DetectArgs) -> None:
 def make_task(args: DetectArgs, settings: DetectorConfig, num_classes: int) -> Detection:
     """A new detector on the trunk that the arguments name, ready to train."""
     body = load_network(args.model, pretrained=args.pretrained, features_only=True)
+    if pixels_of(body) is not None:
+        raise UserError(
+            f"'{args.model}' takes images with {channels(body)} channels as they are stored, and detection reads RGB "
+            "of 8 bits: give a network for those"
+        )
     detector = build_detector(body, num_classes, settings)
     frozen = stage_modules(body, args.frozen_stages)
     return Detection(detector, size=args.short_side, frozen=frozen, batchnorm=args.batchnorm)

@@ -25,10 +25,12 @@ from sssd_zoo.labels.origin import Name, labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import (
+    check_channels,
     input_spec,
     load_encoder,
     load_trunk,
     load_trunk_of,
+    new_network,
     new_trunk,
     weights_digest,
 )
@@ -46,6 +48,7 @@ from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import (
     RunSpec,
     announce,
+    augment_settings,
     command_spec,
     method_settings,
     regularisation,
@@ -81,8 +84,9 @@ def distill_network(
         encoder: the network whose features the exits also predict, where `config` has an anchor.
         teacher_size: side in pixels of the encoder's views; by default what it was trained with.
     """
+    config.augment.resolved(contrastive=False, channels=data.channels)
     torch.manual_seed(runtime.seed)
-    model = new_student(spec.arch, labels.num_classes, method, config.exits)
+    model = new_student(spec.arch, labels.num_classes, method, config.exits, data)
     if init is not None:
         load_trunk(model, load_trunk_of(init))
     views = input_spec(model, spec.size)
@@ -90,7 +94,7 @@ def distill_network(
     loader = EpochLoader(data, config.batch_size, runtime.seed)
     if method == "clusterfit":
         settings |= {"method": method, **views._asdict(), "crop": config.crop, "scale": config.crop_scale}
-        settings |= regularisation(config)
+        settings |= {**regularisation(config), **augment_settings(config.augment)}
         task: LabelTask = ClusterFit(model, config, views)
     else:
         settings |= method_settings(config, type(config))
@@ -116,18 +120,18 @@ def distill_network(
     )
 
 
-def new_student(arch: str, classes: int, method: Method, exits: str) -> Any:
+def new_student(arch: str, classes: int, method: Method, exits: str, data: ImageData | None = None) -> Any:
     """A network with new weights: with exits for 'sssd', without for 'clusterfit'.
 
     Raises:
         UserError: if it has no exits to distil into.
     """
     if method == "clusterfit":
-        return new_trunk(arch, classes)
+        return new_trunk(arch, classes, data)
     if not arch.startswith("sssd_"):
         raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
     kind: dict[str, Any] = {} if exits == "plain" else {"exits": exits}
-    return timm.create_model(arch, num_classes=classes, **kind)
+    return new_network(arch, data, num_classes=classes, **kind)
 
 
 def frozen_encoder(
@@ -147,6 +151,7 @@ def frozen_encoder(
     if name is None:
         raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
     network = load_encoder(name, size)
+    check_channels(name, network, data)
     positions = torch.linspace(0, len(data) - 1, min(len(data), 10_000)).round().long()
     batches = feature_batches(network, data, forward, positions.split(forward.batch_size))
     features = torch.cat([pooled[-1] for _, pooled in batches])

@@ -46,7 +46,7 @@ from sssd_zoo.evaluation.timing import BATCH, ONE_BY_ONE, interleaved, measure_s
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.models import SSSDResNet, StageCosts, classifiers, ensemble_logits, stage_costs
-from sssd_zoo.models.networks import channels, input_spec, load_network
+from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
 EXITS = ("1", "2", "3", "4")
@@ -99,7 +99,7 @@ def load_samples(args: EarlyExitArgs, model: Any) -> tuple[Sample, Sample]:
     Raises:
         UserError: for data without labels, or with other classes than the network's.
     """
-    config = DataConfig.of(args)
+    config = config_for(args.model, model, DataConfig.of(args))
     if args.split is None:
         names = split_names(config)
         split = next((name for name in ("test", "validation") if name in names), None)

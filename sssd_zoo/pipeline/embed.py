@@ -43,7 +43,7 @@ from sssd_zoo.evaluation.features import read_batches
 from sssd_zoo.files import atomic_write_bytes, disk_errors, read_json, write_json
 from sssd_zoo.files.run_folder import check_replaceable, check_writable, claim, contains, discard, drop
 from sssd_zoo.models import SSSDResNet
-from sssd_zoo.models.networks import input_spec, load_encoder, weights_digest
+from sssd_zoo.models.networks import config_for, input_spec, load_encoder, weights_digest
 from sssd_zoo.training.hardware import make_accelerator
 
 PART = 1024  # images, about: what a kill can lose
@@ -86,7 +86,7 @@ def embed(args: EmbedArgs) -> None:
     out = Path(args.out)
     on_main(lambda: check_target(args, out))
     network, digest, exits = load_exits(args.model, args.exits, args.image_size)
-    config = replace(DataConfig.of(args), in_memory=False)
+    config = config_for(args.model, network, replace(DataConfig.of(args), in_memory=False))
     data = load_images(config, default_size=storage_default(input_spec(network).size), verify=False)
     identity = {
         "digest": digest,
@@ -121,8 +121,9 @@ def check_target(args: EmbedArgs, out: Path) -> None:
         raise UserError("--in_memory is of no use here, where each image is decoded once: leave it out")
     if out.suffix not in FORMATS:
         raise UserError(f"--out {out} must end in one of {', '.join(FORMATS)}, which says how it is written")
-    if Path(args.data).is_dir() and contains(Path(args.data), str(out.parent)):
-        raise UserError(f"--out {out} lies in --data {args.data}, where it would be read as data: give another place")
+    for source in [args.data] if isinstance(args.data, str) else args.data:
+        if Path(source).is_dir() and contains(Path(source), str(out.parent)):
+            raise UserError(f"--out {out} lies in --data {source}, where it would be read as data: give another place")
     check_replaceable(out, args.overwrite, "embeddings of `sssd embed`", is_embeddings)
     foreign = [path for path in sidecars(out) if path.exists() and not is_ours(sidecars(out)[0])]
     if foreign:
@@ -299,7 +300,7 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
         "storage_size": data.size,
         "data": data.name,
         "split": data.split,
-        "folder": str(Path(args.data).absolute()) if are_files and Path(args.data).is_dir() else None,
+        "folder": folder_of(args.data) if are_files else None,
         "fingerprint": data.fingerprint,
         "count": count,
         "left_out": left_out,
@@ -313,6 +314,11 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
 
     write_embeddings(out, rows(), meta)
     return meta
+
+
+def folder_of(data: str | list[str]) -> str | None:
+    """The folder that the paths of images are relative to; None where they are whole."""
+    return str(Path(data).absolute()) if isinstance(data, str) and Path(data).is_dir() else None
 
 
 def described(left_out: list[LeftOut]) -> str:

@@ -33,7 +33,7 @@ from sssd_zoo.evaluation.protocol import Evaluation, check_classes, evaluation_d
 from sssd_zoo.files import atomic_write_bytes, write_json
 from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
 from sssd_zoo.models import SSSDResNet, stages_and_heads
-from sssd_zoo.models.networks import channels, input_spec, load_network
+from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
 from sssd_zoo.models.resnet import check_thresholds
 from sssd_zoo.models.saving import save_network
 
@@ -83,6 +83,7 @@ def metadata(model: Any, output: str) -> dict[str, Any]:
         "input_size": [channels(model), size, size],
         "mean": list(mean),
         "std": list(std),
+        **({} if getattr(model, "bits", None) is None else {"bits": model.bits}),
         "class_names": None if names is None else list(names),
     }
 
@@ -325,7 +326,9 @@ def export_stages(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], ex
 def export_int8(model: SSSDResNet, args: ExportArgs, graph: bytes, outputs: list[str], out: Path) -> None:
     """Writes the int8 form of a graph beside it, and prints both accuracies."""
     assert args.data is not None  # `export` saw to it
-    config = DataConfig(data=args.data, split=args.split, storage_size=model.storage_size)
+    config = config_for(
+        args.model, model, DataConfig(data=args.data, split=args.split, storage_size=model.storage_size)
+    )
     data = load_images(config, default_size=storage_default(input_spec(model).size), require_labels=True)
     check_classes(data, model, args.model)
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=0.5, seed=args.seed)

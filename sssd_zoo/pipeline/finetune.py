@@ -36,9 +36,11 @@ from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.fixed import FixedLabels
 from sssd_zoo.models.networks import (
+    check_channels,
     check_sizes,
     choose_model,
     choose_size,
+    config_for,
     input_spec,
     load_network,
     load_trunk,
@@ -50,7 +52,7 @@ from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.tasks import ClusterFit, SelfDistillation
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import RunSpec, regularisation, run_training, save_config
+from sssd_zoo.training.runs import RunSpec, augment_settings, regularisation, run_training, save_config
 
 SCRATCH = "scratch"
 
@@ -137,7 +139,7 @@ def finetune(args: FinetuneArgs) -> None:
     processes = make_accelerator(runtime).num_processes
     out = open_out(args, "finetune")
     check_models(args)
-    config = DataConfig.of(args)
+    config = shared_config(args)
     data = load_images(config, default_size=storage_default(args.image_size), require_labels=True, progress=rank() == 0)
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seeds[0])
     if evaluation.test is data:
@@ -156,6 +158,19 @@ def finetune(args: FinetuneArgs) -> None:
         if deployed:
             print(f"network: {out / 'model'}, for timm.create_model('local-dir:{out / 'model'}', pretrained=True)")
     barrier()
+
+
+def shared_config(args: FinetuneArgs) -> DataConfig:
+    """How to read images that all networks take: with the channels and bits of those that were trained with some.
+
+    Raises:
+        UserError: if they take different images.
+    """
+    config = DataConfig.of(args)
+    for name in args.models:
+        if name != SCRATCH:
+            config = config_for(name, load_network(name, pretrained=False, num_classes=0), config)
+    return config
 
 
 def check_models(args: FinetuneArgs) -> None:
@@ -224,8 +239,10 @@ class Plan:
     def check(self) -> None:
         """Raises `UserError` for everything that would fail an hour in."""
         args = self.args
+        args.augment.resolved(contrastive=False, channels=self.evaluation.train.channels)
         for name in args.models:
-            _, arch = starting_network(name, first_model(args, self.size), args.method, self.num_classes)
+            network, arch = starting_network(name, first_model(args, self.size), args.method, self.num_classes)
+            check_channels(name, network, self.evaluation.train)
             check_sizes(arch, [self.size, *args.sizes])
         for amount in self.amounts:
             count = len(self.positions(amount, args.seeds[0]))
@@ -258,6 +275,7 @@ class Plan:
             "test_positions": hashlib.sha256(evaluation.test_positions.numpy().tobytes()).hexdigest()[:16],
             "true_labels": evaluation.digest(),
             "storage_size": evaluation.train.size,
+            **({} if evaluation.train.pixels is None else evaluation.train.pixels.identity),
             "image_size": self.size,
             "method": args.method,
             "precision": self.precision,
@@ -266,6 +284,7 @@ class Plan:
             "self_distillation": [args.alpha, args.lam, args.temperature],
             "views": [args.crop, *args.crop_scale],
             **regularisation(args),
+            **augment_settings(args.augment),
             "model": name,
             "start": first_model(args, self.size) if scratch else weights_digest(load_network(name, num_classes=0)),
         }

@@ -12,6 +12,7 @@ RUN/
     model/          what to use: the network (with the probes as heads where labels exist) and its card
     cluster_names.json   what `sssd rename` called the clusters
     figures/        PNG
+    corrupt.tsv     the images that were skipped, and why, where there are any
     report.md       tables and figures; metrics.json holds their numbers
     report.html     the same as a page, with the clusters to look at, to name and to merge
 """
@@ -51,11 +52,11 @@ from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_encoder, load_network
 from sssd_zoo.pipeline.defaults import advice, derive
 from sssd_zoo.pipeline.distill import distill_network
-from sssd_zoo.pipeline.pretext import Setup, check_start, set_up
+from sssd_zoo.pipeline.pretext import Setup, check_start, set_up, with_augment
 from sssd_zoo.pipeline.rename import cluster_names
 from sssd_zoo.pipeline.report import write_run_page
 from sssd_zoo.pipeline.stages import Stage, Stages
-from sssd_zoo.training.runs import save_config, settings_of
+from sssd_zoo.training.runs import save_config, save_corrupt, settings_of
 
 
 def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
@@ -69,6 +70,7 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     began = time.perf_counter()
     if args.warm_start and args.init is not None:
         raise UserError("--warm_start and --init both say what the student starts from: remove one")
+    args = with_augment(args, ("pretrain", "distill"))
     args = replace(args, distill=args.distill.resolved(encoder=args.features is not None))
     if not args.distill.clusters and not args.distill.anchor:
         raise UserError("--distill.clusters false leaves nothing to learn without --distill.anchor: give a weight")
@@ -87,7 +89,7 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
 
     setup = set_up(args, "fit", ["distill"], warm=args.warm_start, complete=complete)
     args = setup.args
-    start = {} if args.init is None else {"init": check_start(args.init, setup.arch)}
+    start = {} if args.init is None else {"init": check_start(args.init, setup.arch, setup.data)}
     if args.soft is not None and args.cluster.nearest < 2:
         raise UserError(
             "--soft needs the distances to several centroids: set --cluster.nearest to more than 1, such as 8"
@@ -275,7 +277,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
     pseudo = plan.pseudo_labels()
     probe = stages.results.get("probe", {})
     network = load_network(str(out / "probe" / "network" if probe else out / "distill"))
-    macs = multiply_adds(network, (3, setup.size, setup.size))
+    macs = multiply_adds(network, (setup.data.channels, setup.size, setup.size))
     results: Results = {
         "model": setup.arch,
         "image_size": setup.size,
@@ -319,6 +321,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         card_context=results,
     )
     save_config(out, args)
+    save_corrupt(out, setup.data.corrupt)
     return results
 
 
@@ -372,7 +375,7 @@ def nearest_images(
         members = np.flatnonzero(pseudo.labels == cluster)
         nearest = pseudo.rows[members[np.argsort(pseudo.distances[members], kind="stable")]]
         positions = [position_of[row] for row in nearest if row in position_of][:columns]
-        images[place, : len(positions)] = data.gather(torch.tensor(positions)).numpy()
+        images[place, : len(positions)] = data.shown(torch.tensor(positions)).numpy()
         title = f"cluster {cluster}: {sizes[cluster]} images"
         if data.labels is not None and data.class_names is not None:
             truth = np.bincount(data.labels[labels == cluster], minlength=len(data.class_names))

@@ -16,7 +16,7 @@ from sssd_zoo.evaluation.protocol import (
 )
 from sssd_zoo.files import write_json
 from sssd_zoo.files.run_folder import open_out
-from sssd_zoo.models.networks import input_spec, load_network
+from sssd_zoo.models.networks import config_for, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.runs import prepare_run_folder
 
@@ -33,7 +33,7 @@ def accuracy_table(exits: list[float], ensemble: float | None) -> str:
 def evaluate_frozen(args: LinearArgs | KNNArgs) -> tuple[Any, Evaluation, Features]:
     """The network to measure, what it is measured on, and its features of those images."""
     model = load_network(args.model)
-    config = DataConfig.of(args)
+    config = config_for(args.model, model, DataConfig.of(args))
     data = load_images(config, default_size=storage_default(input_spec(model).size), require_labels=True)
     evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seed)
     return model, evaluation, evaluation_features(model, evaluation, ForwardConfig.of(args))

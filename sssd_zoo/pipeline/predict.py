@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from sssd_zoo.configs import PredictArgs
-from sssd_zoo.data.images import Corrupt, CorruptImageError, encoded, quiet_pillow
-from sssd_zoo.data.inputs import prepare
+from sssd_zoo.data.formats import CorruptImageError
+from sssd_zoo.data.images import Corrupt, quiet_pillow
+from sssd_zoo.data.inputs import pixels_of, prepare
 from sssd_zoo.data.loading import CorruptTally
+from sssd_zoo.data.opening import encoded
 from sssd_zoo.data.walk import printable, walk
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
@@ -22,8 +24,12 @@ from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import class_descriptions
 
 
-def find_images(names: list[str]) -> list[Path]:
+def find_images(names: list[str], *, arrays: bool = False) -> list[Path]:
     """The files named, and the images below the folders named, which are those that training would read.
+
+    Args:
+        names: of files and folders.
+        arrays: count files of NumPy arrays as images of folders.
 
     Raises:
         UserError: for a name that is not there or is not a regular file, or a folder without images.
@@ -32,7 +38,7 @@ def find_images(names: list[str]) -> list[Path]:
     for name in names:
         path = Path(name).expanduser()
         if path.is_dir():
-            folder = walk(path)
+            folder = walk(path, arrays=arrays)
             if not folder.images:
                 raise folder.no_images()
             folder.warn()
@@ -73,8 +79,8 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
 def predict(args: PredictArgs) -> None:
     """`sssd predict`."""
     tune_cpu()
-    files = find_images(args.images)
     model, output = load_answering(args)
+    files = find_images(args.images, arrays=pixels_of(model) is not None)
     device = compute_device(args.device)
     model.to(device, memory_format=torch.channels_last)
     # Early exit is calibrated and measured in fp32, all else in the precision that 'auto' stands for.

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from sssd_zoo.configs import (
+    AugmentConfig,
     ClusterConfig,
     DataConfig,
     ForwardConfig,
@@ -30,6 +29,7 @@ from sssd_zoo.files import write_json
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.pseudo_labels import PseudoLabels, quality
 from sssd_zoo.models.networks import (
+    check_channels,
     check_sizes,
     choose_model,
     choose_size,
@@ -38,6 +38,7 @@ from sssd_zoo.models.networks import (
     load_network,
     load_trunk,
     load_trunk_of,
+    new_network,
     new_trunk,
     weights_digest,
 )
@@ -95,7 +96,7 @@ class Pretext:
         if self.source is None:
             at = {} if self.teacher_size is None else {"teacher_size": self.teacher_size}
             return {"arch": self.arch, "features": self.digest, **at}
-        where = {"data": self.source.fingerprint, "images": len(self.source), "storage_size": self.source.size}
+        where = self.source.identity
         start = {"init": self.digest} if self.digest else {}  # the weights count, not where they lie
         return {"arch": self.arch, **where, **start}
 
@@ -145,20 +146,20 @@ class Pretext:
             then=lambda: update_quality(out / name, data),
         )
 
-    def check_warm_start(self, arch: str) -> None:
-        """Raises `UserError` unless the trunk of the student `arch` can start from its weights."""
-        network = new_trunk(self.arch) if self.source is not None else load_trunk_of(self.arch)
-        load_trunk(timm.create_model(arch), network)
+    def check_warm_start(self, arch: str, data: ImageData) -> None:
+        """Raises `UserError` unless the trunk of the student `arch` for these images can start from its weights."""
+        network = new_trunk(self.arch, data=data) if self.source is not None else load_trunk_of(self.arch)
+        load_trunk(new_network(arch, data), network)
 
 
-def check_start(name: str, arch: str) -> str:
-    """The digest of the weights of a network, whose trunk a network of `arch` can start from.
+def check_start(name: str, arch: str, data: ImageData) -> str:
+    """The digest of the weights of a network, whose trunk a network of `arch` for these images can start from.
 
     Raises:
         UserError: if it cannot.
     """
     network = load_trunk_of(name)
-    load_trunk(new_trunk(arch), network)
+    load_trunk(new_trunk(arch, data=data), network)
     return weights_digest(network)
 
 
@@ -193,6 +194,25 @@ class Setup:
     def spec(self, folder: Path, title: str) -> RunSpec:
         """The student, to be trained into `folder`."""
         return RunSpec(arch=self.arch, size=self.size, out=folder, title=title)
+
+
+def with_augment(args: Any, methods: Sequence[str]) -> Any:
+    """The arguments with `--augment`, where it is given, in the settings of every method.
+
+    Args:
+        args: of `sssd fit` or `sssd compare`.
+        methods: names of the arguments that hold the methods' settings.
+
+    Raises:
+        UserError: if a method has augmentations of its own too.
+    """
+    if args.augment is None:
+        return args
+    for name in methods:
+        if getattr(args, name).augment != AugmentConfig():
+            raise UserError(f"--augment is for all trainings, --{name}.augment for one: give one of them")
+    changed = {name: replace(getattr(args, name), augment=args.augment) for name in methods}
+    return replace(args, augment=None, **changed)
 
 
 def set_up(
@@ -238,19 +258,18 @@ def set_up(
     if complete is not None:
         args = complete(len(data), accelerator.device.type, processes)
     pretext = choose_pretext(args, config, args.pretrain, data, arch=arch, size=size, processes=processes)
+    check_augment(args, trained, data)
     for optim in (getattr(args, name) for name in trained):
         check_trainable(optim, processes, len(data))
         check_sizes(arch, [size, *optim.sizes])
     if warm:
-        pretext.check_warm_start(arch)
+        pretext.check_warm_start(arch, data)
     if not 2 <= args.cluster.k <= len(data):
         raise UserError(
             f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
         )
     inputs = {
-        "data": data.fingerprint,
-        "images": len(data),
-        "storage_size": data.size,
+        **data.identity,
         "arch": arch,
         "image_size": size,
         "precision": resolve_precision(runtime.precision, runtime.device),
@@ -258,6 +277,14 @@ def set_up(
     }
     forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
     return Setup(args, out, runtime, config, data, size, arch, pretext, forward, inputs)
+
+
+def check_augment(args: Any, trained: Sequence[str], data: ImageData) -> None:
+    """Raises `SettingsError` for augmentations that have no meaning for these images."""
+    for name in trained if args.features is not None else ["pretrain", *trained]:
+        config = getattr(args, name)
+        blur = getattr(config, "blur", None)
+        config.augment.resolved(contrastive=blur is not None, channels=data.channels, blur=blur or 0.0)
 
 
 def choose_pretext(
@@ -281,7 +308,9 @@ def choose_pretext(
         given = [name for name in ("pretrain_model", "pretrain_data", "pretrain_split") if getattr(args, name)]
         if given:
             raise UserError(f"--features uses a network without pretraining it: remove --{given[0]}")
-        weights = weights_digest(load_network(args.features, num_classes=0))
+        network = load_network(args.features, num_classes=0)
+        check_channels(args.features, network, data)
+        weights = weights_digest(network)
         if moco.init is not None:
             raise UserError("--features uses a network without pretraining it: remove --pretrain.init")
         return Pretext(args.features, None, True, size, moco, weights, args.teacher_size)
@@ -306,7 +335,7 @@ def choose_pretext(
     check_sizes(pretrain_arch, [size, *moco.sizes])
     start = ""
     if moco.init is not None:
-        start = check_start(moco.init, pretrain_arch)
+        start = check_start(moco.init, pretrain_arch, source)
     return Pretext(pretrain_arch, source, source is data, size, moco, start)
 
 

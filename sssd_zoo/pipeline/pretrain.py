@@ -51,10 +51,11 @@ def pretrain_network(
         UserError: for settings that MoCo cannot work with.
     """
     optim = OptimConfig.of(config)
+    config.augment.resolved(contrastive=True, channels=data.channels, blur=config.blur)
     check_moco(config, data, make_accelerator(runtime).num_processes)
     start = None if config.init is None else load_trunk_of(config.init)
     torch.manual_seed(runtime.seed)
-    trunk = new_trunk(spec.arch)
+    trunk = new_trunk(spec.arch, data=data)
     if start is not None:
         load_trunk(trunk, start)
     task = MoCo(trunk, config, input_spec(trunk, spec.size))

@@ -22,7 +22,7 @@ from sssd_zoo.labels.feature_file import FeatureFile, remove_features, shard, wr
 from sssd_zoo.labels.kmeans import Clustering, kmeans, normalise
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.labels.soft import Near, nearest_centroids
-from sssd_zoo.models.networks import input_spec, load_encoder
+from sssd_zoo.models.networks import config_for, input_spec, load_encoder
 from sssd_zoo.training.hardware import make_accelerator
 
 
@@ -104,7 +104,9 @@ def pseudo_label(args: PseudoLabelArgs) -> None:
     make_accelerator(RuntimeConfig(device=args.device))
     out = open_out(args, "labels")
     model = load_encoder(args.model, args.teacher_size)
-    data = load_images(DataConfig.of(args), default_size=storage_default(input_spec(model).size))
+    data = load_images(
+        config_for(args.model, model, DataConfig.of(args)), default_size=storage_default(input_spec(model).size)
+    )
     if args.k > len(data) or args.k < 2:
         raise UserError(f"K = {args.k} clusters of {len(data)} images; give a --k from 2 to the number of images")
     config, forward = ClusterConfig.of(args), ForwardConfig.of(args)

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from sssd_zoo.configs import SearchArgs
-from sssd_zoo.data.images import Corrupt, CorruptImageError, decode, encoded, quiet_pillow
+from sssd_zoo.data.formats import CorruptImageError
+from sssd_zoo.data.images import Corrupt, decode, quiet_pillow
+from sssd_zoo.data.inputs import pixels_of
 from sssd_zoo.data.loading import CorruptTally
+from sssd_zoo.data.opening import encoded
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
@@ -52,10 +55,10 @@ def search(args: SearchArgs) -> None:
     tune_cpu()
     if args.out is not None:
         check_replaceable(Path(args.out), args.overwrite, "what `sssd search` found", is_found)
-    files = find_images(args.images)
     index = EmbeddingFile(args.index)
     exit_name = chosen_exit(index, args.exit)
     network = load_same(args.model, index, exit_name)
+    files = find_images(args.images, arrays=pixels_of(network) is not None)
     good, queries, corrupt = embed_queries(args, network, files, index.meta["storage_size"])
     if good:
         similarities, places = nearest(queries, index.chunks(exit_name), args.k)
@@ -114,7 +117,9 @@ def embed_queries(
                 for file in files[start : start + args.batch_size]:
                     try:
                         image = encoded(0, {"bytes": None, "path": str(file)})
-                        pixels.append(torch.from_numpy(decode(image, storage_size, args.max_pixels).copy()))
+                        pixels.append(
+                            torch.from_numpy(decode(image, storage_size, args.max_pixels, pixels_of(network)).copy())
+                        )
                         good.append(file)
                     except CorruptImageError as error:
                         corrupt.append((str(file), str(error)))

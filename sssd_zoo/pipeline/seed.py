@@ -15,6 +15,7 @@ from sssd_zoo.data.inputs import storage_default
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.models.networks import (
+    check_channels,
     input_spec,
     load_network,
     new_trunk,
@@ -55,10 +56,12 @@ def seed_network(
     optim = OptimConfig.of(config)
     check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
     check_queue(config.queue_size, len(data))
+    config.augment.resolved(contrastive=True, channels=data.channels, blur=config.blur)
     frozen_teacher = load_network(teacher, num_classes=0)
+    check_channels(teacher, frozen_teacher, data)
     teacher_spec = input_spec(frozen_teacher, teacher_size)
     torch.manual_seed(runtime.seed)
-    trunk = new_trunk(spec.arch)
+    trunk = new_trunk(spec.arch, data=data)
     task = SEED(trunk, frozen_teacher, config, input_spec(trunk, spec.size), teacher_spec)
     loader = EpochLoader(data, config.batch_size, runtime.seed)
     settings = {**method_settings(config, SEEDConfig), "teacher": teacher, "teacher_size": teacher_spec.size}

@@ -1,6 +1,7 @@
 """Runs an encoder once over a few views of every image, for `sssd_zoo.data.views`."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sssd_zoo.configs import AnchoredConfig, ForwardConfig
+from sssd_zoo.configs import AnchoredConfig, AugmentConfig, ForwardConfig
 from sssd_zoo.data.augment import BatchRandom, draw_views, supervised_view
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.views import FEATURES, RECORD, VIEWS
@@ -50,14 +51,15 @@ def write_view_cache(
         "crop_scale": list(config.crop_scale),
         "seed": seed,
     }
+    if config.augment != AugmentConfig():
+        record["augment"] = asdict(config.augment)
     path = folder / RECORD
     if on_main(lambda: path.exists() and read_json(path) == record):
         return
+    kind: dict[str, Any] = {"crop": config.crop, "scale": config.crop_scale}
+    kind["augment"] = config.augment.resolved(contrastive=False, channels=data.channels)
     views = torch.stack(
-        [
-            draw_views(BatchRandom(seed, number), len(data), data.size, crop=config.crop, scale=config.crop_scale)
-            for number in range(config.cached_views)
-        ]
+        [draw_views(BatchRandom(seed, number), len(data), data.size, **kind) for number in range(config.cached_views)]
     )
     print_main(f"computing the encoder's features of {config.cached_views} views of every image: {folder}")
 
@@ -69,8 +71,10 @@ def write_view_cache(
             order = shard(torch.arange(len(data)).split(batch))
             for positions, images in data.batches(order):
                 seen = supervised_view(images, views[number, positions], spec.size, crop=config.crop)
-                # In 8 bits, as `read_batches` takes all images.
-                yield number * len(data) + positions, (seen * 255).round().byte()
+                # In integers, as `read_batches` takes all images.
+                deep = images.dtype == torch.uint16
+                seen = (seen * 65535).round().to(torch.uint16) if deep else (seen * 255).round().byte()
+                yield number * len(data) + positions, seen
 
     device = compute_device(forward.device)
     data.move(device)

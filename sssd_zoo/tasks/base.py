@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sssd_zoo.configs import SelfDistillationConfig
+from sssd_zoo.configs import AugmentConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom, draw_views, normalise, put, supervised_view
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.mixing import blend, blend_labels, draw_mixing
@@ -33,6 +33,7 @@ class Task(nn.Module):
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
         self.size, self.mean, self.std = spec
+        self._augment: dict[int, AugmentConfig] = {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What to train, as torch's optimisers take it: `params`, and `lr_scale` where a group's rate is not the run's.
@@ -52,6 +53,20 @@ class Task(nn.Module):
             What `forward` takes, less the labels.
         """
         raise NotImplementedError
+
+    def resolve(self, augment: AugmentConfig, images: Tensor, blur: float | None = None) -> AugmentConfig:
+        """The method's augmentations with all defaults, for images of these channels; resolved only once.
+
+        Args:
+            augment: of the method.
+            images: [B, C, S, S].
+            blur: the method's own `blur` where it is a contrastive one, else None.
+        """
+        channels = images.shape[1]
+        if channels not in self._augment:
+            known = augment.resolved(contrastive=blur is not None, channels=channels, blur=blur or 0.0)
+            self._augment[channels] = known
+        return self._augment[channels]
 
     def before_step(self) -> None:
         """Called once before every optimiser step, however many batches it accumulates."""
@@ -161,7 +176,10 @@ class LabelTask(Task):
     def draw_views(self, images: Tensor, random: BatchRandom) -> Tensor:
         """Which part of each image is seen; see `augment.draw_views`."""
         config = self.config
-        return draw_views(random, len(images), images.shape[-1], crop=config.crop, scale=config.crop_scale)
+        augment = self.resolve(config.augment, images)
+        return draw_views(
+            random, len(images), images.shape[-1], crop=config.crop, scale=config.crop_scale, augment=augment
+        )
 
     def inputs(self, images: Tensor, views: Tensor) -> Tensor:
         """The network's inputs of images, uint8 [B, 3, S, S], and views of them: float32 [B, 3, size, size]."""

@@ -85,7 +85,7 @@ class MoCo(Task):
         """Two views, float32 [B, 3, size, size], and the shuffles of the keys, int64 [global batch] each."""
         settings: dict[str, Any] = {
             "scale": self.config.crop_scale,
-            "blur": self.config.blur,
+            "augment": self.resolve(self.config.augment, images, self.config.blur),
             "compiled": self.compiled,
         }
         views = [contrastive_view(images, random, self.size, **settings) for _ in range(2)]

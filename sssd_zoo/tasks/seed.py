@@ -78,7 +78,7 @@ class SEED(Task):
         """The view as the student and as the teacher wants it, float32 [B, 3, side, side] each."""
         settings: dict[str, Any] = {
             "scale": self.config.crop_scale,
-            "blur": self.config.blur,
+            "augment": self.resolve(self.config.augment, images, self.config.blur),
             "compiled": self.compiled,
         }
         view = contrastive_view(images, random, self.size, **settings)

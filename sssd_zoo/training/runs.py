@@ -8,17 +8,19 @@ from typing import Any
 import yaml
 from torch import nn
 
-from sssd_zoo.configs import OptimConfig, RuntimeConfig, SelfDistillationConfig
+from sssd_zoo.configs import AugmentConfig, OptimConfig, RuntimeConfig, SelfDistillationConfig
+from sssd_zoo.data.images import Corrupt
 from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.files.run_folder import VIEW_CACHE, drop, kind_of, mark, open_out, remove
+from sssd_zoo.files.run_folder import CORRUPT, VIEW_CACHE, drop, kind_of, mark, open_out, remove
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.models.networks import check_sizes, choose_model, choose_size, input_spec
@@ -37,6 +39,7 @@ ADDED: dict[str, tuple[Any, ...]] = {
     "clusters": (True,),
     "mix": ("none",),
     "ema": (0.0,),
+    "augment": (asdict(AugmentConfig()),),
 }
 
 
@@ -55,6 +58,15 @@ def prepare_run_folder(folder: Path, config: Any) -> None:
     barrier()
 
 
+def save_corrupt(folder: Path, corrupt: list[Corrupt]) -> None:
+    """Writes all images that were skipped, and why, as corrupt.tsv; where there are none, an older file goes."""
+    if not corrupt:
+        (folder / CORRUPT).unlink(missing_ok=True)
+        return
+    rows = [f"{plain(name, longest=4096)}\t{plain(reason, longest=4096)}" for name, reason in corrupt]
+    atomic_write_text(folder / CORRUPT, "\n".join(["image\treason", *rows, ""]))
+
+
 def save_config(folder: Path, config: Any) -> None:
     """Writes the resolved arguments as config.yaml, a recipe: --resume and --overwrite are no part of it."""
     settings = {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite")}
@@ -64,6 +76,11 @@ def save_config(folder: Path, config: Any) -> None:
 def settings_of(config: Any) -> dict[str, Any]:
     """The fields of a configuration, to tell runs apart: at its default, one of `ADDED` is as good as not there."""
     return {name: value for name, value in asdict(config).items() if value not in ADDED.get(name, ())}
+
+
+def augment_settings(augment: AugmentConfig) -> dict[str, Any]:
+    """What tells runs with these augmentations from earlier ones, which had the default."""
+    return {} if augment == AugmentConfig() else {"augment": asdict(augment)}
 
 
 def method_settings(config: Any, kind: type[OptimConfig]) -> dict[str, Any]:
@@ -162,7 +179,7 @@ def run_training(
     if labels is not None:
         settings = {"labels": labels.identity, **settings}
         labels.attach(network, out, input_spec(network, spec.size))
-    identity = {"arch": spec.arch, "image_size": spec.size, **_data_identity(loader.data), **settings}
+    identity = {"arch": spec.arch, "image_size": spec.size, **loader.data.identity, **settings}
     trainer = Trainer(
         task, loader, optim=optim, runtime=runtime, out=out, identity=identity, labels=labels, title=spec.title
     )
@@ -171,14 +188,9 @@ def run_training(
         remove(out, VIEW_CACHE)
         figures.loss_curves({spec.title: read_metrics(out / "metrics.jsonl")}, out / "curves.png")
         save_network(out, network, spec.arch, input_size=spec.size)
+        if spec.arguments is not None:
+            save_corrupt(out, loader.data.corrupt)
     return measured
-
-
-def _data_identity(data: ImageData | StreamingImages) -> dict[str, Any]:
-    """What tells images from others, for the check on resume."""
-    if isinstance(data, ImageData):
-        return {"data": data.fingerprint, "images": len(data), "storage_size": data.size}
-    return {"data": data.name, "images": data.count, "storage_size": data.size}
 
 
 def announce(out: Path, what: str, measured: dict[str, float]) -> None:

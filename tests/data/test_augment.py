@@ -5,6 +5,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from torch import Tensor
 
+from sssd_zoo.configs import AugmentConfig
 from sssd_zoo.data import augment
 from sssd_zoo.data.augment import BatchRandom
 
@@ -117,24 +118,24 @@ def test_shifts_and_flips_move_whole_pixels():
 
 
 def test_blur_is_torchvisions(images):
-    random = BatchRandom(1, 2)
-    blurred = augment.gaussian_blur(images.clone(), random, 1.0, (0.5, 1.5))
-    sigmas = BatchRandom(1, 2).uniform(8, 1, low=0.5, high=1.5).flatten()
+    sigmas = augment.draw_blur(BatchRandom(1, 2), 8, 0.5)
+    assert 0 < int((sigmas == 0).sum()) < 8
+    blurred = augment.gaussian_blur(images.clone(), sigmas)
     for image, sigma, ours in zip(images, sigmas, blurred, strict=True):
-        expected = tv.gaussian_blur(image, [11, 11], [float(sigma)] * 2)
+        expected = tv.gaussian_blur(image, [13, 13], [float(sigma)] * 2) if sigma else image
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_contrastive_views_differ_and_repeat():
     images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
-    random = BatchRandom(0, 7)
-    first = augment.contrastive_view(images, random, 48, blur=0.5)
-    second = augment.contrastive_view(images, random, 48, blur=0.5)
+    random, blurred = BatchRandom(0, 7), AugmentConfig().resolved(contrastive=True, blur=0.5)
+    first = augment.contrastive_view(images, random, 48, augment=blurred)
+    second = augment.contrastive_view(images, random, 48, augment=blurred)
     assert first.shape == (16, 3, 48, 48)
     assert not torch.equal(first, second)
-    assert torch.equal(first, augment.contrastive_view(images, BatchRandom(0, 7), 48, blur=0.5))
-    assert not torch.equal(first, augment.contrastive_view(images, BatchRandom(0, 8), 48, blur=0.5))
-    assert not torch.equal(first, augment.contrastive_view(images, BatchRandom(1, 7), 48, blur=0.5))
+    assert torch.equal(first, augment.contrastive_view(images, BatchRandom(0, 7), 48, augment=blurred))
+    assert not torch.equal(first, augment.contrastive_view(images, BatchRandom(0, 8), 48, augment=blurred))
+    assert not torch.equal(first, augment.contrastive_view(images, BatchRandom(1, 7), 48, augment=blurred))
 
 
 def test_two_processes_draw_what_one_would():
@@ -166,6 +167,7 @@ def test_dense_jitter_of_accelerators_equals_that_of_cpus():
 def test_contrastive_view_on_another_device(blur):
     """The meta device has no numbers, but refuses a tensor of another device, as a GPU does."""
     images = torch.zeros(6, 3, 40, 40, dtype=torch.uint8, device="meta")
-    view = augment.contrastive_view(images, BatchRandom(0, 0), 32, blur=blur)
+    settings = AugmentConfig().resolved(contrastive=True, blur=blur)
+    view = augment.contrastive_view(images, BatchRandom(0, 0), 32, augment=settings)
     assert view.device.type == "meta"
     assert view.shape == (6, 3, 32, 32)

@@ -14,8 +14,10 @@ from PIL import Image
 from helpers.commands import command, one_line, sssd
 from sssd_zoo.configs import DataConfig, SettingsError
 from sssd_zoo.configs.data import MAX_PIXELS
-from sssd_zoo.data.images import CorruptImageError, Encoded, decode, encoded
+from sssd_zoo.data.formats import CorruptImageError
+from sssd_zoo.data.images import decode
 from sssd_zoo.data.loading import load_images
+from sssd_zoo.data.opening import Encoded, encoded
 from sssd_zoo.errors import UserError
 
 

@@ -11,7 +11,9 @@ from PIL import Image
 from helpers.data import load
 from helpers.images import file_bytes, picture, write, write_parquet
 from sssd_zoo.data import images as images_module
-from sssd_zoo.data.images import CorruptImageError, Encoded, decode, spaced
+from sssd_zoo.data.formats import CorruptImageError
+from sssd_zoo.data.images import decode, spaced
+from sssd_zoo.data.opening import Encoded
 
 
 class TestDecode:

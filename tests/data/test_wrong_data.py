@@ -146,11 +146,11 @@ class TestWalk:
 
     def test_kinds_that_are_not_read(self, tmp_path, caplog):
         data = tree(tmp_path / "data", _here=1)
-        for name in ("a.NEF", "b.nef", "c.npy", "d.dcm", "e.zip", "notes.txt"):
+        for name in ("a.NEF", "b.nef", "c.npy", "d.nii", "e.zip", "notes.txt"):
             (data / name).write_bytes(b"x")
         assert self.names(data) == ["0.png"]
         assert "2 .nef files (camera RAW: convert them to TIFF or JPEG" in caplog.text
-        assert "1 .npy files (arrays: save them as PNG" in caplog.text
+        assert "1 .npy files (arrays: give --channels" in caplog.text
         assert ".txt" not in caplog.text
         (data / "0.png").unlink()
         for read in (load, lambda folder: find_images([str(folder)])):

@@ -29,7 +29,7 @@ from helpers.pages import served
 from sssd_zoo.cli import run
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.augment import normalise, resize, to_float
-from sssd_zoo.data.images import CorruptImageError
+from sssd_zoo.data.formats import CorruptImageError
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.errors import UserError
 from sssd_zoo.hub.page import Analysis, Demo

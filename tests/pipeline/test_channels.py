@@ -14,7 +14,8 @@ import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import TINY_DETECTION, one_line, sssd
 from helpers.images import write_voc
 from sssd_zoo.data.augment import LUMA, normalise
-from sssd_zoo.data.images import Encoded, decode
+from sssd_zoo.data.images import decode
+from sssd_zoo.data.opening import Encoded
 from sssd_zoo.models.networks import input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
@@ -234,24 +235,32 @@ def voc(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        "predict {model} {images}",
-        "export {model} --out {out}",
-        "export {model} --format safetensors --out {out}",
-        "linear --model {model} --data {images} --out {out}",
-        "knn --model {model} --data {images}",
-        "early-exit {model} --data {images} --out {out}",
-        "finetune --models [{model}] --data {images} --out {out}",
-        "detect --model {model} --data [{voc}] --batch_size 2 --out {out}",
-        "distill --init {model} --labels true --data {images} --batch_size 16 --out {out}",
-        "pseudo-label --model {model} --data {images} --out {out}",
+        ("predict {model} {images}", "it has 3 channels, and --channels asks for {channels}"),
+        ("linear --model {model} --data {images} --out {out}", "it has 3 channels, and --channels asks for {channels}"),
+        ("knn --model {model} --data {images}", "it has 3 channels, and --channels asks for {channels}"),
+        ("knn --model {model} --data {images} --channels 3", "takes images with {channels} channels, not 3"),
+        ("early-exit {model} --data {images} --out {out}", "it has 3 channels, and --channels asks for {channels}"),
+        ("finetune --models [{model}] --data {images} --out {out}", "it has 3 channels, and --channels asks for"),
+        ("detect --model {model} --data [{voc}] --batch_size 2 --out {out}", "takes images with {channels} channels"),
+        (
+            "distill --init {model} --labels true --data {images} --batch_size 16 --out {out}",
+            "conv1.weight is [64, {channels}, 3, 3] there, [64, 3, 3, 3] here",
+        ),
+        ("pseudo-label --model {model} --data {images} --out {out}", "it has 3 channels, and --channels asks for"),
     ],
     ids=lambda words: words.split(" --out")[0],
 )
-def test_other_channel_counts_are_refused_in_one_line(words, other, images, voc, tmp_path, capsys):
+def test_images_of_other_channels_are_refused_in_one_line(words, message, other, images, voc, tmp_path, capsys):
     channels, model = other
     places = {"model": model, "images": images, "voc": voc, "out": tmp_path / "out"}
     assert sssd(*(word.format(**places) for word in words.split())) == 2
-    assert f"takes images with {channels} channels" in one_line(capsys)
-    assert not (tmp_path / "out").exists()
+    assert message.format(channels=channels) in one_line(capsys)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_more_channels_than_images_have(tmp_path, images, capsys):
+    save(tmp_path / "wide", 17)
+    assert sssd("knn", "--model", tmp_path / "wide", "--data", images) == 2
+    assert "takes images with 17 channels, and images have at most 16" in one_line(capsys)

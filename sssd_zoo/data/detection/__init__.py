@@ -27,8 +27,10 @@ from sssd_zoo.configs import DetectionDataConfig
 from sssd_zoo.data import sources
 from sssd_zoo.data.detection import coco, rows, voc
 from sssd_zoo.data.detection.annotations import Annotated, Annotations, Header, clean_name, read_header
-from sssd_zoo.data.images import CorruptImageError, opened, quiet_pillow, to_rgb
+from sssd_zoo.data.formats import CorruptImageError
+from sssd_zoo.data.images import quiet_pillow, to_rgb
 from sssd_zoo.data.loading import NAMED, GlobalBatches, read_in_order
+from sssd_zoo.data.opening import opened
 from sssd_zoo.distributed import rank, world_size
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed

@@ -10,7 +10,9 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from sssd_zoo.data.images import CorruptImageError, Encoded, EncodedImages, encoded, opened, quiet_pillow
+from sssd_zoo.data.formats import CorruptImageError
+from sssd_zoo.data.images import EncodedImages, quiet_pillow
+from sssd_zoo.data.opening import Encoded, encoded, opened
 
 
 @dataclass(frozen=True)

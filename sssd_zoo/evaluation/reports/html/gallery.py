@@ -21,6 +21,7 @@ from sssd_zoo.data.augment import resize, to_float
 from sssd_zoo.data.image_files import identical, image_names
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
+from sssd_zoo.data.pixels import shown
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.features import read_batches
@@ -106,10 +107,12 @@ def look(network: Any, data: ImageData, positions: Ints, forward: ForwardConfig)
     place = {position: number for number, position in enumerate(positions.tolist())}
     thumbnails = np.zeros((len(positions), side, side, 3), np.uint8)
     features: Tensor | None = None
+    statistics = data.statistics
 
     def shrunk() -> Iterator[tuple[Tensor, Tensor]]:
         for index, stored in data.batches(torch.from_numpy(positions).split(forward.batch_size)):
-            small = (resize(to_float(stored), side) * 255).round().clamp(0, 255).byte()
+            visible = stored if statistics is None else shown(stored, statistics.mean, statistics.std)
+            small = (resize(to_float(visible), side) * 255).round().clamp(0, 255).byte()
             thumbnails[[place[number] for number in index.tolist()]] = small.permute(0, 2, 3, 1).cpu().numpy()
             yield index, stored
 
