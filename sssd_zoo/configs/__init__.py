@@ -5,6 +5,7 @@ This package imports nothing else of sssd-zoo.
 
 from sssd_zoo.configs.commands import (
     CardArgs,
+    CleanArgs,
     CompareArgs,
     DetectArgs,
     DetectEvalArgs,
@@ -43,6 +44,7 @@ from sssd_zoo.configs.training import OptimConfig, RuntimeConfig
 __all__ = [
     "AnchoredConfig",
     "CardArgs",
+    "CleanArgs",
     "ClusterConfig",
     "CompareArgs",
     "DataConfig",

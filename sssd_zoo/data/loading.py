@@ -81,14 +81,44 @@ class CorruptTally:
 
 
 @dataclass(frozen=True)
-class OpenedSplit:
-    """A split of a data set: its names, its encoded images, and their fingerprint and labels."""
+class OpenedImages:
+    """A split that is open, its images counted and none of them decoded yet; `open_images` makes it.
+
+    Attributes:
+        name: see `ImageData`.
+        split: see `ImageData`.
+        encoded: the images.
+        labels: of all rows, or None.
+        size: side of the images when they are stored.
+        config: which images, and how to read them.
+    """
 
     name: str
     split: str
     encoded: EncodedImages
-    fingerprint: str
     labels: columns.Labels | None
+    size: int
+    config: DataConfig
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def load(self, *, verify: bool = True, progress: bool = True) -> "ImageData":
+        """Computes the fingerprint and decodes the images; see `load_images`."""
+        config, encoded, progress = self.config, self.encoded, progress and rank() == 0
+        digest = fingerprint(encoded, progress=progress)
+        keep = config.in_memory
+        if keep is None:
+            keep = fits_in_memory(len(encoded) * 3 * self.size * self.size)
+        rows = np.arange(len(encoded))
+        pixels: Tensor | None = None
+        tally = CorruptTally(f"{self.name} ({self.split})", config.max_corrupt)
+        if keep or verify:
+            pixels, rows, corrupt = decode_all(
+                encoded, self.size, keep=keep, workers=config.workers, progress=progress, max_pixels=config.max_pixels
+            )
+            tally.add(corrupt, len(encoded), shared=True)
+        return ImageData(self, fingerprint=digest, rows=rows, tally=tally, pixels=pixels)
 
 
 class ImageData:
@@ -110,23 +140,22 @@ class ImageData:
 
     def __init__(
         self,
-        source: OpenedSplit,
-        config: DataConfig,
+        source: OpenedImages,
         *,
+        fingerprint: str,
         rows: NDArray[np.int64],
-        size: int,
         tally: CorruptTally,
         pixels: Tensor | None,
     ) -> None:
-        self.name, self.split, self.fingerprint = source.name, source.split, source.fingerprint
-        self.rows, self.size = rows, size
+        self.name, self.split, self.fingerprint = source.name, source.split, fingerprint
+        self.rows, self.size = rows, source.size
         labels = source.labels
         self.labels = None if labels is None else labels.values[rows]
         self.class_names = None if labels is None else labels.names
         self.corrupt = tally.corrupt
         self.in_memory = pixels is not None
-        self._tally, self._workers, self._pixels = tally, config.workers, pixels
-        self._decoder = _Decoder(source.encoded, rows, size, config.max_pixels)
+        self._tally, self._workers, self._pixels = tally, source.config.workers, pixels
+        self._decoder = _Decoder(source.encoded, rows, source.size, source.config.max_pixels)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -193,31 +222,22 @@ def load_images(
         UserError: if the data cannot be found or read, a column or split does not exist, labels are required but
             missing, or more than `max_corrupt` images are corrupt.
     """
+    opened = open_images(config, default_size=default_size, require_labels=require_labels, progress=progress)
+    return opened.load(verify=verify, progress=progress)
+
+
+def open_images(
+    config: DataConfig, *, default_size: int = 224, require_labels: bool = False, progress: bool = True
+) -> OpenedImages:
+    """Opens a split, counts its images and reads its labels, and decodes nothing; see `load_images`."""
     if config.streaming:
         raise UserError("streaming is for pretraining only, as other steps need row numbers: drop --streaming")
     if config.unlabelled and (require_labels or config.label_column is not None):
         raise UserError("--unlabelled leaves out the labels, which this step or --label_column needs: drop one of them")
-    progress = progress and rank() == 0
-    source = _open_split(config, require_labels=require_labels, progress=progress)
-    encoded = source.encoded
-    size = config.storage_size or natural_size(encoded.read(spaced(len(encoded), SAMPLED_SIZES))) or default_size
-    keep = config.in_memory
-    if keep is None:
-        keep = fits_in_memory(len(encoded) * 3 * size * size)
-    rows = np.arange(len(encoded))
-    pixels: Tensor | None = None
-    tally = CorruptTally(f"{source.name} ({source.split})", config.max_corrupt)
-    if keep or verify:
-        pixels, rows, corrupt = decode_all(
-            encoded, size, keep=keep, workers=config.workers, progress=progress, max_pixels=config.max_pixels
-        )
-        tally.add(corrupt, len(encoded), shared=True)
-    return ImageData(source, config, rows=rows, size=size, tally=tally, pixels=pixels)
-
-
-def _open_split(config: DataConfig, *, require_labels: bool, progress: bool) -> OpenedSplit:
     name = sources.short_name(config.data)
-    splits = sources.open_splits(config.data, revision=config.revision, unlabelled=config.unlabelled, progress=progress)
+    splits = sources.open_splits(
+        config.data, revision=config.revision, unlabelled=config.unlabelled, progress=progress and rank() == 0
+    )
     splits, split = columns.take_split(splits, config.split, name)
     if len(splits[split]) == 0:
         raise UserError(f"{name} ({split}) has no rows: choose another split")
@@ -225,7 +245,8 @@ def _open_split(config: DataConfig, *, require_labels: bool, progress: bool) -> 
     labels = None
     if not config.unlabelled:
         labels = columns.read_labels(splits, split, config.label_column, name, required=require_labels)
-    return OpenedSplit(name, split, encoded, fingerprint(encoded, progress=progress), labels)
+    size = config.storage_size or natural_size(encoded.read(spaced(len(encoded), SAMPLED_SIZES))) or default_size
+    return OpenedImages(name, split, encoded, labels, size, config)
 
 
 def split_names(config: DataConfig) -> list[str]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from sssd_zoo.configs.ranges import Count, Pixels, problems
 from sssd_zoo.data.inputs import InputSpec
-from sssd_zoo.data.loading import ImageData
+from sssd_zoo.data.loading import ImageData, OpenedImages
 from sssd_zoo.data.sources import HUB_TIMEOUT
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.errors import UserError
@@ -37,7 +37,7 @@ from sssd_zoo.models.checks import check_network, read_config
 NETWORK_FILES = ("config.json", "model.safetensors")
 
 
-def choose_size(data: ImageData | StreamingImages, image_size: int | None) -> int:
+def choose_size(data: ImageData | OpenedImages | StreamingImages, image_size: int | None) -> int:
     """The side of the views: as asked, else the images' own where they are small, else 224 px."""
     return image_size or (data.size if data.size <= 40 else 224)
 

@@ -27,6 +27,7 @@ from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import (
     input_spec,
     load_encoder,
+    load_network,
     load_trunk,
     load_trunk_of,
     new_trunk,
@@ -77,8 +78,11 @@ def distill_network(
     model = new_student(spec.arch, labels.num_classes, method, config.exits)
     if init is not None:
         load_trunk(model, load_trunk_of(init))
-    views = input_spec(model, spec.size)
     settings: dict[str, Any] = {"init": init}
+    if spec.continues is not None:
+        model = load_network(str(spec.continues))
+        settings |= {"continues": weights_digest(model)}
+    views = input_spec(model, spec.size)
     loader = EpochLoader(data, config.batch_size, runtime.seed)
     if method == "clusterfit":
         settings |= {"method": method, **views._asdict(), "crop": config.crop, "scale": config.crop_scale}
@@ -112,10 +116,15 @@ def new_student(arch: str, classes: int, method: Method, exits: str) -> Any:
     """
     if method == "clusterfit":
         return new_trunk(arch, classes)
-    if not arch.startswith("sssd_"):
-        raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
+    check_exits(arch)
     kind: dict[str, Any] = {} if exits == "plain" else {"exits": exits}
     return timm.create_model(arch, num_classes=classes, **kind)
+
+
+def check_exits(arch: str) -> None:
+    """Raises `UserError` unless a network of this name has exits to distil into."""
+    if not arch.startswith("sssd_"):
+        raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
 
 
 def frozen_encoder(
