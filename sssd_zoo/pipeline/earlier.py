@@ -87,10 +87,12 @@ def check_earlier(out: Path, args: FitArgs, stages: Iterable[str], survey: Surve
     """
     if args.overwrite:
         return
-    changes = {**changed_settings(out, args), **survey.changes}
+    changes = changed_settings(out, args)
     there = more_epochs_there(out)
     if there and there != args.extensions and not is_extension(there, args.extensions):
         changes["more_epochs"] = (there, args.extensions)
+    # What a stage got from a setting that is named already need not be named again.
+    changes |= {name: values for name, values in survey.changes.items() if not changes or "." not in name}
     stale = [name for name in recorded_stages(out) if name not in stages]
     if not changes and stale:
         changes = {"stages": (", ".join([*stages, *stale]), ", ".join(stages))}
