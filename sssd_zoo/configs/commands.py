@@ -205,8 +205,8 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
         budget: wall time of the whole run on this machine, such as 30m, 2h or 1h30m: the epochs of all stages are
             chosen so that it is about kept, from a few measured steps.
         more_epochs: go on with a finished run: train the distilled network for so many epochs more, from its weights,
-            with a new cosine schedule that starts at the learning rate of `distill`. '[20, 10]' adds 10 epochs to a run
-            that had 20 more.
+            by a new cosine schedule from the learning rate of `distill` to 0 (a warm restart). '[20, 10]' adds 10
+            epochs to a run that had 20 more.
         overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
         keep_checkpoints: keep the checkpoints of trainings that are complete. By default they are removed, as they take
             many times the space of the networks.

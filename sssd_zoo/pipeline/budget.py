@@ -10,7 +10,7 @@ from sssd_zoo.distributed import on_main
 from sssd_zoo.files import read_json, write_json
 
 FILE = "budget.json"
-BESIDE = ("pretrain.epochs", "distill.epochs", "more_epochs")  # what cannot be given beside a budget
+BESIDE = ("pretrain.epochs", "distill.epochs")  # what cannot be given beside a budget
 MARGIN = 0.95  # of the time left: fits, figures and the report are not measured
 
 

@@ -94,7 +94,8 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     print_main(plan.describe())
     if args.budget is not None:
         plan = within_budget(plan, began)
-        chosen |= {"pretrain.epochs": plan.args.pretrain.epochs, "distill.epochs": plan.args.distill.epochs}
+        trained = ("pretrain", "distill") if args.features is None else ("distill",)
+        chosen |= {f"{name}.epochs": getattr(plan.args, name).epochs for name in trained}
     if chosen:
         print_main(describe_chosen(chosen, len(setup.data)))
     if few := advice(len(setup.data), plan.args):
@@ -104,7 +105,9 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
         results = write_results(plan, stages)
         print_main("\n" + summary(results, plan.out, args.data))
         took, all_stages = time.perf_counter() - began, sum(stage["seconds"] for stage in results["times"])
-        kept = "" if args.budget is None else f", {describe_kept(args.budget, max(took, all_stages))}"
+        kept = (
+            "" if args.budget is None or args.more_epochs else f", {describe_kept(args.budget, max(took, all_stages))}"
+        )
         print_main(f"\nDone in {took / 60:.1f} minutes{kept}. Report and figures: {plan.out / 'report.md'}")
         network = plan.out / "model"
         print_main(f"Network: {network}, for timm.create_model('local-dir:{network}', pretrained=True)")
@@ -143,18 +146,22 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
 
 
 def within_budget(plan: "Plan", began: float) -> "Plan":
-    """The plan with the epochs that fit into `budget`: those of an earlier call, or as measured now."""
+    """The plan with the epochs that fit into `budget`: those of an earlier call, or as measured now.
+
+    Further trainings, of `more_epochs`, are no part of the budget.
+    """
     args, setup = plan.args, plan.setup
+    first = replace(plan, args=replace(args, more_epochs=[]))
     assert args.budget is not None  # callers look
     budget = seconds_of(args.budget)
     # Chosen for the same images, networks and batches, the epochs stay when a run is resumed.
-    settings = [stage.settings for stage in replace(plan, args=with_epochs(args, 1)).stages()]
+    settings = [stage.settings for stage in replace(first, args=with_epochs(first.args, 1)).stages()]
     chosen_for = json.loads(json.dumps({"seconds": budget, **setup.inputs, "settings": settings}))
     epochs = chosen_before(plan.out, chosen_for)
     if epochs is None:
         print_main(f"measuring a few steps of each training, for the epochs that fit into {args.budget}")
-        names = [stage.name for stage in plan.stages()]
-        work = plan.work(dict.fromkeys(names, 0))
+        names = [stage.name for stage in first.stages()]
+        work = first.work(dict.fromkeys(names, 0))
         rates = measure(setup, work)
         left = on_main(lambda: MARGIN * (budget - (time.perf_counter() - began)))
         epochs = epochs_within(setup, work, rates, left)

@@ -108,8 +108,13 @@ class TestForecast:
 
     @pytest.mark.parametrize(
         "more",
-        [[], ["--distill.anchor", "1"], ["--distill.anchor", "1", "--distill.cached_views", "2"]],
-        ids=["plain", "anchored", "cached views"],
+        [
+            pytest.param([], id="plain", marks=pytest.mark.slow),
+            pytest.param(["--distill.anchor", "1"], id="anchored"),
+            pytest.param(
+                ["--distill.anchor", "1", "--distill.cached_views", "2"], id="cached views", marks=pytest.mark.slow
+            ),
+        ],
     )
     def test_measuring_changes_no_weight(self, more, folder_of_images, tmp_path, monkeypatch, capsys):
         words = ["fit", "--data", folder_of_images, *QUICK, "--unlabelled", *more]
@@ -131,6 +136,7 @@ def contents_but_times(out: Path) -> set[str]:
 
 
 class TestBudget:
+    @pytest.mark.slow
     def test_it_chooses_the_epochs_once(self, folder_of_images, tmp_path, capsys):
         out = tmp_path / "run"
         words = ["fit", "--data", folder_of_images, "--out", out, "--model", "sssd_resnet18", "--image_size", "32"]
@@ -220,6 +226,7 @@ class TestAFinishedRun:
 
 
 class TestMoreEpochs:
+    @pytest.mark.slow
     def test_a_finished_run_goes_on(self, run, folder_of_images, capsys):
         words = ["fit", "--data", folder_of_images, "--out", run, *QUICK]
         before = weights(run)
