@@ -63,7 +63,7 @@ from sssd_zoo.pipeline.earlier import (
     remove_figures,
     remove_stages,
 )
-from sssd_zoo.pipeline.estimate import Work, epochs_within, expected, measure
+from sssd_zoo.pipeline.estimate import Rates, Work, epochs_within, expected, measure
 from sssd_zoo.pipeline.forecast import Forecast, rough
 from sssd_zoo.pipeline.mistakes import Mistakes
 from sssd_zoo.pipeline.preflight import check_start
@@ -157,7 +157,7 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
     # Chosen for the same images, networks and batches, the epochs stay when a run is resumed.
     settings = [stage.settings for stage in replace(first, args=with_epochs(first.args, 1)).stages()]
     chosen_for = json.loads(json.dumps({"seconds": budget, **setup.inputs, "settings": settings}))
-    epochs = chosen_before(plan.out, chosen_for)
+    epochs, rates = chosen_before(plan.out, chosen_for), None
     if epochs is None:
         print_main(f"measuring a few steps of each training, for the epochs that fit into {args.budget}")
         names = [stage.name for stage in first.stages()]
@@ -168,7 +168,7 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
         keep(plan.out, epochs, chosen_for)
     args = with_epochs(args, epochs)
     setup = replace(setup, args=args, pretext=replace(setup.pretext, config=args.pretrain))
-    return replace(plan, args=args, setup=setup)
+    return replace(plan, args=args, setup=setup, rates=rates)
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,14 @@ class Plan:
         setup: the images, the networks, and where to run.
         evaluation: what the networks are measured on, where the images are labelled.
         start: the digest of the weights of `args.init`, as `init`, where it is given.
+        rates: what was measured already, for --budget.
     """
 
     args: FitArgs
     setup: Setup
     evaluation: Evaluation | None
     start: dict[str, str]
+    rates: Rates | None = None
 
     @property
     def out(self) -> Path:
@@ -300,7 +302,8 @@ class Plan:
         work = self.work(survey.begun)
         seconds: dict[str, float] = {}
         if work.worth_measuring():
-            seconds = expected(self.setup, work, measure(self.setup, work))
+            rates = self.rates if self.rates and not args.extensions else measure(self.setup, work)
+            seconds = expected(self.setup, work, rates)
             print_main(f"about {rough(sum(seconds.values()))} from here, by a few measured steps of each training")
         stages.forecast = Forecast(names, seconds)
         for stage in declared:

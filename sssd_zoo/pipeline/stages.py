@@ -17,8 +17,8 @@ from sssd_zoo.training.checkpoints import diverged, steps_done
 
 # Inputs that came after the first release: of a step done before there were any, they are as they are now.
 LATER = ("true_labels",)
-# What inputs are called, and stages whose settings are those of an argument of another name.
-CALLED = {"measured_on": "true labels", "true_labels": "true labels", "labels": "cluster"}
+CALLED = {"measured_on": "true labels", "true_labels": "true labels"}  # what inputs are called
+ARGUMENTS = {"labels": "cluster"}  # stages whose settings are arguments of another name
 
 
 class Record(TypedDict):
@@ -151,7 +151,7 @@ class Stages:
             if before is not None and changed and not self._may_repeat(changed, stage):
                 for key in changed:
                     if not key.startswith(tuple(f"{earlier}." for earlier in stage.after)):  # that stage names it
-                        name = key if key in self.common else f"{CALLED.get(stage.name, stage.name)}.{key}"
+                        name = key if key in self.common else f"{ARGUMENTS.get(stage.name, stage.name)}.{key}"
                         changes[name] = (before["inputs"].get(key), inputs.get(key))
             begun[stage.name] = on_main(partial(self._steps_done, stage.name, inputs))
         return Survey(done, begun, changes)
