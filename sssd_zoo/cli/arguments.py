@@ -158,6 +158,19 @@ def check_recipes(words: list[str]) -> None:
         check_recipe(recipe)
 
 
+def contradictions(parsed: Any, config: Any) -> list[str]:
+    """What the dataclasses in a dataclass refuse of their values, each of which is in its range: a line of each."""
+    found = []
+    for name, kind in get_type_hints(config).items():
+        if is_dataclass(kind):
+            checked: Any = kind
+            try:
+                checked(**vars(parsed[name]))
+            except ValueError as error:  # a SettingsError
+                found.append(f"{name}: {error}")
+    return found
+
+
 def read_arguments(name: str, words: list[str], prog: str) -> tuple[Any, frozenset[str]]:
     """The arguments of one command, as its dataclass, and the names of those that were given.
 
@@ -174,11 +187,13 @@ def read_arguments(name: str, words: list[str], prog: str) -> tuple[Any, frozens
         words = name_network(words, network, prog)
     check_recipes(words)
     try:
-        parsed = parser.parse_args(words)
         given = parser.parse_args(words, defaults=False)
     except (ArithmeticError, RecursionError, ValueError) as error:  # of numbers and YAML that no parser copes with
         raise UserError(f"cannot read the arguments: {error} (see {prog} --help)") from error
-    if wrong := problems(parsed.as_dict(), config):
+    parsed = parser.get_defaults()
+    for key, value in given.items():
+        parsed[key] = value
+    if wrong := problems(parsed.as_dict(), config) or contradictions(parsed, config):
         raise UserError("; ".join(wrong))
     try:
         values = dict(vars(parser.instantiate(parsed)))

@@ -76,6 +76,9 @@ COMMANDS = {
     "pull": Command(
         "PullArgs", "download a published network or pseudo labels, and verify their sha256", (("name", None),)
     ),
+    "clean": Command(
+        "CleanArgs", "remove the checkpoints and caches that a finished run no longer needs", (("run", None),)
+    ),
     "models": Command("ModelsArgs", "list the networks of this package with parameters and MACs of every exit"),
 }
 

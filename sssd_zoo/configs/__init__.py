@@ -6,6 +6,7 @@ This package imports nothing else of sssd-zoo.
 from sssd_zoo.configs.augment import AugmentConfig
 from sssd_zoo.configs.commands import (
     CardArgs,
+    CleanArgs,
     ClustersArgs,
     CompareArgs,
     DetectArgs,
@@ -50,6 +51,7 @@ __all__ = [
     "AnchoredConfig",
     "AugmentConfig",
     "CardArgs",
+    "CleanArgs",
     "ClusterConfig",
     "ClustersArgs",
     "CompareArgs",

@@ -38,6 +38,7 @@ from sssd_zoo.configs.ranges import (
     Seeds,
     Temperature,
     Thresholds,
+    WallTime,
     Weight,
 )
 from sssd_zoo.configs.training import OptimConfig, RuntimeConfig
@@ -204,6 +205,11 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
             labels are hard.
         probe: linear probes, if the data set has labels.
         baseline: also distil on random labels, as a baseline, if the data set has labels to measure by.
+        budget: wall time of the whole run on this machine, such as 30m, 2h or 1h30m: the epochs of all stages are
+            chosen so that it is about kept, from a few measured steps.
+        more_epochs: go on with a finished run: train the distilled network for so many epochs more, from its weights,
+            by a new cosine schedule from the learning rate of `distill` to 0 (a warm restart). '[20, 10]' adds 10
+            epochs to a run that had 20 more.
         overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
         keep_checkpoints: keep the checkpoints of trainings that are complete. By default they are removed, as they take
             many times the space of the networks.
@@ -222,8 +228,21 @@ class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
     soft: Temperature | None = None
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     baseline: bool = True
+    budget: WallTime | None = None
+    more_epochs: Count | list[Count] = field(default_factory=list)
     overwrite: bool = False
     keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` for invalid values; one number of `more_epochs` is a list of it."""
+        super().__post_init__()
+        if isinstance(self.more_epochs, int):
+            self.more_epochs = [self.more_epochs]
+
+    @property
+    def extensions(self) -> list[int]:
+        """The epochs of each further training of the distilled network, in turn."""
+        return [self.more_epochs] if isinstance(self.more_epochs, int) else self.more_epochs
 
 
 @dataclass(kw_only=True)
@@ -756,3 +775,16 @@ class PullArgs(Checked):
     labels: bool = False
     revision: str | None = None
     overwrite: bool = False
+
+
+@dataclass(kw_only=True)
+class CleanArgs(Checked):
+    """Removes what a run no longer needs: the checkpoints and caches of its complete stages. Nothing else is touched.
+
+    Args:
+        run: folder of `sssd fit`, `compare`, `finetune`, or of a single training.
+        dry_run: only say what would be removed.
+    """
+
+    run: str
+    dry_run: bool = False

@@ -7,6 +7,7 @@ calls `problems` on its arguments first, to report all of them at once, and `fil
 
 import math
 import os
+import re
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -100,6 +101,25 @@ class Items:
         return None
 
 
+@dataclass(frozen=True, repr=False)
+class Duration:
+    """Times such as '90s', '30m', '2h' or '1h30m'."""
+
+    def __repr__(self) -> str:
+        """As the help shows it behind the type."""
+        return "such as 30m, 2h or 1h30m"
+
+    def problem(self, value: str) -> str | None:
+        """What is wrong with a text, or None."""
+        return None if seconds_of(value) else "must be a time such as 90s, 30m, 2h or 1h30m"
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of a time such as '1h30m'; 0 if it is none."""
+    match = re.fullmatch(r"(?:(\d{1,4})h)?(?:(\d{1,6})m)?(?:(\d{1,8})s)?", text)
+    return sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+
+
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
 Clusters = Annotated[int, Range(2)]
@@ -130,6 +150,7 @@ Seeds = Annotated[list[Seed], Items(1, order="distinct")]
 Thresholds = Annotated[list[Fraction], Items(3, 3)]
 Names = Annotated[list[str], Items(1)]
 DistinctNames = Annotated[list[str], Items(1, order="distinct")]
+WallTime = Annotated[str, Duration()]
 
 
 class SettingsError(ValueError):
@@ -169,10 +190,10 @@ def problems(value: Any, kind: Any, name: str = "") -> list[str]:
         return problems(value, args[0], name)
     if origin in (Union, types.UnionType):
         by_option = [problems(value, option, name) for option in args]
-        options = [option for option in args if option is not type(None)]
         if [] in by_option:
             return []
-        return by_option[args.index(options[0])] if len(options) == 1 else _not(value, kind, name)
+        first = next(place for place, option in enumerate(args) if option is not type(None))
+        return by_option[first]
     if origin is Literal:
         return [] if value in args else [f"{name} is {_short(value)}; it must be {_choice(args)}"]
     if isinstance(kind, type) and (is_typeddict(kind) or issubclass(kind, Checked)):

@@ -112,14 +112,63 @@ class CorruptTally:
 
 
 @dataclass(frozen=True)
-class OpenedSplit:
-    """A split of a data set: its names, its encoded images, and their fingerprint and labels."""
+class OpenedImages:
+    """A split that is open, its images counted and none of them decoded yet; `open_images` makes it.
+
+    Attributes:
+        name: see `ImageData`.
+        split: see `ImageData`.
+        encoded: the images.
+        labels: of all rows, or None.
+        size: side of the images when they are stored.
+        config: which images, and how to read them.
+        pixels: see `ImageData`.
+    """
 
     name: str
     split: str
     encoded: EncodedImages
-    fingerprint: str
     labels: columns.Labels | None
+    size: int
+    config: DataConfig
+    pixels: PixelFormat | None
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return 3 if self.pixels is None else self.pixels.channels
+
+    @property
+    def statistics(self) -> None:
+        """Known once the images are decoded."""
+        return None
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def load(self, *, verify: bool = True, progress: bool = True) -> "ImageData":
+        """Computes the fingerprint and decodes the images; see `load_images`."""
+        config, encoded, progress = self.config, self.encoded, progress and rank() == 0
+        digest = fingerprint(encoded, progress=progress)
+        keep = config.in_memory
+        if keep is None:
+            values = 3 if self.pixels is None else self.pixels.channels * self.pixels.bits // 8
+            keep = fits_in_memory(len(encoded) * self.size * self.size * values)
+        rows = np.arange(len(encoded))
+        kept: Tensor | None = None
+        tally = CorruptTally(f"{self.name} ({self.split})", config.max_corrupt)
+        if keep or verify:
+            kept, rows, corrupt = decode_all(
+                encoded,
+                self.size,
+                keep=keep,
+                workers=config.workers,
+                progress=progress,
+                max_pixels=config.max_pixels,
+                pixels=self.pixels,
+            )
+            tally.add(corrupt, len(encoded), shared=True)
+        return ImageData(self, fingerprint=digest, rows=rows, tally=tally, kept=kept)
 
 
 class ImageData:
@@ -143,26 +192,25 @@ class ImageData:
 
     def __init__(
         self,
-        source: OpenedSplit,
-        config: DataConfig,
+        source: OpenedImages,
         *,
+        fingerprint: str,
         rows: NDArray[np.int64],
-        size: int,
         tally: CorruptTally,
         kept: Tensor | None,
-        pixels: PixelFormat | None = None,
     ) -> None:
-        self.name, self.split, self.fingerprint = source.name, source.split, source.fingerprint
-        self.rows, self.size, self.pixels = rows, size, pixels
+        self.name, self.split, self.fingerprint = source.name, source.split, fingerprint
+        self.rows, self.size, self.pixels = rows, source.size, source.pixels
         labels = source.labels
         self.labels = None if labels is None else labels.values[rows]
         self.class_names = None if labels is None else labels.names
         self.corrupt = tally.corrupt
         self.in_memory = kept is not None
         self.encoded = source.encoded
+        config = source.config
         self._tally, self._workers, self._kept = tally, config.workers, kept
         self._root = Path(config.data).expanduser() if isinstance(config.data, str) else None
-        self._decoder = _Decoder(source.encoded, rows, size, config.max_pixels, pixels)
+        self._decoder = _Decoder(source.encoded, rows, source.size, config.max_pixels, source.pixels)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -286,37 +334,33 @@ def load_images(
         UserError: if the data cannot be found or read, a column or split does not exist, labels are required but
             missing, or more than `max_corrupt` images are corrupt.
     """
+    opened = open_images(config, default_size=default_size, require_labels=require_labels, progress=progress)
+    return opened.load(verify=verify, progress=progress)
+
+
+def open_images(
+    config: DataConfig, *, default_size: int = 224, require_labels: bool = False, progress: bool = True
+) -> OpenedImages:
+    """Opens a split, counts its images and reads its labels, and decodes nothing; see `load_images`."""
     if config.streaming:
         raise UserError("streaming is for pretraining only, as other steps need row numbers: drop --streaming")
     if config.unlabelled and (require_labels or config.label_column is not None):
         raise UserError("--unlabelled leaves out the labels, which this step or --label_column needs: drop one of them")
-    progress = progress and rank() == 0
-    source = _open_split(config, require_labels=require_labels, progress=progress)
-    encoded = source.encoded
+    name = sources.short_name(config.data)
+    splits = open_data(config, progress=progress and rank() == 0)
+    splits, split = columns.take_split(splits, config.split, name)
+    if len(splits[split]) == 0:
+        raise UserError(f"{name} ({split}) has no rows: choose another split")
+    encoded = open_encoded(splits[split], config.image_column, name, config.max_pixels)
+    labels = None
+    if not config.unlabelled:
+        labels = columns.read_labels(splits, split, config.label_column, name, required=require_labels)
     sample = encoded.read(spaced(len(encoded), SAMPLED_SIZES))
     pixels = pixel_format(config, sample)
     if config.pages == "first":
-        _tell_of_pages(sample, source.name, config.channels)
+        _tell_of_pages(sample, name, config.channels)
     size = config.storage_size or natural_size(sample) or default_size
-    keep = config.in_memory
-    if keep is None:
-        image = size * size * (3 if pixels is None else pixels.channels * pixels.bits // 8)
-        keep = fits_in_memory(len(encoded) * image)
-    rows = np.arange(len(encoded))
-    kept: Tensor | None = None
-    tally = CorruptTally(f"{source.name} ({source.split})", config.max_corrupt)
-    if keep or verify:
-        kept, rows, corrupt = decode_all(
-            encoded,
-            size,
-            keep=keep,
-            workers=config.workers,
-            progress=progress,
-            max_pixels=config.max_pixels,
-            pixels=pixels,
-        )
-        tally.add(corrupt, len(encoded), shared=True)
-    return ImageData(source, config, rows=rows, size=size, tally=tally, kept=kept, pixels=pixels)
+    return OpenedImages(name, split, encoded, labels, size, config, pixels)
 
 
 def _tell_of_pages(sample: Sequence[Encoded], name: str, channels: int | None) -> None:
@@ -327,19 +371,6 @@ def _tell_of_pages(sample: Sequence[Encoded], name: str, channels: int | None) -
             f"{len(several)} of {len(sample)} sampled files of {name} have several pages ({listed(several)}): the "
             "first of each is read; --pages all makes an image of every page"
         )
-
-
-def _open_split(config: DataConfig, *, require_labels: bool, progress: bool) -> OpenedSplit:
-    name = sources.short_name(config.data)
-    splits = open_data(config, progress=progress)
-    splits, split = columns.take_split(splits, config.split, name)
-    if len(splits[split]) == 0:
-        raise UserError(f"{name} ({split}) has no rows: choose another split")
-    encoded = open_encoded(splits[split], config.image_column, name, config.max_pixels)
-    labels = None
-    if not config.unlabelled:
-        labels = columns.read_labels(splits, split, config.label_column, name, required=require_labels)
-    return OpenedSplit(name, split, encoded, fingerprint(encoded, progress=progress), labels)
 
 
 def split_names(config: DataConfig) -> list[str]:

@@ -44,6 +44,14 @@ def short_name(data: str | Sequence[str]) -> str:
         return data
 
 
+def is_local(data: str) -> bool:
+    """Whether data of this name lie on this disk, rather than on the Hub."""
+    try:
+        return data == SAMPLE_NAME or Path(data).expanduser().exists()
+    except OSError:  # longer than any path
+        return False
+
+
 def open_splits(
     data: str,
     *,

@@ -1,5 +1,6 @@
 """Communication between the processes of a run, of which there may be only one."""
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import fitted
 
 T = TypeVar("T")
 
@@ -59,6 +61,6 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def print_main(text: str) -> None:
-    """Prints on the main process."""
+    """Prints on the main process; on a terminal, lines are broken between words."""
     if rank() == 0:
-        print(text, flush=True)
+        print(fitted(text, sys.stdout), flush=True)

@@ -3,7 +3,7 @@
 A name may contain anything: escape sequences that a terminal obeys, characters that change the reading direction, tags,
 table rows, formulas. There is one function per output format, and all names go through it:
 
-- a terminal: `safe_terminal` around the whole `sssd` command, and `plain` in every `UserError`
+- a terminal: `safe_terminal` around the whole `sssd` command, and `plain` in every `UserError`; `fitted` breaks no word
 - Markdown, in reports and cards: `markdown` in running text, `code` between backticks
 - HTML, on the page: `html`
 - figures: `plain`; formulas are switched off by the figures' style
@@ -12,7 +12,9 @@ table rows, formulas. There is one function per output format, and all names go 
 
 import html as library
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
@@ -63,21 +65,53 @@ def code(value: Any) -> str:
     return markdown(words) if "`" in words or "\\" in words else f"`{words}`"
 
 
+def wrapped(text: str, width: int) -> str:
+    """Text whose lines are broken between words where they are longer than `width`; a longer word stays whole.
+
+    A command, that is a line of `sssd ...`, is broken before its flags alone, by a backslash: it can still be pasted.
+    """
+    lines = []
+    for line in text.split("\n"):
+        words = line.lstrip(" ")
+        indent = line[: len(line) - len(words)]
+        is_command = words.startswith("sssd ")
+        if len(line) > width:
+            parts = textwrap.wrap(
+                re.sub(" (?!--)", "\0", words) if is_command else words,
+                width - (2 if is_command else 0),
+                initial_indent=indent,
+                subsequent_indent=indent + "  ",
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+            line = (" \\\n" if is_command else "\n").join(parts).replace("\0", " ")
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def fitted(text: str, stream: Any) -> str:
+    """Text for a stream: `wrapped` to the terminal's width where it is one, else as it is."""
+    return wrapped(text, shutil.get_terminal_size().columns) if stream.isatty() else text
+
+
 class Terminal:
     """A stream that shows control characters as escapes, so that no name can move the cursor or rewrite output.
 
     Args:
         stream: the stream to write to; other methods are its own.
+        messages: whether it carries messages alone, which are `fitted` to the terminal.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, *, messages: bool = False) -> None:
+        self._stream, self._messages = stream, messages
 
     def write(self, words: str) -> int:
         """Writes `words` with control characters escaped, except the cursor movements of progress bars."""
         if not _CURSOR.fullmatch(words):
             start = words[:1] if words[:1] == "\r" else ""
             words = start + _HIDDEN.sub(_escaped, words[len(start) :].replace("\r\n", "\n"))
+            if self._messages and not start:  # progress bars fit their own lines
+                words = fitted(words, self._stream)
         return self._stream.write(words)
 
     def writelines(self, lines: list[str]) -> None:
@@ -93,6 +127,6 @@ class Terminal:
 def safe_terminal() -> Iterator[None]:
     """Passes everything written to stdout and stderr in the block, by any library, through `Terminal`."""
     out: Any = Terminal(sys.stdout)
-    err: Any = Terminal(sys.stderr)
+    err: Any = Terminal(sys.stderr, messages=True)
     with redirect_stdout(out), redirect_stderr(err):
         yield

@@ -197,7 +197,7 @@ def write_card(
     results = read_results(run)
     results["data"] = short_name(results["data"])
     recipe = public_recipe(run, results["data"])
-    figures = figure_files(run, calibrated)
+    figures = figure_files(run, results, calibrated)
     context: Results = {
         **results,
         "accuracy": [*results.get("accuracy", []), *paper_rows(options.paper)],
@@ -257,9 +257,11 @@ def measured_accuracies(results: Results) -> dict[str, float]:
     return dict(zip(EXITS, [*row["exits"], row["ensemble"]], strict=True))
 
 
-def figure_files(run: Path, calibrated: Path | None) -> dict[str, Path]:
-    """The figures of a run and of its calibration, by file name."""
+def figure_files(run: Path, results: Results, calibrated: Path | None) -> dict[str, Path]:
+    """The figures of a run's report and of its calibration, by file name; others in its folder are not its own."""
     figures = {path.name: path for path in sorted((run / "figures").glob("*.png"))}
+    if "figures" in results:
+        figures = {name: path for name, path in figures.items() if f"figures/{name}" in results["figures"]}
     if calibrated is not None:
         figures["early_exit.png"] = calibrated / "early_exit" / "figure.png"
     return figures
@@ -293,9 +295,11 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
         pretext += f", started from the weights of {code(recipe['pretrain']['init'])}"
     anchor = recipe["distill"].get("anchor")
     distillation = f"anchored self distillation (weight {anchor:g})" if anchor else "self distillation"
+    more = recipe.get("more_epochs")
+    epochs = " and ".join(map(markdown, [recipe["distill"]["epochs"], *(more if isinstance(more, list) else [])]))
     return [
-        f"**Training**: {pretext}, then {distillation} for {markdown(recipe['distill']['epochs'])} epochs, from "
-        f"{start}; `recipe.yaml` has all settings",
+        f"**Training**: {pretext}, then {distillation} for {epochs} epochs, from {start}; "
+        "`recipe.yaml` has all settings",
         f"**Time**: {duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
     ]
 

@@ -20,7 +20,7 @@ from torch import nn
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.configs.ranges import Count, Pixels, problems
 from sssd_zoo.data.inputs import InputSpec, input_channels, pixels_of
-from sssd_zoo.data.loading import ImageData
+from sssd_zoo.data.loading import ImageData, OpenedImages
 from sssd_zoo.data.sources import HUB_TIMEOUT
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.errors import UserError
@@ -39,7 +39,7 @@ MOST_CHANNELS = 16  # of images, see `--channels`
 NETWORK_FILES = ("config.json", "model.safetensors")
 
 
-def choose_size(data: ImageData | StreamingImages, image_size: int | None) -> int:
+def choose_size(data: ImageData | OpenedImages | StreamingImages, image_size: int | None) -> int:
     """The side of the views: as asked, else the images' own where they are small, else 224 px."""
     return image_size or (data.size if data.size <= 40 else 224)
 
@@ -262,13 +262,13 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     model.load_state_dict(weights, strict=False)
 
 
-def new_trunk(arch: str, num_classes: int = 0, data: ImageData | StreamingImages | None = None) -> Any:
+def new_trunk(arch: str, num_classes: int = 0, data: ImageData | OpenedImages | StreamingImages | None = None) -> Any:
     """A network without exits, with new weights, for the images of `data`."""
     without_exits: dict[str, Any] = {"output": "final"} if arch.startswith("sssd_") else {}
     return new_network(arch, data, num_classes=num_classes, **without_exits)
 
 
-def new_network(arch: str, data: ImageData | StreamingImages | None, **kwargs: Any) -> Any:
+def new_network(arch: str, data: ImageData | OpenedImages | StreamingImages | None, **kwargs: Any) -> Any:
     """A network with new weights for the images of `data`: their channels, bits, mean and std, which config.json keeps.
 
     Args:
@@ -303,7 +303,7 @@ def fits_channels(network: Any, images: int) -> bool:
     return channels(network) == images or (channels(network) == 1 and images == 3)
 
 
-def check_channels(name: str, network: Any, data: ImageData) -> None:
+def check_channels(name: str, network: Any, data: ImageData | OpenedImages) -> None:
     """Raises `UserError` unless a network, which the user called `name`, takes images of this data's channels."""
     if not fits_channels(network, data.channels):
         raise UserError(

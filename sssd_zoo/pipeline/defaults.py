@@ -1,19 +1,45 @@
-"""The settings of `sssd fit` that depend on the number of images: what is not given is chosen here, and said.
+"""The settings of `sssd fit` that depend on the images and on the device: what is not given is chosen here, and said.
 
 At the paper's sizes the choices are the paper's: 50,000 images give batches of 512 and 128, a queue of 4,096, 1,000
-clusters and 200 epochs, 1.28 million images about 5,000 clusters; a CPU, which cannot train so long, has fewer epochs
-and smaller batches.
+clusters and 200 epochs, 1.28 million images about 5,000 clusters. A CPU, which cannot train so long, has smaller
+batches and fewer epochs: so few that a training of up to 300 images of 224 px takes minutes.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
-from sssd_zoo.configs import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig
+from sssd_zoo.configs import FitArgs
 
 STEPS = 16  # steps that an epoch has at least, where the images allow batches of `SMALLEST`
+STEPS_BETWEEN = 50  # steps from one checkpoint to the next, about
 SMALLEST = 16  # images in a batch, or all of them
-VIEWS = {"cpu": 2_000_000, "cuda": 100_000_000}  # of a training at most, all epochs together
+EPOCHS = 10  # of a training at least
+# What a training may cost at most, all epochs together: MACs of the student's forward passes on a CPU (3,200 images of
+# 224 px through a ResNet-18; measured on one core of an EPYC with bf16: 8 minutes of MoCo v2, 3 of self distillation),
+# images on a GPU.
+CPU_MACS = 5.8e12
+GPU_IMAGES = 100_000_000
 FEW = 5_000  # images, below which a start from other weights is advised
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the settings depend on.
+
+    Attributes:
+        images: number of them, D_tar.
+        pretrain_images: number of those that the pretext is trained on, D_pre; most often the same.
+        macs: of the student's forward pass of one image.
+        device: torch's name of the device type.
+        processes: number of them.
+    """
+
+    images: int
+    pretrain_images: int
+    macs: int
+    device: str
+    processes: int
 
 
 def power_of_two(value: float) -> int:
@@ -32,28 +58,23 @@ def clusters_for(images: int) -> int:
     return max(2, min(10, images // 2), min(1000, images // 50), images // 250)
 
 
-def epochs_for(images: int, device: str) -> int:
-    """The paper's 200, twice as many of few images, fewer where these would come to more than `VIEWS`."""
-    return max(10, min(200 if images >= 25_000 else 400, VIEWS[device] // images))
+def epochs_for(images: int, scale: Scale) -> int:
+    """The paper's 200, twice as many of few images, fewer where these would cost too much on the device."""
+    affordable = CPU_MACS / scale.macs if scale.device == "cpu" else GPU_IMAGES
+    return max(EPOCHS, min(200 if images >= 25_000 else 400, int(affordable / images)))
 
 
-def derive(
-    args: FitArgs, given: frozenset[str], images: int, *, device: str, processes: int
-) -> tuple[FitArgs, list[str]]:
-    """Fills in the settings that depend on the number of images and on the device.
+def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs, dict[str, Any]]:
+    """Fills in the settings that depend on the images and on the device.
 
     Args:
         args: of the command.
         given: names of the arguments that were given, such as 'pretrain.batch_size': these are taken as they are.
-        images: number of them.
-        device: torch's name of the device type.
-        processes: number of them.
+        scale: what the others depend on.
 
     Returns:
-        The arguments, and what was chosen, such as 'cluster.k 100', where it is not what it would be at the paper's
-        sizes.
+        The arguments, and what was chosen, by the names of the settings.
     """
-    device = device if device in VIEWS else "cuda"
     chosen: dict[str, Any] = {}
 
     def choose(name: str, value: Any) -> Any:
@@ -61,36 +82,39 @@ def derive(
         if name not in given:
             chosen[name] = value
             return value
-        part, field = name.split(".")
-        return getattr(getattr(args, part), field)
+        return attrgetter(name)(args)
 
+    processes = scale.processes
     if args.features is None:
-        choose("pretrain.epochs", epochs_for(images, device))
-        batch = choose("pretrain.batch_size", batch_for(images, 512 if device == "cuda" else 128, processes))
+        images = scale.pretrain_images
+        choose("pretrain.epochs", epochs_for(images, scale))
+        batch = choose("pretrain.batch_size", batch_for(images, 128 if scale.device == "cpu" else 512, processes))
         if "pretrain.optimizer" not in given:
             choose("pretrain.lr", rounded(0.06 * batch / 512))
         choose("pretrain.queue_size", max(min(batch, images), min(4096, power_of_two(images / 2))))
         # Parts of 16 images at least: the statistics of fewer are mostly noise.
         choose("pretrain.splits", processes * max(1, min(8 // processes, batch // (16 * processes))))
-    choose("distill.epochs", epochs_for(images, device))
-    batch = choose("distill.batch_size", batch_for(images, 128, processes))
+    choose("distill.epochs", epochs_for(scale.images, scale))
+    batch = choose("distill.batch_size", batch_for(scale.images, 128, processes))
     if "distill.optimizer" not in given:
         choose("distill.lr", rounded(0.1 * batch / 128))
-    choose("cluster.k", clusters_for(images))
+    choose("cluster.k", clusters_for(scale.images))
+    # Checkpoints of epochs of a few steps would take longer than the steps.
+    choose("checkpoint_epochs", max(1, round(STEPS_BETWEEN / max(1, scale.images // batch))))
 
-    parts: dict[str, dict[str, Any]] = {}
+    completed = args
     for name, value in chosen.items():
-        part, field = name.split(".")
-        parts.setdefault(part, {})[field] = value
-    completed = replace(args, **{part: replace(getattr(args, part), **values) for part, values in parts.items()})
-    usual = {"pretrain": MoCoConfig(), "cluster": ClusterConfig(), "distill": AnchoredConfig()}
-    lines = [
-        f"{part}.{field} {value:,}" if isinstance(value, int) else f"{part}.{field} {value:g}"
-        for part, values in parts.items()
-        for field, value in values.items()
-        if value != getattr(usual[part], field)
-    ]
-    return completed, lines
+        part, _, field = name.rpartition(".")
+        change = {part: replace(getattr(completed, part), **{field: value})} if part else {field: value}
+        completed = replace(completed, **change)
+    return completed, chosen
+
+
+def describe_chosen(chosen: dict[str, Any], images: int) -> str:
+    """What was chosen, each in a line that is the flag that changes it."""
+    numbers = {name: f"{value:g}" if isinstance(value, float) else f"{value}" for name, value in chosen.items()}
+    flags = [f"  --{name} {number}" for name, number in numbers.items()]
+    return "\n".join([f"chosen for {images:,} images on this machine; give a flag to change it:", *flags])
 
 
 def rounded(value: float) -> float:

@@ -17,7 +17,7 @@ from sssd_zoo.configs import (
 )
 from sssd_zoo.data.inputs import storage_default
 from sssd_zoo.data.loaders import EpochLoader
-from sssd_zoo.data.loading import ImageData, load_images
+from sssd_zoo.data.loading import ImageData, OpenedImages, load_images
 from sssd_zoo.data.views import CachedViewLoader
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import feature_batches
@@ -28,6 +28,7 @@ from sssd_zoo.models.networks import (
     check_channels,
     input_spec,
     load_encoder,
+    load_network,
     load_trunk,
     load_trunk_of,
     new_network,
@@ -89,8 +90,11 @@ def distill_network(
     model = new_student(spec.arch, labels.num_classes, method, config.exits, data)
     if init is not None:
         load_trunk(model, load_trunk_of(init))
-    views = input_spec(model, spec.size)
     settings: dict[str, Any] = {"init": init}
+    if spec.continues is not None:
+        model = load_network(str(spec.continues))
+        settings |= {"continues": weights_digest(model)}
+    views = input_spec(model, spec.size)
     loader = EpochLoader(data, config.batch_size, runtime.seed)
     if method == "clusterfit":
         settings |= {"method": method, **views._asdict(), "crop": config.crop, "scale": config.crop_scale}
@@ -120,7 +124,9 @@ def distill_network(
     )
 
 
-def new_student(arch: str, classes: int, method: Method, exits: str, data: ImageData | None = None) -> Any:
+def new_student(
+    arch: str, classes: int, method: Method, exits: str, data: ImageData | OpenedImages | None = None
+) -> Any:
     """A network with new weights: with exits for 'sssd', without for 'clusterfit'.
 
     Raises:
@@ -128,10 +134,15 @@ def new_student(arch: str, classes: int, method: Method, exits: str, data: Image
     """
     if method == "clusterfit":
         return new_trunk(arch, classes, data)
-    if not arch.startswith("sssd_"):
-        raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
+    check_exits(arch)
     kind: dict[str, Any] = {} if exits == "plain" else {"exits": exits}
     return new_network(arch, data, num_classes=classes, **kind)
+
+
+def check_exits(arch: str) -> None:
+    """Raises `UserError` unless a network of this name has exits to distil into."""
+    if not arch.startswith("sssd_"):
+        raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
 
 
 def frozen_encoder(

@@ -6,6 +6,7 @@ RUN/
     pretrain/       the pretrained trunk, its log and curves (not with --features); checkpoints while it trains
     labels/         the pseudo labels
     distill/        the distilled network, with a class per cluster
+    more-1/, ...    the same trained further, with --more_epochs
     baseline/       the same on random labels, where true ones exist to compare by
     probe/          accuracy of both, where labels exist
     steps/          each step's inputs and result, by which the next call knows what is done
@@ -15,22 +16,26 @@ RUN/
     corrupt.tsv     the images that were skipped, and why, where there are any
     report.md       tables and figures; metrics.json holds their numbers
     report.html     the same as a page, with the clusters to look at, to name and to merge
+    budget.json     the epochs that --budget chose
 """
 
+import json
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sssd_zoo.configs import FitArgs, KNNConfig, SelfDistillationConfig
+from sssd_zoo.configs import AnchoredConfig, FitArgs, KNNConfig, OptimConfig, SelfDistillationConfig
+from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import short_name
-from sssd_zoo.distributed import barrier, print_main, rank
+from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
-from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.probe import Probe
 from sssd_zoo.evaluation.protocol import (
@@ -43,6 +48,7 @@ from sssd_zoo.evaluation.protocol import (
 )
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.markdown import Results, write_report
+from sssd_zoo.evaluation.reports.terminal import summary
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.hub.model_card import save_model_folder
@@ -50,13 +56,25 @@ from sssd_zoo.labels.origin import labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_encoder, load_network
-from sssd_zoo.pipeline.defaults import advice, derive
+from sssd_zoo.pipeline.budget import BESIDE, MARGIN, chosen_before, describe_kept, keep, with_epochs
+from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.distill import distill_network
-from sssd_zoo.pipeline.pretext import Setup, check_start, set_up, with_augment
+from sssd_zoo.pipeline.earlier import (
+    check_earlier,
+    is_extension,
+    more_epochs_there,
+    remove_figures,
+    remove_stages,
+)
+from sssd_zoo.pipeline.estimate import Rates, Work, epochs_within, expected, measure
+from sssd_zoo.pipeline.forecast import Forecast, rough
+from sssd_zoo.pipeline.mistakes import Mistakes
+from sssd_zoo.pipeline.preflight import check_start
+from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
 from sssd_zoo.pipeline.rename import cluster_names
 from sssd_zoo.pipeline.report import write_run_page
 from sssd_zoo.pipeline.stages import Stage, Stages
-from sssd_zoo.training.runs import save_config, save_corrupt, settings_of
+from sssd_zoo.training.runs import RunSpec, save_config, save_corrupt, settings_of
 
 
 def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
@@ -65,61 +83,102 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     Args:
         args: of the command.
         given: names of the arguments that were given, such as 'pretrain.batch_size'; `defaults.derive` chooses others
-            by the number of images. By default all are taken as they are.
+            by the images and the device. By default all are taken as they are.
     """
     began = time.perf_counter()
-    if args.warm_start and args.init is not None:
-        raise UserError("--warm_start and --init both say what the student starts from: remove one")
     args = with_augment(args, ("pretrain", "distill"))
     args = replace(args, distill=args.distill.resolved(encoder=args.features is not None))
-    if not args.distill.clusters and not args.distill.anchor:
-        raise UserError("--distill.clusters false leaves nothing to learn without --distill.anchor: give a weight")
-    if args.distill.cached_views and not args.distill.anchor:
-        raise UserError("--distill.cached_views is of the anchor's network: give --distill.anchor too, or remove it")
-
-    def complete(images: int, device: str, processes: int) -> FitArgs:
-        if given is None:
-            return args
-        completed, lines = derive(args, given, images, device=device, processes=processes)
-        if lines:
-            print_main(f"chosen for {images:,} images on this machine: {', '.join(lines)} (flags of these names)")
-        if few := advice(images, completed):
-            print_main(few)
-        return completed
-
-    setup = set_up(args, "fit", ["distill"], warm=args.warm_start, complete=complete)
+    setup, chosen = set_up_fit(args, given)
     args = setup.args
     start = {} if args.init is None else {"init": check_start(args.init, setup.arch, setup.data)}
-    if args.soft is not None and args.cluster.nearest < 2:
-        raise UserError(
-            "--soft needs the distances to several centroids: set --cluster.nearest to more than 1, such as 8"
-        )
     evaluation = None
     if setup.data.labels is not None:
         evaluation = evaluation_data(
             setup.data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seed
         )
     plan = Plan(args, setup, evaluation, start)
-    if rank() == 0 and not (plan.out / "config.yaml").exists():  # an older one describes what is there until the end
-        save_config(plan.out, args)
-    stage_list = plan.stages()
     print_main(plan.describe())
-    print_main(f"{len(stage_list)} stages: {', '.join(stage.name for stage in stage_list)}")
-    stages = Stages(
-        plan.out, {**setup.inputs, "seed": args.seed}, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints
-    )
-    for stage in stage_list:
-        stages.run(stage)
+    if args.budget is not None:
+        plan = within_budget(plan, began)
+        trained = ("pretrain", "distill") if args.features is None else ("distill",)
+        chosen |= {f"{name}.epochs": getattr(plan.args, name).epochs for name in trained}
+    if chosen:
+        print_main(describe_chosen(chosen, len(setup.data)))
+    if few := advice(len(setup.data), plan.args):
+        print_main(few)
+    stages = plan.run_stages()
     if rank() == 0:
-        print("\n" + describe_results(write_results(plan, stages)))
-        page = write_run_page(plan.out, plan.setup.data, plan.setup.forward)
-        report = plan.out / "report.md"
-        print(f"Done in {(time.perf_counter() - began) / 60:.1f} minutes. Report and figures: {report}")
-        print(f"The clusters to look at and name, in a browser: {page}")
-        print(
-            f"Network: {plan.out / 'model'}, for timm.create_model('local-dir:{plan.out / 'model'}', pretrained=True)"
+        results = write_results(plan, stages)
+        page = write_run_page(plan.out, setup.data, setup.forward)
+        print_main("\n" + summary(results, plan.out, args.data))
+        took, all_stages = time.perf_counter() - began, sum(stage["seconds"] for stage in results["times"])
+        kept = (
+            "" if args.budget is None or args.more_epochs else f", {describe_kept(args.budget, max(took, all_stages))}"
         )
+        print_main(f"\nDone in {took / 60:.1f} minutes{kept}. Report and figures: {plan.out / 'report.md'}")
+        print_main(f"The clusters to look at and name, in a browser: {page}")
+        network = plan.out / "model"
+        print_main(f"Network: {network}, for timm.create_model('local-dir:{network}', pretrained=True)")
     barrier()
+
+
+def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict[str, Any]]:
+    """Checks the arguments and opens the data; gives the settings that were chosen, by their names.
+
+    Raises:
+        UserError: with all mistakes.
+    """
+    mistakes = Mistakes()
+    if args.warm_start and args.init is not None:
+        mistakes.note("--warm_start and --init both say what the student starts from: remove one")
+    if not args.distill.clusters and not args.distill.anchor:
+        mistakes.note("--distill.clusters false leaves nothing to learn without --distill.anchor: give a weight")
+    if args.distill.cached_views and not args.distill.anchor:
+        mistakes.note("--distill.cached_views is of the anchor's network: give --distill.anchor too, or remove it")
+    if args.soft is not None and args.cluster.nearest < 2:
+        mistakes.note(
+            "--soft needs the distances to several centroids: set --cluster.nearest to more than 1, such as 8"
+        )
+    for name in sorted(set(BESIDE) & (given or set())) if args.budget is not None else ():
+        mistakes.note(f"--budget chooses the epochs, and --{name} gives them: remove one")
+    chosen: dict[str, Any] = {}
+
+    def complete(scale: Scale) -> FitArgs:
+        if given is None:
+            return args
+        chosen.clear()
+        completed, more = derive(args, given, scale)
+        chosen.update(more)
+        return completed
+
+    setup = set_up(args, "fit", ["distill"], warm=args.warm_start, complete=complete, mistakes=mistakes)
+    return setup, chosen
+
+
+def within_budget(plan: "Plan", began: float) -> "Plan":
+    """The plan with the epochs that fit into `budget`: those of an earlier call, or as measured now.
+
+    Further trainings, of `more_epochs`, are no part of the budget.
+    """
+    args, setup = plan.args, plan.setup
+    first = replace(plan, args=replace(args, more_epochs=[]))
+    assert args.budget is not None  # callers look
+    budget = seconds_of(args.budget)
+    # Chosen for the same images, networks and batches, the epochs stay when a run is resumed.
+    settings = [stage.settings for stage in replace(first, args=with_epochs(first.args, 1)).stages()]
+    chosen_for = json.loads(json.dumps({"seconds": budget, **setup.inputs, "settings": settings}))
+    epochs, rates = chosen_before(plan.out, chosen_for), None
+    if epochs is None:
+        print_main(f"measuring a few steps of each training, for the epochs that fit into {args.budget}")
+        names = [stage.name for stage in first.stages()]
+        work = first.work(dict.fromkeys(names, 0))
+        rates = measure(setup, work)
+        left = on_main(lambda: MARGIN * (budget - (time.perf_counter() - began)))
+        epochs = epochs_within(setup, work, rates, left)
+        keep(plan.out, epochs, chosen_for)
+    args = with_epochs(args, epochs)
+    setup = replace(setup, args=args, pretext=replace(setup.pretext, config=args.pretrain))
+    return replace(plan, args=args, setup=setup, rates=rates)
 
 
 @dataclass(frozen=True)
@@ -131,12 +190,14 @@ class Plan:
         setup: the images, the networks, and where to run.
         evaluation: what the networks are measured on, where the images are labelled.
         start: the digest of the weights of `args.init`, as `init`, where it is given.
+        rates: what was measured already, for --budget.
     """
 
     args: FitArgs
     setup: Setup
     evaluation: Evaluation | None
     start: dict[str, str]
+    rates: Rates | None = None
 
     @property
     def out(self) -> Path:
@@ -144,9 +205,27 @@ class Plan:
         return self.setup.out
 
     @property
+    def extensions(self) -> dict[str, AnchoredConfig]:
+        """The trainings that go on with the distilled network, in turn, by the names of their stages.
+
+        Each is a new cosine from the learning rate of `distill`, without warm-up: the last one had ended at 0. Momentum
+        and, where there is an anchor, the predictors of its features begin anew.
+        """
+        usual = replace(self.args.distill, schedule="cosine", warmup_epochs=0.0, sizes=[])
+        return {
+            f"more-{number}": replace(usual, epochs=epochs)
+            for number, epochs in enumerate(self.args.extensions, start=1)
+        }
+
+    @property
+    def student(self) -> str:
+        """The stage whose network is the result."""
+        return ["distill", *self.extensions][-1]
+
+    @property
     def networks(self) -> dict[str, str]:
         """The networks to measure: their titles, and the stages that train them."""
-        trained = {"anchored SSSD" if self.args.distill.anchor else "SSSD": "distill"}
+        trained = {"anchored SSSD" if self.args.distill.anchor else "SSSD": self.student}
         if self.evaluation is not None and self.args.baseline:
             trained["random labels"] = "baseline"
         return trained
@@ -174,6 +253,10 @@ class Plan:
                 all_processes=True,
             ),
         ]
+        for before, name in pairwise(["distill", *self.extensions]):
+            settings = settings_of(self.extensions[name])
+            action = partial(self.extend, before, name)
+            stages.append(Stage(name=name, action=action, settings=settings, after=(before,), all_processes=True))
         if "baseline" in self.networks.values():
             random = {"labels": f"random, K = {args.cluster.k}"}
             settings = {**settings_of(SelfDistillationConfig.of(args.distill)), **random}
@@ -189,6 +272,54 @@ class Plan:
                     measured_on=self.evaluation.digest(),
                 )
             )
+        # What measures a network that is trained further is done again without being asked to.
+        extended = is_extension(on_main(lambda: more_epochs_there(self.out)), self.args.extensions)
+        trainings = {"pretrain", "labels", "distill", "baseline", *self.extensions}
+        return [replace(stage, unasked=extended and stage.name not in trainings) for stage in stages]
+
+    def work(self, begun: dict[str, int]) -> Work:
+        """What there is to do, where the stages `begun` are not done."""
+        args, setup = self.args, self.setup
+        trainings: dict[str, OptimConfig] = {"distill": args.distill, **self.extensions}
+        if setup.pretext.source is not None:
+            trainings = {"pretrain": args.pretrain, **trainings}
+        if "baseline" in self.networks.values():
+            trainings["baseline"] = SelfDistillationConfig.of(args.distill)
+        images = dict.fromkeys(trainings, len(setup.data))
+        if setup.pretext.source is not None:
+            images["pretrain"] = len(setup.pretext.source)
+        probed = 0
+        if self.evaluation is not None:
+            measured = len(self.evaluation.train_positions) + len(self.evaluation.test_positions)
+            probed = measured * (len(self.networks) + 1)  # the clustered features, too
+        return Work(trainings, images, begun, probed)
+
+    def run_stages(self) -> Stages:
+        """Runs all stages that are not done, once it is clear that all can run."""
+        args, declared = self.args, self.stages()
+        names = [stage.name for stage in declared]
+        stages = Stages(
+            self.out,
+            {**self.setup.inputs, "seed": args.seed},
+            overwrite=args.overwrite,
+            keep_checkpoints=args.keep_checkpoints,
+        )
+        survey = stages.survey(declared)
+        on_main(lambda: check_earlier(self.out, args, names, survey))
+        if rank() == 0 and not (self.out / "config.yaml").exists():
+            save_config(self.out, replace(args, budget=None))
+        print_main(f"{len(names)} stages: {', '.join(names)}")
+        work = self.work(survey.begun)
+        seconds: dict[str, float] = {}
+        if work.worth_measuring():
+            rates = self.rates if self.rates and not args.extensions else measure(self.setup, work)
+            seconds = expected(self.setup, work, rates)
+            print_main(f"about {rough(sum(seconds.values()))} from here, by a few measured steps of each training")
+        stages.forecast = Forecast(names, seconds)
+        for stage in declared:
+            stages.run(stage)
+        if rank() == 0:
+            remove_stages(self.out, names)
         return stages
 
     def pseudo_labels(self) -> PseudoLabels:
@@ -198,15 +329,24 @@ class Plan:
     def distill(self, folder: Path) -> dict[str, Any]:
         """Self distillation on the pseudo labels."""
         args, setup = self.args, self.setup
-        encoder = setup.pretext.network(self.out)
+        start = setup.pretext.network(self.out) if args.warm_start else args.init
+        return self._distil(args.distill, setup.spec(folder, "self distillation"), start)
+
+    def extend(self, before: str, name: str, folder: Path) -> dict[str, Any]:
+        """Goes on with the network of the stage `before`."""
+        spec = replace(self.setup.spec(folder, name), continues=self.out / before)
+        return self._distil(self.extensions[name], spec, None)
+
+    def _distil(self, config: AnchoredConfig, spec: RunSpec, start: str | None) -> dict[str, Any]:
+        setup = self.setup
         return distill_network(
             setup.data,
-            pseudo_labels_for(setup.data, self.pseudo_labels(), args.soft),
-            args.distill,
+            pseudo_labels_for(setup.data, self.pseudo_labels(), self.args.soft),
+            config,
             setup.runtime,
-            setup.spec(folder, "self distillation"),
-            init=encoder if args.warm_start else args.init,
-            encoder=encoder if args.distill.anchor else None,
+            spec,
+            init=start,
+            encoder=setup.pretext.network(self.out) if config.anchor else None,
             teacher_size=setup.pretext.teacher_size,
         )
 
@@ -227,7 +367,7 @@ class Plan:
             network = load_network(str(self.out / stage))
             probe = self._probe_of(network)
             accuracy.append({"name": title, "exits": probe.exits, "ensemble": probe.ensemble})
-            if stage == "distill":
+            if stage == self.student:
                 put_heads(network, probe, setup.data.size)
                 names = setup.data.class_names
                 save_model_folder(
@@ -252,21 +392,6 @@ class Plan:
         return probe_features(features, self.args.probe, self.args.seed)
 
 
-def describe_results(results: Results) -> str:
-    """The accuracies in a few lines for the terminal; without labels, what the clusters are."""
-    if not results.get("accuracy"):
-        sizes = results["sizes"]
-        return f"{len(sizes)} clusters of {min(sizes)} to {max(sizes)} images; no labels, so no accuracy was measured"
-    names = ["exit 1", "exit 2", "exit 3", "exit 4", "ensemble"]
-    width = max(len(row["name"]) for row in results["accuracy"])
-    lines = [f"linear-probe accuracy in percent, {results['test']}:", f"{'':{width}}  " + "  ".join(names)]
-    for row in results["accuracy"]:
-        values = [*row["exits"], row["ensemble"]]
-        cells = "  ".join(f"{value:{len(name)}.2f}" for name, value in zip(names, values, strict=True))
-        lines.append(f"{row['name']:{width}}  {cells}")
-    return "\n".join(lines)
-
-
 def write_results(plan: Plan, stages: Stages) -> Results:
     """Writes the figures, the report, metrics.json and the model folder.
 
@@ -276,7 +401,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
     args, setup, out = plan.args, plan.setup, plan.out
     pseudo = plan.pseudo_labels()
     probe = stages.results.get("probe", {})
-    network = load_network(str(out / "probe" / "network" if probe else out / "distill"))
+    network = load_network(str(out / "probe" / "network" if probe else out / plan.student))
     macs = multiply_adds(network, (setup.data.channels, setup.size, setup.size))
     results: Results = {
         "model": setup.arch,
@@ -297,6 +422,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         "notes": [
             f"**Labels from**: {setup.pretext.description}"
             + ("" if args.soft is None else f"; soft, temperature {args.soft:g}"),
+            *more_epochs_note(args),
         ],
     }
     if setup.pretext.source is None:
@@ -309,6 +435,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         ours = probe["accuracy"][0]
         measured = {str(number): value for number, value in enumerate(ours["exits"], start=1)}
         measured["ensemble"] = ours["ensemble"]
+    remove_figures(out, results["figures"])
     write_report(out / "report.md", results)
     write_json(out / "metrics.json", results)
     save_model_folder(
@@ -320,15 +447,29 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         metrics=measured,
         card_context=results,
     )
-    save_config(out, args)
+    save_config(out, replace(args, budget=None))  # whose epochs it has
     save_corrupt(out, setup.data.corrupt)
     return results
+
+
+def more_epochs_note(args: FitArgs) -> list[str]:
+    """How a network was trained further, as a line of Markdown, where it was."""
+    if not args.more_epochs:
+        return []
+    epochs = " and ".join(map(str, args.extensions))
+    baseline = "; the baseline was not trained further" if args.baseline else ""
+    return [
+        f"**More epochs**: {epochs} after the first {args.distill.epochs}, each time by a new cosine schedule from "
+        f"learning rate {args.distill.lr:g}{baseline}"
+    ]
 
 
 def draw_figures(plan: Plan, stages: Stages, pseudo: PseudoLabels, macs: dict[str, int]) -> dict[str, str]:
     """Draws the figures of a run; gives their captions by their paths in it."""
     folder, captions = plan.out / "figures", {}
-    titles = {"pretrain": "MoCo v2", "distill": "self distillation", "baseline": "random labels"}
+    titles = {"pretrain": "MoCo v2", "distill": "self distillation"}
+    titles |= {name: f"self distillation, {config.epochs} epochs more" for name, config in plan.extensions.items()}
+    titles |= {"baseline": "random labels"}
     trained = {title: name for name, title in titles.items() if name in stages.results}
     figures.loss_curves(
         {title: read_metrics(plan.out / name / "metrics.jsonl") for title, name in trained.items()},

@@ -9,17 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sssd_zoo.configs import (
-    AugmentConfig,
-    ClusterConfig,
-    DataConfig,
-    ForwardConfig,
-    MoCoConfig,
-    PretextConfig,
-    RuntimeConfig,
-)
-from sssd_zoo.data.inputs import storage_default
-from sssd_zoo.data.loading import ImageData, load_images
+from accelerate import Accelerator
+
+from sssd_zoo.configs import AugmentConfig, ClusterConfig, DataConfig, ForwardConfig, MoCoConfig, RuntimeConfig
+from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
@@ -28,26 +21,15 @@ from sssd_zoo.errors.text import code
 from sssd_zoo.files import write_json
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.pseudo_labels import PseudoLabels, quality
-from sssd_zoo.models.networks import (
-    check_channels,
-    check_sizes,
-    choose_model,
-    choose_size,
-    input_spec,
-    load_encoder,
-    load_network,
-    load_trunk,
-    load_trunk_of,
-    new_network,
-    new_trunk,
-    weights_digest,
-)
+from sssd_zoo.models.networks import load_encoder, load_network, weights_digest
+from sssd_zoo.pipeline.defaults import Scale
+from sssd_zoo.pipeline.mistakes import Mistakes
+from sssd_zoo.pipeline.preflight import Preflight
 from sssd_zoo.pipeline.pretrain import pretrain_network
 from sssd_zoo.pipeline.pseudo_label import cluster_images, describe_labels
 from sssd_zoo.pipeline.stages import Stage
-from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import RunSpec, check_queue
+from sssd_zoo.training.runs import RunSpec
 
 
 @dataclass(frozen=True)
@@ -146,22 +128,6 @@ class Pretext:
             then=lambda: update_quality(out / name, data),
         )
 
-    def check_warm_start(self, arch: str, data: ImageData) -> None:
-        """Raises `UserError` unless the trunk of the student `arch` for these images can start from its weights."""
-        network = new_trunk(self.arch, data=data) if self.source is not None else load_trunk_of(self.arch)
-        load_trunk(new_network(arch, data), network)
-
-
-def check_start(name: str, arch: str, data: ImageData) -> str:
-    """The digest of the weights of a network, whose trunk a network of `arch` for these images can start from.
-
-    Raises:
-        UserError: if it cannot.
-    """
-    network = load_trunk_of(name)
-    load_trunk(new_trunk(arch, data=data), network)
-    return weights_digest(network)
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -222,9 +188,12 @@ def set_up(
     *,
     warm: bool,
     require_labels: bool = False,
-    complete: Callable[[int, str, int], Any] | None = None,
+    complete: Callable[[Scale], Any] | None = None,
+    mistakes: Mistakes | None = None,
 ) -> Setup:
     """Opens the data, chooses the networks, and checks now all that would fail an hour in.
+
+    All mistakes are told at once, before any image is decoded.
 
     Args:
         args: of `sssd fit` or `sssd compare`.
@@ -232,111 +201,49 @@ def set_up(
         trained: names of the arguments that hold the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
         require_labels: see `load_images`.
-        complete: of the number of images, the device and the number of processes gives the arguments, where some of
-            them depend on these.
+        complete: gives the arguments, where some of them depend on the images and on the device.
+        mistakes: what is wrong already, to be told with the rest.
 
     Raises:
         UserError: for arguments that cannot work.
     """
-    if args.teacher_size is not None and args.features is None:
-        raise UserError("--teacher_size is of the network of --features: give that too, or remove it")
+    mistakes = mistakes or Mistakes()
     tune_cpu()
     runtime = RuntimeConfig.of(args)
-    accelerator = make_accelerator(runtime)
-    processes = accelerator.num_processes
-    out = open_out(args, kind)
-    config = DataConfig.of(args)
-    # Larger images are stored at a size that serves the student and a network that is to look at them as it is.
-    default_size = storage_default(args.image_size)
-    if args.features is not None:
-        default_size = max(
-            default_size, storage_default(input_spec(load_encoder(args.features, args.teacher_size)).size)
-        )
-    data = load_images(config, default_size=default_size, require_labels=require_labels, progress=rank() == 0)
-    size = choose_size(data, args.image_size)
-    arch = choose_model(args.model, size)
-    if complete is not None:
-        args = complete(len(data), accelerator.device.type, processes)
-    pretext = choose_pretext(args, config, args.pretrain, data, arch=arch, size=size, processes=processes)
-    check_augment(args, trained, data)
-    for optim in (getattr(args, name) for name in trained):
-        check_trainable(optim, processes, len(data))
-        check_sizes(arch, [size, *optim.sizes])
-    if warm:
-        pretext.check_warm_start(arch, data)
-    if not 2 <= args.cluster.k <= len(data):
-        raise UserError(
-            f"K = {args.cluster.k} clusters of {len(data)} images; give --cluster.k from 2 to the number of images"
-        )
+    accelerator = usable_accelerator(runtime, mistakes)
+    scale: dict[str, Any] = {"device": accelerator.device.type, "processes": accelerator.num_processes}
+    out = Path(args.out)
+    with mistakes.noted():
+        out = open_out(args, kind)
+    preflight = Preflight(args, trained, warm=warm, complete=complete, mistakes=mistakes)
+    images, other, size = preflight.open(require_labels=require_labels)
+    networks, args = preflight.settle(size, images=len(images), pretrain_images=len(other or images), **scale)
+    data = images.load(progress=rank() == 0)
+    source = data if other is None else other.load(progress=rank() == 0)
+    if (len(data), len(source)) != (len(images), len(other or images)):  # what cannot be decoded is left out
+        networks, args = preflight.settle(size, images=len(data), pretrain_images=len(source), **scale)
+    if args.features is None:
+        pretext = Pretext(networks.pretext, source, source is data, size, args.pretrain, networks.start)
+    else:
+        weights = weights_digest(load_network(args.features, num_classes=0))
+        pretext = Pretext(args.features, None, True, size, args.pretrain, weights, args.teacher_size)
     inputs = {
         **data.identity,
-        "arch": arch,
+        "arch": networks.student,
         "image_size": size,
         "precision": resolve_precision(runtime.precision, runtime.device),
-        "processes": processes,
+        "processes": accelerator.num_processes,
     }
     forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
-    return Setup(args, out, runtime, config, data, size, arch, pretext, forward, inputs)
+    runtime = RuntimeConfig.of(args)
+    return Setup(args, out, runtime, DataConfig.of(args), data, size, networks.student, pretext, forward, inputs)
 
 
-def check_augment(args: Any, trained: Sequence[str], data: ImageData) -> None:
-    """Raises `SettingsError` for augmentations that have no meaning for these images."""
-    for name in trained if args.features is not None else ["pretrain", *trained]:
-        config = getattr(args, name)
-        blur = getattr(config, "blur", None)
-        config.augment.resolved(contrastive=blur is not None, channels=data.channels, blur=blur or 0.0)
-
-
-def choose_pretext(
-    args: PretextConfig, config: DataConfig, moco: MoCoConfig, data: ImageData, *, arch: str, size: int, processes: int
-) -> Pretext:
-    """Reads D_pre, where it is another, or the network to take the features of, and checks that all can work.
-
-    Args:
-        args: what the user chose.
-        config: of D_tar: how to decode.
-        moco: of the pretext.
-        data: D_tar.
-        arch: timm name of the student.
-        size: side of the views in pixels.
-        processes: number of them.
-
-    Raises:
-        UserError: for choices that exclude one another, and for those that cannot train.
-    """
-    if args.features is not None:
-        given = [name for name in ("pretrain_model", "pretrain_data", "pretrain_split") if getattr(args, name)]
-        if given:
-            raise UserError(f"--features uses a network without pretraining it: remove --{given[0]}")
-        network = load_network(args.features, num_classes=0)
-        check_channels(args.features, network, data)
-        weights = weights_digest(network)
-        if moco.init is not None:
-            raise UserError("--features uses a network without pretraining it: remove --pretrain.init")
-        return Pretext(args.features, None, True, size, moco, weights, args.teacher_size)
-    if args.pretrain_split is not None and args.pretrain_data is None:
-        raise UserError("--pretrain_split selects a split of --pretrain_data: give that too, or use --split")
-    pretrain_arch = choose_model(args.pretrain_model or arch, size)
-    source = data
-    if args.pretrain_data is not None:
-        # Columns and revision are D_tar's. Images of D_pre that are larger than its are made as small (section 4.5).
-        other = replace(
-            config,
-            data=args.pretrain_data,
-            split=args.pretrain_split,
-            image_column=None,
-            label_column=None,
-            unlabelled=True,
-            revision=None,
-        )
-        source = load_images(other, default_size=data.size, progress=rank() == 0)
-    check_trainable(moco, processes, len(source))
-    check_queue(moco.queue_size, len(source))
-    check_sizes(pretrain_arch, [size, *moco.sizes])
-    start = ""
-    if moco.init is not None:
-        start = check_start(moco.init, pretrain_arch, source)
-    return Pretext(pretrain_arch, source, source is data, size, moco, start)
+def usable_accelerator(runtime: RuntimeConfig, mistakes: Mistakes) -> Accelerator:
+    """The run's Accelerator; where its settings cannot work here, which is noted, one of other settings."""
+    with mistakes.noted():
+        return make_accelerator(runtime)
+    return make_accelerator(replace(runtime, precision="auto", compile=False))
 
 
 def update_quality(folder: Path, data: ImageData) -> None:

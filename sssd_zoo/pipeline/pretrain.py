@@ -74,6 +74,11 @@ def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes:
         raise UserError(f"{data.name} has {images} image; contrastive learning needs at least 2")
     check_queue(config.queue_size, images)
     check_trainable(OptimConfig.of(config), processes, images)
+    check_splits(config, processes)
+
+
+def check_splits(config: MoCoConfig, processes: int) -> None:
+    """Raises `UserError` unless the processes and the batch can be split as `config` says."""
     if config.splits % processes or (config.batch_size // config.accumulate) % max(1, config.splits):
         raise UserError(
             f"splits {config.splits} must be a multiple of the {processes} processes and divide the batch of "

@@ -2,20 +2,23 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK, damage, read_json, sha256_of, write_json
 from sssd_zoo.files.run_folder import CHECKPOINTS, adopt, check_writable, drop, kind_of, mark, remove, replace
-from sssd_zoo.training.checkpoints import diverged
+from sssd_zoo.pipeline.forecast import Forecast
+from sssd_zoo.training.checkpoints import diverged, steps_done
 
 # Inputs that came after the first release: of a step done before there were any, they are as they are now.
 LATER = ("true_labels",)
 CALLED = {"measured_on": "true labels", "true_labels": "true labels"}  # what inputs are called
+ARGUMENTS = {"labels": "cluster"}  # stages whose settings are arguments of another name
 
 
 class Record(TypedDict):
@@ -38,6 +41,7 @@ class Stage:
         all_processes: every process takes part (training); else the main one alone.
         measured_on: of a stage that measures, the digest of the true labels: for others of the same images it is
             repeated without being asked to, as its figures would be wrong.
+        unasked: it is repeated where its inputs differ without being asked to.
         then: called in the main process after it, also where it was done before.
     """
 
@@ -47,7 +51,22 @@ class Stage:
     after: tuple[str, ...] = ()
     all_processes: bool = False
     measured_on: str | None = None
+    unasked: bool = False
     then: Callable[[], None] | None = None
+
+
+class Survey(NamedTuple):
+    """What lies in a run folder before its stages run.
+
+    Attributes:
+        done: names of the stages that have a result of the same inputs.
+        begun: of the others, the optimiser steps that each resumes from; 0 where it begins.
+        changes: inputs of results that are not to be repeated, there and now, by their names.
+    """
+
+    done: set[str]
+    begun: dict[str, int]
+    changes: dict[str, tuple[Any, Any]]
 
 
 class Stages:
@@ -64,11 +83,15 @@ class Stages:
         overwrite: repeat stages that were made with other inputs; else they are refused.
         keep_checkpoints: keep the checkpoints of a training that is complete; they take many times the space of its
             network, and nothing reads them any more.
+
+    Attributes:
+        forecast: says which step of how many a stage is, and how long those to come take.
     """
 
     def __init__(
         self, out: Path, inputs: dict[str, Any], *, overwrite: bool = False, keep_checkpoints: bool = False
     ) -> None:
+        self.forecast: Forecast | None = None
         self.out, self.common, self.overwrite, self.keep_checkpoints = out, inputs, overwrite, keep_checkpoints
         self.results: dict[str, dict[str, Any]] = {}
         self.inputs: dict[str, dict[str, Any]] = {}
@@ -88,10 +111,10 @@ class Stages:
         changed = [] if before is None else _differences(before["inputs"], inputs)
         wrong = on_main(lambda: damage(folder, before.get("sha256", {})) if before else None)
         if before is not None and not wrong and not changed and before["result"] is not None:
-            print_main(f"[{stage.name}] done before")
+            print_main(f"[{stage.name}] done before{self._where(stage.name)}")
             self.results[stage.name] = before["result"]
         else:
-            self._announce(stage.name, folder, before, inputs, wrong)
+            self._announce(stage, folder, before, inputs, wrong)
             self._perform(stage, inputs, new=bool(changed))
             self.results[stage.name] = read_json(self._places(stage.name)[1], Record)["result"]
         if stage.then is not None and rank() == 0:
@@ -107,21 +130,55 @@ class Stages:
         self.inputs[stage.name] = inputs = json.loads(json.dumps(inputs))
         return inputs if stage.measured_on is None else {**inputs, "measured_on": stage.measured_on}
 
+    def _may_repeat(self, changed: list[str], stage: Stage) -> bool:
+        """Whether a stage that was made with other inputs may be made again."""
+        return self.overwrite or stage.unasked or changed == ["measured_on"]
+
+    def _where(self, name: str) -> str:
+        """Which step a stage is, and how long the rest takes, as far as that is known."""
+        return "" if self.forecast is None else f": {self.forecast.describe(name)}"
+
+    def survey(self, stages: Sequence[Stage]) -> Survey:
+        """What lies in the folder of each stage before any of them runs; their settings must not be functions."""
+        done, begun, changes = set(), {}, {}
+        for stage in stages:
+            inputs = self._inputs(stage)
+            _, before = on_main(partial(self._state, stage.name))
+            changed = [] if before is None else _differences(before["inputs"], inputs)
+            if before is not None and not changed and before["result"] is not None:
+                done.add(stage.name)
+                continue
+            if before is not None and changed and not self._may_repeat(changed, stage):
+                for key in changed:
+                    if not key.startswith(tuple(f"{earlier}." for earlier in stage.after)):  # that stage names it
+                        name = key if key in self.common else f"{ARGUMENTS.get(stage.name, stage.name)}.{key}"
+                        changes[name] = (before["inputs"].get(key), inputs.get(key))
+            begun[stage.name] = on_main(partial(self._steps_done, stage.name, inputs))
+        return Survey(done, begun, changes)
+
+    def _steps_done(self, name: str, inputs: dict[str, Any]) -> int:
+        """The optimiser steps that a training of these inputs resumes from."""
+        for new in (False, True):
+            folder, record = self._places(name, new=new)
+            if record.exists() and not _differences(read_json(record, Record)["inputs"], inputs):
+                return steps_done(folder / "checkpoints")
+        return 0
+
     def _announce(
-        self, name: str, folder: Path, before: dict[str, Any] | None, inputs: dict[str, Any], wrong: str | None
+        self, stage: Stage, folder: Path, before: dict[str, Any] | None, inputs: dict[str, Any], wrong: str | None
     ) -> None:
         """Says why a stage is done, or refuses to do it over a result of other inputs."""
-        changed = [] if before is None else _differences(before["inputs"], inputs)
+        name, changed = stage.name, [] if before is None else _differences(before["inputs"], inputs)
         if wrong:
             print_main(f"[{name}] repeated, because {folder} is damaged: {wrong}")
-        if before is not None and changed and not self.overwrite and changed != ["measured_on"]:
+        if before is not None and changed and not self._may_repeat(changed, stage):
             raise UserError(
                 f"{folder} was made with other settings or data ({_described(changed, before['inputs'], inputs)}): "
                 "give a new --out, or --overwrite to repeat what depends on them"
             )
         if changed:
             print_main(f"[{name}] repeated, for other {', '.join(CALLED.get(key, key) for key in changed[:5])}")
-        print_main(f"[{name}] -> {folder}")
+        print_main(f"[{name}]{self._where(name)} -> {folder}")
 
     def _perform(self, stage: Stage, inputs: dict[str, Any], *, new: bool) -> None:
         """Does a stage; where it is `new`, beside the old result, which it then replaces."""
@@ -137,7 +194,10 @@ class Stages:
                 raise UserError(
                     f"{self.out} was removed while [{stage.name}] ran, and what earlier stages made with it"
                 )
-            result = {"seconds": round(time.perf_counter() - began, 1), **result}
+            seconds = time.perf_counter() - began
+            if self.forecast is not None:
+                self.forecast.finished(stage.name, seconds)
+            result = {"seconds": round(seconds, 1), **result}
             write_json(record, {"inputs": inputs, "result": result, "sha256": sha256_of(folder, _read_later(folder))})
             self._finish_replacing(stage.name)
             if not self.keep_checkpoints:
@@ -199,5 +259,10 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 def _described(changed: list[str], theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    named = [f"{key}: {theirs.get(key)!r:.30} there, {ours.get(key)!r:.30} now" for key in changed[:4]]
-    return "; ".join(named + [f"and {len(changed) - 4} more"] * (len(changed) > 4))
+    return describe_changes({key: (theirs.get(key), ours.get(key)) for key in changed})
+
+
+def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """What differs, in words: the first names with their values there and now."""
+    named = [f"{key}: {there!r:.30} there, {now!r:.30} now" for key, (there, now) in list(changes.items())[:4]]
+    return "; ".join(named + [f"and {len(changes) - 4} more"] * (len(changes) > 4))

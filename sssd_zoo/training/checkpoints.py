@@ -220,6 +220,12 @@ def diverged(folder: Path) -> bool:
     return bool(records) and "not_finite_at" in (records[-1] or {})
 
 
+def steps_done(folder: Path) -> int:
+    """The optimiser steps of the newest checkpoint in a folder whose record can be read; 0 if there is none."""
+    records = [read_record(path) for path in folder.glob("step-*")]
+    return max((int(record["step"]) for record in records if record), default=0)
+
+
 def read_record(checkpoint: Path) -> dict[str, Any] | None:
     """The content of a checkpoint's checkpoint.json, without its seal; None if it is damaged."""
     try:

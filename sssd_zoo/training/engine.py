@@ -8,7 +8,7 @@ processes see the samples and the views that one process with the same global ba
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -205,8 +205,7 @@ class Trainer:
         """
         self.task.train()
         try:
-            on_cpu = self.accelerator.device.type == "cpu" and not self.runtime.compile
-            with self.threads, small_map_convolutions(self.task) if on_cpu else nullcontext():
+            with self.computing():
                 self._say_threads()
                 while self.progress.step < self.total_steps:
                     self.run_epoch()
@@ -220,6 +219,13 @@ class Trainer:
             "images_per_second": round(self.total_steps * self.optim.batch_size / seconds, 1),
             "loss": self.progress.epoch_loss,
         }
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """How steps are computed: on as many threads as are free, small maps as matrix products on a CPU."""
+        on_cpu = self.accelerator.device.type == "cpu" and not self.runtime.compile
+        with self.threads, small_map_convolutions(self.task) if on_cpu else nullcontext():
+            yield
 
     def run_epoch(self) -> None:
         """Trains to the end of the current epoch, with the log's lines and the checkpoints that are due."""

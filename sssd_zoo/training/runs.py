@@ -113,6 +113,7 @@ class RunSpec:
         out: the run folder.
         title: of the progress bar and the curves.
         arguments: of the command, where the training is one of its own; they are written as config.yaml.
+        continues: folder of a network of the same kind and classes whose weights it starts from, all of them.
     """
 
     arch: str
@@ -120,6 +121,7 @@ class RunSpec:
     out: Path
     title: str = "train"
     arguments: Any = None
+    continues: Path | None = None
 
 
 def start_training(args: Any) -> tuple[RuntimeConfig, Path]:

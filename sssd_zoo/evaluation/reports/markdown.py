@@ -27,6 +27,14 @@ class Timing(TypedDict):
     note: NotRequired[str]
 
 
+class Verdict(TypedDict):
+    """Whether a network is any good ('good', 'fair' or 'weak'), in a sentence, and commands to go on with."""
+
+    level: str
+    sentence: str
+    next: list[str]
+
+
 class Results(TypedDict, total=False):
     """The results of a run; every key may be missing, and what is missing is not reported.
 
@@ -54,6 +62,7 @@ class Results(TypedDict, total=False):
         figures: file names beside the report and their captions.
         notes: more facts, each a line of Markdown.
         finetuned: of a network that was trained on true labels: from what and how, in Markdown.
+        verdict: what to think of it, and what to do next.
     """
 
     model: str
@@ -79,6 +88,7 @@ class Results(TypedDict, total=False):
     figures: Mapping[str, str]
     notes: Sequence[str]
     finetuned: str
+    verdict: Verdict
 
 
 def read_results(run: str | Path) -> Results:

@@ -1,0 +1,49 @@
+"""`sssd fit --budget`: the epochs that fit into a wall time, chosen once and kept for the calls that resume."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict
+
+from sssd_zoo.configs import FitArgs
+from sssd_zoo.configs.ranges import seconds_of
+from sssd_zoo.distributed import on_main
+from sssd_zoo.files import read_json, write_json
+
+FILE = "budget.json"
+BESIDE = ("pretrain.epochs", "distill.epochs")  # what cannot be given beside a budget
+MARGIN = 0.95  # of the time left: fits, figures and the report are not measured
+
+
+class Chosen(TypedDict):
+    """What budget.json holds: the epochs, and what they were chosen for."""
+
+    epochs: int
+    chosen_for: dict[str, Any]
+
+
+def with_epochs(args: FitArgs, epochs: int) -> FitArgs:
+    """The arguments with so many epochs of every training."""
+    return replace(args, pretrain=replace(args.pretrain, epochs=epochs), distill=replace(args.distill, epochs=epochs))
+
+
+def chosen_before(out: Path, chosen_for: dict[str, Any]) -> int | None:
+    """The epochs that an earlier call chose for the same, or None."""
+    path = out / FILE
+
+    def read() -> int | None:
+        if not path.is_file():
+            return None
+        chosen: Chosen = read_json(path, Chosen)
+        return chosen["epochs"] if chosen["chosen_for"] == chosen_for else None
+
+    return on_main(read)
+
+
+def keep(out: Path, epochs: int, chosen_for: dict[str, Any]) -> None:
+    """Writes what was chosen, in the main process."""
+    on_main(lambda: write_json(out / FILE, {"epochs": epochs, "chosen_for": chosen_for}))
+
+
+def describe_kept(budget: str, took: float) -> str:
+    """What a run took of its budget, in percent."""
+    return f"{100 * took / seconds_of(budget):.0f} percent of the --budget of {budget}"

@@ -1,0 +1,232 @@
+"""Measures what the stages of `sssd fit` will take here: steps of the trainings, forward passes of the networks.
+
+Nothing of it stays: the steps train networks that are thrown away, and random generators are put back as they were.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from sssd_zoo.configs import AnchoredConfig, MoCoConfig, OptimConfig, SelfDistillationConfig
+from sssd_zoo.data.augment import BatchRandom, draw_views
+from sssd_zoo.data.loaders import EpochLoader
+from sssd_zoo.data.views import ViewBatch
+from sssd_zoo.distributed import on_main, world_size
+from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
+from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.features import read_batches
+from sssd_zoo.files import temporary_name
+from sssd_zoo.labels.origin import labels_by_name
+from sssd_zoo.models.networks import input_spec, load_encoder, new_trunk
+from sssd_zoo.pipeline.distill import new_student
+from sssd_zoo.pipeline.forecast import rough
+from sssd_zoo.pipeline.pretext import Setup
+from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder, MoCo, SelfDistillation, Task
+from sssd_zoo.training.trial import TIMED, WARM_UP, StepTime, measure_step, same_random_state
+
+WORTH = 25  # a run is measured where it has so many times the steps that measuring takes
+FORWARD = 32  # images of a forward pass that is measured
+LONGEST = 800  # epochs that --budget chooses at most: MoCo v2's longest schedule
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What was measured.
+
+    Attributes:
+        trainings: of each training, by the name of its stage.
+        encoder: seconds of M_ssl's forward pass of one image, where all processes take a part of the images.
+        student: seconds of the student's.
+    """
+
+    trainings: dict[str, StepTime]
+    encoder: float
+    student: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run has to do.
+
+    Attributes:
+        trainings: the configuration of each training, by the name of its stage.
+        images: number of images of each training.
+        begun: of the stages that are not done, the optimiser steps that each resumes from.
+        probed: images that the probes are trained and measured on, times the networks.
+    """
+
+    trainings: dict[str, OptimConfig]
+    images: dict[str, int]
+    begun: dict[str, int]
+    probed: int
+
+    def steps(self, name: str) -> int:
+        """Steps of an epoch of a training."""
+        return max(1, self.images[name] // self.trainings[name].batch_size)
+
+    def steps_left(self, name: str) -> int:
+        """Steps that a training still has to do, 0 where it is done."""
+        if name not in self.begun:
+            return 0
+        return max(0, self.steps(name) * self.trainings[name].epochs - self.begun[name])
+
+    def worth_measuring(self) -> bool:
+        """Whether the trainings take so long that it is worth measuring a few steps of each."""
+        return sum(map(self.steps_left, self.trainings)) >= WORTH * (WARM_UP + TIMED)
+
+
+def expected(setup: Setup, work: Work, rates: Rates) -> dict[str, float]:
+    """Seconds that the stages to come will take, by their names, less what was not measured (fits, figures)."""
+    seconds = {}
+    for name, measured in rates.trainings.items():
+        steps = work.steps_left(name)
+        checkpoints = steps / work.steps(name) / max(1, setup.runtime.checkpoint_epochs)
+        seconds[name] = steps * measured.step + checkpoints * measured.checkpoint + once(setup, work, rates, name)
+    if "labels" in work.begun:
+        seconds["labels"] = len(setup.data) * rates.encoder
+    if "probe" in work.begun:
+        seconds["probe"] = work.probed * rates.student
+    return seconds
+
+
+def once(setup: Setup, work: Work, rates: Rates, name: str) -> float:
+    """Seconds that a training takes before its first step."""
+    views = getattr(work.trainings[name], "cached_views", 0)
+    return float(views * len(setup.data) * rates.encoder)
+
+
+def epochs_within(setup: Setup, work: Work, rates: Rates, seconds: float) -> int:
+    """The epochs of all trainings, the same for each, that fit into so many seconds, with all other stages.
+
+    Raises:
+        UserError: if not even one fits.
+    """
+    empty = replace(work, begun=dict.fromkeys(work.begun, 10**12))  # nothing left to train
+    fixed = sum(expected(setup, empty, rates).values())
+    epoch = sum(
+        work.steps(name) * measured.step + measured.checkpoint / max(1, setup.runtime.checkpoint_epochs)
+        for name, measured in rates.trainings.items()
+    )
+    if (seconds - fixed) < epoch:
+        raise UserError(
+            f"--budget is too short: one epoch of each stage takes about {rough(fixed + epoch)} from here on this "
+            "machine; give more, or a smaller --image_size"
+        )
+    return min(LONGEST, int((seconds - fixed) / epoch))
+
+
+def measure(setup: Setup, work: Work) -> Rates:
+    """Measures what the stages that are to come take; every process calls it, and all get the main one's figures."""
+    trainings: dict[str, StepTime] = {}
+    with same_random_state():
+        encoder = _encoder(setup)
+        per_image = forward_seconds(encoder, setup, None if setup.pretext.source is None else setup.size)
+        per_student = forward_seconds(timm.create_model(setup.arch), setup, setup.size)
+        for name, config in work.trainings.items():
+            if not work.steps_left(name):
+                continue
+            alike = next((done for done in trainings if _alike(work.trainings[done], config)), None)
+            if alike is not None:
+                trainings[name] = trainings[alike]
+            elif isinstance(config, SelfDistillationConfig):
+                trainings[name] = _distill_step(setup, config, encoder)
+            elif isinstance(config, MoCoConfig):
+                trainings[name] = _pretrain_step(setup, config)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return on_main(lambda: Rates(trainings, per_image, per_student))
+
+
+def _alike(one: OptimConfig, other: OptimConfig) -> bool:
+    """Whether two trainings' steps take the same time."""
+    if not isinstance(one, SelfDistillationConfig) or not isinstance(other, SelfDistillationConfig):
+        return False
+    if getattr(one, "anchor", None) or getattr(other, "anchor", None):
+        return type(one) is type(other) and replace(one, epochs=other.epochs) == other
+    return one.batch_size == other.batch_size
+
+
+def _encoder(setup: Setup) -> Any:
+    """M_ssl, or, where it is yet to be trained, a network of its kind."""
+    pretext = setup.pretext
+    return load_encoder(pretext.arch, pretext.teacher_size) if pretext.source is None else new_trunk(pretext.arch)
+
+
+def forward_seconds(network: Any, setup: Setup, size: int | None) -> float:
+    """Wall time of a network's forward pass of one image, where all processes take a part of the images.
+
+    Args:
+        network: the network.
+        setup: the images, and how to run it.
+        size: side of its images in pixels; by default its own.
+    """
+    positions = torch.arange(min(FORWARD, len(setup.data)))
+    passes = read_batches(
+        network.to(compute_device(setup.forward.device), memory_format=torch.channels_last),
+        setup.data.batches([positions] * 2, workers=0),
+        input_spec(network, size),
+        autocast=DTYPES[resolve_precision(setup.forward.precision, setup.forward.device)],
+    )
+    next(passes)
+    began = time.perf_counter()
+    next(passes)
+    return (time.perf_counter() - began) / len(positions) / world_size()
+
+
+def _scratch(setup: Setup) -> Path:
+    """A folder for a trial: named as what a killed command leaves, which the next one removes."""
+    return on_main(lambda: temporary_name(setup.out / "trial"))
+
+
+def _pretrain_step(setup: Setup, config: MoCoConfig) -> StepTime:
+    source = setup.pretext.source
+    assert source is not None  # else nothing is pretrained
+    trunk = new_trunk(setup.pretext.arch)
+    task = MoCo(trunk, config, input_spec(trunk, setup.size))
+    loader = EpochLoader(source, config.batch_size, setup.runtime.seed)
+    return measure_step(task, loader, _scratch(setup), optim=OptimConfig.of(config), runtime=setup.runtime)
+
+
+class _CachedViews(EpochLoader):
+    """What `CachedViewLoader` yields, with features of no image.
+
+    Args:
+        setup: the images.
+        config: of the views.
+        width: of the features.
+    """
+
+    def __init__(self, setup: Setup, config: SelfDistillationConfig, width: int) -> None:
+        super().__init__(setup.data, config.batch_size, setup.runtime.seed)
+        self.config, self.width = config, width
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ViewBatch]]:  # type: ignore[override]
+        """The batches of an epoch from its step `start` on."""
+        for positions, images in super().epoch(epoch, start):
+            count, crop = len(positions), {"crop": self.config.crop, "scale": self.config.crop_scale}
+            views = draw_views(BatchRandom(0, 0), count, images.shape[-1], **crop)  # type: ignore[arg-type]
+            yield positions, ViewBatch(images, views, torch.zeros(count, self.width, dtype=torch.float16))
+
+
+def _distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any) -> StepTime:
+    """Of self distillation on labels of no meaning, with M_ssl as `encoder` where it has an anchor."""
+    labels = labels_by_name("random", setup.data, setup.args.cluster.k, setup.runtime)
+    model = new_student(setup.arch, labels.num_classes, "sssd", config.exits)
+    views = input_spec(model, setup.size)
+    loader = EpochLoader(setup.data, config.batch_size, setup.runtime.seed)
+    task: Task = SelfDistillation(model, config, views)
+    if isinstance(config, AnchoredConfig) and config.anchor:
+        width = int(encoder.num_features)
+        frozen = FrozenEncoder(encoder, input_spec(encoder), torch.zeros(width), torch.ones(width))
+        if config.cached_views:
+            loader = _CachedViews(setup, config, width)
+            frozen = frozen._replace(network=None)
+        task = AnchoredSelfDistillation(model, frozen, config, views)
+    optim = OptimConfig.of(config)
+    return measure_step(task, loader, _scratch(setup), optim=optim, runtime=setup.runtime, labels=labels)

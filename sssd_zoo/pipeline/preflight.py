@@ -1,0 +1,222 @@
+"""What `sssd fit` and `sssd compare` check before they decode an image: all that would fail later, told at once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.loading import ImageData, OpenedImages, open_images
+from sssd_zoo.data.sources import is_local
+from sssd_zoo.distributed import rank
+from sssd_zoo.models.cost import multiply_adds
+from sssd_zoo.models.networks import (
+    check_channels,
+    check_sizes,
+    choose_model,
+    choose_size,
+    input_spec,
+    load_encoder,
+    load_network,
+    load_trunk,
+    load_trunk_of,
+    new_network,
+    new_trunk,
+    weights_digest,
+)
+from sssd_zoo.pipeline.defaults import Scale
+from sssd_zoo.pipeline.distill import new_student
+from sssd_zoo.pipeline.mistakes import Mistakes
+from sssd_zoo.pipeline.pretrain import check_splits
+from sssd_zoo.training.engine import check_trainable
+from sssd_zoo.training.runs import check_queue
+
+
+class Networks(NamedTuple):
+    """The timm names of the student and of the pretext, and the digest of the weights that the latter starts from."""
+
+    student: str
+    pretext: str
+    start: str
+
+
+class Opened(NamedTuple):
+    """The images, D_tar, and D_pre where it is another; and the side of the views in pixels."""
+
+    images: OpenedImages
+    other: OpenedImages | None
+    size: int
+
+
+class Preflight:
+    """The checks of a command's arguments; `settle` tells all mistakes.
+
+    Args:
+        args: of `sssd fit` or `sssd compare`.
+        trained: names of the arguments that hold the trainings on D_tar after the pretext.
+        warm: whether a student is to start from M_ssl's weights.
+        complete: gives the arguments, where some of them depend on the images and on the device.
+        mistakes: what is wrong already.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        trained: Sequence[str],
+        *,
+        warm: bool,
+        complete: Callable[[Scale], Any] | None,
+        mistakes: Mistakes,
+    ) -> None:
+        self.args, self.trained, self.warm, self.complete, self.mistakes = args, trained, warm, complete, mistakes
+        self._check_choices()
+
+    def _check_choices(self) -> None:
+        """Notes choices of the pretext that exclude one another."""
+        args, mistakes = self.args, self.mistakes
+        if args.features is None:
+            if args.teacher_size is not None:
+                mistakes.note("--teacher_size is of the network of --features: give that too, or remove it")
+            if args.pretrain_split is not None and args.pretrain_data is None:
+                mistakes.note("--pretrain_split selects a split of --pretrain_data: give that too, or use --split")
+            return
+        given = [name for name in ("pretrain_model", "pretrain_data", "pretrain_split") if getattr(args, name)]
+        for name in [*given, *(["pretrain.init"] if args.pretrain.init is not None else [])]:
+            mistakes.note(f"--features uses a network without pretraining it: remove --{name}")
+
+    def open(self, *, require_labels: bool) -> Opened:
+        """Opens the data, which counts the images.
+
+        Args:
+            require_labels: see `load_images`.
+
+        Raises:
+            UserError: with all mistakes so far, if the data cannot be opened, or would have to be downloaded first.
+        """
+        args, mistakes, config = self.args, self.mistakes, DataConfig.of(self.args)
+        if not all(map(is_local, [config.data] if isinstance(config.data, str) else config.data)):
+            mistakes.tell()
+        with mistakes.noted():
+            images = open_images(
+                config, default_size=self._storage_size(), require_labels=require_labels, progress=rank() == 0
+            )
+            if args.test_split is not None:
+                with mistakes.noted():
+                    open_images(replace(config, split=args.test_split))
+            other = self._open_other(config, images.size)
+            self.opened = Opened(images, other, choose_size(images, args.image_size))
+            return self.opened
+        mistakes.tell()
+        raise AssertionError("a mistake was noted")
+
+    def _storage_size(self) -> int:
+        """The side of larger images as stored, for the student and a network that is to look at them as it is."""
+        size = storage_default(self.args.image_size)
+        if self.args.features is not None:
+            with self.mistakes.noted():
+                encoder = load_encoder(self.args.features, self.args.teacher_size)
+                size = max(size, storage_default(input_spec(encoder).size))
+        return size
+
+    def _open_other(self, config: DataConfig, size: int) -> OpenedImages | None:
+        """D_pre, where it is another; columns and revision are D_tar's, larger images are made as small as its."""
+        args = self.args
+        if args.pretrain_data is None or args.features is not None:
+            return None
+        theirs: dict[str, Any] = {"image_column": None, "label_column": None, "unlabelled": True, "revision": None}
+        config = replace(config, data=args.pretrain_data, split=args.pretrain_split, **theirs)
+        return open_images(config, default_size=size, progress=rank() == 0)
+
+    def settle(
+        self, size: int, *, images: int, pretrain_images: int, device: str, processes: int
+    ) -> tuple[Networks, Any]:
+        """Chooses the networks and the settings that depend on the images, and checks whether all of it can train.
+
+        Args:
+            size: side of the views in pixels.
+            images: see `Scale`.
+            pretrain_images: see `Scale`.
+            device: see `Scale`.
+            processes: see `Scale`.
+
+        Returns:
+            The networks, and the arguments, complete.
+
+        Raises:
+            UserError: with all mistakes.
+        """
+        args, mistakes, data = self.args, self.mistakes, self.opened.images
+        with mistakes.noted():
+            student = choose_model(args.model, size)
+            check_sizes(student, [size])
+            pretext = choose_model(args.pretrain_model or student, size)
+            if self.complete is not None:
+                macs = multiply_adds(new_student(student, 2, "sssd", "plain", data), (data.channels, size, size))["4"]
+                args = self.complete(Scale(images, pretrain_images, macs, device, processes))
+            networks = Networks(student, pretext, self._start(pretext))
+            self._check_trainings(args, networks, size, (images, pretrain_images), processes)
+        mistakes.tell()
+        return networks, args
+
+    def _start(self, pretext: str) -> str:
+        """Whether the networks can start from the weights asked for; the digest of the pretext's."""
+        if self.args.features is not None or self.args.pretrain.init is None:
+            return ""
+        with self.mistakes.noted():
+            return check_start(self.args.pretrain.init, pretext, self.opened.other or self.opened.images)
+        return ""
+
+    def _check_trainings(
+        self, args: Any, networks: Networks, size: int, counts: tuple[int, int], processes: int
+    ) -> None:
+        """Notes what cannot train; `counts` are those of D_tar and D_pre."""
+        mistakes, moco, data = self.mistakes, args.pretrain, self.opened.images
+        self._check_augment(args, data)
+        if args.features is not None:
+            with mistakes.noted():
+                check_channels(args.features, load_network(args.features, num_classes=0), data)
+        else:
+            with mistakes.noted("pretrain"):
+                check_sizes(networks.pretext, [size, *moco.sizes])
+            with mistakes.noted("pretrain"):
+                check_trainable(moco, processes, counts[1])
+            with mistakes.noted("pretrain"):
+                check_queue(moco.queue_size, counts[1])
+            with mistakes.noted("pretrain"):
+                check_splits(moco, processes)
+        for name in self.trained:
+            with mistakes.noted(name):
+                check_trainable(getattr(args, name), processes, counts[0])
+            with mistakes.noted(name):
+                check_sizes(networks.student, [size, *getattr(args, name).sizes])
+        if self.warm:
+            with mistakes.noted():
+                named = args.features
+                source = new_trunk(networks.pretext, data=data) if named is None else load_trunk_of(named)
+                load_trunk(new_network(networks.student, data), source)
+        if getattr(args, "init", None) is not None:
+            with mistakes.noted():
+                check_start(args.init, networks.student, data)
+        if not 2 <= args.cluster.k <= counts[0]:
+            mistakes.note(
+                f"K = {args.cluster.k} clusters of {counts[0]} images; give --cluster.k from 2 to the number of images"
+            )
+
+    def _check_augment(self, args: Any, data: OpenedImages) -> None:
+        """Notes augmentations that have no meaning for these images."""
+        for name in self.trained if args.features is not None else ["pretrain", *self.trained]:
+            config = getattr(args, name)
+            blur = getattr(config, "blur", None)
+            with self.mistakes.noted(name):
+                config.augment.resolved(contrastive=blur is not None, channels=data.channels, blur=blur or 0.0)
+
+
+def check_start(name: str, arch: str, data: ImageData | OpenedImages) -> str:
+    """The digest of the weights of a network, whose trunk a network of `arch` for these images can start from.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    network = load_trunk_of(name)
+    load_trunk(new_trunk(arch, data=data), network)
+    return weights_digest(network)
