@@ -60,6 +60,7 @@ PAGE_CODE = (
     "models/class_names.py",
     "models/cost.py",
     "models/exits.py",
+    "models/multi_exit_resnet.py",
     "models/resnet.py",
 )
 

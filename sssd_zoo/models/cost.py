@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sssd_zoo.models.resnet import SSSDResNet
+from sssd_zoo.models.multi_exit_resnet import SSSDResNet
 
 
 class StageCosts(NamedTuple):
