@@ -558,7 +558,7 @@ class CardArgs(Checked):
         weights: file to write the half-precision weights to; by default model.safetensors in `out`.
         calibrated: folder that `sssd early-exit` made from the run; its network, which has thresholds, is used.
         paper: row of the paper's tables to show for comparison, such as 'CIFAR-10: ResNet-18, 200 epochs'.
-        license: licence of the weights, as the Hub names it.
+        license: licence of the weights, as the Hub names it, such as 'apache-2.0'; by default none is stated.
         remarks: sentences to add to the card that no file of the run contains, such as where the images come from.
         overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
     """
@@ -569,7 +569,7 @@ class CardArgs(Checked):
     weights: str | None = None
     calibrated: str | None = None
     paper: str | None = None
-    license: str = "apache-2.0"
+    license: str | None = None
     remarks: list[str] = field(default_factory=list)
     overwrite: bool = False
 
@@ -607,13 +607,13 @@ class PublishArgs(RepoConfig):
         run: run folder of `sssd fit`, or folder of `sssd card`.
         calibrated: folder that `sssd early-exit` made from the run; its network, which has thresholds, is published.
         include: shell patterns of other files in `run` to publish, such as 'report.md' or '[report.md, "*.svg"]'.
-        license: licence of the weights, as the Hub names it.
+        license: licence of the weights, as the Hub names it, such as 'apache-2.0'; by default none is stated.
     """
 
     run: str
     calibrated: str | None = None
     include: list[str] | str = field(default_factory=list)
-    license: str = "apache-2.0"
+    license: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -624,11 +624,11 @@ class PublishLabelsArgs(RepoConfig):
 
     Args:
         labels: folder of pseudo labels.
-        license: licence of the labels, as the Hub names it.
+        license: licence of the labels, as the Hub names it, such as 'cc-by-4.0'; by default none is stated.
     """
 
     labels: str
-    license: str = "apache-2.0"
+    license: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -636,7 +636,7 @@ class PullArgs(Checked):
     """Downloads a published network or pseudo labels, and verifies their sha256: `sssd pull NAME --out FOLDER`.
 
     Args:
-        name: bundled weights, such as 'sssd_resnet18_cifar.cifar10', or a Hub repository, ORG/NAME.
+        name: bundled weights, such as 'sssd_resnet18_cifar.cifar10', or a Hub repository, ORG/NAME or hf-hub:ORG/NAME.
         out: folder to write.
         labels: the repository holds pseudo labels, not a network.
         revision: branch, tag or commit of the repository; by default 'main'.

@@ -128,7 +128,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
         copy_network(Path(run), "model" if fitted else ".", folder / "model")
     else:
         save_network(folder / "model", network, architecture, label_names=names)
-    title = architecture if Path(run).is_dir() else run.removeprefix("hf-hub:").removeprefix("local-dir:")
+    title = architecture if Path(run).is_dir() else run.rpartition(":")[2]
     examples, notes = None, []
     if fitted:
         title = f"{architecture} on {read_results(run)['data']}"

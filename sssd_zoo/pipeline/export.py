@@ -42,11 +42,7 @@ from sssd_zoo.models.networks import channels, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
-FOLDERS = {
-    "safetensors": "network",
-    "timm": "network",
-    "transformers": "transformers",
-}  # and the kinds of their folders
+FOLDERS = {"safetensors": "network", "timm": "network", "transformers": "transformers"}  # by format, the folder's kind
 WHOLE = ("ensemble", "all", "early-exit")  # outputs that need all exits
 Arrays = list[NDArray[np.float32]]
 
