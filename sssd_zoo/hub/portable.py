@@ -91,5 +91,6 @@ def _check_answers(model: SSSDResNet, other: nn.Module, arch: str) -> None:
     _, height, width = model.pretrained_cfg["input_size"]
     channels = model.conv1.weight.shape[1] if isinstance(model.conv1, nn.Conv2d) else 3
     images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
-    if not torch.equal(model.eval()(images), other(images)):
+    # Not bit-equal: where a weight lies in memory can decide how a convolution is computed.
+    if not torch.allclose(model.eval()(images), other(images), rtol=1e-4, atol=1e-5):
         raise UserError(f"{arch} is built otherwise than its name says: give --format onnx or torch-export")
