@@ -76,7 +76,7 @@ def with_costs(context: Results, model: nn.Module, input_size: Sequence[int]) ->
         return context
     channels, height, width = input_size
     size = (channels, height, width)
-    return {**context, "macs": multiply_adds(model, size), "activations": activations(model, size)}
+    return {"macs": multiply_adds(model, size), "activations": activations(model, size), **context}
 
 
 def model_card(

@@ -250,9 +250,7 @@ def test_the_card_says_what_the_run_measured_and_no_more(published):
     ):
         assert words in text
     assert "license" not in files["README.md"].decode().split("---")[1]
-    assert re.search(
-        r"^\| exit 1 \|.* M \|.* M \|$", text, re.MULTILINE
-    )  # MACs, activations
+    assert re.search(r"^\| exit 1 \|.* M \|.* M \|$", text, re.MULTILINE)  # MACs, activations
     assert "num_classes=0" in text  # embeddings
     assert "openaccess.thecvf.com" in text
     for words in ("NMI", "JPEG", "None", "random labels", "pip install sssd-zoo"):
