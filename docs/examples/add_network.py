@@ -37,7 +37,7 @@ def sssd_resnet10(pretrained: bool = False, **kwargs: Any) -> SSSDResNet:
         "sssd_resnet10",
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,  # weights of all exits load into a network of one
-        feature_cfg={"out_indices": (0, 1, 2, 3, 4)},
+        feature_cfg={"out_indices": (0, 1, 2, 3, 4), **kwargs.pop("feature_cfg", {})},
         **{"block": BasicBlock, "layers": (1, 1, 1, 1), **kwargs},
     )
 

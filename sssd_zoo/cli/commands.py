@@ -40,7 +40,9 @@ COMMANDS = {
         "EarlyExitArgs", "calibrate early exit to a budget of accuracy, MACs or latency, and measure it", MODEL
     ),
     "export": Command(
-        "ExportArgs", "export one exit, all exits or early-exit stages as ONNX, torch.export or safetensors", MODEL
+        "ExportArgs",
+        "export one exit, all exits or early-exit stages as ONNX, torch.export, or for timm or transformers",
+        MODEL,
     ),
     "predict": Command(
         "PredictArgs", "classify image files or folders, and report which exit answered", (*MODEL, ("images", "+"))

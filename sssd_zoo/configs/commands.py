@@ -322,20 +322,25 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
 class EarlyExitArgs(DataConfig):
     """Calibrates a network's early exit on held-out images: a temperature per exit, and thresholds that meet a budget.
 
-    Give one budget: --points_lost, --multiply_adds or --latency; the default is --points_lost 0.5.
+    Give one budget: --points_lost, --answers_changed, --multiply_adds or --latency. The default is --points_lost 0.5;
+    for images without labels, which need no temperatures, --answers_changed 0.5.
 
     Args:
         model: folder of a network or of a run, timm name, or hf-hub:NAME; its four exits must be trained classifiers.
         out: folder to write: the calibrated network with its thresholds, and early_exit/ with the report and figure.
-        split: labelled split that the classifiers were not trained on; by default 'test' or 'validation'. A fraction of
-            it is used for calibration, and results are measured on the rest.
+        split: split that the classifiers were not trained on; by default 'test' or 'validation', without labels also
+            the only one. A fraction of it is used for calibration, and results are measured on the rest.
         calibration_split: split to calibrate on instead; results are then measured on all of `split`.
-        holdout: fraction of `split` to calibrate on, stratified by class.
+        holdout: fraction of `split` to calibrate on, stratified by class where there are labels.
         points_lost: minimise the cost while losing at most this many percentage points of accuracy against the full
-            network (its final classifier or its ensemble, whichever is better), with 95 percent confidence.
-        multiply_adds: maximise the accuracy at an average cost of at most this many million MACs per image.
-        latency: maximise the accuracy at an average latency of at most this many milliseconds per image, at batch size
-            1 on this machine.
+            network (its final classifier or its ensemble, whichever is better), with 95 percent confidence. Needs
+            labels.
+        answers_changed: minimise the cost while answering at most this many percent of the images otherwise than the
+            ensemble, with 95 percent confidence. Needs no labels.
+        multiply_adds: maximise the accuracy (without labels the agreement with the ensemble) at an average cost of at
+            most this many million MACs per image.
+        latency: the same at an average latency of at most this many milliseconds per image, at batch size 1 on this
+            machine.
         batch_size: images per forward pass where nothing is timed.
         device: 'auto' uses a GPU if there is one; 'cpu' never does.
         runs: number of timed runs of each network, interleaved.
@@ -348,6 +353,7 @@ class EarlyExitArgs(DataConfig):
     calibration_split: str | None = None
     holdout: ProperFraction = 0.5
     points_lost: Percent | None = None
+    answers_changed: Percent | None = None
     multiply_adds: Positive | None = None
     latency: Positive | None = None
     batch_size: Count = 256
@@ -359,17 +365,22 @@ class EarlyExitArgs(DataConfig):
 
 @dataclass(kw_only=True)
 class ExportArgs(Checked):
-    """Exports a network for deployment as ONNX, torch.export or safetensors; see docs/deploy.md.
+    """Exports a network for deployment, with or without this package; see docs/deploy.md.
 
     Args:
         model: folder of a network or of a run, timm name, or hf-hub:NAME.
         out: file to write; a folder for safetensors and for the stages of early exit.
         output: an exit's number ('4' and 'final' are the same), 'ensemble', 'all' for one graph with four outputs, or
-            'early-exit' for one graph per stage; as safetensors the last three are the whole network.
-        format: 'onnx' or 'torch-export', both with a dynamic batch size, or 'safetensors'.
+            'early-exit' for one graph per stage; as safetensors the last three are the whole network. By default
+            'ensemble', for --format timm '4'.
+        format: 'onnx' or 'torch-export', both with a dynamic batch size; 'safetensors', which timm loads with this
+            package; 'timm', exit 4 as a plain ResNet of timm; or 'transformers', the whole network with its code, for
+            trust_remote_code. All but 'safetensors' load without this package.
         thresholds: thresholds of early exit at exits 1 to 3, 0 to 1; by default those stored with the network.
-        int8: also write the ONNX graph quantised to int8, and measure both.
-        data: labelled images for --int8, given as for the other commands.
+        int8: also write the ONNX graph quantised to int8, and measure both: their accuracy where the images have
+            labels, otherwise how often they agree.
+        data: images for --int8, given as for the other commands.
+        unlabelled: ignore the labels of `data`, for instance where its classes are not the network's.
         split: split to calibrate the activation ranges on; by default 'train', or the only one.
         test_split: split to measure on; by default 'test' or 'validation', otherwise half of `split`.
         calibration_images: number of images of `split` to calibrate on.
@@ -380,11 +391,12 @@ class ExportArgs(Checked):
 
     model: str
     out: str
-    output: Literal["1", "2", "3", "4", "final", "ensemble", "all", "early-exit"] = "ensemble"
-    format: Literal["onnx", "torch-export", "safetensors"] = "onnx"
+    output: Literal["1", "2", "3", "4", "final", "ensemble", "all", "early-exit"] | None = None
+    format: Literal["onnx", "torch-export", "safetensors", "timm", "transformers"] = "onnx"
     thresholds: Thresholds | None = None
     int8: bool = False
     data: str | None = None
+    unlabelled: bool = False
     split: str | None = None
     test_split: str | None = None
     calibration_images: Count = 256
@@ -685,7 +697,7 @@ class CardArgs(Checked):
         weights: file to write the half-precision weights to; by default model.safetensors in `out`.
         calibrated: folder that `sssd early-exit` made from the run; its network, which has thresholds, is used.
         paper: row of the paper's tables to show for comparison, such as 'CIFAR-10: ResNet-18, 200 epochs'.
-        license: licence of the weights, as the Hub names it.
+        license: licence of the weights, as the Hub names it, such as 'apache-2.0'; by default none is stated.
         remarks: sentences to add to the card that no file of the run contains, such as where the images come from.
         overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
     """
@@ -696,7 +708,7 @@ class CardArgs(Checked):
     weights: str | None = None
     calibrated: str | None = None
     paper: str | None = None
-    license: str = "apache-2.0"
+    license: str | None = None
     remarks: list[str] = field(default_factory=list)
     overwrite: bool = False
 
@@ -734,13 +746,13 @@ class PublishArgs(RepoConfig):
         run: run folder of `sssd fit`, or folder of `sssd card`.
         calibrated: folder that `sssd early-exit` made from the run; its network, which has thresholds, is published.
         include: shell patterns of other files in `run` to publish, such as 'report.md' or '[report.md, "*.svg"]'.
-        license: licence of the weights, as the Hub names it.
+        license: licence of the weights, as the Hub names it, such as 'apache-2.0'; by default none is stated.
     """
 
     run: str
     calibrated: str | None = None
     include: list[str] | str = field(default_factory=list)
-    license: str = "apache-2.0"
+    license: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -751,11 +763,11 @@ class PublishLabelsArgs(RepoConfig):
 
     Args:
         labels: folder of pseudo labels.
-        license: licence of the labels, as the Hub names it.
+        license: licence of the labels, as the Hub names it, such as 'cc-by-4.0'; by default none is stated.
     """
 
     labels: str
-    license: str = "apache-2.0"
+    license: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -763,7 +775,7 @@ class PullArgs(Checked):
     """Downloads a published network or pseudo labels, and verifies their sha256: `sssd pull NAME --out FOLDER`.
 
     Args:
-        name: bundled weights, such as 'sssd_resnet18_cifar.cifar10', or a Hub repository, ORG/NAME.
+        name: bundled weights, such as 'sssd_resnet18_cifar.cifar10', or a Hub repository, ORG/NAME or hf-hub:ORG/NAME.
         out: folder to write.
         labels: the repository holds pseudo labels, not a network.
         revision: branch, tag or commit of the repository; by default 'main'.

@@ -378,6 +378,16 @@ def split_names(config: DataConfig) -> list[str]:
     return list(open_data(config, progress=rank() == 0))
 
 
+def has_labels(config: DataConfig) -> bool:
+    """Whether the split that `load_images` would read has labels; no image is read."""
+    if config.unlabelled:
+        return False
+    name = sources.short_name(config.data)
+    splits = open_data(config, progress=rank() == 0)
+    splits, split = columns.take_split(splits, config.split, name)
+    return columns.read_labels(splits, split, config.label_column, name, required=False) is not None
+
+
 def open_encoded(rows: Any, image_column: str | None, name: str, max_pixels: int = MAX_PIXELS) -> EncodedImages:
     """The encoded images of a split, however its image column is stored."""
     from datasets import Image

@@ -24,6 +24,8 @@ LEVELS = (
 
 POINTS_LOST = 0.5  # the budget where none is given, in points of accuracy
 
+ANSWERS_CHANGED = 0.5  # the same without labels, in percent of the ensemble's answers
+
 MARGIN = 1.645  # standard errors added to the points lost on the calibrating images: a one-sided bound of 95 percent
 
 
@@ -61,6 +63,29 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
     return float(
         multiclass_calibration_error(logits.softmax(1), labels, num_classes=logits.shape[1], n_bins=BINS, norm="l1")
     )
+
+
+def useful_temperatures(temperatures: Sequence[float], logits: Tensor, labels: Tensor) -> list[float]:
+    """The temperatures that lower the calibration error, 1 in place of the others.
+
+    Taken exit by exit: one stays if it lowers the error of its exit, and does not raise that of the ensemble with the
+    temperatures that stayed before it. So none of the five errors rises.
+
+    Args:
+        temperatures: of the four exits.
+        logits: of images that the temperatures were not fitted on, float [4, N, C].
+        labels: theirs, int64 [N].
+    """
+    kept = [1.0] * len(temperatures)
+    scaled = list(logits)
+    for number, temperature in enumerate(temperatures):
+        tried = [*scaled]
+        tried[number] = logits[number] / temperature
+        lowers = calibration_error(tried[number], labels) < calibration_error(logits[number], labels)
+        before, after = (calibration_error(ensemble_logits(exits), labels) for exits in (scaled, tried))
+        if lowers and after <= before:
+            kept[number], scaled = temperature, tried
+    return kept
 
 
 @torch.no_grad()
@@ -253,12 +278,13 @@ def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = L
     return Rules(grid.candidates, 100 * lost, 100 * error, grid.cost(costs))
 
 
-def choose(rules: Rules, args: EarlyExitArgs) -> list[float]:
+def choose(rules: Rules, args: EarlyExitArgs, *, by_agreement: bool) -> list[float]:
     """The thresholds for the budget asked for.
 
     Args:
         rules: with costs in what the budget is in: seconds for a latency, else MACs.
         args: of the command.
+        by_agreement: the rules were measured against the ensemble's answers, not against labels.
 
     Raises:
         UserError: for a budget that no thresholds keep.
@@ -267,12 +293,14 @@ def choose(rules: Rules, args: EarlyExitArgs) -> list[float]:
         return _within(rules, args.latency, 1e3, "milliseconds")
     if args.multiply_adds is not None:
         return _within(rules, args.multiply_adds, 1e-6, "million MACs")
-    lost = POINTS_LOST if args.points_lost is None else args.points_lost
+    asked, default = (args.answers_changed, ANSWERS_CHANGED) if by_agreement else (args.points_lost, POINTS_LOST)
+    lost = default if asked is None else asked
     if (thresholds := rules.cheapest(lost)) is None:
         least = float((rules.lost + MARGIN * rules.error).min())
+        what, flag = ("change", "--answers_changed") if by_agreement else ("lose", "--points_lost")
         raise UserError(
-            f"no thresholds lose at most {lost} points with 95 percent confidence: the least is {least:.2f}; calibrate "
-            "on more images (--holdout, --calibration_split), or allow more --points_lost"
+            f"no thresholds {what} at most {lost} points with 95 percent confidence: the least is {least:.2f}; "
+            f"calibrate on more images (--holdout, --calibration_split), or allow more {flag}"
         )
     return thresholds
 

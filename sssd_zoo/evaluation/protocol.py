@@ -108,10 +108,10 @@ def evaluation_data(
 
 
 def hold_out(data: ImageData, fraction: float, seed: int, *, purpose: str, advice: str) -> tuple[Tensor, Tensor]:
-    """Draws a fraction of the images of every class.
+    """Draws a fraction of the images of every class, or of all images where there are no labels.
 
     Args:
-        data: with labels.
+        data: the images.
         fraction: of the images, in 0..1.
         seed: of the draw.
         purpose: what they are drawn for, for the error.
@@ -125,12 +125,13 @@ def hold_out(data: ImageData, fraction: float, seed: int, *, purpose: str, advic
     """
     from sklearn.model_selection import train_test_split
 
-    assert data.labels is not None  # callers look
     try:
         kept, drawn = train_test_split(
             np.arange(len(data)), test_size=fraction, stratify=data.labels, random_state=seed % 2**32
         )
     except ValueError as error:
+        if data.labels is None:
+            raise UserError(f"cannot hold images of {data.name} out to {purpose}: {error}; {advice}") from error
         counts = np.bincount(data.labels)
         single = [data.class_names[number] for number in np.flatnonzero(counts == 1)] if data.class_names else []
         reason = f"{len(single)} of them have one image only ({listed(single)})" if single else str(error)
@@ -232,5 +233,5 @@ def check_classes(data: ImageData, model: Any, name: str) -> None:
     if len(data.class_names) != model.num_classes or known != data.class_names:
         raise UserError(
             f"the {len(data.class_names)} classes of {data.name} ({data.split}) are not the {model.num_classes} of "
-            f"'{name}': give the data that its classifiers were trained for"
+            f"'{name}': give the data that its classifiers were trained for, or --unlabelled to leave the labels aside"
         )

@@ -63,6 +63,9 @@ KINDS = {
     "labels": Kind("pseudo labels", LABELS),
     "pulled-labels": Kind("pseudo labels of `sssd pull`", (*LABELS, "README.md")),
     "network": Kind("a network", (*NETWORK, "README.md")),
+    "transformers": Kind(
+        "a network for transformers", (*NETWORK, "modeling_sssd.py", "multi_exit_resnet.py", "exits.py")
+    ),
     "early-exit": Kind("a network of `sssd early-exit`", (*NETWORK, *EARLY_EXIT)),
     "card": Kind(
         "a network with its card",

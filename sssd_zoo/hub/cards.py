@@ -43,7 +43,7 @@ from sssd_zoo.files import (
     write_json,
 )
 from sssd_zoo.files.untrusted import copy_files, read_yaml
-from sssd_zoo.hub.model_card import EXITS, eval_result_files, model_card
+from sssd_zoo.hub.model_card import EXITS, eval_result_files, model_card, with_costs
 from sssd_zoo.models import classifiers
 from sssd_zoo.models.networks import input_spec, load_network
 from sssd_zoo.models.saving import network_weights
@@ -152,14 +152,14 @@ class CardOptions:
     """What the user says about a network on its card, beside what the run recorded.
 
     Attributes:
-        license_name: of the weights, as the Hub names it.
+        license_name: of the weights, as the Hub names it; None states none.
         name: see `model_card`.
         repo: see `model_card`.
         paper: see `paper_rows`.
         remarks: sentences to add to the card.
     """
 
-    license_name: str
+    license_name: str | None
     name: str | None = None
     repo: str | None = None
     paper: str | None = None
@@ -203,6 +203,7 @@ def write_card(
         "accuracy": [*results.get("accuracy", []), *paper_rows(options.paper)],
         "notes": [*training_notes(recipe, results), *([CALIBRATED] if calibrated else []), *options.remarks],
     }
+    context = with_costs(context, network, config["pretrained_cfg"]["input_size"])
     metrics = measured_accuracies(results)
     captions = {Path(path).name: caption for path, caption in results.get("figures", {}).items()}
     text = model_card(

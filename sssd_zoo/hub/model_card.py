@@ -24,8 +24,13 @@ from sssd_zoo.evaluation.reports.markdown import Results, describe, table
 from sssd_zoo.files import atomic_write_text, read_json
 from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.run_folder import atomic_dir
+from sssd_zoo.models import SSSDResNet, activations, multiply_adds
 from sssd_zoo.models.saving import save_network
 
+PAPER = (
+    "https://openaccess.thecvf.com/content/WACV2023/html/"
+    "Chen_SSSD_Self-Supervised_Self_Distillation_WACV_2023_paper.html"
+)
 TAGS = ["timm", "sssd", "self-supervised-learning", "self-distillation", "early-exit"]
 
 EXITS = ("1", "2", "3", "4", "ensemble")
@@ -60,8 +65,18 @@ def save_model_folder(
         save_network(temporary, model, arch, input_size=input_size, label_names=label_names)
         config = read_json(temporary / "config.json")
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        card = model_card(config, parameters=parameters, metrics=metrics or {}, context=card_context or {})
+        context = with_costs(card_context or {}, model, config["pretrained_cfg"]["input_size"])
+        card = model_card(config, parameters=parameters, metrics=metrics or {}, context=context)
         atomic_write_text(temporary / "README.md", card)
+
+
+def with_costs(context: Results, model: nn.Module, input_size: Sequence[int]) -> Results:
+    """What was measured, with the MACs and activations of a network of this package for an image of [C, H, W]."""
+    if not isinstance(model, SSSDResNet):
+        return context
+    channels, height, width = input_size
+    size = (channels, height, width)
+    return {"macs": multiply_adds(model, size), "activations": activations(model, size), **context}
 
 
 def model_card(
@@ -91,13 +106,15 @@ def model_card(
     if "data" in context:
         context["data"] = plain(short_name(context["data"]))  # a path means nothing on another machine
     arch, classes = config["architecture"], config["num_classes"]
+    # transformers loads what is on the Hub or in a folder; of bundled weights `sssd pull` makes a folder.
+    transformers_source = (repo or "FOLDER") if classes else None
     title = plain(name or repo or (f"{arch} on {context['data']}" if "data" in context else arch))
     data = ModelCardData(
         license=license_name,
         library_name="timm",
         pipeline_tag="image-classification" if classes else "image-feature-extraction",
         datasets=[context["data"]] if on_the_hub(context) else None,
-        tags=TAGS,
+        tags=[*TAGS, *(["transformers"] if transformers_source else [])],
         model_name=title,
         eval_results=_eval_results(metrics, context),
     )
@@ -106,7 +123,10 @@ def model_card(
         template_str=(cards_folder() / "model_card.md.jinja").read_text(encoding="utf-8"),
         title=markdown(title),
         source=f"hf-hub:{repo}" if repo else name or "local-dir:FOLDER",
-        transformers_source=repo or (None if name else "FOLDER"),
+        transformers_source=transformers_source,
+        name=name,
+        paper=PAPER,
+        num_features=config["num_features"],
         arch=code(arch),
         parameters=parameters,
         input_size=config["pretrained_cfg"]["input_size"],
@@ -202,7 +222,7 @@ def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalRe
 
 def _exits_table(metrics: Mapping[str, float], context: Results) -> str:
     """A Markdown table of the exits' accuracies and costs; '' if neither was measured."""
-    macs = context.get("macs", {})
+    macs, numbers = context.get("macs", {}), context.get("activations", {})
     names = [name for name in EXITS if name in metrics or name in macs]
     columns: dict[str, list[str]] = {"output": [_exit_name(name) for name in names]}
     if metrics:
@@ -212,6 +232,8 @@ def _exits_table(metrics: Mapping[str, float], context: Results) -> str:
             columns[f"{markdown(row['name'])} (%)"] = [f"{theirs[name]:.2f}" for name in names]
     if macs:
         columns["MACs per image"] = [f"{macs[name] / 1e6:,.1f} M" if name in macs else "" for name in names]
+    if numbers:
+        columns["activations"] = [f"{numbers[name] / 1e6:,.2f} M" if name in numbers else "" for name in names]
     return "\n".join(table(list(columns), list(zip(*columns.values(), strict=True)))) if names else ""
 
 

@@ -292,7 +292,7 @@ def logits_on_noise(folder: Path) -> Tensor:
     return logits
 
 
-def labels_card(meta: dict[str, Any], repo: str, license_name: str) -> str:
+def labels_card(meta: dict[str, Any], repo: str, license_name: str | None) -> str:
     """The card of a data set of pseudo labels, from its pseudo_labels.json."""
     data = DatasetCardData(
         license=license_name,

@@ -63,6 +63,7 @@ PAGE_CODE = (
     "models/cost.py",
     "models/exits.py",
     "models/merged.py",
+    "models/multi_exit_resnet.py",
     "models/resnet.py",
 )
 
@@ -130,7 +131,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
         copy_network(Path(run), "model" if fitted else ".", folder / "model")
     else:
         save_network(folder / "model", network, architecture, label_names=names)
-    title = architecture if Path(run).is_dir() else run.removeprefix("hf-hub:").removeprefix("local-dir:")
+    title = architecture if Path(run).is_dir() else run.rpartition(":")[2]
     examples, notes = None, []
     if fitted:
         title = f"{architecture} on {read_results(run)['data']}"

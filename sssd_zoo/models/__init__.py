@@ -1,6 +1,7 @@
 """The multi-exit networks that timm sees, their outputs, and what each exit costs."""
 
-from sssd_zoo.models.cost import StageCosts, multiply_adds, stage_costs
+from sssd_zoo.models import resnet as _registered  # noqa: F401  registers the networks with timm
+from sssd_zoo.models.cost import StageCosts, activations, multiply_adds, stage_costs
 from sssd_zoo.models.exits import (
     EarlyExits,
     Exit,
@@ -13,7 +14,7 @@ from sssd_zoo.models.exits import (
     exits_taken,
     stages_and_heads,
 )
-from sssd_zoo.models.resnet import SSSDResNet
+from sssd_zoo.models.multi_exit_resnet import SSSDResNet
 
 __all__ = [
     "EarlyExits",
@@ -21,6 +22,7 @@ __all__ = [
     "Exits",
     "SSSDResNet",
     "StageCosts",
+    "activations",
     "classifiers",
     "confidence",
     "early_logits",

@@ -1,14 +1,15 @@
-"""What the exits cost, in MACs (multiply-accumulate operations)."""
+"""What the exits cost: MACs (multiply-accumulate operations), and activations (numbers that their layers put out)."""
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sssd_zoo.models.resnet import SSSDResNet
+from sssd_zoo.models.multi_exit_resnet import SSSDResNet
 
 
 class StageCosts(NamedTuple):
@@ -30,9 +31,29 @@ class StageCosts(NamedTuple):
         return sum(self.stages[:number]) + self.heads[number - 1]
 
 
-def stage_costs(model: SSSDResNet, input_size: tuple[int, int, int]) -> StageCosts:
-    """MACs (whole numbers) of the stages and heads of a network with all exits, for one image."""
-    costs = _module_costs(model, input_size)
+def macs_of(layer: Any, output: Tensor) -> int:
+    """MACs of a convolution or linear layer that gave `output`."""
+    per_number = layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()
+    return int(output.numel() * per_number)
+
+
+def activations_of(_: Any, output: Tensor) -> int:
+    """Activations of a convolution or linear layer that gave `output`."""
+    return output.numel()
+
+
+Count = Callable[[Any, Tensor], int]
+
+
+def stage_costs(model: SSSDResNet, input_size: tuple[int, int, int], count: Count = macs_of) -> StageCosts:
+    """MACs (whole numbers) of the stages and heads of a network with all exits, for one image.
+
+    Args:
+        model: see `multiply_adds`.
+        input_size: see `multiply_adds`.
+        count: what to count of a layer.
+    """
+    costs = _module_costs(model, input_size, count)
     heads = tuple(costs[name] for name in ("exit1", "exit2", "exit3", "fc"))
     stages = [costs[f"layer{i}"] for i in range(1, 5)]
     stages[0] = costs.total() - sum(stages[1:]) - sum(heads)
@@ -51,26 +72,40 @@ def multiply_adds(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[s
         (what `output=1` to `output=3` run); '4', the cost of the trunk; 'ensemble', the cost of everything, so that
         the exit heads cost `costs['ensemble'] - costs['4']`. For any other network: its one exit's number and cost.
     """
+    return _by_answer(model, input_size, macs_of)
+
+
+def activations(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """The same for activations: the numbers that the convolutions and linear layers put out for one image.
+
+    Memory traffic, and so time, often goes with these rather than with MACs (Dollar et al., "Fast and Accurate Model
+    Scaling", CVPR 2021). timm's cards count them in the same way.
+
+    Args:
+        model: see `multiply_adds`.
+        input_size: see `multiply_adds`.
+    """
+    return _by_answer(model, input_size, activations_of)
+
+
+def _by_answer(model: SSSDResNet, input_size: tuple[int, int, int], count: Count) -> dict[str, int]:
     if model.output != "ensemble":
-        return {"4" if model.output == "final" else model.output: _module_costs(model, input_size).total()}
-    costs = stage_costs(model, input_size)
+        return {"4" if model.output == "final" else model.output: _module_costs(model, input_size, count).total()}
+    costs = stage_costs(model, input_size, count)
     return {name: int(costs.answer(name)) for name in ("1", "2", "3", "4", "ensemble")}
 
 
-def _module_costs(model: SSSDResNet, input_size: tuple[int, int, int]) -> Counter[str]:
-    """MACs by top-level module of the network, of all exits where it has them all."""
+def _module_costs(model: SSSDResNet, input_size: tuple[int, int, int], count: Count) -> Counter[str]:
+    """Costs by top-level module of the network, of all exits where it has them all."""
     copied = copy.deepcopy(model).to("meta").eval()
     costs: Counter[str] = Counter()
 
-    def count(name: str, module: Any, _: Any, output: Tensor) -> None:
-        if isinstance(module, nn.Linear):
-            costs[name] += output.numel() * module.in_features
-        else:
-            costs[name] += output.numel() * module.weight[0].numel()
+    def add(name: str, module: Any, _: Any, output: Tensor) -> None:
+        costs[name] += count(module, output)
 
     for name, module in copied.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(partial(count, name.partition(".")[0]))
+            module.register_forward_hook(partial(add, name.partition(".")[0]))
     image = torch.zeros(1, *input_size, device="meta", dtype=next(copied.parameters()).dtype)
     with torch.no_grad():
         if model.output == "ensemble":

@@ -110,12 +110,18 @@ def load_network(name: str, **kwargs: Any) -> Any:
     return model
 
 
+def with_current_prefix(name: str) -> str:
+    """A network's name with 'hf-hub:' in place of timm's older 'hf_hub:', which means the same."""
+    return f"hf-hub:{name[7:]}" if name.startswith("hf_hub:") else name
+
+
 def find_network(name: str) -> str:
     """What timm calls a network: 'local-dir:FOLDER' for a folder, whose files are checked first, else the name itself.
 
     Raises:
         UserError: if there is no such network, or the folder's files are incomplete, damaged or ask for too much.
     """
+    name = with_current_prefix(name)
     folder = Path(name.removeprefix("local-dir:"))
     if folder.is_dir():
         if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():

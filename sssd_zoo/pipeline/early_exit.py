@@ -1,5 +1,8 @@
 """Early exit: temperatures, thresholds for a budget, and what they save: `sssd early-exit`.
 
+With labels, temperatures and thresholds are those of the accuracy. Without, there are no temperatures, and the
+thresholds are those of the agreement with the ensemble.
+
 OUT/
     model.safetensors   the network, each exit's classifier divided by its temperature
     config.json         thresholds, which timm hands to the network, and under `early_exit` how they were found
@@ -24,11 +27,13 @@ from torch import Tensor
 
 from sssd_zoo.configs import DataConfig, EarlyExitArgs, ForwardConfig
 from sssd_zoo.data.inputs import prepared, storage_default
-from sssd_zoo.data.loading import ImageData, load_images, split_names
+from sssd_zoo.data.loading import ImageData, has_labels, load_images, split_names
 from sssd_zoo.distributed.hardware import describe_machine, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.calibration import (
+    ANSWERS_CHANGED,
     POINTS_LOST,
+    Rules,
     accuracy,
     all_rules,
     average_cost,
@@ -37,11 +42,12 @@ from sssd_zoo.evaluation.calibration import (
     early_answers,
     fit_temperatures,
     fold,
+    useful_temperatures,
 )
 from sssd_zoo.evaluation.features import network_features
 from sssd_zoo.evaluation.protocol import check_classes, hold_out
 from sssd_zoo.evaluation.reports import figures
-from sssd_zoo.evaluation.reports.early_exit import command_line, report
+from sssd_zoo.evaluation.reports.early_exit import command_line, network_source, report
 from sssd_zoo.evaluation.timing import BATCH, ONE_BY_ONE, interleaved, measure_stages
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.files.run_folder import atomic_dir, open_out
@@ -87,41 +93,64 @@ class Sample:
         return cls(data, torch.arange(len(data)), f"{len(data):,} images, split {data.split}")
 
     @property
-    def labels(self) -> Tensor:
-        """Their classes, int64 [N]."""
-        assert self.data.labels is not None  # required when they were loaded
-        return torch.from_numpy(self.data.labels)[self.positions]
+    def labels(self) -> Tensor | None:
+        """Their classes, int64 [N], or None without labels."""
+        return None if self.data.labels is None else torch.from_numpy(self.data.labels)[self.positions]
+
+
+def choose_split(args: EarlyExitArgs) -> DataConfig:
+    """The data with the split to read: as asked, else 'test' or 'validation', else without labels the only one.
+
+    Raises:
+        UserError: for labelled data with neither: the classifiers may have been trained on them.
+    """
+    config = DataConfig.of(args)
+    if args.split is not None:
+        return config
+    names = split_names(config)
+    split = next((name for name in ("test", "validation") if name in names), None)
+    if split is None and has_labels(config):
+        raise UserError(
+            f"{args.data} has no split 'test' or 'validation' (it has {', '.join(names)}): give labelled images that "
+            "the classifiers were not trained on, and name them by --split; or --unlabelled to leave the labels aside"
+        )
+    return replace(config, split=split)
 
 
 def load_samples(args: EarlyExitArgs, model: Any) -> tuple[Sample, Sample]:
-    """What to calibrate on, and what to measure on.
+    """What to calibrate on, and what to measure on; both with labels, or both without.
 
     Raises:
-        UserError: for data without labels, or with other classes than the network's.
+        UserError: for labels of other classes than the network's, of one of the two only, or missing ones where the
+            budget needs them.
     """
-    config = config_for(args.model, model, DataConfig.of(args))
-    if args.split is None:
-        names = split_names(config)
-        split = next((name for name in ("test", "validation") if name in names), None)
-        if split is None:
-            raise UserError(
-                f"{args.data} has no split 'test' or 'validation' (it has {', '.join(names)}): give labelled images "
-                "that the classifiers were not trained on, and name them by --split"
-            )
-        config = replace(config, split=split)
+    if args.unlabelled and args.points_lost is not None:
+        raise UserError("--points_lost needs labels: drop --unlabelled, or give --answers_changed instead")
+    config = config_for(args.model, model, choose_split(args))
     config = replace(config, storage_size=config.storage_size or model.storage_size)
     size = storage_default(input_spec(model).size)
-    test = load_images(config, default_size=size, require_labels=True)
-    check_classes(test, model, args.model)
+    splits = [config.split] if args.calibration_split is None else [config.split, args.calibration_split]
+    loaded: list[ImageData] = []
+    for split in splits:
+        # The second is stored as the first, which may have chosen its size by its images.
+        config = replace(config, split=split, storage_size=loaded[0].size if loaded else config.storage_size)
+        data = load_images(config, default_size=size, require_labels=args.points_lost is not None)
+        if data.labels is not None:
+            check_classes(data, model, args.model)
+        loaded.append(data)
+    test, calibrating = loaded[0], loaded[-1]
+    if (test.labels is None) != (calibrating.labels is None):
+        raise UserError(
+            f"of the splits {test.split} and {calibrating.split} only one has labels: give --unlabelled to calibrate "
+            "without"
+        )
     if args.calibration_split is not None:
-        config = replace(config, split=args.calibration_split, storage_size=test.size)
-        calibrating = load_images(config, default_size=size, require_labels=True)
-        check_classes(calibrating, model, args.model)
         return Sample.whole(calibrating), Sample.whole(test)
     advice = "add images, or give others by --calibration_split"
     rest, drawn = hold_out(test, args.holdout, args.seed, purpose="calibrate on", advice=advice)
+    how = "at random" if test.labels is None else "by class"
     return (
-        Sample(test, drawn, f"{len(drawn):,} images drawn by class from split {test.split}"),
+        Sample(test, drawn, f"{len(drawn):,} images drawn {how} from split {test.split}"),
         Sample(test, rest, f"the other {len(rest):,} images of split {test.split}"),
     )
 
@@ -161,12 +190,14 @@ def by_answer(logits: Tensor) -> dict[str, Tensor]:
 def early_exit(args: EarlyExitArgs) -> None:
     """`sssd early-exit`."""
     tune_cpu()
-    budget = asked_budget(args)
+    check_budget(args)
     out = open_out(args, "early-exit")
     model = load_classifier(args)
     calibrating, measured = load_samples(args, model)
+    labels = calibrating.labels
+    by_agreement = labels is None or args.answers_changed is not None
     logits, test_logits = sample_logits(model, calibrating, measured, args)
-    temperatures = fit_temperatures(logits, calibrating.labels)
+    temperatures, calibration = calibrate(logits, labels, test_logits, measured.labels)
     fold(model, temperatures)
     scale = torch.tensor(temperatures).view(4, 1, 1)
     calibrated, test_calibrated = logits / scale, test_logits / scale
@@ -178,45 +209,79 @@ def early_exit(args: EarlyExitArgs) -> None:
     if args.latency is not None:
         images = prepared(calibrating.data.gather(calibrating.positions[: 2 * ONE_BY_ONE]), model)
         costs = measure_stages(model, images.to(device), args.runs)
-    model.thresholds = choose(all_rules(calibrated, calibrating.labels, costs), args)
+    target = ensemble_answers(calibrated) if labels is None or by_agreement else labels
+    model.thresholds = choose(all_rules(calibrated, target, costs), args, by_agreement=by_agreement)
     answers, taken = run_early(model, measured, device)
 
     results: dict[str, Any] = {
-        **describe_run(args, calibrating, measured),
-        "budget": budget,
+        **describe_run(args, model, calibrating, measured),
+        "budget": asked_budget(args, by_agreement=by_agreement),
         "temperatures": temperatures,
-        **calibration_results(test_logits, test_calibrated, measured.labels),
+        **calibration,
         "thresholds": model.thresholds,
         "exits_taken": [float((taken == number).double().mean()) for number in range(1, 5)],
         "answers": answer_table(test_calibrated, answers, taken, measured.labels, model.thresholds, macs),
-        "curve": curve(calibrated, calibrating.labels, test_calibrated, measured.labels, macs),
+        "curve": curve(all_rules(calibrated, target, macs), test_calibrated, measured.labels, macs),
     }
     write(out, model, measured, results, args)
     print(report(results))
     print(f"the calibrated network is in {out}, its report in {out / 'early_exit'}")
 
 
-def asked_budget(args: EarlyExitArgs) -> dict[str, float]:
-    """The budget by its name, for the report.
+def given_budgets(args: EarlyExitArgs) -> dict[str, float]:
+    """The budgets that the command was given, by their names."""
+    values = {name: getattr(args, name) for name in ("points_lost", "answers_changed", "multiply_adds", "latency")}
+    return {name: value for name, value in values.items() if value is not None}
 
-    Raises:
-        UserError: if more than one is given.
+
+def check_budget(args: EarlyExitArgs) -> None:
+    """Refuses more than one budget."""
+    if len(given_budgets(args)) > 1:
+        raise UserError("give one budget: --points_lost, --answers_changed, --multiply_adds or --latency")
+
+
+def asked_budget(args: EarlyExitArgs, *, by_agreement: bool) -> dict[str, float]:
+    """The budget by its name, for the report."""
+    default = {"answers_changed": ANSWERS_CHANGED} if by_agreement else {"points_lost": POINTS_LOST}
+    return given_budgets(args) or default
+
+
+def calibrate(
+    logits: Tensor, labels: Tensor | None, test: Tensor, test_labels: Tensor | None
+) -> tuple[list[float], dict[str, Any]]:
+    """The exits' temperatures, and what the report says of them; 1 and nothing without labels.
+
+    Args:
+        logits: of the images to fit them on, float32 [4, N, C].
+        labels: theirs, int64 [N].
+        test: logits of the images that decide which temperatures stay, float32 [4, M, C].
+        test_labels: theirs, int64 [M].
     """
-    values = {name: getattr(args, name) for name in ("points_lost", "multiply_adds", "latency")}
-    budget = {name: value for name, value in values.items() if value is not None}
-    if len(budget) > 1:
-        raise UserError("give one budget: --points_lost, --multiply_adds or --latency")
-    return budget or {"points_lost": POINTS_LOST}
+    if labels is None or test_labels is None:
+        return [1.0] * 4, {}
+    fitted = fit_temperatures(logits, labels)
+    temperatures = useful_temperatures(fitted, test, test_labels)
+    calibrated = test / torch.tensor(temperatures).view(4, 1, 1)
+    return temperatures, {"temperatures_fitted": fitted, **calibration_results(test, calibrated, test_labels)}
 
 
-def describe_run(args: EarlyExitArgs, calibrating: Sample, measured: Sample) -> dict[str, Any]:
+def ensemble_answers(logits: Tensor) -> Tensor:
+    """The classes that the ensemble answers, int64 [N], from the logits of all exits, [4, N, C]."""
+    return ensemble_logits(list(logits)).argmax(1)
+
+
+def describe_run(args: EarlyExitArgs, model: Any, calibrating: Sample, measured: Sample) -> dict[str, Any]:
     """What was calibrated, on what and by which command, for the report."""
     return {
-        "model": args.model if not Path(args.model).exists() else Path(args.model).resolve().name,
+        "model": str(model.pretrained_cfg["architecture"]),
+        "source": network_source(args.model),
         "command": command_line(args),
         "data": calibrating.data.name,
         "calibrated_on": calibrating.origin,
+        "calibrating_images": len(calibrating.positions),
         "measured_on": measured.origin,
+        "labelled": measured.labels is not None,
+        "held_out": measured.data.split.split("[")[0] in ("test", "validation"),
         "seed": args.seed,
         "machine": describe_machine("fp32"),
     }
@@ -245,27 +310,33 @@ def calibration_results(before: Tensor, after: Tensor, labels: Tensor) -> dict[s
 
 
 def answer_table(
-    logits: Tensor, early: Tensor, taken: Tensor, labels: Tensor, thresholds: Sequence[float], macs: StageCosts
+    logits: Tensor, early: Tensor, taken: Tensor, labels: Tensor | None, thresholds: Sequence[float], macs: StageCosts
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy in percent and MACs of every exit, the ensemble and early exit, for the report.
+    """Accuracy, agreement with the ensemble and MACs of every exit, the ensemble and early exit, for the report.
 
     Args:
         logits: calibrated, of all exits, float32 [4, N, C].
         early: classes that early exit answers, int64 [N].
         taken: exits that it took for them, int64 [N].
-        labels: int64 [N].
+        labels: int64 [N]; without them there are no accuracies.
         thresholds: of the exits 1 to 3.
         macs: of the network's parts.
     """
     table = {
-        name: {"accuracy": accuracy(answer.argmax(1), labels), "multiply_adds": macs.answer(name)}
+        name: {**measured_answers(answer.argmax(1), logits, labels), "multiply_adds": macs.answer(name)}
         for name, answer in by_answer(logits).items()
     }
     table["early exit"] = {
-        "accuracy": accuracy(early, labels),
+        **measured_answers(early, logits, labels),
         "multiply_adds": average_cost(taken, thresholds, macs),
     }
     return table
+
+
+def measured_answers(answers: Tensor, logits: Tensor, labels: Tensor | None) -> dict[str, float]:
+    """In percent, how many answered classes, int64 [N], are right, where there are labels, and are the ensemble's."""
+    agreement = {"agreement": accuracy(answers, ensemble_answers(logits))}
+    return agreement if labels is None else {"accuracy": accuracy(answers, labels), **agreement}
 
 
 def write(out: Path, model: Any, measured: Sample, results: dict[str, Any], args: EarlyExitArgs) -> None:
@@ -285,25 +356,23 @@ def write(out: Path, model: Any, measured: Sample, results: dict[str, Any], args
 
 
 def curve(
-    calibrated: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, macs: StageCosts, points: int = 25
+    rules: Rules, test: Tensor, test_labels: Tensor | None, macs: StageCosts, points: int = 25
 ) -> list[dict[str, Any]]:
     """Early exit at budgets between exit 1 and the whole network, the thresholds from one sample, measured on another.
 
     Args:
-        calibrated: logits of the calibrating images, [4, N, C].
-        labels: theirs, int64 [N].
+        rules: of the calibrating images, with costs in MACs.
         test: logits of the images to measure, [4, M, C].
-        test_labels: theirs, int64 [M].
+        test_labels: theirs, int64 [M], if they have labels.
         macs: of the network's parts.
         points: of the curve.
     """
-    rules = all_rules(calibrated, labels, macs)
     entries: list[dict[str, Any]] = []
     for budget in np.linspace(macs.answer("1"), macs.answer("ensemble"), points):
         thresholds = rules.most_accurate(float(budget))
         assert thresholds is not None  # exit 1 alone keeps every one of these
         answers, taken = early_answers(test, thresholds)
-        entry = {"thresholds": thresholds, "accuracy": accuracy(answers, test_labels)}
+        entry = {"thresholds": thresholds, **measured_answers(answers, test, test_labels)}
         entry["multiply_adds"] = average_cost(taken, thresholds, macs)
         if not entries or entries[-1]["thresholds"] != thresholds:
             entries.append(entry)

@@ -1,4 +1,4 @@
-"""Networks for deployment: one exit, all exits or the stages of early exit as ONNX, torch.export or safetensors.
+"""Networks for deployment: one exit, all exits or the stages of early exit, with or without this package.
 
 `sssd export` writes a file, or a folder where there is more than one:
 
@@ -6,7 +6,9 @@
     onnx, int8      also OUT with `.int8.onnx` for its suffix, by onnxruntime's static quantiser
     onnx, early-exit   OUT/stage1.onnx to OUT/stage4.onnx and OUT/early_exit.json; docs/deploy.md has the loop
     torch-export    OUT, which `torch.export.load` reads; its extra file metadata.json has the same metadata
-    safetensors     OUT/model.safetensors and OUT/config.json, which timm loads by `local-dir:OUT`
+    safetensors     OUT/model.safetensors and OUT/config.json, which timm loads by `local-dir:OUT` with this package
+    timm            the same for exit 4 as timm's own ResNet, without this package
+    transformers    the same for the whole network, and the code that transformers builds it by
 
 The graphs take images as float32 [B, C, S, S], normalised by mean and std, and give logits. C is 3 for RGB, or 1 for a
 network for grey images; `input_size` in the metadata is [C, S, S].
@@ -16,6 +18,7 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,17 +30,20 @@ from torch import Tensor, nn
 
 from sssd_zoo.configs import DataConfig, ExportArgs
 from sssd_zoo.data.inputs import prepared, storage_default
-from sssd_zoo.data.loading import load_images
+from sssd_zoo.data.loading import ImageData, load_images, split_names
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.protocol import Evaluation, check_classes, evaluation_data
+from sssd_zoo.evaluation.protocol import check_classes, evaluation_data, hold_out
 from sssd_zoo.files import atomic_write_bytes, write_json
 from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
+from sssd_zoo.hub.portable import plain_resnet, save_for_transformers
 from sssd_zoo.models import SSSDResNet, stages_and_heads
+from sssd_zoo.models.multi_exit_resnet import check_thresholds
 from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
-from sssd_zoo.models.resnet import check_thresholds
 from sssd_zoo.models.saving import save_network
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+FOLDERS = {"safetensors": "network", "timm": "network", "transformers": "transformers"}  # by format, the folder's kind
+WHOLE = ("ensemble", "all", "early-exit")  # outputs that need all exits
 Arrays = list[NDArray[np.float32]]
 
 
@@ -182,15 +188,11 @@ def quantise(graph: bytes, images: Iterator[NDArray[np.float32]]) -> bytes:
     return serialised
 
 
-def onnx_accuracy(graph: Any, evaluation: Evaluation, model: Any, batch_size: int) -> list[float]:
-    """Accuracy of each output of an onnxruntime session on an evaluation's test images, percent."""
-    data = evaluation.test
-    assert data.labels is not None  # an evaluation has them
-    hits: Any = 0
-    for positions, stored in data.batches(evaluation.test_positions.split(batch_size)):
-        outputs = run_onnx(graph, prepared(stored, model).contiguous().numpy())
-        hits = hits + np.array([(logits.argmax(1) == data.labels[positions.numpy()]).sum() for logits in outputs])
-    return [float(percent) for percent in 100 * hits / len(evaluation.test_positions)]
+def onnx_answers(graph: Any, images: "Images", model: Any, batch_size: int) -> NDArray[np.int64]:
+    """The classes that each output of an onnxruntime session answers, int64 [outputs, N]."""
+    batches = images.data.batches(images.positions.split(batch_size))
+    outputs = [run_onnx(graph, prepared(stored, model).contiguous().numpy()) for _, stored in batches]
+    return np.concatenate([[logits.argmax(1) for logits in batch] for batch in outputs], axis=1)
 
 
 def load_output(args: ExportArgs) -> SSSDResNet:
@@ -199,9 +201,9 @@ def load_output(args: ExportArgs) -> SSSDResNet:
     Raises:
         UserError: if it is not a network of this package, or has no classes.
     """
-    whole = args.output in ("ensemble", "all", "early-exit")
-    model = load_network(args.model, output="ensemble" if whole else args.output)
-    if not isinstance(model, SSSDResNet) or model.num_classes < 1:
+    output = asked_output(args)
+    model = load_network(args.model, output="ensemble" if output in WHOLE else output)
+    if not isinstance(model, SSSDResNet) or (model.num_classes < 1 and args.format != "timm"):
         raise UserError(
             f"'{args.model}' is not a network of this package with classes: train its heads first (sssd linear)"
         )
@@ -210,25 +212,42 @@ def load_output(args: ExportArgs) -> SSSDResNet:
 
 def export(args: ExportArgs) -> None:
     """`sssd export`."""
-    out = Path(args.out)
+    out, output = Path(args.out), asked_output(args)
     check_request(args)
     open_target(args, out)
     model = load_output(args)
-    facts = metadata(model, args.output)
+    facts = metadata(model, output)
     example = torch.randn(2, *facts["input_size"], generator=torch.Generator().manual_seed(0))
-    if args.format == "safetensors":
-        with atomic_dir(out, "network") as temporary:
-            save_network(temporary, model, facts["architecture"], label_names=facts["class_names"])
-    elif args.output == "early-exit":
+    if args.format in FOLDERS:
+        export_folder(model, args, facts, out)
+    elif output == "early-exit":
         export_stages(model, args, facts, example, out)
     else:
         export_file(model, args, facts, example, out)
-    print(f"{args.model}, output {args.output}, as {args.format}: {out}")
+    print(f"{args.model}, output {output}, as {args.format}: {out}")
+
+
+def asked_output(args: ExportArgs) -> str:
+    """The output to export: what was asked for, else the whole network, as timm's own ResNet exit 4."""
+    return args.output or ("4" if args.format == "timm" else "ensemble")
 
 
 def writes_folder(args: ExportArgs) -> bool:
     """Whether the format has more than one file."""
-    return args.format == "safetensors" or (args.format, args.output) == ("onnx", "early-exit")
+    return args.format in FOLDERS or (args.format, args.output) == ("onnx", "early-exit")
+
+
+def export_folder(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], out: Path) -> None:
+    """Writes a folder that timm or transformers loads."""
+    arch, names = facts["architecture"], facts["class_names"]
+    plain = plain_resnet(model) if args.format == "timm" else None
+    with atomic_dir(out, FOLDERS[args.format]) as temporary:
+        if plain is not None:
+            save_network(temporary, *plain, label_names=names)
+        elif args.format == "transformers":
+            save_for_transformers(temporary, model, arch, names)
+        else:
+            save_network(temporary, model, arch, label_names=names)
 
 
 def check_request(args: ExportArgs) -> None:
@@ -239,6 +258,14 @@ def check_request(args: ExportArgs) -> None:
     """
     if args.int8 and (args.format != "onnx" or args.output == "early-exit" or args.data is None):
         raise UserError("--int8 is for --format onnx of one graph (not early-exit), and needs --data to calibrate on")
+    output = asked_output(args)
+    if args.format == "timm" and output not in ("4", "final"):
+        raise UserError(
+            f"--format timm is exit 4 as timm's own ResNet, which has no output {output}: leave --output out, or give "
+            "--format onnx, torch-export or transformers, which need no sssd-zoo either"
+        )
+    if args.format == "transformers" and output not in WHOLE:
+        raise UserError("--format transformers is the whole network: leave --output out; exit 4 alone is --format timm")
     if args.format == "torch-export" and args.output == "early-exit":
         raise UserError("early exit is exported in stages as --format onnx; torch-export has one graph per file")
     if args.format == "onnx":
@@ -255,7 +282,7 @@ def open_target(args: ExportArgs, out: Path) -> None:
     if out.exists() and out.is_dir() != folder:
         raise UserError(f"--out {out} must be a {'folder' if folder else 'file'} for this format, but is not")
     if folder:
-        open_out(args, "network" if args.format == "safetensors" else "graphs")
+        open_out(args, FOLDERS.get(args.format, "graphs"))
         return
     for file in (out, *([out.with_suffix(".int8.onnx")] if args.int8 else [])):
         is_export = is_graph if args.format == "onnx" else is_program
@@ -323,27 +350,63 @@ def export_stages(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], ex
         write_json(temporary / "early_exit.json", {**facts, "stages": files, "thresholds": model.thresholds})
 
 
-def export_int8(model: SSSDResNet, args: ExportArgs, graph: bytes, outputs: list[str], out: Path) -> None:
-    """Writes the int8 form of a graph beside it, and prints both accuracies."""
+@dataclass(frozen=True)
+class Images:
+    """Some images of a split."""
+
+    data: ImageData
+    positions: Tensor
+
+
+def int8_images(args: ExportArgs, model: SSSDResNet) -> tuple[Images, Images, str]:
+    """Images to calibrate on, images to measure on, and the words for the latter.
+
+    Raises:
+        UserError: for labels of other classes than the network's, or too few images.
+    """
     assert args.data is not None  # `export` saw to it
-    config = config_for(
-        args.model, model, DataConfig(data=args.data, split=args.split, storage_size=model.storage_size)
-    )
-    data = load_images(config, default_size=storage_default(input_spec(model).size), require_labels=True)
-    check_classes(data, model, args.model)
-    evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=0.5, seed=args.seed)
-    drawn = torch.randperm(len(evaluation.train_positions), generator=torch.Generator().manual_seed(args.seed))
-    positions = evaluation.train_positions[drawn[: args.calibration_images]]
+    asked = DataConfig(data=args.data, split=args.split, unlabelled=args.unlabelled, storage_size=model.storage_size)
+    config = config_for(args.model, model, asked)
+    data = load_images(config, default_size=storage_default(input_spec(model).size))
+    if data.labels is not None:
+        check_classes(data, model, args.model)
+        evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=0.5, seed=args.seed)
+        measured = Images(evaluation.test, evaluation.test_positions)
+        return Images(data, evaluation.train_positions), measured, evaluation.describe()
+    others = [name for name in split_names(config) if name != data.split.split("[")[0]]
+    test_split = args.test_split or next((name for name in ("test", "validation") if name in others), None)
+    if test_split not in (None, data.split):
+        test = load_images(replace(config, split=test_split, storage_size=data.size, unlabelled=True))
+        return Images(data, torch.arange(len(data))), Images(test, torch.arange(len(test))), f"split {test.split}"
+    kept, held_out = hold_out(data, 0.5, args.seed, purpose="measure on", advice="add images")
+    return Images(data, kept), Images(data, held_out), f"the other half of split {data.split}"
+
+
+def export_int8(model: SSSDResNet, args: ExportArgs, graph: bytes, outputs: list[str], out: Path) -> None:
+    """Writes the int8 form of a graph beside it, and prints both accuracies; without labels how often they agree."""
+    train, test, words = int8_images(args, model)
+    drawn = torch.randperm(len(train.positions), generator=torch.Generator().manual_seed(args.seed))
+    positions = train.positions[drawn[: args.calibration_images]]
     batches = (
-        prepared(stored, model).contiguous().numpy() for _, stored in data.batches(positions.split(args.batch_size))
+        prepared(stored, model).contiguous().numpy()
+        for _, stored in train.data.batches(positions.split(args.batch_size))
     )
     small = quantise(graph, batches)
     target = out.with_suffix(".int8.onnx")
     atomic_write_bytes(target, small)
     print(
-        f"int8, calibrated on {len(positions)} images of {data.name} ({data.split}): {target}, "
-        f"{len(small) / len(graph):.2f} of the size; accuracy in percent on {evaluation.describe()}:"
+        f"int8, calibrated on {len(positions)} images of {train.data.name} ({train.data.split}): {target}, "
+        f"{len(small) / len(graph):.2f} of the size"
     )
-    fp32, int8 = (onnx_accuracy(session(source), evaluation, model, args.batch_size) for source in (graph, small))
-    for name, before, after in zip(outputs, fp32, int8, strict=True):
-        print(f"  {name:8} fp32 {before:6.2f}   int8 {after:6.2f}")
+    fp32, int8 = (onnx_answers(session(source), test, model, args.batch_size) for source in (graph, small))
+    agreement = 100 * (fp32 == int8).mean(1)
+    if train.data.labels is None or test.data.labels is None:
+        print(f"answers in percent that are those of fp32, on {len(test.positions)} images, {words} (no labels):")
+        for name, percent in zip(outputs, agreement, strict=True):
+            print(f"  {name:8} {percent:6.2f}")
+        return
+    truth = test.data.labels[test.positions.numpy()]
+    before, after = (100 * (answers == truth).mean(1) for answers in (fp32, int8))
+    print(f"accuracy in percent on {words}; agreement is that of int8 with fp32:")
+    for row in zip(outputs, before, after, agreement, strict=True):
+        print("  {:8} fp32 {:6.2f}   int8 {:6.2f}   agreement {:6.2f}".format(*row))

@@ -35,6 +35,7 @@ from sssd_zoo.evaluation.reports.paper import TABLE_4
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.fixed import FixedLabels
+from sssd_zoo.models.multi_exit_resnet import SSSDResNet
 from sssd_zoo.models.networks import (
     check_channels,
     check_sizes,
@@ -46,7 +47,6 @@ from sssd_zoo.models.networks import (
     load_trunk,
     weights_digest,
 )
-from sssd_zoo.models.resnet import SSSDResNet
 from sssd_zoo.pipeline.deploy import deploy
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.tasks import ClusterFit, SelfDistillation

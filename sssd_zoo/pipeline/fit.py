@@ -51,6 +51,7 @@ from sssd_zoo.evaluation.reports.markdown import Results, write_report
 from sssd_zoo.evaluation.reports.terminal import summary
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.files.network_link import link_network
 from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.labels.origin import labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
@@ -447,6 +448,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         metrics=measured,
         card_context=results,
     )
+    link_network(out)
     save_config(out, replace(args, budget=None))  # whose epochs it has
     save_corrupt(out, setup.data.corrupt)
     return results

@@ -22,7 +22,8 @@ def publish(args: PublishArgs) -> None:
         raise UserError(f"there is no folder {run}; give a run folder of `sssd fit` or a folder that `sssd card` wrote")
     with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)
-        if (run / "README.md").is_file() and (run / "config.json").is_file():
+        is_card = (run / "README.md").is_file() and (run / "config.json").is_file()
+        if is_card and not (run / "model" / "config.json").is_file():  # a run's own config.json is a link to that
             if args.calibrated is not None:
                 raise UserError(f"{run} was written by `sssd card`: give --calibrated to that command")
             copy_card(run, folder)

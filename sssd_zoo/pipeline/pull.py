@@ -19,23 +19,25 @@ from sssd_zoo.hub.publish import (
     verify_network,
 )
 from sssd_zoo.models.bundled import bundled_name
+from sssd_zoo.models.networks import with_current_prefix
 
 
 def pull(args: PullArgs) -> None:
     """`sssd pull`."""
+    name = with_current_prefix(args.name).removeprefix("hf-hub:")
     kind = "pulled-labels" if args.labels else "card"
     out = open_out(args, kind)
     with atomic_dir(out, kind) as folder:
-        if "/" not in args.name:
-            copy_card(cards_folder() / bundled_name(args.name), folder)
-            verify_network(folder, args.name)
+        if "/" not in name:
+            copy_card(cards_folder() / bundled_name(name), folder)
+            verify_network(folder, name)
         else:
-            check_name(args.name)
+            check_name(name)
             kind, patterns = ("dataset", LABEL_FILES) if args.labels else ("model", CARD_FILES)
-            with hub_errors(args.name, "nothing was written"):
+            with hub_errors(name, "nothing was written"):
                 # Without a network the client retries downloads for half a minute; this request fails at once.
-                info = HfApi().repo_info(args.name, repo_type=kind, revision=args.revision, timeout=TIMEOUT)
-                fetch(args.name, kind, str(info.sha), patterns, folder)
-            (verify_labels if args.labels else verify_network)(folder, args.name)
+                info = HfApi().repo_info(name, repo_type=kind, revision=args.revision, timeout=TIMEOUT)
+                fetch(name, kind, str(info.sha), patterns, folder)
+            (verify_labels if args.labels else verify_network)(folder, name)
     what = "pseudo labels" if args.labels else f"for timm.create_model('local-dir:{out}', pretrained=True)"
-    print(f"{out}: {args.name}, sha256 as on its card; {what}")
+    print(f"{out}: {name}, sha256 as on its card; {what}")

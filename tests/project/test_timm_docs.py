@@ -29,6 +29,7 @@ def test_every_section_has_code_and_a_test():
         "Fine-tuning as timm's train.py does",
         "A linear head alone",
         "A neck on the stages' maps",
+        "Without this package",
         "transformers",
     }
 
@@ -62,6 +63,13 @@ def test_neck():
     found = run_section("A neck on the stages' maps")
     assert found["answer"].shape == (2, 3, 48, 64)
     assert all(value.grad is not None for value in found["model"].parameters())
+
+
+def test_without_this_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = run_section("Without this package")
+    assert type(found["plain"]).__module__ == "timm.models.resnet"
+    assert found["same"]
 
 
 @pytest.mark.slow

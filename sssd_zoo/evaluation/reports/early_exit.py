@@ -14,9 +14,18 @@ ANSWERS = ("1", "2", "3", "4", "ensemble", "early exit")
 BATCHES = ("1", "128")  # batch sizes that were timed
 
 
+def network_source(name: str) -> str:
+    """What to call where a network came from: a name as it is, a folder without those above its run."""
+    path = Path(name)
+    if not path.exists():
+        return name
+    path = path.resolve()
+    return f"{path.parent.name}/model" if path.name == "model" and path.parent.name else path.name
+
+
 def command_line(args: EarlyExitArgs) -> str:
     """The command with these arguments, without those at their defaults; paths without the folders above them."""
-    words = [f"sssd early-exit {Path(args.model).name if Path(args.model).exists() else args.model}"]
+    words = [f"sssd early-exit {network_source(args.model)}"]
     words += [f"--data {short_name(args.data)}", "--out OUT"]
     for field in fields(args):
         value = getattr(args, field.name)
@@ -32,34 +41,37 @@ def report(results: dict[str, Any]) -> str:
         "",
         *(f"- {fact}" for fact in _facts(results)),
         "",
-        "![Accuracy against MACs and against time](figure.png)",
+        f"![{'Accuracy' if results['labelled'] else 'Agreement'} against MACs and against time](figure.png)",
         "",
         *_answers(results),
         "",
-        "An image that no exit is sure of is answered by the ensemble of the exits that were asked. Time is for one "
-        "image, as a fraction of the whole network's; exits 1 to 4 are networks of their own (`output=1`...). ECE is "
-        f"the expected calibration error over {BINS} bins of confidence, before and after the temperatures; the "
-        f"ensemble's accuracy was {results['ensemble_accuracy_before']:.2f} before.",
+        "An image that no exit is sure of is answered by the ensemble of the exits that were asked. Agreement is with "
+        "the ensemble of all exits. Time is for one image, as a fraction of the whole network's; exits 1 to 4 are "
+        "networks of their own (`output=1`...)."
+        + (
+            f" ECE is the expected calibration error over {BINS} bins of confidence, before and after the "
+            f"temperatures; the ensemble's accuracy was {results['ensemble_accuracy_before']:.2f} before."
+            if results["labelled"]
+            else ""
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _facts(results: dict[str, Any]) -> list[str]:
     """What was calibrated and what came of it, each a line of Markdown."""
-    answers, speedup = results["answers"], results["speedup"]
-    temperatures = ", ".join(f"{value:.3f}" for value in results["temperatures"])
+    speedup = results["speedup"]
     thresholds = ", ".join(f"{value:.4f}" for value in results["thresholds"])
     fractions = ", ".join(f"{fraction:.1%}" for fraction in results["exits_taken"])
-    lost = max(answers["4"]["accuracy"], answers["ensemble"]["accuracy"]) - answers["early exit"]["accuracy"]
+    source = "" if results["source"] == results["model"] else f", from {code(results['source'])}"
     return [
-        f"**Network**: {code(results['model'])}",
+        f"**Network**: {code(results['model'])}{source}",
         f"**Calibrated on**: {markdown(results['data'])}, {markdown(results['calibrated_on'])}",
-        f"**Measured on**: {markdown(results['measured_on'])}, on which nothing was calibrated",
+        *_measured(results),
         f"**Budget**: {_budget(results['budget'])}, on the calibrating images",
-        f"**Temperatures** of the exits, folded into the classifiers: {temperatures}",
+        _temperatures(results),
         f"**Thresholds** of exits 1 to 3: {thresholds}; images that left at exits 1 to 4: {fractions}",
-        f"**Accuracy lost** on the measured images against the more accurate of exit 4 and the ensemble: "
-        f"{lost:.2f} points",
+        *_lost(results),
         *(
             f"**Throughput at batch size {batch}**: {speedup[batch]['ensemble']:.2f} times that of the whole network "
             f"(all exits, the ensemble), {speedup[batch]['4']:.2f} times that of the plain trunk (exit 4 alone)"
@@ -71,10 +83,57 @@ def _facts(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def _measured(results: dict[str, Any]) -> list[str]:
+    """What the results were measured on, and what that means for other images."""
+    use = "which decided only which temperatures stay" if results["labelled"] else "on which nothing was calibrated"
+    facts = [f"**Measured on**: {markdown(results['measured_on'])}, {use}"]
+    if not results["labelled"] and not results["held_out"]:
+        facts.append(
+            "**Training images**: if the network was trained on these images, it changes more answers on new ones"
+        )
+    return facts
+
+
+def _temperatures(results: dict[str, Any]) -> str:
+    """Which temperatures were fitted, and which of them stay."""
+    if not results["labelled"]:
+        return "**Temperatures**: none, as they need labels"
+    fitted = ", ".join(f"{value:.3f}" for value in results["temperatures_fitted"])
+    kept = [number for number, value in enumerate(results["temperatures"], start=1) if value != 1]
+    stay = f"of exits {', '.join(map(str, kept))}" if kept else "none"
+    return (
+        f"**Temperatures** fitted to exits 1 to 4: {fitted}. Folded into the classifiers: {stay}. One stays where it "
+        "lowers the calibration error (ECE) of its exit on the measured images and does not raise the ensemble's; "
+        "elsewhere it is 1"
+    )
+
+
+def _lost(results: dict[str, Any]) -> list[str]:
+    """What early exit lost on the measured images."""
+    answers, count = results["answers"], results["calibrating_images"]
+    facts = []
+    if results["labelled"]:
+        lost = max(answers["4"]["accuracy"], answers["ensemble"]["accuracy"]) - answers["early exit"]["accuracy"]
+        facts.append(
+            "**Accuracy lost** on the measured images against the more accurate of exit 4 and the ensemble: "
+            f"{lost:.2f} points"
+        )
+    changed = 100 - answers["early exit"]["agreement"]
+    facts.append(f"**Answers changed** on the measured images, against the ensemble: {changed:.2f} percent")
+    allowed = results["budget"].get("answers_changed")
+    if allowed and 300 / count > allowed:  # the rule of three: the bound where none of N answers changed
+        facts.append(
+            f"**Few images**: even if none of {count:,} answers changed, up to {min(100, 300 / count):.2g} percent may "
+            f"change on new images, with 95 percent confidence; calibrate on {300 / allowed:,.0f} or more"
+        )
+    return facts
+
+
 def _budget(budget: dict[str, float]) -> str:
     ((name, value),) = budget.items()
     return {
         "points_lost": f"at most {value} points lost, with 95 percent confidence",
+        "answers_changed": f"at most {value} percent of the ensemble's answers changed, with 95 percent confidence",
         "multiply_adds": f"at most {value} million MACs per image",
         "latency": f"at most {value} ms per image, one at a time",
     }[name]
@@ -85,15 +144,19 @@ def _answers(results: dict[str, Any]) -> list[str]:
     whole = results["answers"]["ensemble"]["milliseconds"]
     rows = []
     for name in ANSWERS:
-        answer, error = results["answers"][name], results["calibration_error"].get(name)
+        answer, error = results["answers"][name], results.get("calibration_error", {}).get(name)
         rows.append(
             [
                 f"exit {name}" if name.isdigit() else name,
-                f"{answer['accuracy']:.2f}",
+                *([f"{answer['accuracy']:.2f}"] if results["labelled"] else []),
+                f"{answer['agreement']:.2f}",
                 f"{answer['multiply_adds'] / 1e6:.1f}",
                 *(f"{answer['milliseconds'][batch] / whole[batch]:.2f}" for batch in BATCHES),
-                *(f"{100 * error[when]:.2f}" if error else "" for when in ("before", "after")),
+                *(f"{100 * error[when]:.2f}" if error else "" for when in ("before", "after") if results["labelled"]),
             ]
         )
-    head = ["answer of", "accuracy (%)", "MACs (million)", *(f"time at batch size {batch}" for batch in BATCHES)]
+    head = ["answer of", "accuracy (%)", "agreement (%)", "MACs (million)"]
+    head += [f"time at batch size {batch}" for batch in BATCHES]
+    if not results["labelled"]:
+        return table([name for name in head if name != "accuracy (%)"], rows)
     return table([*head, "ECE before (%)", "ECE after (%)"], rows)

@@ -192,11 +192,12 @@ def early_exit_costs(
     """Draws accuracy against MACs and against measured time, of every exit, the ensemble and early exit.
 
     Args:
-        answers: by '1' to '4', 'ensemble' and 'early exit': `accuracy` in percent, `multiply_adds`, and `milliseconds`
-            for an image by batch size.
-        curve: of early exit at other thresholds: `accuracy` and `multiply_adds`.
+        answers: by '1' to '4', 'ensemble' and 'early exit': `accuracy` in percent, without labels `agreement` with the
+            ensemble in its place; `multiply_adds`, and `milliseconds` for an image by batch size.
+        curve: of early exit at other thresholds: the same but the time.
         path: PNG to write.
     """
+    measure = "accuracy" if "accuracy" in answers["ensemble"] else "agreement"
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     costs: list[dict[str, float]] = [{name: row["multiply_adds"] / 1e6 for name, row in answers.items()}]
@@ -205,9 +206,9 @@ def early_exit_costs(
         costs.append({name: row["milliseconds"][batch] for name, row in answers.items()})
         titles.append(f"ms per image at batch size {batch}")
     line = [point["multiply_adds"] / 1e6 for point in curve]
-    panels[0].plot(line, [p["accuracy"] for p in curve], color=COLOURS[1], label="early exit, other budgets")
+    panels[0].plot(line, [p[measure] for p in curve], color=COLOURS[1], label="early exit, other budgets")
     for panel, cost, title in zip(panels, costs, titles, strict=True):
-        height = {name: row["accuracy"] for name, row in answers.items()}
+        height = {name: row[measure] for name, row in answers.items()}
         panel.plot(
             [cost[name] for name in EXITS],
             [height[name] for name in EXITS],
@@ -223,7 +224,7 @@ def early_exit_costs(
             size = 11 if marker == "*" else 7
             panel.plot(cost[name], height[name], color=colour, marker=marker, ms=size, ls="none", label=name)
         panel.set(xlabel=title, xlim=(0, 1.08 * max(cost.values())))
-    panels[0].set_ylabel("accuracy (%)")
+    panels[0].set_ylabel("accuracy (%)" if measure == "accuracy" else "agreement with the ensemble (%)")
     _widen(panels[0])
     figure.legend(handles=panels[0].get_lines(), loc="outside upper center", ncols=4, fontsize=8)
     _save(figure, path)

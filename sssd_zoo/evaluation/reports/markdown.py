@@ -58,6 +58,7 @@ class Results(TypedDict, total=False):
         accuracy: linear-probe accuracies; the first row is the network itself, the second what it is compared with.
         clustered: accuracy in percent of the features that were clustered, the pretext's, by how it was measured.
         macs: MACs per image at the exits '1' to '4' and for the 'ensemble'.
+        activations: numbers that their layers put out for an image, by the same names.
         times: of the steps.
         figures: file names beside the report and their captions.
         notes: more facts, each a line of Markdown.
@@ -84,6 +85,7 @@ class Results(TypedDict, total=False):
     accuracy: Sequence[AccuracyRow]
     clustered: Mapping[str, float]
     macs: Mapping[str, int]
+    activations: Mapping[str, int]
     times: Sequence[Timing]
     figures: Mapping[str, str]
     notes: Sequence[str]
