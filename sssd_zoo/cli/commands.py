@@ -31,6 +31,7 @@ COMMANDS = {
     "distill": Command("DistillArgs", "train a four-exit network on pseudo labels by self distillation"),
     "seed": Command("SEEDArgs", "distil a frozen teacher into a small network by SEED, a baseline"),
     "linear": Command("LinearArgs", "measure every exit and their ensemble by linear probes"),
+    "quality": Command("QualityArgs", "measure without labels how good a network is for your images", MODEL),
     "knn": Command("KNNArgs", "measure every exit by k-nearest-neighbour classification"),
     "compare": Command("CompareArgs", "compare several methods on the same images, beside the paper's results"),
     "early-exit": Command(

@@ -22,12 +22,13 @@ from sssd_zoo.configs.commands import (
     PublishArgs,
     PublishLabelsArgs,
     PullArgs,
+    QualityArgs,
     RepoConfig,
     SEEDArgs,
     SpaceArgs,
 )
 from sssd_zoo.configs.data import DataConfig, DetectionDataConfig
-from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig
+from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig, QualityConfig
 from sssd_zoo.configs.methods import (
     AnchoredConfig,
     ClusterConfig,
@@ -70,6 +71,8 @@ __all__ = [
     "PublishArgs",
     "PublishLabelsArgs",
     "PullArgs",
+    "QualityArgs",
+    "QualityConfig",
     "RepoConfig",
     "RuntimeConfig",
     "SEEDArgs",

@@ -6,6 +6,7 @@ RUN/
     pretrain/       the pretrained trunk, its log and curves (not with --features); checkpoints while it trains
     labels/         the pseudo labels
     distill/        the distilled network, with a class per cluster
+    quality/        figures of both networks that need no labels
     baseline/       the same on random labels, where true ones exist to compare by
     probe/          accuracy of both, where labels exist
     steps/          each step's inputs and result, by which the next call knows what is done
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sssd_zoo.configs import FitArgs, KNNConfig, SelfDistillationConfig
+from sssd_zoo.configs import FitArgs, KNNConfig, QualityConfig, SelfDistillationConfig
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, print_main, rank
@@ -40,6 +41,7 @@ from sssd_zoo.evaluation.protocol import (
 )
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.markdown import Results, write_report
+from sssd_zoo.evaluation.subset import IMAGES
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.hub.model_card import save_model_folder
@@ -50,6 +52,7 @@ from sssd_zoo.models.networks import load_encoder, load_network
 from sssd_zoo.pipeline.defaults import advice, derive
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, check_start, set_up
+from sssd_zoo.pipeline.quality import run_figures, run_verdict
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.training.runs import save_config, settings_of
 
@@ -154,7 +157,7 @@ class Plan:
         args, pretext = self.args, self.setup.pretext
         soft = {} if args.soft is None else {"soft": args.soft}
         stages = [
-            *pretext.pretrain_stages(settings_of(args.pretrain), self.setup.runtime),
+            *pretext.pretrain_stages(settings_of(args.pretrain), self.setup.runtime, QualityConfig.of(args)),
             pretext.label_stage(self.setup, args.cluster, self.out, args.seed),
             Stage(
                 name="distill",
@@ -162,6 +165,13 @@ class Plan:
                 settings={**settings_of(args.distill), "warm_start": args.warm_start, **self.start, **soft},
                 after=("labels",),
                 all_processes=True,
+            ),
+            Stage(
+                name="quality",
+                action=self.quality,
+                settings={"looked_at": IMAGES},
+                after=("distill",),
+                measured_on=None if self.evaluation is None else self.evaluation.digest(),
             ),
         ]
         if "baseline" in self.networks.values():
@@ -199,6 +209,13 @@ class Plan:
             encoder=encoder if args.distill.anchor else None,
             teacher_size=setup.pretext.teacher_size,
         )
+
+    def quality(self, folder: Path) -> dict[str, Any]:
+        """Figures without labels, of the distilled network and of the one that was clustered."""
+        setup = self.setup
+        clustered = load_encoder(setup.pretext.network(self.out), setup.pretext.teacher_size)
+        distilled = load_network(str(self.out / "distill"))
+        return {"label_free": run_figures(distilled, clustered, setup.data, setup.forward, self.args.seed)}
 
     def baseline(self, folder: Path) -> dict[str, Any]:
         """The same on random labels; without an anchor, which would teach the network what the labels do not say."""
@@ -281,6 +298,8 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         "k_asked": args.cluster.k,
         "sizes": pseudo.meta["sizes"],
         "quality": pseudo.meta["quality"],
+        "label_free": stages.results["quality"]["label_free"],
+        "verdict": run_verdict(args, setup.arch, len(setup.data), stages.results["quality"]["label_free"]),
         "macs": macs,
         "times": [{"step": name, "seconds": result["seconds"]} for name, result in stages.results.items()],
         "figures": draw_figures(plan, stages, pseudo, macs),

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from sssd_zoo.errors.text import plain
+from sssd_zoo.evaluation.meanings import MEANINGS
 from sssd_zoo.evaluation.reports.markdown import AccuracyRow
 from sssd_zoo.files import atomic_write_bytes
 
@@ -43,6 +44,8 @@ STYLE: Any = {
 
 EXITS = ("1", "2", "3", "4")
 
+FRACTIONS = ("two_view_consistency", "cluster_stability", "knn")  # figures of quality that are drawn on one scale
+
 NUMBERED = 3  # networks in one figure whose points have room for their numbers
 
 LONGEST_LABEL = 40  # characters of a name
@@ -56,17 +59,22 @@ def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str 
 
     Args:
         metrics: by the stage's title, the lines of its metrics.jsonl: `epoch`, `loss`, `lr`; any `*_top1`, a fraction,
-            is drawn in percent, and the other names but `step` and `images_per_second` as terms of the loss.
+            is drawn in percent, and the other names but `step` and `images_per_second` as terms of the loss. Figures
+            of quality without labels, which only some lines have, are drawn below.
         path: PNG to write.
     """
     stages = {title: lines for title, lines in metrics.items() if lines}
     columns = max(1, len(stages))
-    figure = Figure(figsize=(max(5.2, 4.0 * columns), 5.8), layout="constrained")
-    panels = figure.subplots(3, columns, sharex="col", squeeze=False, height_ratios=(4, 1.4, 1))
-    for (losses, accuracies, rates), (title, lines) in zip(panels.T, stages.items(), strict=False):
+    looked_at = any(name in line for lines in stages.values() for line in lines for name in MEANINGS)
+    ratios = (4, 1.4, 1.6, 1.2, 1) if looked_at else (4, 1.4, 1)
+    figure = Figure(figsize=(max(5.2, 4.0 * columns), (7.4 if looked_at else 5.8)), layout="constrained")
+    panels = figure.subplots(len(ratios), columns, sharex="col", squeeze=False, height_ratios=ratios)
+    for (losses, accuracies, *quality, rates), (title, lines) in zip(panels.T, stages.items(), strict=False):
         epochs = [line["epoch"] for line in lines]
-        values = {name: np.array([line[name] for line in lines]) for name in lines[0]}
+        values = {name: np.array([line[name] for line in lines]) for name in lines[0] if name not in MEANINGS}
         drawn = [name for name in values if name not in ("step", "epoch", "lr", "images_per_second")]
+        for panel, names in zip(quality, (FRACTIONS, ("rank_me",)), strict=False):
+            _figures_of_quality(panel, lines, names)
         top1 = [name for name in drawn if name.endswith("_top1")]
         terms = [name for name in drawn if name not in top1]
 
@@ -92,7 +100,8 @@ def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str 
         _curve(rates, epochs, values["lr"], FAINT, "lr", width=1.4)
         rates.set(xlabel="epoch", xlim=(0, None), ylim=(0, None))
         rates.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    for panel, name in zip(panels[:, 0], ("loss", "top-1", "lr"), strict=True):
+    names = ("loss", "top-1", "quality", "rank", "lr") if looked_at else ("loss", "top-1", "lr")
+    for panel, name in zip(panels[:, 0], names, strict=True):
         panel.set_ylabel(name)
     _save(figure, path)
 
@@ -332,6 +341,21 @@ def _curve(
         smooth = np.convolve(padded, np.full(window, 1 / window), mode="valid")
     dot = "o" if len(y) == 1 else None
     axes.plot(x, smooth, color=colour, label=name.replace("_", " "), lw=width, zorder=1 + width, marker=dot)
+
+
+def _figures_of_quality(axes: Axes, lines: Sequence[Mapping[str, float]], names: Sequence[str]) -> None:
+    """Draws figures of quality without labels over the epochs that have them; percents as fractions."""
+    for name, colour in zip(names, _colours(start=1), strict=False):
+        points = [(line["epoch"], line[name]) for line in lines if name in line]
+        if points:
+            epochs, values = zip(*points, strict=True)
+            scale = 100 if name == "knn" else 1
+            axes.plot(epochs, np.array(values) / scale, color=colour, marker=".", label=MEANINGS[name].title)
+    if axes.lines:
+        _legend_below(axes)
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_visible(False)
 
 
 def _label(name: str) -> str:
