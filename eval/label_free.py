@@ -110,7 +110,7 @@ def report(rows: dict[str, dict[str, float]], sources: dict[str, str], args: arg
             "# Quality without labels against linear probes",
             "",
             f"- **Data**: {code(args.data)}; figures of {args.images:,} training images, probes trained on "
-            f"{args.probe:,} training images and measured on {args.test:,} of the test split, drawn with seed {args.seed}",
+            f"{args.probe:,} training images and measured on {args.test:,} of the test split; seed {args.seed}",
             f"- **Machine**: {markdown(describe_machine(resolve_precision(args.precision, args.device)))}",
             f"- **Networks**: {', '.join(f'{code(name)} is {code(source)}' for name, source in sources.items())}",
             "",

@@ -52,8 +52,8 @@ class Checkpoints:
 
     Each holds what the accelerator saves and checkpoint.json: the progress and, where the epoch has begun, its mean
     loss `epoch_loss`; `figures` that a monitor measured at that step; the run's `identity`; the `sha256` of the other
-    files; in `not_finite_at`, if training from it diverged, the step whose loss was not finite; and in `seal` the sha256
-    of all this.
+    files; in `not_finite_at`, if training from it diverged, the step whose loss was not finite; and in `seal` the
+    sha256 of all this.
 
     Args:
         folder: that holds them.
