@@ -81,15 +81,25 @@ def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]
         images: that it was trained on.
         figures: of `run_figures`.
     """
-    fit = ["sssd", "fit", *data_words(args, ("model", "image_size", "test_split")), "--out", f"{Path(args.out)}-2"]
+    fit = [
+        "sssd",
+        "fit",
+        *data_words(args, ("model", "image_size", "test_split")),
+    ]
     bundled = [name for name in timm.list_pretrained(f"{arch}.*") if bundled_weights(name) is not None]
-    improve = []
+    options = []
     if args.features is None and args.pretrain.init is None:
-        improve += [command(*fit, "--pretrain.init", name) for name in bundled]
+        options += [("init", "--pretrain.init", name) for name in bundled]
     if args.features is None:
-        improve.append(command(*fit, "--features", ENCODER))
-        improve.append(command(*fit, "--pretrain.epochs", str(2 * args.pretrain.epochs)))
-    improve.append(command(*fit, "--distill.epochs", str(2 * args.distill.epochs)))
+        options.append(("encoder", "--features", ENCODER))
+        start = () if args.pretrain.init is None else ("--pretrain.init", args.pretrain.init)
+        options.append(("longer", *start, "--pretrain.epochs", str(2 * args.pretrain.epochs)))
+    else:
+        same = () if args.teacher_size is None else ("--teacher_size", str(args.teacher_size))
+        longer = ("--distill.epochs", str(2 * args.distill.epochs))
+        options.append(("longer", "--features", args.features, *same, *longer))
+    out = Path(args.out)
+    improve = [command(*fit, *option, "--out", f"{out}-{name}") for name, *option in options]
     return judge(
         figures,
         images=images,

@@ -209,7 +209,7 @@ def _label_free(results: Results) -> list[str]:
     ]
     lines = ["## Quality without labels", "", TRUST, ""]
     if "images" in figures:
-        lines[2] = f"Of {figures['images']:,.0f} of the training images. {TRUST}"
+        lines[2] = f"Measured on {figures['images']:,.0f} of the training images. {TRUST}"
     lines += [*table(["", *columns], cells), ""]
     agreement = {name: meaning for name, meaning in AGREEMENT.items() if name in figures}
     if agreement:
