@@ -47,7 +47,7 @@ def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, cap
         assert f"- {name}: " in quality
 
     commands = [shlex.split(line) for line in verdict["next"]]
-    inits = [words[-1] for words in commands if "--pretrain.init" in words]
+    inits = [words[words.index("--pretrain.init") + 1] for words in commands if "--pretrain.init" in words]
     assert inits == ["sssd_resnet18.dist_tiny_imagenet_32"]
     for words in commands:
         if words[1] == "fit":
