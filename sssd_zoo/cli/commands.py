@@ -35,6 +35,7 @@ COMMANDS = {
     "seed": Command("SEEDArgs", "distil a frozen teacher into a small network by SEED, a baseline"),
     "linear": Command("LinearArgs", "measure every exit and their ensemble by linear probes", network="model"),
     "knn": Command("KNNArgs", "measure every exit by k-nearest-neighbour classification", network="model"),
+    "quality": Command("QualityArgs", "measure without labels how good a network is for your images", MODEL),
     "compare": Command("CompareArgs", "compare several methods on the same images, beside the paper's results"),
     "early-exit": Command(
         "EarlyExitArgs", "calibrate early exit to a budget of accuracy, MACs or latency, and measure it", MODEL

@@ -26,6 +26,7 @@ from sssd_zoo.configs.commands import (
     PublishArgs,
     PublishLabelsArgs,
     PullArgs,
+    QualityArgs,
     RenameArgs,
     RepoConfig,
     ReportArgs,
@@ -34,7 +35,7 @@ from sssd_zoo.configs.commands import (
     SpaceArgs,
 )
 from sssd_zoo.configs.data import DataConfig, DetectionDataConfig
-from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig
+from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig, QualityConfig
 from sssd_zoo.configs.methods import (
     AnchoredConfig,
     ClusterConfig,
@@ -81,6 +82,8 @@ __all__ = [
     "PublishArgs",
     "PublishLabelsArgs",
     "PullArgs",
+    "QualityArgs",
+    "QualityConfig",
     "RenameArgs",
     "RepoConfig",
     "ReportArgs",

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from sssd_zoo.configs.augment import AugmentConfig
 from sssd_zoo.configs.data import MAX_PIXELS, DataConfig, DetectionDataConfig
-from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig
+from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig, QualityConfig
 from sssd_zoo.configs.methods import (
     AnchoredConfig,
     ClusterConfig,
@@ -45,7 +45,7 @@ from sssd_zoo.configs.training import OptimConfig, RuntimeConfig
 
 
 @dataclass(kw_only=True)
-class PretrainArgs(DataConfig, RuntimeConfig, MoCoConfig):
+class PretrainArgs(DataConfig, RuntimeConfig, QualityConfig, MoCoConfig):
     """Pretrains a network without labels by MoCo v2.
 
     Args:
@@ -185,7 +185,24 @@ class KNNArgs(DataConfig, ForwardConfig, KNNConfig):
 
 
 @dataclass(kw_only=True)
-class FitArgs(DataConfig, RuntimeConfig, PretextConfig):
+class QualityArgs(DataConfig, ForwardConfig):
+    """Measures how good a network is for images without labels, and says what to do next.
+
+    Args:
+        model: run folder, or the name of any timm model.
+        images: number of images to look at, drawn at random.
+        seed: random seed of the images, of their views and of k-means.
+        format: 'table', or 'json' for programs.
+    """
+
+    model: str
+    images: Clusters = 2000
+    seed: Seed = 0
+    format: Literal["table", "json"] = "table"
+
+
+@dataclass(kw_only=True)
+class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
     """Runs the whole pipeline: pretrains, clusters, distils, measures and reports. Rerun it to resume.
 
     Args:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sssd_zoo.configs.ranges import Checked, Count, ProperFraction, Temperature, Weight
+from sssd_zoo.configs.ranges import Checked, Count, CountOrZero, ProperFraction, Temperature, Weight
 
 
 @dataclass(kw_only=True)
@@ -35,6 +35,22 @@ class KNNConfig(Checked):
 
     neighbours: Count = 200
     temperature: Temperature = 0.1
+
+
+@dataclass(kw_only=True)
+class QualityConfig(Checked):
+    """Quality without labels, measured while a network is pretrained.
+
+    Args:
+        quality_every: epochs between measurements of the network on at most 2,000 of the training images, for
+            metrics.jsonl, the curves and the trackers; 0 for none. With labels, weighted kNN joins them (`sssd
+            pretrain` reads labels only where --label_column names them).
+        best_by: what the checkpoints of --keep_best are chosen by: the lowest 'loss', or the highest of one of these
+            figures, among checkpoints of epochs that were measured.
+    """
+
+    quality_every: CountOrZero = 10
+    best_by: Literal["loss", "two_view_consistency", "rank_me", "knn"] = "loss"
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ RUN/
     labels/         the pseudo labels
     distill/        the distilled network, with a class per cluster
     more-1/, ...    the same trained further, with --more_epochs
+    quality/        figures of both networks that need no labels
     baseline/       the same on random labels, where true ones exist to compare by
     probe/          accuracy of both, where labels exist
     steps/          each step's inputs and result, by which the next call knows what is done
@@ -30,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sssd_zoo.configs import AnchoredConfig, FitArgs, KNNConfig, OptimConfig, SelfDistillationConfig
+from sssd_zoo.configs import AnchoredConfig, FitArgs, KNNConfig, OptimConfig, QualityConfig, SelfDistillationConfig
 from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import short_name
@@ -49,6 +50,7 @@ from sssd_zoo.evaluation.protocol import (
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.markdown import Results, write_report
 from sssd_zoo.evaluation.reports.terminal import summary
+from sssd_zoo.evaluation.subset import IMAGES
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.network_link import link_network
@@ -72,6 +74,7 @@ from sssd_zoo.pipeline.forecast import Forecast, rough
 from sssd_zoo.pipeline.mistakes import Mistakes
 from sssd_zoo.pipeline.preflight import check_start
 from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
+from sssd_zoo.pipeline.quality import run_figures, run_verdict
 from sssd_zoo.pipeline.rename import cluster_names
 from sssd_zoo.pipeline.report import write_run_page
 from sssd_zoo.pipeline.stages import Stage, Stages
@@ -244,7 +247,7 @@ class Plan:
         args, pretext = self.args, self.setup.pretext
         soft = {} if args.soft is None else {"soft": args.soft}
         stages = [
-            *pretext.pretrain_stages(settings_of(args.pretrain), self.setup.runtime),
+            *pretext.pretrain_stages(settings_of(args.pretrain), self.setup.runtime, QualityConfig.of(args)),
             pretext.label_stage(self.setup, args.cluster, self.out, args.seed),
             Stage(
                 name="distill",
@@ -258,6 +261,15 @@ class Plan:
             settings = settings_of(self.extensions[name])
             action = partial(self.extend, before, name)
             stages.append(Stage(name=name, action=action, settings=settings, after=(before,), all_processes=True))
+        stages.append(
+            Stage(
+                name="quality",
+                action=self.quality,
+                settings={"looked_at": IMAGES},
+                after=(self.student,),
+                measured_on=None if self.evaluation is None else self.evaluation.digest(),
+            )
+        )
         if "baseline" in self.networks.values():
             random = {"labels": f"random, K = {args.cluster.k}"}
             settings = {**settings_of(SelfDistillationConfig.of(args.distill)), **random}
@@ -351,6 +363,13 @@ class Plan:
             teacher_size=setup.pretext.teacher_size,
         )
 
+    def quality(self, folder: Path) -> dict[str, Any]:
+        """Figures without labels, of the distilled network and of the one that was clustered."""
+        setup = self.setup
+        clustered = load_encoder(setup.pretext.network(self.out), setup.pretext.teacher_size)
+        distilled = load_network(str(self.out / self.student))
+        return {"label_free": run_figures(distilled, clustered, setup.data, setup.forward, self.args.seed)}
+
     def baseline(self, folder: Path) -> dict[str, Any]:
         """The same on random labels; without an anchor, which would teach the network what the labels do not say."""
         setup = self.setup
@@ -417,6 +436,8 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         "k_asked": args.cluster.k,
         "sizes": pseudo.meta["sizes"],
         "quality": pseudo.meta["quality"],
+        "label_free": stages.results["quality"]["label_free"],
+        "verdict": run_verdict(args, setup.arch, len(setup.data), stages.results["quality"]["label_free"]),
         "macs": macs,
         "times": [{"step": name, "seconds": result["seconds"]} for name, result in stages.results.items()],
         "figures": draw_figures(plan, stages, pseudo, macs),

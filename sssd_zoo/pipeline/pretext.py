@@ -11,7 +11,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from sssd_zoo.configs import AugmentConfig, ClusterConfig, DataConfig, ForwardConfig, MoCoConfig, RuntimeConfig
+from sssd_zoo.configs import (
+    AugmentConfig,
+    ClusterConfig,
+    DataConfig,
+    ForwardConfig,
+    MoCoConfig,
+    QualityConfig,
+    RuntimeConfig,
+)
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import rank
@@ -82,15 +90,17 @@ class Pretext:
         start = {"init": self.digest} if self.digest else {}  # the weights count, not where they lie
         return {"arch": self.arch, **where, **start}
 
-    def pretrain_stages(self, settings: dict[str, Any], runtime: RuntimeConfig) -> list[Stage]:
-        """Pretrains it, where it is to be pretrained."""
+    def pretrain_stages(
+        self, settings: dict[str, Any], runtime: RuntimeConfig, quality: QualityConfig | None = None
+    ) -> list[Stage]:
+        """Pretrains it, where it is to be pretrained; `quality` changes none of its numbers."""
         source = self.source
         if source is None:
             return []
 
         def pretrain(folder: Path) -> dict[str, Any]:
             spec = RunSpec(arch=self.arch, size=self.size, out=folder, title="MoCo v2")
-            return dict(pretrain_network(source, self.config, runtime, spec))
+            return dict(pretrain_network(source, self.config, runtime, spec, quality=quality))
 
         inputs = {**settings, **self.inputs()}
         return [Stage(name="pretrain", action=pretrain, settings=inputs, all_processes=True)]

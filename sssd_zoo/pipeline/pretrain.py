@@ -9,6 +9,7 @@ from sssd_zoo.configs import (
     MoCoConfig,
     OptimConfig,
     PretrainArgs,
+    QualityConfig,
     RuntimeConfig,
 )
 from sssd_zoo.data.inputs import storage_default
@@ -26,6 +27,7 @@ from sssd_zoo.models.networks import (
 from sssd_zoo.tasks import MoCo
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
+from sssd_zoo.training.quality import QualityMonitor
 from sssd_zoo.training.runs import (
     RunSpec,
     announce,
@@ -44,8 +46,17 @@ def pretrain_network(
     spec: RunSpec,
     *,
     steps_per_epoch: int | None = None,
+    quality: QualityConfig | None = None,
 ) -> dict[str, float]:
     """MoCo v2 on images; writes the trunk into the run folder, see `run_training`.
+
+    Args:
+        data: the images.
+        config: of MoCo.
+        runtime: where and how to run.
+        spec: what is trained, and where it is kept.
+        steps_per_epoch: of a stream of unknown length.
+        quality: when to measure the trunk without labels; by default never. Streams are not measured.
 
     Raises:
         UserError: for settings that MoCo cannot work with.
@@ -61,6 +72,8 @@ def pretrain_network(
     task = MoCo(trunk, config, input_spec(trunk, spec.size))
     if isinstance(data, ImageData):
         loader: EpochLoader | StreamLoader = EpochLoader(data, config.batch_size, runtime.seed)
+        if quality is not None:
+            task.monitor = QualityMonitor(trunk, data, quality, runtime, input_spec(trunk, spec.size))
     else:
         loader = StreamLoader(data, config.batch_size, runtime.seed, steps_per_epoch)
     settings = method_settings(config, MoCoConfig)
@@ -89,7 +102,9 @@ def check_splits(config: MoCoConfig, processes: int) -> None:
 def pretrain(args: PretrainArgs) -> None:
     """`sssd pretrain`."""
     runtime, out = start_training(args)
-    config = replace(DataConfig.of(args), unlabelled=True, label_column=None)
+    config = DataConfig.of(args)
+    if args.label_column is None or args.streaming:
+        config = replace(config, unlabelled=True, label_column=None)
     default_size = storage_default(args.image_size)
     data: ImageData | StreamingImages
     if config.streaming:
@@ -98,5 +113,12 @@ def pretrain(args: PretrainArgs) -> None:
         # No later step reads these rows by number, so images too many for memory need no pass that verifies them first.
         data = load_images(config, default_size=default_size, progress=rank() == 0, verify=False)
     spec = command_spec(args, data, out, "MoCo v2")
-    measured = pretrain_network(data, MoCoConfig.of(args), runtime, spec, steps_per_epoch=args.steps_per_epoch)
+    measured = pretrain_network(
+        data,
+        MoCoConfig.of(args),
+        runtime,
+        spec,
+        steps_per_epoch=args.steps_per_epoch,
+        quality=QualityConfig.of(args),
+    )
     announce(out, f"{spec.arch} pretrained on {data.name}", measured)

@@ -1,7 +1,7 @@
 """What the engine asks of a method."""
 
 import copy
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,23 @@ from sssd_zoo.configs import AugmentConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom, draw_views, normalise, put, supervised_view
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.mixing import blend, blend_labels, draw_mixing
+
+
+class Monitor(Protocol):
+    """What looks at a network while it is trained, without touching the training."""
+
+    @property
+    def best_by(self) -> str:
+        """The figure, higher being better, that the checkpoints to keep as the best are chosen by, or 'loss'."""
+        ...
+
+    def due(self, epoch: int, epochs: int) -> bool:
+        """Whether to measure after this epoch, counted from 0, of so many."""
+        ...
+
+    def measure(self) -> dict[str, float]:
+        """The figures of the network as it is now, for the log; called in the main process alone."""
+        ...
 
 
 class Task(nn.Module):
@@ -25,10 +42,12 @@ class Task(nn.Module):
         size: side of the views in pixels; the engine changes it where a training goes through several.
         global_batchnorm: whether BatchNorm's statistics are to be those of the global batch, of all processes.
         compiled: whether to compile what `views` computes on an accelerator.
+        monitor: what measures the network after some epochs, if anything does.
     """
 
     global_batchnorm = True
     compiled = False
+    monitor: Monitor | None = None
 
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()

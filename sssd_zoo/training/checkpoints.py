@@ -51,8 +51,9 @@ class Checkpoints:
     """The checkpoints of a run: folders `step-00000123`, complete or absent.
 
     Each holds what the accelerator saves and checkpoint.json: the progress and, where the epoch has begun, its mean
-    loss `epoch_loss`; the run's `identity`; the `sha256` of the other files; in `not_finite_at`, if training from it
-    diverged, the step whose loss was not finite; and in `seal` the sha256 of all this.
+    loss `epoch_loss`; `figures` that a monitor measured at that step; the run's `identity`; the `sha256` of the other
+    files; in `not_finite_at`, if training from it diverged, the step whose loss was not finite; and in `seal` the
+    sha256 of all this.
 
     Args:
         folder: that holds them.
@@ -68,14 +69,25 @@ class Checkpoints:
         pairs = [(path, read_record(path)) for path in sorted(self.folder.glob("step-*"))]
         return sorted(((path, record) for path, record in pairs if record), key=lambda pair: pair[1]["step"])
 
-    def save(self, accelerator: Accelerator, progress: Progress, keep_last: int, keep_best: int) -> None:
+    def save(
+        self,
+        accelerator: Accelerator,
+        progress: Progress,
+        keep_last: int,
+        keep_best: int,
+        *,
+        figures: dict[str, float] | None = None,
+        best_by: str = "loss",
+    ) -> None:
         """Writes a checkpoint of everything the accelerator prepared, and removes those no longer to be kept.
 
         Args:
             accelerator: of the run.
             progress: of the run.
             keep_last: checkpoints to keep, the newest; at least one.
-            keep_best: checkpoints to keep, those of the lowest loss.
+            keep_best: checkpoints to keep, those of the lowest loss, or of the highest figure.
+            figures: that a monitor measured at this step.
+            best_by: 'loss', or the figure; checkpoints without that figure are not among the best.
 
         Raises:
             UserError: in every process if one of them cannot write its part; nothing is left of it.
@@ -87,13 +99,13 @@ class Checkpoints:
             self._write_state(accelerator, partial)
             if accelerator.is_main_process:
                 with disk_errors(self.folder):
-                    write_record(partial, self._record(progress, partial))
+                    write_record(partial, self._record(progress, partial, figures or {}))
                     publish_dir(partial, target)
         finally:
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
         if accelerator.is_main_process:
-            self._remove_superseded(progress.step, keep_last, keep_best)
+            self._remove_superseded(progress.step, keep_last, keep_best, best_by)
         accelerator.wait_for_everyone()
 
     def _write_state(self, accelerator: Accelerator, partial: Path) -> None:
@@ -113,19 +125,24 @@ class Checkpoints:
         for first in gather_object(errors):
             raise first
 
-    def _record(self, progress: Progress, partial: Path) -> dict[str, Any]:
+    def _record(self, progress: Progress, partial: Path, figures: dict[str, float]) -> dict[str, Any]:
         """What checkpoint.json of a folder, complete but for it, is to hold."""
         record = asdict(progress)
         if progress.epoch_count:
             record["epoch_loss"] = progress.epoch_loss
+        record |= {"figures": figures} if figures else {}
         return {**record, "identity": self.identity, "sha256": sha256_of(partial, partial.iterdir())}
 
-    def _remove_superseded(self, step: int, keep_last: int, keep_best: int) -> None:
+    def _remove_superseded(self, step: int, keep_last: int, keep_best: int, best_by: str) -> None:
         """Removes all but the last and the best, once that of `step` is written."""
         # Later ones are damaged, or from before the run was resumed at an earlier one.
         saved = [(path, record) for path, record in self.saved() if record["step"] <= step]
-        by_loss = sorted(saved, key=lambda pair: pair[1].get("epoch_loss", math.inf))
-        kept = {path for path, _ in saved[-max(1, keep_last) :]} | {path for path, _ in by_loss[:keep_best]}
+        if best_by == "loss":
+            best_first = sorted(saved, key=lambda pair: pair[1].get("epoch_loss", math.inf))
+        else:
+            measured = [pair for pair in saved if best_by in pair[1].get("figures", {})]
+            best_first = sorted(measured, key=lambda pair: -pair[1]["figures"][best_by])
+        kept = {path for path, _ in saved[-max(1, keep_last) :]} | {path for path, _ in best_first[:keep_best]}
         for path in self.folder.glob("step-*"):
             if path not in kept:
                 shutil.rmtree(path)

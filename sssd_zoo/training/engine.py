@@ -130,6 +130,7 @@ class Trainer:
         self.bar = self._progress_bar(title)
         self.threads = TrainingThreads(self.accelerator.device)
         self.unlogged: list[dict[str, Tensor]] = []  # what the steps since the last line of the log returned
+        self.figures: dict[str, float] = {}  # what the task's monitor measured at this step
         self.logged_at = time.perf_counter()
         self.started_at = self.logged_at - self.progress.seconds  # as if the run had never been interrupted
 
@@ -237,11 +238,11 @@ class Trainer:
         for positions, images in self.loader.epoch(epoch, start):
             self.step(positions, images, targets)
             step = self.progress.step
-            if step % self.runtime.log_every == 0:
+            if step % self.runtime.log_every == 0 and step % steps_per_epoch:
                 self.flush()
             if every and step % every == 0 and step % steps_per_epoch:
                 self.save()
-        self.flush()
+        self.flush(ended=epoch)
         self.bar.refresh()
         if (epoch + 1) % max(1, self.runtime.checkpoint_epochs) == 0 or self.progress.step == self.total_steps:
             self.save()
@@ -277,6 +278,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.unlogged.append(means)
+        self.figures = {}
         self.progress.step += 1
         self.bar.update(self.optim.batch_size)
         if self.threads.adapt():
@@ -295,8 +297,12 @@ class Trainer:
             batch["labels"] = targets[positions].to(device, non_blocking=True)
         return batch
 
-    def flush(self) -> None:
-        """Logs the mean of the steps since the last line, over all processes; refuses a loss that is not finite."""
+    def flush(self, ended: int | None = None) -> None:
+        """Logs the mean of the steps since the last line, over all processes; refuses a loss that is not finite.
+
+        Args:
+            ended: the epoch that has just ended, whose line also has the figures of the task's monitor.
+        """
         if not self.unlogged:
             return
         names = list(self.unlogged[0])
@@ -307,7 +313,17 @@ class Trainer:
         self._check_losses(losses)
         self.progress.epoch_sum += float(losses.sum())
         self.progress.epoch_count += len(losses)
+        self._look(ended)
         self._write_line(dict(zip(names, table.mean(0).tolist(), strict=True)), len(losses))
+
+    def _look(self, ended: int | None) -> None:
+        """Lets the task's monitor measure, in the main process, where it is due; that time is not the steps'."""
+        monitor = self.task.monitor
+        if ended is None or monitor is None or not monitor.due(ended, self.optim.epochs) or rank():
+            return
+        began = time.perf_counter()
+        self.figures = monitor.measure()
+        self.logged_at += time.perf_counter() - began
 
     def _check_losses(self, losses: Tensor) -> None:
         """Raises `UserError` if the loss of one of the last steps, float32 [steps], is not finite."""
@@ -325,7 +341,7 @@ class Trainer:
         self.logged_at = now
         epoch = step / self.loader.steps_per_epoch
         line = {"step": step, "epoch": round(epoch, 4), **means, "lr": self.lr, "images_per_second": round(rate, 1)}
-        self.log.write(line)
+        self.log.write({**line, **self.figures})
         epochs = f"{math.ceil(epoch)}/{self.optim.epochs}"
         self.bar.set_postfix(epoch=epochs, loss=f"{means['loss']:.3f}", refresh=False)
 
@@ -338,4 +354,11 @@ class Trainer:
             problem = f"the weights became infinite or NaN before step {step} of {self.total_steps} (lr {self.lr:.3g})"
             raise self.checkpoints.record_divergence(problem, step)
         self.progress.seconds = self.seconds
-        self.checkpoints.save(self.accelerator, self.progress, self.runtime.keep_last, self.runtime.keep_best)
+        self.checkpoints.save(
+            self.accelerator,
+            self.progress,
+            self.runtime.keep_last,
+            self.runtime.keep_best,
+            figures=self.figures,
+            best_by="loss" if self.task.monitor is None else self.task.monitor.best_by,
+        )

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator, PercentFormatter
 
 from sssd_zoo.errors.text import plain
+from sssd_zoo.evaluation.meanings import MEANINGS
 from sssd_zoo.evaluation.reports.markdown import AccuracyRow
 from sssd_zoo.files import atomic_write_bytes
 
@@ -43,6 +44,8 @@ STYLE: Any = {
 
 EXITS = ("1", "2", "3", "4")
 
+FRACTIONS = ("two_view_consistency", "cluster_stability", "knn")  # figures of quality that are drawn on one scale
+
 NUMBERED = 3  # networks in one figure whose points have room for their numbers
 
 # Terms that are logged without their small weight in the loss, far above the others, and what their axes are called.
@@ -60,19 +63,31 @@ def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str 
     Args:
         metrics: by the stage's title, the lines of its metrics.jsonl: `epoch`, `loss`, `lr`; any `*_top1`, a fraction,
             is drawn in percent, those of `OWN_SCALE` in a panel of their own where a stage has them, and the other
-            names but `step` and `images_per_second` as terms of the loss.
+            names but `step` and `images_per_second` as terms of the loss. Figures of quality without labels, which only
+            some lines have, are drawn below.
         path: PNG to write.
     """
     stages = {title: lines for title, lines in metrics.items() if lines}
     columns = max(1, len(stages))
-    extra = int(any(OWN_SCALE.keys() & lines[0].keys() for lines in stages.values()))
-    figure = Figure(figsize=(max(5.2, 4.0 * columns), 5.8 + 1.4 * extra), layout="constrained")
-    heights = (4, *[1.4] * extra, 1.4, 1)
-    panels = figure.subplots(len(heights), columns, sharex="col", squeeze=False, height_ratios=heights)
-    for (losses, *unweighted, accuracies, rates), (title, lines) in zip(panels.T, stages.items(), strict=False):
+    rows = {"loss": 4.0}
+    if any(OWN_SCALE.keys() & lines[0].keys() for lines in stages.values()):
+        rows["unweighted"] = 1.4
+    rows["top-1"] = 1.4
+    if any(name in line for lines in stages.values() for line in lines for name in MEANINGS):
+        rows |= {"quality": 1.6, "rank": 1.2}
+    rows["lr"] = 1.0
+    figure = Figure(figsize=(max(5.2, 4.0 * columns), 5.8 * sum(rows.values()) / 6.4), layout="constrained")
+    panels = figure.subplots(len(rows), columns, sharex="col", squeeze=False, height_ratios=list(rows.values()))
+    for column, (title, lines) in zip(panels.T, stages.items(), strict=False):
+        panel_of = dict(zip(rows, column, strict=True))
+        losses, accuracies, rates = (panel_of[name] for name in ("loss", "top-1", "lr"))
+        unweighted = [panel_of["unweighted"]] if "unweighted" in rows else []
+        quality = [panel_of[name] for name in ("quality", "rank") if name in rows]
         epochs = [line["epoch"] for line in lines]
-        values = {name: np.array([line[name] for line in lines]) for name in lines[0]}
+        values = {name: np.array([line[name] for line in lines]) for name in lines[0] if name not in MEANINGS}
         drawn = [name for name in values if name not in ("step", "epoch", "lr", "images_per_second")]
+        for panel, names in zip(quality, (FRACTIONS, ("rank_me",)), strict=False):
+            _figures_of_quality(panel, lines, names)
         top1 = [name for name in drawn if name.endswith("_top1")]
         own_scale = [name for name in drawn if name in OWN_SCALE]
         terms = [name for name in drawn if name not in (*top1, *own_scale)]
@@ -105,8 +120,9 @@ def loss_curves(metrics: Mapping[str, Sequence[Mapping[str, float]]], path: str 
         _curve(rates, epochs, values["lr"], FAINT, "lr", width=1.4)
         rates.set(xlabel="epoch", xlim=(0, None), ylim=(0, None))
         rates.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    for row, name in ((0, "loss"), (-2, "top-1"), (-1, "lr")):
-        panels[row, 0].set_ylabel(name)
+    for row, name in enumerate(rows):
+        if name != "unweighted":  # its axis names the term
+            panels[row, 0].set_ylabel(name)
     _save(figure, path)
 
 
@@ -346,6 +362,21 @@ def _curve(
         smooth = np.convolve(padded, np.full(window, 1 / window), mode="valid")
     dot = "o" if len(y) == 1 else None
     axes.plot(x, smooth, color=colour, label=name.replace("_", " "), lw=width, zorder=1 + width, marker=dot)
+
+
+def _figures_of_quality(axes: Axes, lines: Sequence[Mapping[str, float]], names: Sequence[str]) -> None:
+    """Draws figures of quality without labels over the epochs that have them; percents as fractions."""
+    for name, colour in zip(names, _colours(start=1), strict=False):
+        points = [(line["epoch"], line[name]) for line in lines if name in line]
+        if points:
+            epochs, values = zip(*points, strict=True)
+            scale = 100 if name == "knn" else 1
+            axes.plot(epochs, np.array(values) / scale, color=colour, marker=".", label=MEANINGS[name].title)
+    if axes.lines:
+        _legend_below(axes)
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_visible(False)
 
 
 def _label(name: str) -> str:

@@ -8,6 +8,8 @@ import numpy as np
 
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import code, markdown
+from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
+from sssd_zoo.evaluation.verdict import TRUST, Verdict
 from sssd_zoo.files import atomic_write_text, read_json
 
 
@@ -25,14 +27,6 @@ class Timing(TypedDict):
     step: str
     seconds: float
     note: NotRequired[str]
-
-
-class Verdict(TypedDict):
-    """Whether a network is any good ('good', 'fair' or 'weak'), in a sentence, and commands to go on with."""
-
-    level: str
-    sentence: str
-    next: list[str]
 
 
 class Results(TypedDict, total=False):
@@ -56,6 +50,8 @@ class Results(TypedDict, total=False):
         sizes: images per cluster.
         quality: of the pseudo labels against the true ones: 'nmi' and 'ari' and 'purity', in 0..1.
         accuracy: linear-probe accuracies; the first row is the network itself, the second what it is compared with.
+        label_free: figures of quality without labels, see `pipeline.quality.run_figures`.
+        verdict: what they say, and what to do next.
         clustered: accuracy in percent of the features that were clustered, the pretext's, by how it was measured.
         macs: MACs per image at the exits '1' to '4' and for the 'ensemble'.
         activations: numbers that their layers put out for an image, by the same names.
@@ -63,7 +59,6 @@ class Results(TypedDict, total=False):
         figures: file names beside the report and their captions.
         notes: more facts, each a line of Markdown.
         finetuned: of a network that was trained on true labels: from what and how, in Markdown.
-        verdict: what to think of it, and what to do next.
     """
 
     model: str
@@ -84,13 +79,14 @@ class Results(TypedDict, total=False):
     quality: Mapping[str, float] | None
     accuracy: Sequence[AccuracyRow]
     clustered: Mapping[str, float]
+    label_free: Mapping[str, float]
+    verdict: Verdict
     macs: Mapping[str, int]
     activations: Mapping[str, int]
     times: Sequence[Timing]
     figures: Mapping[str, str]
     notes: Sequence[str]
     finetuned: str
-    verdict: Verdict
 
 
 def read_results(run: str | Path) -> Results:
@@ -113,8 +109,10 @@ def write_report(path: str | Path, results: Results) -> None:
         path: file to write; the figures that `results` names lie beside it.
         results: what was measured.
     """
-    head = ["# Self-supervised self distillation: report", "", *(f"- {fact}" for fact in describe(results)), ""]
-    atomic_write_text(path, "\n".join([*head, *_accuracy(results), *_clusters(results), *_times(results)]))
+    head = ["# Self-supervised self distillation: report", "", *_verdict(results)]
+    head += [*(f"- {fact}" for fact in describe(results)), ""]
+    sections = [_accuracy(results), _label_free(results), _clusters(results), _times(results)]
+    atomic_write_text(path, "\n".join([*head, *(line for section in sections for line in section)]))
 
 
 def describe(results: Results) -> list[str]:
@@ -183,6 +181,48 @@ def _accuracy(results: Results) -> list[str]:
         ]
         lines += [*table(["answer of", "MACs per image", "of exit 4's"], cells), ""]
     return [*lines, *_figures(results, "accuracy")]
+
+
+def _verdict(results: Results) -> list[str]:
+    if (verdict := results.get("verdict")) is None:
+        return []
+    lines = [f"**Verdict: {verdict['level']}.** {markdown(verdict['sentence'])}", ""]
+    return [*lines, "Next:", "", "```sh", *verdict["next"], "```", ""] if verdict["next"] else lines
+
+
+def _label_free(results: Results) -> list[str]:
+    """The figures, a column for each network and exit that has them, and what each means."""
+    if not (figures := results.get("label_free")):
+        return []
+    exits = sorted({key[-1] for key in figures if "_exit_" in key})
+    columns = {
+        "clustered": "clustered_{}",
+        **{f"exit {number}": f"{{}}_exit_{number}" for number in exits},
+        "last exit": "{}",
+    }
+    cells = [
+        [
+            meaning.title,
+            *(
+                f"{figures[key]:.{meaning.digits}f}" if (key := form.format(name)) in figures else ""
+                for form in columns.values()
+            ),
+        ]
+        for name, meaning in MEANINGS.items()
+        if name in figures
+    ]
+    lines = ["## Quality without labels", "", TRUST, ""]
+    if "images" in figures:
+        lines[2] = f"Measured on {figures['images']:,.0f} of the training images. {TRUST}"
+    lines += [*table(["", *columns], cells), ""]
+    agreement = {name: meaning for name, meaning in AGREEMENT.items() if name in figures}
+    if agreement:
+        rows = [[meaning.title, f"{figures[name]:.{meaning.digits}f}"] for name, meaning in agreement.items()]
+        lines += [*table(["", "fraction of images"], rows), ""]
+    said = {meaning.title: meaning for name, meaning in MEANINGS.items() if name in figures}
+    said |= {"agreement of an exit": AGREEMENT["exit_agreement_1"]} if agreement else {}
+    said |= {AGREEMENT["exits_unanimous"].title: AGREEMENT["exits_unanimous"]} if agreement else {}
+    return [*lines, *(f"- {title}: {meaning.words}; {meaning.better}." for title, meaning in said.items()), ""]
 
 
 def _clusters(results: Results) -> list[str]:

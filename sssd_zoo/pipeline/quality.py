@@ -1,0 +1,144 @@
+"""`sssd quality`: how good a network is for some images, without labels."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from sssd_zoo.configs import DataConfig, FitArgs, ForwardConfig, QualityArgs
+from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.loading import ImageData, load_images
+from sssd_zoo.data.walk import walk
+from sssd_zoo.distributed.hardware import tune_cpu
+from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import plain
+from sssd_zoo.evaluation.label_free import collapse_warning
+from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
+from sssd_zoo.evaluation.subset import Subset, figures_of, network_figures
+from sssd_zoo.evaluation.verdict import Commands, Verdict, command, judge
+from sssd_zoo.models.bundled import bundled_weights
+from sssd_zoo.models.networks import input_spec, load_network
+
+ENCODER = "tf_efficientnet_lite0.in1k"  # a public encoder that a CPU can run
+
+
+def run_figures(distilled: Any, clustered: Any, data: ImageData, forward: ForwardConfig, seed: int) -> dict[str, float]:
+    """The figures of a run.
+
+    Args:
+        distilled: its network, with a class per cluster.
+        clustered: the network whose features were clustered.
+        data: the images.
+        forward: how to run networks.
+        seed: of the run.
+
+    Returns:
+        Those of the distilled network, see `network_figures`; those of the clustered one as `clustered_std`; and
+        `images`, how many were looked at.
+    """
+    subset = Subset(data, forward, seed, progress=True)
+    figures = {"images": float(len(subset)), **network_figures(distilled, subset)}
+    of_clustered = figures_of([view[-1] for view in subset.features(clustered)], subset)
+    for of_one, what in ((figures, "the distilled network"), (of_clustered, "the network that was clustered")):
+        if warning := collapse_warning(of_one, what):
+            print(warning)
+    return figures | {f"clustered_{name}": value for name, value in of_clustered.items()}
+
+
+def data_words(args: DataConfig, extra: tuple[str, ...] = ()) -> list[str]:
+    """The options that name a command's images, and of `extra` those that are not at their defaults."""
+    ours = {field.name for field in fields(DataConfig)} | set(extra)
+    words = []
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in ours and (field.name == "data" or value != field.default):
+            words += [f"--{field.name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+def image_of(data: str | list[str]) -> str | None:
+    """An image file of the data, where these are folders of them."""
+    folder = Path(data if isinstance(data, str) else data[0]).expanduser()
+    images = walk(folder).images if folder.is_dir() else []
+    return str(folder / images[0]) if images else None
+
+
+def use_commands(network: str, args: DataConfig) -> list[str]:
+    """How a good network is put to use: it classifies images, and embeds them."""
+    image = image_of(args.data)
+    predict = [] if image is None else [command("sssd", "predict", network, image)]
+    return [*predict, command("sssd", "embed", network, *data_words(args), "--out", "embeddings.parquet")]
+
+
+def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]) -> Verdict:
+    """The verdict on a run of `sssd fit`.
+
+    Args:
+        args: of the command, complete.
+        arch: timm name of its network.
+        images: that it was trained on.
+        figures: of `run_figures`.
+    """
+    fit = [
+        "sssd",
+        "fit",
+        *data_words(args, ("model", "image_size", "test_split")),
+    ]
+    bundled = [name for name in timm.list_pretrained(f"{arch}.*") if bundled_weights(name) is not None]
+    options = []
+    if args.features is None and args.pretrain.init is None:
+        options += [("init", "--pretrain.init", name) for name in bundled]
+    if args.features is None:
+        options.append(("encoder", "--features", ENCODER))
+        start = () if args.pretrain.init is None else ("--pretrain.init", args.pretrain.init)
+        options.append(("longer", *start, "--pretrain.epochs", str(2 * args.pretrain.epochs)))
+    else:
+        same = () if args.teacher_size is None else ("--teacher_size", str(args.teacher_size))
+        longer = ("--distill.epochs", str(2 * args.distill.epochs))
+        options.append(("longer", "--features", args.features, *same, *longer))
+    out = Path(args.out)
+    improve = [command(*fit, *option, "--out", f"{out}-{name}") for name, *option in options]
+    return judge(
+        figures,
+        images=images,
+        from_scratch=args.features is None
+        and args.pretrain.init is None
+        and args.init is None
+        and args.pretrain_data is None,
+        commands=Commands(improve=improve, use=use_commands(args.out, args)),
+    )
+
+
+def quality(args: QualityArgs) -> None:
+    """`sssd quality`."""
+    tune_cpu()
+    model = load_network(args.model)
+    data = load_images(DataConfig.of(args), default_size=storage_default(input_spec(model).size))
+    if len(data) < 2:
+        raise UserError(f"{data.name} has {len(data)} image; quality without labels needs at least 2")
+    subset = Subset(data, ForwardConfig.of(args), args.seed, args.images, progress=True)
+    figures = {"images": float(len(subset)), **network_figures(model, subset)}
+    fit = command("sssd", "fit", *data_words(args), "--out", "run")
+    distil = command("sssd", "fit", *data_words(args), "--features", args.model, "--out", "run")
+    # The figures are of any images, so that how many it was trained on does not count.
+    commands = Commands(improve=[fit], use=[distil, *use_commands(args.model, args)])
+    verdict = judge(figures, images=len(data), from_scratch=False, commands=commands)
+    if args.format == "json":
+        print(json.dumps({"label_free": figures, "verdict": verdict}, indent=2))
+        return
+    print(f"{plain(args.model)}: {verdict['level']}. {verdict['sentence']}")
+    print(f"Of {len(subset):,} images of {data.name}, without labels:")
+    print(describe_figures(figures))
+    print("\n".join(["Next:", *(f"  {line}" for line in verdict["next"])]))
+
+
+def describe_figures(figures: dict[str, float]) -> str:
+    """The figures as lines for a terminal: value, name, and what it means."""
+    lines = []
+    for key, meaning in {**MEANINGS, **AGREEMENT}.items():
+        if key in figures:
+            value = f"{figures[key]:.{meaning.digits}f}"
+            lines.append(f"  {value:>8}  {meaning.title}: {meaning.words}; {meaning.better}")
+    return "\n".join(lines)

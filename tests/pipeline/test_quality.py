@@ -1,0 +1,98 @@
+"""`sssd quality`, and the stage, the report and the verdict of `sssd fit`, whose next commands work as printed."""
+
+import json
+import shlex
+
+import pytest
+
+from helpers.commands import TINY, one_line, sssd
+from helpers.images import picture, write
+from helpers.markdown import by_name, sections, tables
+from helpers.networks import save_tiny
+from sssd_zoo.cli.arguments import read_arguments
+from sssd_zoo.configs import QualityArgs
+from sssd_zoo.evaluation.reports.markdown import read_results
+from sssd_zoo.pipeline.quality import data_words
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """40 images of several sizes without labels, in a folder whose name a shell would split."""
+    folder = tmp_path_factory.mktemp("data") / "my photos"
+    for number in range(40):
+        write(folder / f"{number:02}.jpg", picture(number, 40 + number, 50))
+    return folder
+
+
+def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert sssd("fit", "--data", photos, "--out", out, *TINY) == 0
+    results = read_results(out)
+    figures = results["label_free"]
+    assert figures["images"] == 40
+    assert {"rank_me", "rank_me_exit_1", "clustered_rank_me", "exit_agreement_3", "exits_unanimous"} <= figures.keys()
+    assert not any(name.startswith("knn") for name in figures), "there are no labels"
+    verdict = results["verdict"]
+    assert verdict["level"] == "weak"
+    assert "40 images are too few" in verdict["sentence"]
+
+    text = (out / "report.md").read_text()
+    assert text.index("Verdict: weak") < text.index("**Data**")
+    assert all(line in text for line in verdict["next"])
+    quality = sections(text)["Quality without labels"]
+    rows = by_name(tables(quality)[0][1:])
+    assert rows["effective rank (RankMe)"][0] == f"{figures['clustered_rank_me']:.1f}"
+    assert rows["effective rank (RankMe)"][-1] == f"{figures['rank_me']:.1f}"
+    for name in rows:
+        assert f"- {name}: " in quality
+
+    commands = [shlex.split(line) for line in verdict["next"]]
+    inits = [words[words.index("--pretrain.init") + 1] for words in commands if "--pretrain.init" in words]
+    assert inits == ["sssd_resnet18.dist_tiny_imagenet_32"]
+    for words in commands:
+        if words[1] == "fit":
+            settings, _ = read_arguments("fit", words[2:], "sssd fit")
+            assert (settings.data, settings.image_size, settings.model) == (str(photos), 32, "sssd_resnet18")
+    (predict,) = [words[1:] for words in commands if words[1] == "predict"]
+    capsys.readouterr()
+    assert sssd(*predict) == 0
+    assert "00.jpg" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_with_labels_knn_joins_and_a_rerun_repeats_nothing(folder_of_images, tmp_path, capsys):
+    data, out = folder_of_images, tmp_path / "run"
+    words = ("fit", "--data", data, "--out", out, *TINY, "--baseline", "false")
+    assert sssd(*words) == 0
+    assert "knn" in read_results(out)["label_free"]
+    capsys.readouterr()
+    assert sssd(*words) == 0
+    assert "[quality] done before" in capsys.readouterr().out
+
+
+def test_command(photos, tmp_path, capsys):
+    network = save_tiny(tmp_path / "network", 3)
+    words = ["quality", network, "--data", photos, "--device", "cpu", "--images", "20"]
+    assert sssd(*words, "--format", "json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["label_free"]["images"] == 20
+    assert {"two_view_consistency", "std_exit_3", "exit_agreement_4"} <= answer["label_free"].keys()
+    assert answer["verdict"]["level"] == "weak"
+    assert sssd(*words) == 0
+    table = capsys.readouterr().out
+    assert "network: weak." in table
+    assert f"{answer['label_free']['std']:.3f}  std of the embeddings" in table
+
+
+def test_one_image_is_too_few(tmp_path, capsys):
+    write(tmp_path / "data" / "a.png", picture(0))
+    network = save_tiny(tmp_path / "network", 3)
+    assert sssd("quality", network, "--data", tmp_path / "data") == 2
+    assert "needs at least 2" in one_line(capsys)
+
+
+def test_the_options_that_name_images_read_back_as_they_were():
+    args = QualityArgs(model="m", data="a b", split="train[:5]", unlabelled=True, max_corrupt=3, workers=0)
+    words = data_words(args)
+    assert read_arguments("quality", ["m", *words], "sssd quality")[0] == args
+    assert "--streaming" not in words
