@@ -160,15 +160,27 @@ def check_recipes(words: list[str]) -> None:
 
 def contradictions(parsed: Any, config: Any) -> list[str]:
     """What the dataclasses in a dataclass refuse of their values, each of which is in its range: a line of each."""
-    found = []
+    refused: list[str] = []
     for name, kind in get_type_hints(config).items():
         if is_dataclass(kind):
-            checked: Any = kind
-            try:
-                checked(**vars(parsed[name]))
-            except ValueError as error:  # a SettingsError
-                found.append(f"{name}: {error}")
-    return found
+            build(kind, parsed[name], name, refused)
+    return refused
+
+
+def build(kind: Any, values: Any, name: str, refused: list[str]) -> Any:
+    """A dataclass, with those in it, of parsed values; what it refuses is added to `refused`, and None is given."""
+    before, settings = len(refused), dict(vars(values))
+    for field, hint in get_type_hints(kind).items():
+        inner = next((option for option in (hint, *get_args(hint)) if is_dataclass(option)), None)
+        if inner is not None and settings[field] is not None:
+            settings[field] = build(inner, settings[field], f"{name}.{field}", refused)
+    if len(refused) > before:
+        return None
+    try:
+        return kind(**settings)
+    except ValueError as error:  # a SettingsError
+        refused.append(f"{name}: {error}")
+        return None
 
 
 def read_arguments(name: str, words: list[str], prog: str) -> tuple[Any, frozenset[str]]:
