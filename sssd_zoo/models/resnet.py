@@ -96,6 +96,12 @@ default_cfgs = generate_default_cfgs(
         "sssd_resnet34": _cfg(),
         "sssd_resnet50": _cfg(),
         "sssd_resnet101": _cfg(),
+        "sssd_resnet18_cifar.dist_cifar10": _cifar_cfg(
+            file=_weights("sssd_resnet18_cifar.dist_cifar10"),
+            description="EfficientNet-Lite0 (ImageNet-1K with labels) distilled on CIFAR-10 without labels, a linear "
+            "probe per exit; its card is in hub_cards/",
+            label_names=CIFAR10,
+        ),
         "sssd_resnet18_cifar.cifar10": _cifar_cfg(
             file=_weights("sssd_resnet18_cifar.cifar10"),
             description="SSSD on CIFAR-10 without labels, a linear probe per exit; its card is in hub_cards/",
