@@ -128,6 +128,6 @@ def advice(images: int, args: FitArgs) -> str | None:
         return None
     return (
         f"{images:,} images are few to learn from scratch: --pretrain.init NAME starts from other weights (of a run, "
-        "of timm, or the bundled sssd_resnet18.dist_tiny_imagenet_32 and sssd_resnet18_cifar.dist_cifar10), --features NAME "
-        "distils a public encoder instead"
+        "of timm, or the bundled sssd_resnet18.dist_tiny_imagenet_32 and sssd_resnet18_cifar.dist_cifar10), --features "
+        "NAME distils a public encoder instead"
     )
