@@ -206,8 +206,10 @@ def matmul_rate(dtype: torch.dtype, runs: int = 20) -> float:
     return 2048**3 / statistics.median(times[1:])
 
 
-def moco_step(batch_size: int, splits: int, size: int = 32) -> tuple[str, MoCo, Callable[[int], float]]:
-    """MoCo training (`sssd_resnet18_cifar`) of random images from memory, at `size` px, as the engine trains.
+def moco_step(
+    batch_size: int, splits: int, size: int = 32, model: str = "sssd_resnet18_cifar"
+) -> tuple[str, MoCo, Callable[[int], float]]:
+    """MoCo training of random images from memory, as the engine trains.
 
     Returns:
         The precision that the engine takes on this machine, the task, and a function that makes a step of this number
@@ -215,7 +217,7 @@ def moco_step(batch_size: int, splits: int, size: int = 32) -> tuple[str, MoCo, 
     """
     tune_cpu()
     precision = resolve_precision("auto", "cpu")
-    trunk: Any = timm.create_model("sssd_resnet18_cifar", num_classes=0, output="final")
+    trunk: Any = timm.create_model(model, num_classes=0, output="final")
     config = MoCoConfig(symmetric=False, splits=splits)
     task = MoCo(trunk, config, SPEC._replace(size=size)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -237,9 +239,14 @@ def moco_step(batch_size: int, splits: int, size: int = 32) -> tuple[str, MoCo, 
 
 
 def benchmark_moco(
-    batch_size: int = 256, splits: int = 4, size: int = 32, steps: int = 5, rounds: int = 5
+    batch_size: int = 256,
+    splits: int = 4,
+    size: int = 32,
+    model: str = "sssd_resnet18_cifar",
+    steps: int = 5,
+    rounds: int = 5,
 ) -> dict[str, Any]:
-    """MoCo training (`sssd_resnet18_cifar`) against the machine's own rate of matrix products.
+    """MoCo training against the machine's own rate of matrix products.
 
     A step is all of it: the batch gathered from memory, both views, both encoders, backward pass, optimiser, moving
     average and queue. Its multiply-adds are counted as four forward passes an image: query, its backward pass (twice
@@ -251,6 +258,7 @@ def benchmark_moco(
         batch_size: images per step.
         splits: parts with BatchNorm statistics of their own.
         size: side of the views in pixels.
+        model: timm name of the network.
         steps: timed per round; the median counts.
         rounds: of matrix products and steps.
 
@@ -258,7 +266,7 @@ def benchmark_moco(
         Multiply-adds per second of bf16 and fp32 products and of training, images per second, the precision that the
         engine takes on this machine, and the ratios of training to both products, medians over the rounds.
     """
-    precision, task, step = moco_step(batch_size, splits, size)
+    precision, task, step = moco_step(batch_size, splits, size, model)
     trunk: Any = task.query_encoder.trunk
     per_image = 4 * multiply_adds(trunk, (3, size, size))["4"]
     step(0)
@@ -692,6 +700,7 @@ def main() -> None:
     section = sections.add_parser("moco", help="MoCo training against the rate of matrix products")
     for name, default in {"batch_size": 256, "splits": 4, "size": 32, "steps": 5, "rounds": 5}.items():
         section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    section.add_argument("--model", default="sssd_resnet18_cifar", help="default sssd_resnet18_cifar")
     section.set_defaults(benchmark=benchmark_moco)
 
     section = sections.add_parser("busy", help="training beside a process that keeps one core busy")
