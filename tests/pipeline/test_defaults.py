@@ -100,6 +100,6 @@ def test_a_folder_of_few_images_runs_without_a_flag_about_sizes(folder_of_images
     saved = yaml.safe_load((out / "config.yaml").read_text())
     assert (saved["cluster"]["k"], saved["pretrain"]["batch_size"], saved["pretrain"]["epochs"]) == (10, 16, 2)
     assert sssd(*words) == 0
-    assert "[distill] done before: step 3 of 4" in capsys.readouterr().out
+    assert "[distill] done before: step 3 of 5" in capsys.readouterr().out
     assert sssd(*words, "--cluster.k", "100") != 0
     assert "K = 100 clusters of 48 images" in one_line(capsys)
