@@ -219,7 +219,9 @@ def write_card(
     described = {"sha256": digest, "bytes": len(weights), **({} if sample is None else {"check": sample})}
     atomic_write_text(folder / "README.md", text)
     write_json(folder / "config.json", config)
-    write_json(folder / "metrics.json", {**results, "weights": described})
+    # What the verdict proposes names folders of this machine.
+    public = {key: value for key, value in results.items() if key != "verdict"}
+    write_json(folder / "metrics.json", {**public, "weights": described})
     atomic_write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     for file, entry in eval_result_files(metrics, results).items():
         atomic_write_text(folder / file, entry)

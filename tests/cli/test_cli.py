@@ -244,7 +244,7 @@ def test_a_second_call_does_nothing_and_a_change_runs_what_depends_on_it(finishe
         path.unlink()
     capsys.readouterr()
     assert sssd(*words) == 0
-    assert capsys.readouterr().out.count("done before") == 5
+    assert capsys.readouterr().out.count("done before") == 6
     after = {path: path.stat().st_mtime_ns for path in before}
     assert before == after
     assert sssd(*words, "--cluster.k", "5") == 2

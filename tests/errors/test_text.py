@@ -130,6 +130,7 @@ def test_reports_and_cards_of_hostile_names(name, tmp_path):
     write_report(tmp_path / "report.md", results)
     harmless((tmp_path / "report.md").read_text(encoding="utf-8"))
     config = {"architecture": name, "num_classes": 3, "label_names": [name] * 3, "model_args": {}}
+    config["num_features"] = 512
     config["pretrained_cfg"] = {"input_size": [3, 32, 32]}
     measured = dict(zip(("1", "2", "3", "4", "ensemble"), (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))
     figures = {"figures/accuracy.png": name}

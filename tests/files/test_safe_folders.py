@@ -293,7 +293,7 @@ def test_every_argument_that_may_be_a_path_is_known():
     no_paths = {
         *("split", "test_split", "pretrain_split", "calibration_split", "image_column", "label_column", "revision"),
         *("objects_column", "classes", "name", "paper", "license", "remarks", "repo", "tag", "commit_message"),
-        *("include", "push", "pattern", "pretrain_model", "optimizer", "epochs"),
+        *("include", "push", "pattern", "pretrain_model", "optimizer", "epochs", "variants", "budget"),
     }
     assert texts - no_paths == set(PATHS)
 
