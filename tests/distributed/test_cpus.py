@@ -102,7 +102,9 @@ LOADED = f"from sssd_zoo.cpus import set_up_openmp; set_up_openmp(); import ctyp
     ("environment", "spins"),
     [({}, str(cpus.SPINS)), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
 )
-def test_torchs_openmp_waits_as_it_is_told(environment, spins):
+def test_torchs_openmp_waits_as_it_is_told(environment, spins, monkeypatch):
+    for name in cpus.WAITING:  # a command that ran in this process before has set some
+        monkeypatch.delenv(name, raising=False)
     said = command("-c", LOADED, environment={"OMP_DISPLAY_ENV": "verbose", **environment}).stderr
     assert f"GOMP_SPINCOUNT = '{spins}'" in said
 
