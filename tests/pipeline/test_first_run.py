@@ -119,7 +119,7 @@ class TestForecast:
     def test_measuring_changes_no_weight(self, more, folder_of_images, tmp_path, monkeypatch, capsys):
         words = ["fit", "--data", folder_of_images, *QUICK, "--unlabelled", *more]
         assert sssd(*words, "--out", tmp_path / "plain") == 0
-        assert "step 1 of 3 ->" in capsys.readouterr().out, "so few steps are not worth measuring"
+        assert "step 1 of 4 ->" in capsys.readouterr().out, "so few steps are not worth measuring"
         monkeypatch.setattr(estimate, "WORTH", 0)
         assert sssd(*words, "--out", tmp_path / "measured") == 0
         said = capsys.readouterr().out
@@ -201,7 +201,7 @@ class TestAFinishedRun:
         more = ["--log_every", "3", "--keep_last", "1", "--max_corrupt", "2", "--cluster.on_disk", "true"]
         assert sssd("fit", "--data", folder_of_images, "--out", run, *QUICK, *more) == 0
         said = capsys.readouterr().out
-        assert said.count("done before") == 5
+        assert said.count("done before") == 6
 
     def test_nothing_of_it_survives_an_overwrite(self, run, folder_of_images, tmp_path, capsys):
         (run / "baseline" / "notes.txt").write_text("mine")
@@ -211,7 +211,7 @@ class TestAFinishedRun:
         assert sssd(*words) == 0
         assert not (run / "probe").exists()
         assert {path.name for path in (run / "baseline").iterdir()} == {"notes.txt", RUN_MARK}
-        assert sorted(path.stem for path in (run / "steps").iterdir()) == ["distill", "labels", "pretrain"]
+        assert sorted(path.stem for path in (run / "steps").iterdir()) == ["distill", "labels", "pretrain", "quality"]
         assert not (run / "figures" / "accuracy.png").exists()
         assert (run / "figures" / "holiday.png").read_bytes() == b"mine"
         results = json.loads((run / "metrics.json").read_text())
