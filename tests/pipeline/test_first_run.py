@@ -124,7 +124,7 @@ class TestForecast:
         assert sssd(*words, "--out", tmp_path / "measured") == 0
         said = capsys.readouterr().out
         assert "by a few measured steps of each training" in said
-        assert "[distill]: step 3 of 3, about " in said
+        assert "[distill]: step 3 of 4, about " in said
         assert same(weights(tmp_path / "plain"), weights(tmp_path / "measured"))
         assert contents_but_times(tmp_path / "plain") == contents_but_times(tmp_path / "measured")
         assert sssd(*words, "--out", tmp_path / "measured") == 0, "nothing is left to do"
