@@ -291,13 +291,10 @@ def test_two_processes_write_the_file_of_one(network, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
-def test_the_memory_does_not_grow_with_the_images(tmp_path):
-    sys.path.insert(0, str(ROOT / "eval"))
-    try:
-        from benchmark import benchmark_embed_memory
-    finally:
-        sys.path.remove(str(ROOT / "eval"))
-    found = benchmark_embed_memory(images=20_000)
+def test_the_memory_does_not_grow_with_the_images():
+    done = command("eval/benchmark.py", "embed-memory", "--images", "20000")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["file_mib"] > 30
     assert found["peak_mib"] - found["peak_mib_of_a_hundredth"] < 60 + found["file_mib"] / 4
 
