@@ -116,15 +116,11 @@ from importlib.abc import MetaPathFinder
 class Look(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torch":
-            print(os.environ.get("GOMP_SPINCOUNT"))
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
 sys.meta_path.insert(0, Look())
-try:
-    sssd_zoo.fit("no such folder", "RUN")
-except ValueError as error:
-    print(error)
+sssd_zoo.fit("no such folder", "RUN")
 """
     done = command("-c", code)
     assert done.returncode == 0, done.stderr
-    spins, problem = done.stdout.splitlines()
-    assert spins == "10000"
-    assert problem.startswith("no file or folder no such folder")
+    assert done.stdout.split() == ["10000"]
