@@ -5,6 +5,7 @@ recipes are pages too, though they lie outside of docs/, where the commands and 
 """
 
 import ast
+import json
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -12,7 +13,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
 PLACES = ("*", "docs/**/*", "hub_cards/**/*", "train/recipes/**/*", "sssd_zoo/data/sample/*")
-SUFFIXES = {".css", ".csv", ".json", ".jsonl", ".md", ".png", ".py", ".svg", ".yaml"}
+SUFFIXES = {".css", ".csv", ".ipynb", ".json", ".jsonl", ".md", ".png", ".py", ".svg", ".yaml"}
 NAMES = {"LICENSE", "CITATION.cff"}
 
 
@@ -26,7 +27,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         File.generated(config, f"docs/api/{package.parent.name}.md", content=api_page(package.parent))
         for package in sorted(ROOT.glob("sssd_zoo/*/__init__.py"))
     ]
-    return Files([*theme, *kept, *reference])
+    notebook = File.generated(config, "docs/notebook.md", content=notebook_page(ROOT / "docs" / "notebook.ipynb"))
+    return Files([*theme, *kept, *reference, notebook])
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook as Markdown: its text, its code, and below each cell what it printed."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            text = "".join(output.get("text") or output.get("data", {}).get("text/plain", ""))
+            parts.append(f"```text\n{text.rstrip()}\n```")
+    return "\n\n".join([*parts, f"[This page as a notebook]({path.name})", ""])
 
 
 def api_page(package: Path) -> str:

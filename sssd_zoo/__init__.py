@@ -2,6 +2,8 @@
 
 timm takes seconds to import, and reading a command's arguments does without it. So the models are registered at once
 where timm is imported already, and as soon as it is imported otherwise: `timm.create_model` finds them either way.
+
+The commands are functions here, such as `sssd_zoo.fit`; see `sssd_zoo.api`, which is imported with the first of them.
 """
 
 import importlib
@@ -10,9 +12,38 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["__version__", "models"]
+if TYPE_CHECKING:  # for editors and type checkers; `__getattr__` imports them
+    from sssd_zoo.api import (
+        distill,
+        early_exit,
+        embed,
+        export,
+        finetune,
+        fit,
+        knn,
+        linear,
+        predict,
+        pretrain,
+        pseudo_label,
+    )
+
+__all__ = [
+    "__version__",
+    "distill",
+    "early_exit",
+    "embed",
+    "export",
+    "finetune",
+    "fit",
+    "knn",
+    "linear",
+    "models",
+    "predict",
+    "pretrain",
+    "pseudo_label",
+]
 
 
 class _AfterTimm(MetaPathFinder):
@@ -48,7 +79,13 @@ def __getattr__(name: str) -> Any:
             return version("sssd-zoo")
         except PackageNotFoundError:  # run from a checkout that is not installed
             return "0+unknown"
+    if name in __all__:
+        return getattr(importlib.import_module("sssd_zoo.api"), name)
     raise AttributeError(f"module 'sssd_zoo' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 if "timm" in sys.modules:

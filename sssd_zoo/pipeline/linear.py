@@ -39,24 +39,29 @@ def evaluate_frozen(args: LinearArgs | KNNArgs) -> tuple[Any, Evaluation, Featur
     return model, evaluation, evaluation_features(model, evaluation, ForwardConfig.of(args))
 
 
-def linear(args: LinearArgs) -> None:
-    """`sssd linear`."""
+def linear(args: LinearArgs) -> dict[str, Any]:
+    """`sssd linear`.
+
+    Returns:
+        What metrics.json has.
+    """
     tune_cpu()
     out = None if args.out is None else open_out(args, "probe")
     model, evaluation, features = evaluate_frozen(args)
     probe = probe_features(features, ProbeConfig.of(args), args.seed)
     print(f"linear probes on {args.model}, accuracy in percent on {evaluation.describe()}:")
     print(accuracy_table(probe.exits, probe.ensemble))
+    metrics = {
+        "data": evaluation.train.name,
+        "test": evaluation.words,
+        "seed": args.seed,
+        "exits": probe.exits,
+        "ensemble": probe.ensemble,
+    }
     if out is not None:
         prepare_run_folder(out, args)
         put_heads(model, probe, evaluation.train.size)
-        metrics = {
-            "data": evaluation.train.name,
-            "test": evaluation.words,
-            "seed": args.seed,
-            "exits": probe.exits,
-            "ensemble": probe.ensemble,
-        }
         save_network(out, model, str(model.pretrained_cfg["architecture"]), label_names=evaluation.train.class_names)
         write_json(out / "metrics.json", metrics)
         print(f"the network with the probes as its heads is in {out}")
+    return metrics

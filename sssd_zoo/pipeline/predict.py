@@ -1,6 +1,7 @@
 """Classes of image files: `sssd predict`."""
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precis
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.features import float32_classifiers
+from sssd_zoo.evaluation.prediction import Prediction
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.models.merged import Answers
 from sssd_zoo.models.networks import load_network
@@ -81,13 +83,34 @@ def predict(args: PredictArgs) -> None:
     tune_cpu()
     model, output = load_answering(args)
     files = find_images(args.images, arrays=pixels_of(model) is not None)
+    rows = Rows(model, args.format)
+    rows.print_head()
+    for good, logits, exits in answers(args, model, output, files):
+        rows.print_answers(good, logits, exits)
+
+
+def predictions(args: PredictArgs) -> list[Prediction]:
+    """What `sssd predict` prints, as objects; images that cannot be read are left out, see `max_corrupt`."""
+    tune_cpu()
+    model, output = load_answering(args)
+    files = find_images(args.images, arrays=pixels_of(model) is not None)
+    rows = Rows(model, args.format)
+    return [one for batch in answers(args, model, output, files) for one in rows.entries(*batch)]
+
+
+def answers(
+    args: PredictArgs, model: Any, output: str, files: list[Path]
+) -> Iterator[tuple[list[Path], Tensor, list[int] | list[str]]]:
+    """The files of each batch that can be read, their logits [B, num_classes], and the exits that gave them.
+
+    Raises:
+        UserError: at the end, if more than `max_corrupt` cannot be read.
+    """
     device = compute_device(args.device)
     model.to(device, memory_format=torch.channels_last)
     # Early exit is calibrated and measured in fp32, all else in the precision that 'auto' stands for.
     fp32 = output == "early-exit" and args.precision == "auto"
     autocast = None if fp32 else DTYPES[resolve_precision(args.precision, args.device)]
-    rows = Rows(model, args.format)
-    rows.print_head()
     corrupt: list[Corrupt] = []
     for start in range(0, len(files), args.batch_size):
         good, pixels = read_batch(files[start : start + args.batch_size], model, args.max_pixels, corrupt)
@@ -95,7 +118,7 @@ def predict(args: PredictArgs) -> None:
             continue
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits, exits = answer(model, torch.cat(pixels), output, args.thresholds)
-        rows.print_answers(good, logits, exits)
+        yield good, logits, exits
     if corrupt:
         CorruptTally("those given", args.max_corrupt).add(corrupt, len(files))
 
@@ -147,16 +170,25 @@ class Rows:
             logits: of them, [B, num_classes].
             exits: that gave them; see `answer`.
         """
-        confidences, classes = self.answers.probabilities(logits).max(1)
-        for row in zip(files, classes.tolist(), confidences.tolist(), exits, strict=True):
-            file, number, confidence, exit_taken = row
+        for one in self.entries(files, logits, exits):
             if self.form == "jsonl":
-                name = self.names[number]
-                entry = {"image": str(file), "class": name, "confidence": round(confidence, 6), "exit": exit_taken}
-                print(json.dumps(entry | ({"description": self.descriptions[name]} if self.descriptions else {})))
+                entry = {"image": one.image, "class": one.label, "confidence": round(one.confidence, 6)}
+                described = {} if one.description is None else {"description": one.description}
+                print(json.dumps({**entry, "exit": one.exit, **described}))
             else:
-                path = plain(file, longest=4096)
-                print(f"{self.shown[number]:{self.width}}  {confidence:10.4f}  {exit_taken!s:8}  {path}", flush=True)
+                shown, path = self.shown[self.names.index(one.label)], plain(one.image, longest=4096)
+                print(f"{shown:{self.width}}  {one.confidence:10.4f}  {one.exit!s:8}  {path}", flush=True)
+
+    def entries(self, files: list[Path], logits: Tensor, exits: list[int] | list[str]) -> list[Prediction]:
+        """A batch's answers as objects; see `print_answers`."""
+        confidences, classes = self.answers.probabilities(logits).max(1)
+        takers: Sequence[int | str] = exits
+        return [
+            Prediction(str(file), name := self.names[number], confidence, taken, (self.descriptions or {}).get(name))
+            for file, number, confidence, taken in zip(
+                files, classes.tolist(), confidences.tolist(), takers, strict=True
+            )
+        ]
 
 
 def answer(

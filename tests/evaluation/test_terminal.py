@@ -34,7 +34,10 @@ def test_the_verdict_and_its_commands_come_last(tmp_path):
     (tmp_path / "my photos").mkdir()
     local = next_commands({}, tmp_path / "run", str(tmp_path / "my photos"))
     assert local == [f"sssd predict {tmp_path}/run/model '{tmp_path}/my photos'"]
-    assert next_commands({}, tmp_path / "run", "uoft-cs/cifar10") == [f"sssd space {tmp_path}/run"]
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "train.parquet").touch()  # which `sssd predict` does not read
+    for data in ("uoft-cs/cifar10", str(tmp_path / "tables")):
+        assert next_commands({}, tmp_path / "run", data) == [f"sssd space {tmp_path}/run"]
 
 
 class FakeTerminal(io.StringIO):

@@ -36,13 +36,18 @@ def describe_costs(results: Results) -> str:
     return "\n".join(f"{name:{width}}  {value:>{number}}".rstrip() for name, value in rows)
 
 
+def is_image_folder(path: Path) -> bool:
+    """Whether a path is a folder of image files, which `sssd predict` reads, rather than of tables with images."""
+    return path.is_dir() and not any(file.suffix in (".parquet", ".arrow", ".tar") for file in path.iterdir())
+
+
 def next_commands(results: Results, run: Path, data: str | list[str]) -> list[str]:
     """Commands to go on with: those of the verdict, else one that uses the network."""
     if commands := results.get("verdict", {}).get("next"):
         return list(commands)
     network = shlex.quote(str(run / "model"))
     sources = [data] if isinstance(data, str) else data
-    if all(Path(source).is_dir() for source in sources):
+    if all(is_image_folder(Path(source)) for source in sources):
         return [f"sssd predict {network} {shlex.join(sources)}"]
     return [f"sssd space {shlex.quote(str(run))}"]
 
