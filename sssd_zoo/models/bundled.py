@@ -1,6 +1,7 @@
 """The weights that come with the package."""
 
 from pathlib import Path
+from typing import Any
 
 import timm
 
@@ -16,12 +17,14 @@ def bundled_name(name: str) -> str:
         UserError: if there are none.
     """
     known = timm.list_pretrained("sssd_*")
-    full_name = next((each for each in known if name in (each, each.split(".")[0])), None)
-    if full_name is None:
-        raise UserError(
-            f"there are no bundled weights '{name}'; there are {', '.join(known)}, and ORG/NAME names some on the Hub"
-        )
-    return str(full_name)
+    if name in known:
+        return name
+    if name in {each.split(".")[0] for each in known}:
+        default: Any = timm.get_pretrained_cfg(name)
+        return f"{name}.{default.tag}"
+    raise UserError(
+        f"there are no bundled weights '{name}'; there are {', '.join(known)}, and ORG/NAME names some on the Hub"
+    )
 
 
 def bundled_weights(name: str) -> Path | None:

@@ -93,6 +93,6 @@ def test_a_terminal_gets_a_bar(monkeypatch):
 def test_a_file_gets_lines_of_a_training(tmp_path, capsys):
     run(tmp_path)
     said = lines(capsys)
-    assert len(said) == 2
-    assert said[0].startswith("train: computing with 1 thread on ") or "epoch" in said[0]
+    # How many threads compute is said once in a process, which an earlier test may have been.
+    assert all(line.startswith("train: computing with ") for line in said[:-1])
     assert re.fullmatch(r"train: epoch 3/3, step 12/12 \(100 %\), [\d.,]+ img/s, loss \d\.\d{3}, took \d s", said[-1])

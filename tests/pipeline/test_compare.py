@@ -26,6 +26,7 @@ def rows_of(out):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_path, capsys):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY]
     assert sssd(*words, "--methods", "[sssd, clusterfit]", "--seeds", "[0]") == 0

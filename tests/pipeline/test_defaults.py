@@ -87,6 +87,7 @@ def test_few_images_get_advice_and_those_that_took_it_do_not():
     assert advice(300, FitArgs(data="images", out="run", features="resnet18")) is None
 
 
+@pytest.mark.slow
 def test_a_folder_of_few_images_runs_without_a_flag_about_sizes(folder_of_images, tmp_path, capsys):
     out = tmp_path / "run"
     words = ["fit", "--data", folder_of_images, "--out", out, "--model", "sssd_resnet18", "--image_size", "32"]

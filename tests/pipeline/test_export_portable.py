@@ -122,6 +122,7 @@ print(tuple(inputs["pixel_values"].shape), model.config.id2label[model(**inputs)
     assert lines[0].startswith("(1, 3, 32, 32) ")
 
 
+@pytest.mark.slow
 def test_onnx_and_torch_export(work):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -180,6 +181,7 @@ def test_foreign_files_stay(work, tmp_path, capsys):
     assert (tmp_path / "out" / "exits.py").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_int8_without_labels(work, folder_of_images, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -103,7 +103,7 @@ class TestRates:
 class TestStart:
     @pytest.mark.parametrize("method", ["final", "exits"])
     def test_classifiers_that_saw_all_labels_are_dropped(self, method):
-        shipped = timm.create_model("sssd_resnet18_cifar", pretrained=True).state_dict()
+        shipped = timm.create_model("sssd_resnet18_cifar.cifar10", pretrained=True).state_dict()
         model, arch = starting_network("sssd_resnet18_cifar.cifar10", "", method, 10)
         assert arch == "sssd_resnet18_cifar"
         for name, value in model.state_dict().items():
@@ -191,6 +191,7 @@ def test_the_sweep_reuses_what_is_there_and_draws(folder_of_images, distilled, t
     )
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, tmp_path, monkeypatch):
     words = ["finetune", "--data", folder_of_images, *TINY, "--seeds", "[0]", "--per_class", "[4]"]
     words += ["--models", f"[{distilled}]", "--method", "exits", "--checkpoint_every", "2"]
@@ -254,6 +255,7 @@ def test_what_is_deployed_is_the_best_start_at_the_most_labels_with_the_first_se
     assert choose(rows, []) == ("timm", 50.0, 7)
 
 
+@pytest.mark.slow
 def test_one_network_is_left_to_deploy(folder_of_images, distilled, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(deploying, "FEWEST", 3)
     out = tmp_path / "out"

@@ -79,6 +79,7 @@ def test_labels_of_any_timm_network_and_nothing_pretrained(folder_of_images, tmp
     assert str(tmp_path) not in "".join(file.read_text() for file in (tmp_path / "card").glob("*.*"))
 
 
+@pytest.mark.slow
 def test_a_pretext_of_another_network_on_other_data(folder_of_images, other_images, tmp_path, capsys):
     words = ["fit", "--data", folder_of_images, "--out", tmp_path, *TINY, "--baseline", "false"]
     words += ["--pretrain_model", "sssd_resnet34", "--pretrain_data", other_images]
@@ -104,6 +105,7 @@ def test_a_pretext_of_another_network_on_other_data(folder_of_images, other_imag
     assert {steps[name] for name in ("pretrain", "labels", "distill")} == {"again"}
 
 
+@pytest.mark.slow
 def test_compare_follows_and_its_tables_join_other_comparisons(folder_of_images, other_images, tmp_path, capsys):
     network = encoder(tmp_path / "encoder", 0)
     words = ["compare", "--data", folder_of_images, *TINY_COMPARE, "--seeds", "[0]"]
@@ -182,6 +184,7 @@ def test_recipes_can_be_layered(folder_of_images, tmp_path, monkeypatch):
     assert (seen[0].pretrain.epochs, seen[0].pretrain.lr) == (9, 0.5)
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_from_weights_that_are_there(folder_of_images, tmp_path, capsys):
     """The trunk of a run and that of weights with exits and heads; a rate of nothing leaves it as it was."""
     torch.manual_seed(3)

@@ -86,6 +86,7 @@ TINY = ["--model", "sssd_resnet18", "--image_size", "32", "--labels", "random", 
 TINY += ["--lr", "0.01", "--device", "cpu", "--workers", "0", "--precision", "fp32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [("--ema", "0.9", "--mix", "mixup"), ("--method", "clusterfit", "--mix", "cutmix")])
 def test_a_resumed_run_ends_as_an_unbroken_one(flags, folder_of_images, tmp_path):
     words = ["distill", "--data", folder_of_images, *TINY, *flags]

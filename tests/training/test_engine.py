@@ -227,6 +227,7 @@ def test_tensorboard_gets_every_line(tmp_path):
     assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
 
 
+@pytest.mark.slow
 def test_trackio_gets_every_line(tmp_path, folder_of_images):
     pytest.importorskip("trackio")
     words = [*SCRIPTS["distill"], "--data", str(folder_of_images), "--out", str(tmp_path), "--trackers", "[trackio]"]
