@@ -126,6 +126,11 @@ def advice(images: int, args: FitArgs) -> str | None:
     """What to do about few images, or None."""
     if images >= FEW or args.features is not None or args.pretrain.init is not None:
         return None
+    if args.channels not in (None, 3):
+        return (
+            f"{images:,} images are few to learn from scratch: --pretrain.init RUN starts from the weights of a run on "
+            f"images of {args.channels} channels, too"
+        )
     return (
         f"{images:,} images are few to learn from scratch: --pretrain.init NAME starts from other weights (of a run, "
         "of timm, or the bundled sssd_resnet18.dist_tiny_imagenet_32 and sssd_resnet18_cifar.dist_cifar10), --features "

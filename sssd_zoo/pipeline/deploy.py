@@ -18,7 +18,7 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import describe_machine
 from sssd_zoo.errors.text import code
-from sssd_zoo.evaluation.calibration import calibration_error, fit_temperatures, fold
+from sssd_zoo.evaluation.calibration import calibration_error, fit_temperatures, fold, useful_temperatures
 from sssd_zoo.evaluation.features import exit_logits, float32_classifiers, network_features
 from sssd_zoo.evaluation.reports.markdown import Results
 from sssd_zoo.files.run_folder import atomic_dir
@@ -104,7 +104,7 @@ def write_network(plan: "Plan", folder: Path, name: str, labels: int, result: di
         "test_images": len(plan.evaluation.test_positions),
         "classes": plan.num_classes,
         "machine": describe_machine(plan.precision),
-        "macs": multiply_adds(network, (3, plan.size, plan.size)),
+        "macs": multiply_adds(network, (data.channels, plan.size, plan.size)),
         "finetuned": f"from {start} by self distillation of all exits on {labels:,} labelled images",
         "notes": [calibrated],
     }
@@ -133,12 +133,12 @@ def calibrate(plan: "Plan", network: Any, folder: Path) -> str:
     if len(calibrating) < FEWEST:
         return f"**Calibration**: none, as {len(labels)} images to measure on are too few"
     logits = measured_logits(plan, folder)
-    kept, errors = [], []
-    for values, temperature in zip(logits, fit_temperatures(logits[:, calibrating], labels[calibrating]), strict=True):
-        before = calibration_error(values[deciding], labels[deciding])
-        after = calibration_error(values[deciding] / temperature, labels[deciding])
-        kept.append(temperature if after < before else 1.0)
-        errors.append(f"{before:.3f} to {min(before, after):.3f}")
+    fitted = fit_temperatures(logits[:, calibrating], labels[calibrating])
+    kept = useful_temperatures(fitted, logits[:, deciding], labels[deciding])
+    errors = []
+    for values, temperature in zip(logits[:, deciding], kept, strict=True):
+        before, after = (calibration_error(scaled, labels[deciding]) for scaled in (values, values / temperature))
+        errors.append(f"{before:.3f} to {after:.3f}")
     fold(network, kept)
     temperatures = ", ".join(f"{value:.3g}" for value in kept)
     return (

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import read_batches
 from sssd_zoo.files import temporary_name
 from sssd_zoo.labels.origin import labels_by_name
-from sssd_zoo.models.networks import input_spec, load_encoder, new_trunk
+from sssd_zoo.models.networks import input_spec, load_encoder, new_network, new_trunk
 from sssd_zoo.pipeline.distill import new_student
 from sssd_zoo.pipeline.forecast import rough
 from sssd_zoo.pipeline.pretext import Setup
@@ -127,7 +126,7 @@ def measure(setup: Setup, work: Work) -> Rates:
     with same_random_state():
         encoder = _encoder(setup)
         per_image = forward_seconds(encoder, setup, None if setup.pretext.source is None else setup.size)
-        per_student = forward_seconds(timm.create_model(setup.arch), setup, setup.size)
+        per_student = forward_seconds(new_network(setup.arch, setup.data), setup, setup.size)
         for name, config in work.trainings.items():
             if not work.steps_left(name):
                 continue
@@ -155,7 +154,9 @@ def _alike(one: OptimConfig, other: OptimConfig) -> bool:
 def _encoder(setup: Setup) -> Any:
     """M_ssl, or, where it is yet to be trained, a network of its kind."""
     pretext = setup.pretext
-    return load_encoder(pretext.arch, pretext.teacher_size) if pretext.source is None else new_trunk(pretext.arch)
+    if pretext.source is None:
+        return load_encoder(pretext.arch, pretext.teacher_size)
+    return new_trunk(pretext.arch, data=pretext.source)
 
 
 def forward_seconds(network: Any, setup: Setup, size: int | None) -> float:
@@ -187,7 +188,7 @@ def _scratch(setup: Setup) -> Path:
 def _pretrain_step(setup: Setup, config: MoCoConfig) -> StepTime:
     source = setup.pretext.source
     assert source is not None  # else nothing is pretrained
-    trunk = new_trunk(setup.pretext.arch)
+    trunk = new_trunk(setup.pretext.arch, data=source)
     task = MoCo(trunk, config, input_spec(trunk, setup.size))
     loader = EpochLoader(source, config.batch_size, setup.runtime.seed)
     return measure_step(task, loader, _scratch(setup), optim=OptimConfig.of(config), runtime=setup.runtime)
@@ -209,15 +210,22 @@ class _CachedViews(EpochLoader):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ViewBatch]]:  # type: ignore[override]
         """The batches of an epoch from its step `start` on."""
         for positions, images in super().epoch(epoch, start):
-            count, crop = len(positions), {"crop": self.config.crop, "scale": self.config.crop_scale}
-            views = draw_views(BatchRandom(0, 0), count, images.shape[-1], **crop)  # type: ignore[arg-type]
+            config, count = self.config, len(positions)
+            views = draw_views(
+                BatchRandom(0, 0),
+                count,
+                images.shape[-1],
+                crop=config.crop,
+                scale=config.crop_scale,
+                augment=config.augment.resolved(contrastive=False, channels=images.shape[1]),
+            )
             yield positions, ViewBatch(images, views, torch.zeros(count, self.width, dtype=torch.float16))
 
 
 def _distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any) -> StepTime:
     """Of self distillation on labels of no meaning, with M_ssl as `encoder` where it has an anchor."""
     labels = labels_by_name("random", setup.data, setup.args.cluster.k, setup.runtime)
-    model = new_student(setup.arch, labels.num_classes, "sssd", config.exits)
+    model = new_student(setup.arch, labels.num_classes, "sssd", config.exits, setup.data)
     views = input_spec(model, setup.size)
     loader = EpochLoader(setup.data, config.batch_size, setup.runtime.seed)
     task: Task = SelfDistillation(model, config, views)

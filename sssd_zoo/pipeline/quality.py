@@ -1,7 +1,7 @@
 """`sssd quality`: how good a network is for some images, without labels."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
 from sssd_zoo.evaluation.subset import Subset, figures_of, network_figures
 from sssd_zoo.evaluation.verdict import Commands, Verdict, command, judge
 from sssd_zoo.models.bundled import bundled_weights
-from sssd_zoo.models.networks import input_spec, load_network
+from sssd_zoo.models.networks import config_for, input_spec, load_network
 
 ENCODER = "tf_efficientnet_lite0.in1k"  # a public encoder that a CPU can run
 
@@ -88,10 +88,11 @@ def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]
     ]
     bundled = [name for name in timm.list_pretrained(f"{arch}.*") if bundled_weights(name) is not None]
     options = []
-    if args.features is None and args.pretrain.init is None:
+    is_rgb = args.channels in (None, 3)  # as the weights are that could be offered
+    if is_rgb and args.features is None and args.pretrain.init is None:
         options += [("init", "--pretrain.init", name) for name in bundled]
     if args.features is None:
-        options.append(("encoder", "--features", ENCODER))
+        options += [("encoder", "--features", ENCODER)] * is_rgb
         start = () if args.pretrain.init is None else ("--pretrain.init", args.pretrain.init)
         options.append(("longer", *start, "--pretrain.epochs", str(2 * args.pretrain.epochs)))
     else:
@@ -115,11 +116,13 @@ def quality(args: QualityArgs) -> None:
     """`sssd quality`."""
     tune_cpu()
     model = load_network(args.model)
-    data = load_images(DataConfig.of(args), default_size=storage_default(input_spec(model).size))
+    config = config_for(args.model, model, DataConfig.of(args))
+    data = load_images(config, default_size=storage_default(input_spec(model).size))
     if len(data) < 2:
         raise UserError(f"{data.name} has {len(data)} image; quality without labels needs at least 2")
     subset = Subset(data, ForwardConfig.of(args), args.seed, args.images, progress=True)
     figures = {"images": float(len(subset)), **network_figures(model, subset)}
+    args = replace(args, channels=config.channels, bits=config.bits)
     fit = command("sssd", "fit", *data_words(args), "--out", "run")
     distil = command("sssd", "fit", *data_words(args), "--features", args.model, "--out", "run")
     # The figures are of any images, so that how many it was trained on does not count.

@@ -1,22 +1,20 @@
 """`sssd report`: the page of a finished run, RUN/report.html, which `sssd fit` writes at its end, too."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from sssd_zoo.configs import DataConfig, ForwardConfig, ReportArgs
+from sssd_zoo.configs import ForwardConfig, ReportArgs
 from sssd_zoo.data.inputs import storage_default
 from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.distributed.hardware import tune_cpu
-from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports.html.gallery import Clusters, gallery
 from sssd_zoo.evaluation.reports.html.page import TRAININGS, write_page
 from sssd_zoo.evaluation.reports.markdown import read_results
 from sssd_zoo.files import sha256
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import check_writable, claim
-from sssd_zoo.files.untrusted import read_yaml
 from sssd_zoo.hub.cards import check_run
+from sssd_zoo.hub.space import config_of
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.rename import cluster_names
@@ -28,7 +26,7 @@ def report(args: ReportArgs) -> None:
     run = Path(args.run)
     check_run(run)
     check_writable(run, "fit")
-    config = data_config(run)
+    _, config = config_of(run)
     if args.data is not None:
         config = replace(config, data=args.data)
     pseudo = PseudoLabels.load(run / "labels")
@@ -41,19 +39,6 @@ def report(args: ReportArgs) -> None:
     pseudo.check(data.fingerprint)
     path = write_run_page(run, data, ForwardConfig.of(args), args.images)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
-
-
-def data_config(run: Path) -> DataConfig:
-    """Which images a run read, by its config.yaml.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
-    recipe: Any = read_yaml(run / "config.yaml")
-    try:
-        return DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from error
 
 
 def write_run_page(run: Path, data: ImageData, forward: ForwardConfig, limit: int = ReportArgs.images) -> Path:

@@ -47,7 +47,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(photos, tmp_path_factory) -> Path:
-    label_free = {"rank_me": 12.5, "exit_agreement_1": 0.6, "<i>": 1.0}
+    label_free = {"rank_me": 12.5, "exit_agreement_1": 0.6, "clustered_rank_me": 3.5, "<i>": 1.0}
     out = made_run(tmp_path_factory.mktemp("made") / "run", photos, verdict=VERDICT, label_free=label_free)
     assert sssd("report", out, "--device", "cpu") == 0
     return out

@@ -140,6 +140,32 @@ def test_mistakes_are_told_in_a_line(words, message, images, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_the_estimate_and_the_verdict_know_the_channels(images, tmp_path, capsys):
+    words = ["fit", "--data", images, "--unlabelled", "--channels", "4", "--out", tmp_path / "run", *TINY]
+    words += [
+        "--pretrain.epochs",
+        "20",
+        "--distill.epochs",
+        "20",
+        "--distill.anchor",
+        "1",
+        "--distill.cached_views",
+        "2",
+    ]
+    assert sssd(*words, "--augment.quarter_turns") == 0
+    said = capsys.readouterr().out
+    assert "by a few measured steps of each training" in said
+    assert "--pretrain.init RUN starts from the weights of a run on images of 4 channels" in said
+    proposed = json.loads((tmp_path / "run" / "metrics.json").read_text())["verdict"]["next"]
+    assert proposed
+    assert all("--channels 4" in line or "sssd predict" in line for line in proposed)
+    assert not any("tiny_imagenet" in line or "efficientnet" in line for line in proposed), "those are for RGB images"
+    assert sssd("quality", tmp_path / "run", "--data", images, "--format", "json") == 0
+    proposed = json.loads(capsys.readouterr().out)["verdict"]["next"]
+    assert all("--channels 4" in line for line in proposed if " fit " in line)
+
+
+@pytest.mark.slow
 def test_the_whole_pipeline(images, tmp_path, capsys):
     (images / "dry" / "broken.npy").write_bytes(b"\x93NUMPY, but no more")
     try:

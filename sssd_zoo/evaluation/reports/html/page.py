@@ -13,8 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from sssd_zoo.errors.text import plain
+from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
 from sssd_zoo.evaluation.reports.html.curves import Chart, Series, chart, stage_charts
 from sssd_zoo.evaluation.reports.markdown import Results, duration
+from sssd_zoo.evaluation.verdict import TRUST
 from sssd_zoo.files import atomic_write_text
 
 HERE = Path(__file__).parent
@@ -25,25 +27,6 @@ TRAININGS = {
     "pretrain": "Pretraining by MoCo v2: features without labels",
     "distill": "Self distillation: four exits learn the clusters",
     "baseline": "The same on random labels, to compare with",
-}
-
-# Measures of quality without labels: what they are called, and what they say.
-LABEL_FREE = {
-    "rank_me": ("Effective rank (RankMe)", "how many directions the features use; near 1 they have collapsed"),
-    "two_view_consistency": (
-        "Consistency of two views",
-        "how often an image's augmented view finds its own other view among all images; higher is better",
-    ),
-    "exit_agreement_1": ("Exit 1 agrees with the ensemble", "how often both give the same answer"),
-    "exit_agreement_2": ("Exit 2 agrees with the ensemble", "how often both give the same answer"),
-    "exit_agreement_3": ("Exit 3 agrees with the ensemble", "how often both give the same answer"),
-    "cluster_stability": (
-        "Stability of the clusters",
-        "how alike the clusters of two seeds of k-means are; higher is better",
-    ),
-    "alignment": ("Alignment", "distance of the features of two views of an image; lower is better"),
-    "uniformity": ("Uniformity", "how evenly the features cover the sphere; lower is better"),
-    "embedding_std": ("Standard deviation of the features", "near 0 they have collapsed"),
 }
 
 
@@ -70,6 +53,7 @@ def write_page(
         results=facts,
         summary=summary(results),
         verdict=facts.get("verdict"),
+        trust=TRUST,
         label_free=label_free(facts.get("label_free") or {}),
         accuracy=accuracy_table(results),
         costs=cost_table(results),
@@ -108,11 +92,12 @@ def summary(results: Results) -> str:
 
 
 def label_free(measured: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """The measures without labels: name, value, and what it says."""
+    """The figures without labels of the network's last exit, and how far the exits agree: name, value, what it says."""
     rows = []
-    for key, value in measured.items():
-        name, meaning = LABEL_FREE.get(key, (key.replace("_", " ").capitalize(), ""))
-        rows.append((plain(name), f"{value:.3g}", meaning))
+    for key, meaning in {**MEANINGS, **AGREEMENT}.items():
+        if key in measured:
+            words = f"{meaning.words}; {meaning.better}"
+            rows.append((meaning.title[0].upper() + meaning.title[1:], f"{measured[key]:.{meaning.digits}f}", words))
     return rows
 
 
