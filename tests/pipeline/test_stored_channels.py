@@ -198,6 +198,6 @@ def test_the_whole_pipeline(images, tmp_path, capsys):
     config = json.loads((tmp_path / "early/config.json").read_text())
     assert config["model_args"]["bits"] == 16
     words = ["--models", f"[{tmp_path / 'run/model'}, scratch]", "--fractions", "[0.5]", "--seeds", "[0]"]
-    words += ["--epochs", "1", "--batch_size", "8", "--augment.rotation", "20", "--device", "cpu"]
+    words += ["--epochs", "1", "--batch_size", "8", "--augment.rotation", "20", "--image_size", "32", "--device", "cpu"]
     assert sssd("finetune", "--data", images, "--out", tmp_path / "tuned", *words) == 0
     capsys.readouterr()
