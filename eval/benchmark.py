@@ -685,54 +685,51 @@ def _embed_peak(folder: str, name: str) -> float:
     return _peak_mib()
 
 
+def add_numbers(section: argparse.ArgumentParser, defaults: dict[str, int]) -> None:
+    """Adds options that are whole numbers, by their names and defaults."""
+    for name, default in defaults.items():
+        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+
+
 def main() -> None:
     """Runs one benchmark and prints what it gives as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     sections = parser.add_subparsers(dest="section", required=True)
     section = sections.add_parser("kmeans", help="k-means against faiss called by hand")
-    for name, default in {"n": 50_000, "d": 512, "k": 1000, "iterations": 20, "runs": 3}.items():
-        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(section, {"n": 50_000, "d": 512, "k": 1000, "iterations": 20, "runs": 3})
     section.set_defaults(benchmark=benchmark_kmeans)
     section = sections.add_parser("kmeans-disk", help="time and memory of k-means on features in a file")
-    for name, default in {"n": 100_000, "d": 512, "k": 1000, "iterations": 20}.items():
-        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(section, {"n": 100_000, "d": 512, "k": 1000, "iterations": 20})
     section.set_defaults(benchmark=benchmark_kmeans_disk)
     section = sections.add_parser("moco", help="MoCo training against the rate of matrix products")
-    for name, default in {"batch_size": 256, "splits": 4, "size": 32, "steps": 5, "rounds": 5}.items():
-        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(section, {"batch_size": 256, "splits": 4, "size": 32, "steps": 5, "rounds": 5})
     section.add_argument("--model", default="sssd_resnet18_cifar", help="default sssd_resnet18_cifar")
     section.set_defaults(benchmark=benchmark_moco)
 
     section = sections.add_parser("busy", help="training beside a process that keeps one core busy")
-    for name, default in {"batch_size": 64, "seconds": 6, "rounds": 3}.items():
-        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(section, {"batch_size": 64, "seconds": 6, "rounds": 3})
     section.set_defaults(benchmark=benchmark_busy)
 
     section = sections.add_parser("byot", help="a step with three exits and all losses against a plain one")
-    for name, default in {"batch_size": 128, "steps": 5, "rounds": 5}.items():
-        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(section, {"batch_size": 128, "steps": 5, "rounds": 5})
     section.set_defaults(benchmark=benchmark_byot)
 
     section = sections.add_parser("methods", help="the cost of an image with each method of `sssd compare`")
-    for name, default in {"batch_size": 64, "steps": 5, "rounds": 5}.items():
-        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(section, {"batch_size": 64, "steps": 5, "rounds": 5})
     section.set_defaults(benchmark=benchmark_methods)
 
     section = sections.add_parser("deploy", help="exit 2 in onnxruntime against the full network in torch eager")
-    for name, default in {"images": 50, "rounds": 5}.items():
-        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(section, {"images": 50, "rounds": 5})
     section.set_defaults(benchmark=benchmark_deploy)
 
     section = sections.add_parser("embed", help="`sssd embed` against its network's forward pass alone")
     section.add_argument("--model", default="sssd_resnet18", help="default sssd_resnet18")
     section.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="default auto")
-    for name, default in {"images": 4096, "batch_size": 64, "rounds": 3}.items():
-        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(section, {"images": 4096, "batch_size": 64, "rounds": 3})
     section.set_defaults(benchmark=benchmark_embed)
 
     section = sections.add_parser("embed-memory", help="the most memory that `sssd embed` takes for many images")
-    for name, default in {"images": 100_000, "side": 8}.items():
-        section.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    add_numbers(section, {"images": 100_000, "side": 8})
     section.set_defaults(benchmark=benchmark_embed_memory)
 
     arguments = vars(parser.parse_args())

@@ -35,7 +35,7 @@ from sssd_zoo.data.images import (
     take,
 )
 from sssd_zoo.data.opening import Encoded, pages_of
-from sssd_zoo.data.pixels import PixelFormat, moments, pixel_format, shown
+from sssd_zoo.data.pixels import Channelled, PixelFormat, moments, pixel_format, shown
 from sssd_zoo.data.several import open_data
 from sssd_zoo.data.walk import warn_once
 from sssd_zoo.distributed import rank
@@ -112,7 +112,7 @@ class CorruptTally:
 
 
 @dataclass(frozen=True)
-class OpenedImages:
+class OpenedImages(Channelled):
     """A split that is open, its images counted and none of them decoded yet; `open_images` makes it.
 
     Attributes:
@@ -132,11 +132,6 @@ class OpenedImages:
     size: int
     config: DataConfig
     pixels: PixelFormat | None
-
-    @property
-    def channels(self) -> int:
-        """Of the images."""
-        return 3 if self.pixels is None else self.pixels.channels
 
     @property
     def statistics(self) -> None:
@@ -171,7 +166,7 @@ class OpenedImages:
         return ImageData(self, fingerprint=digest, rows=rows, tally=tally, kept=kept)
 
 
-class ImageData:
+class ImageData(Channelled):
     """A split's images, labels where it has them, and the fingerprint that pseudo labels are checked against.
 
     `load_images` makes it. Positions 0..len-1 count the kept images; `rows` maps them to row numbers of the split.
@@ -219,11 +214,6 @@ class ImageData:
         """The images at `index` for a person's eye: uint8 [B, 3, S, S], see `pixels.shown`."""
         images, statistics = self.gather(index), self.statistics
         return images if statistics is None else shown(images, statistics.mean, statistics.std)
-
-    @property
-    def channels(self) -> int:
-        """Of the images."""
-        return 3 if self.pixels is None else self.pixels.channels
 
     @property
     def identity(self) -> dict[str, Any]:

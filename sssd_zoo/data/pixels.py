@@ -42,6 +42,21 @@ class PixelFormat(NamedTuple):
         return {"channels": self.channels, "bits": self.bits}
 
 
+class Channelled:
+    """What images of any form have in common.
+
+    Attributes:
+        pixels: channels and bits of the images; None for RGB of 8 bits.
+    """
+
+    pixels: PixelFormat | None
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return 3 if self.pixels is None else self.pixels.channels
+
+
 def pixel_format(config: DataConfig, sample: Sequence[Encoded]) -> PixelFormat | None:
     """How to keep the images; None for RGB of 8 bits, which is what is kept without `--channels`, too.
 

@@ -18,7 +18,7 @@ from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import Corrupt, decode_batch, natural_size
 from sssd_zoo.data.loading import CorruptTally, Statistics, statistics_of
 from sssd_zoo.data.opening import Encoded, encoded
-from sssd_zoo.data.pixels import pixel_format
+from sssd_zoo.data.pixels import Channelled, pixel_format
 from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
@@ -29,7 +29,7 @@ MEASURED, PART = 1024, 64  # first images, whose mean and std stand for those of
 SHARDS = 64  # parts of a local data set, read in a different order each epoch
 
 
-class StreamingImages:
+class StreamingImages(Channelled):
     """A stream of images without labels; `load_streaming` makes it.
 
     Attributes:
@@ -53,11 +53,6 @@ class StreamingImages:
         self.size = config.storage_size or natural_size(first) or default_size
         info = rows.info.splits
         self.count: int | None = info[split].num_examples if info and split in info else None
-
-    @property
-    def channels(self) -> int:
-        """Of the images."""
-        return 3 if self.pixels is None else self.pixels.channels
 
     @property
     def identity(self) -> dict[str, Any]:
