@@ -19,7 +19,7 @@ from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.features import network_features
 from sssd_zoo.evaluation.knn import knn as knn_accuracy
 from sssd_zoo.evaluation.probe import Probe, check_labels, linear_probe
-from sssd_zoo.models import SSSDResNet, classifiers
+from sssd_zoo.models import MultiExit, classifiers
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def probe_features(features: Features, config: ProbeConfig, seed: int) -> Probe:
 
 def put_heads(model: Any, probe: Probe, storage_size: int) -> None:
     """Makes the probes, measured on images stored at this size, the network's classifiers."""
-    if isinstance(model, SSSDResNet):
+    if isinstance(model, MultiExit):
         model.storage_size = storage_size
     classes = probe.weights.shape[1]
     model.reset_classifier(classes)

@@ -64,7 +64,17 @@ KINDS = {
     "pulled-labels": Kind("pseudo labels of `sssd pull`", (*LABELS, "README.md")),
     "network": Kind("a network", (*NETWORK, "README.md")),
     "transformers": Kind(
-        "a network for transformers", (*NETWORK, "modeling_sssd.py", "multi_exit_resnet.py", "exits.py")
+        "a network for transformers",
+        (
+            *NETWORK,
+            "modeling_sssd.py",
+            "building.py",
+            "multi_exit_resnet.py",
+            "staged.py",
+            "stages.py",
+            "multi_exit.py",
+            "exits.py",
+        ),
     ),
     "early-exit": Kind("a network of `sssd early-exit`", (*NETWORK, *EARLY_EXIT)),
     "card": Kind(

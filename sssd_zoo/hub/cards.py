@@ -44,7 +44,7 @@ from sssd_zoo.files import (
 )
 from sssd_zoo.files.untrusted import copy_files, read_yaml
 from sssd_zoo.hub.model_card import EXITS, eval_result_files, model_card, with_costs
-from sssd_zoo.models import classifiers
+from sssd_zoo.models import classifier_names, classifiers
 from sssd_zoo.models.networks import input_spec, load_network
 from sssd_zoo.models.saving import network_weights
 
@@ -139,7 +139,7 @@ def check_calibrated(run: Path, calibrated: str | None) -> Path | None:
     if not (folder / "early_exit" / "report.md").is_file():
         raise UserError(f"{folder} was not written by `sssd early-exit`: early_exit/report.md missing")
     ours = load_network(str(run / "model"))
-    heads = tuple(f"{name}." for name in ours.pretrained_cfg["classifier"])
+    heads = tuple(f"{name}." for name in classifier_names(ours))
     theirs = load_network(str(folder)).state_dict()
     trunk = {name: value for name, value in ours.state_dict().items() if not name.startswith(heads)}
     if any(name not in theirs or not torch.equal(value, theirs[name]) for name, value in trunk.items()):

@@ -24,7 +24,7 @@ from sssd_zoo.evaluation.reports.markdown import Results, describe, table
 from sssd_zoo.files import atomic_write_text, read_json
 from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.run_folder import atomic_dir
-from sssd_zoo.models import SSSDResNet, activations, multiply_adds
+from sssd_zoo.models import MultiExit, activations, multiply_adds
 from sssd_zoo.models.saving import save_network
 
 PAPER = (
@@ -72,7 +72,7 @@ def save_model_folder(
 
 def with_costs(context: Results, model: nn.Module, input_size: Sequence[int]) -> Results:
     """What was measured, with the MACs and activations of a network of this package for an image of [C, H, W]."""
-    if not isinstance(model, SSSDResNet):
+    if not isinstance(model, MultiExit):
         return context
     channels, height, width = input_size
     size = (channels, height, width)

@@ -38,7 +38,7 @@ from sssd_zoo.data.formats import CorruptImageError
 from sssd_zoo.data.opening import Encoded
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import html, plain
-from sssd_zoo.models import SSSDResNet, ensemble_logits, exits_asked, exits_taken, multiply_adds
+from sssd_zoo.models import MultiExit, ensemble_logits, exits_asked, exits_taken, multiply_adds
 from sssd_zoo.models.merged import Answers
 
 PASSES = 5  # of each length; their median time is shown
@@ -87,7 +87,7 @@ class Analysis:
         return max(enumerate(means), key=lambda pair: pair[1])
 
 
-def pass_seconds(network: SSSDResNet, image: Tensor) -> list[float]:
+def pass_seconds(network: MultiExit, image: Tensor) -> list[float]:
     """Median times of passes that stop at exits 1 to 4 after asking the exits before, and of one that computes all.
 
     Args:

@@ -1,6 +1,6 @@
 """Networks in folders that load where this package is not installed: by timm alone, or by transformers.
 
-timm            the final exit as timm's own ResNet: `timm.create_model("local-dir:FOLDER", pretrained=True)`
+timm            the final exit as timm's own network: `timm.create_model("local-dir:FOLDER", pretrained=True)`
 transformers    the whole network, with the code that builds it: `from_pretrained(FOLDER, trust_remote_code=True)`
 
 Both are compared with the network they came from before they are written.
@@ -17,45 +17,57 @@ from torch import nn
 
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, read_json, write_json
-from sssd_zoo.models import SSSDResNet
-from sssd_zoo.models.multi_exit_resnet import build, structure_of
+from sssd_zoo.models import MultiExit, SSSDResNet
+from sssd_zoo.models.building import build, structure_of
+from sssd_zoo.models.networks import channels
 from sssd_zoo.models.saving import save_network
 
-OURS = ("output", "exits", "cifar_stem", "thresholds", "storage_size")  # arguments that timm's ResNet does not have
+# Arguments that timm's networks do not have.
+OURS = ("output", "exits", "cifar_stem", "thresholds", "storage_size", "bits", "backbone")
 
 CODE = Path(__file__).parents[1] / "models"
-CODE_FILES = ("modeling_sssd.py", "multi_exit_resnet.py", "exits.py")  # what a folder for transformers runs
+CODE_FILES = (  # what a folder for transformers runs
+    "modeling_sssd.py",
+    "building.py",
+    "multi_exit_resnet.py",
+    "staged.py",
+    "stages.py",
+    "multi_exit.py",
+    "exits.py",
+)
 
 
-def plain_resnet(model: SSSDResNet) -> tuple[nn.Module, str]:
-    """A network's final exit as a ResNet of timm's own, and its timm name.
+def plain_network(model: MultiExit) -> tuple[nn.Module, str]:
+    """A network's final exit as a network of timm's own, and its timm name.
 
     Args:
         model: created with `output='final'`.
 
     Raises:
-        UserError: if timm has no such ResNet.
+        UserError: if timm has no such network.
     """
     arch = str(model.pretrained_cfg["architecture"])
     other_formats = "give --format transformers, onnx or torch-export, which need no sssd-zoo either"
-    if isinstance(model.maxpool, nn.Identity):
+    if model.cifar_stem:
+        stem = "a 3x3 stride-1 convolution without max-pool" if isinstance(model, SSSDResNet) else "for small images"
         raise UserError(
-            f"no network of timm has the stem of {arch}, a 3x3 stride-1 convolution without max-pool, so it has no "
-            f"plain timm form: {other_formats}, or see docs/deploy.md"
+            f"no network of timm has the stem of {arch}, {stem}, so it has no plain timm form: {other_formats}, or see "
+            "docs/deploy.md"
         )
-    name = arch.removeprefix("sssd_")
+    name = str(getattr(model, "backbone", arch.removeprefix("sssd_")))
     if name == arch or not timm.is_model(name):
         raise UserError(f"timm has no network '{name}' that {arch} is a form of: {other_formats}")
     arguments = {key: value for key, value in get_model_args(model).items() if key not in (*OURS, "num_classes")}
     overlay = {key: value for key, value in model.pretrained_cfg.items() if key not in ("architecture", "tag", "file")}
-    overlay |= {"classifier": "fc", "source": None, "hf_hub_id": None, "url": ""}
+    overlay |= {"classifier": getattr(timm.get_pretrained_cfg(name), "classifier", "fc")}
+    overlay |= {"source": None, "hf_hub_id": None, "url": ""}
     plain = timm.create_model(name, num_classes=model.num_classes, pretrained_cfg_overlay=overlay, **arguments).eval()
     plain.load_state_dict(model.state_dict())
     _check_answers(model, plain, arch)
     return plain, name
 
 
-def save_for_transformers(folder: Path, model: SSSDResNet, arch: str, label_names: Sequence[str] | None) -> None:
+def save_for_transformers(folder: Path, model: MultiExit, arch: str, label_names: Sequence[str] | None) -> None:
     """Writes a whole network with the code that builds it.
 
     Args:
@@ -86,11 +98,10 @@ def standalone(source: str) -> str:
 
 
 @torch.no_grad()
-def _check_answers(model: SSSDResNet, other: nn.Module, arch: str) -> None:
+def _check_answers(model: MultiExit, other: nn.Module, arch: str) -> None:
     """Refuses a form of a network that answers otherwise."""
     _, height, width = model.pretrained_cfg["input_size"]
-    channels = model.conv1.weight.shape[1] if isinstance(model.conv1, nn.Conv2d) else 3
-    images = torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, channels(model), height, width, generator=torch.Generator().manual_seed(0))
     # Not bit-equal: where a weight lies in memory can decide how a convolution is computed.
     if not torch.allclose(model.eval()(images), other(images), rtol=1e-4, atol=1e-5):
         raise UserError(f"{arch} is built otherwise than its name says: give --format onnx or torch-export")

@@ -64,12 +64,16 @@ PAGE_CODE = (
     "hub/__init__.py",
     "hub/page.py",
     "models/__init__.py",
+    "models/backbones.py",
     "models/class_names.py",
     "models/cost.py",
     "models/exits.py",
     "models/merged.py",
+    "models/multi_exit.py",
     "models/multi_exit_resnet.py",
     "models/resnet.py",
+    "models/staged.py",
+    "models/stages.py",
 )
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sssd_zoo.models.multi_exit_resnet import SSSDResNet
+from sssd_zoo.models.multi_exit import MultiExit
+from sssd_zoo.models.stages import macs_of
 
 
 class StageCosts(NamedTuple):
@@ -31,12 +32,6 @@ class StageCosts(NamedTuple):
         return sum(self.stages[:number]) + self.heads[number - 1]
 
 
-def macs_of(layer: Any, output: Tensor) -> int:
-    """MACs of a convolution or linear layer that gave `output`."""
-    per_number = layer.in_features if isinstance(layer, nn.Linear) else layer.weight[0].numel()
-    return int(output.numel() * per_number)
-
-
 def activations_of(_: Any, output: Tensor) -> int:
     """Activations of a convolution or linear layer that gave `output`."""
     return output.numel()
@@ -45,7 +40,7 @@ def activations_of(_: Any, output: Tensor) -> int:
 Count = Callable[[Any, Tensor], int]
 
 
-def stage_costs(model: SSSDResNet, input_size: tuple[int, int, int], count: Count = macs_of) -> StageCosts:
+def stage_costs(model: MultiExit, input_size: tuple[int, int, int], count: Count = macs_of) -> StageCosts:
     """MACs (whole numbers) of the stages and heads of a network with all exits, for one image.
 
     Args:
@@ -54,13 +49,11 @@ def stage_costs(model: SSSDResNet, input_size: tuple[int, int, int], count: Coun
         count: what to count of a layer.
     """
     costs = _module_costs(model, input_size, count)
-    heads = tuple(costs[name] for name in ("exit1", "exit2", "exit3", "fc"))
-    stages = [costs[f"layer{i}"] for i in range(1, 5)]
-    stages[0] = costs.total() - sum(stages[1:]) - sum(heads)
-    return StageCosts(tuple(stages), heads)
+    heads = tuple(costs[name] for name in ("exit1", "exit2", "exit3", "head"))
+    return StageCosts(tuple(costs[f"stage{number}"] for number in range(1, 5)), heads)
 
 
-def multiply_adds(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[str, int]:
+def multiply_adds(model: MultiExit, input_size: tuple[int, int, int]) -> dict[str, int]:
     """MACs of the convolutions and linear layers for one image (FLOPs are twice that).
 
     Args:
@@ -75,7 +68,7 @@ def multiply_adds(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[s
     return _by_answer(model, input_size, macs_of)
 
 
-def activations(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[str, int]:
+def activations(model: MultiExit, input_size: tuple[int, int, int]) -> dict[str, int]:
     """The same for activations: the numbers that the convolutions and linear layers put out for one image.
 
     Memory traffic, and so time, often goes with these rather than with MACs (Dollar et al., "Fast and Accurate Model
@@ -88,15 +81,15 @@ def activations(model: SSSDResNet, input_size: tuple[int, int, int]) -> dict[str
     return _by_answer(model, input_size, activations_of)
 
 
-def _by_answer(model: SSSDResNet, input_size: tuple[int, int, int], count: Count) -> dict[str, int]:
+def _by_answer(model: MultiExit, input_size: tuple[int, int, int], count: Count) -> dict[str, int]:
     if model.output != "ensemble":
         return {"4" if model.output == "final" else model.output: _module_costs(model, input_size, count).total()}
     costs = stage_costs(model, input_size, count)
     return {name: int(costs.answer(name)) for name in ("1", "2", "3", "4", "ensemble")}
 
 
-def _module_costs(model: SSSDResNet, input_size: tuple[int, int, int], count: Count) -> Counter[str]:
-    """Costs by top-level module of the network, of all exits where it has them all."""
+def _module_costs(model: MultiExit, input_size: tuple[int, int, int], count: Count) -> Counter[str]:
+    """Costs by part of the network, see `MultiExit.part_of`, of all exits where it has them all."""
     copied = copy.deepcopy(model).to("meta").eval()
     costs: Counter[str] = Counter()
 
@@ -105,7 +98,7 @@ def _module_costs(model: SSSDResNet, input_size: tuple[int, int, int], count: Co
 
     for name, module in copied.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(partial(add, name.partition(".")[0]))
+            module.register_forward_hook(partial(add, model.part_of(name)))
     image = torch.zeros(1, *input_size, device="meta", dtype=next(copied.parameters()).dtype)
     with torch.no_grad():
         if model.output == "ensemble":

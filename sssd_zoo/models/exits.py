@@ -88,24 +88,6 @@ def early_logits(logits: Tensor, thresholds: Sequence[float]) -> EarlyExits:
     return EarlyExits(answers[taken - 1, torch.arange(len(taken))], taken)
 
 
-def classifiers(model: Any) -> list[Any]:
-    """The classifiers of a network with all exits, in order; the one classifier of any other timm network."""
-    if getattr(model, "output", None) == "ensemble":
-        return [model.exit1.fc, model.exit2.fc, model.exit3.fc, model.fc]
-    return [model.get_classifier()]
-
-
-def stages_and_heads(model: Any) -> list[tuple[nn.Sequential, nn.Sequential]]:
-    """The four stages of a network with all exits, the stem in the first, each with what turns its map into logits."""
-    stem = [model.conv1, model.bn1, model.act1, model.maxpool]
-    return [
-        (nn.Sequential(*stem, model.layer1), nn.Sequential(model.exit1, model.global_pool, model.exit1.fc)),
-        (nn.Sequential(model.layer2), nn.Sequential(model.exit2, model.global_pool, model.exit2.fc)),
-        (nn.Sequential(model.layer3), nn.Sequential(model.exit3, model.global_pool, model.exit3.fc)),
-        (nn.Sequential(model.layer4), nn.Sequential(model.global_pool, model.fc)),
-    ]
-
-
 def bottleneck_layer(
     in_chs: int,
     out_chs: int,

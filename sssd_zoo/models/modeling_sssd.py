@@ -1,6 +1,6 @@
 """A network of sssd-zoo for transformers, where sssd-zoo is not installed.
 
-`sssd export --format transformers` puts this file, multi_exit_resnet.py and exits.py into a network's folder, where
+`sssd export --format transformers` puts this file and those that it imports into a network's folder, where
 `AutoModelForImageClassification.from_pretrained(FOLDER, trust_remote_code=True)` runs them. They need torch and timm,
 open no files and make no connections: transformers itself reads config.json and model.safetensors.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import TimmWrapperConfig, TimmWrapperPreTrainedModel
 from transformers.utils import ModelOutput
 
+from sssd_zoo.models.building import build
 from sssd_zoo.models.exits import ensemble_logits
-from sssd_zoo.models.multi_exit_resnet import build
 
 
 @dataclass
@@ -35,7 +35,7 @@ class MultiExitOutput(ModelOutput):  # type: ignore[misc]
 
 
 class SSSDForImageClassification(TimmWrapperPreTrainedModel):  # type: ignore[misc]
-    """The whole network as `timm_model`, an `SSSDResNet` with all its methods: `model.timm_model.forward_early`.
+    """The whole network as `timm_model`, a `MultiExit` with all its methods: `model.timm_model.forward_early`.
 
     Args:
         config: of the folder's config.json.

@@ -3,36 +3,37 @@
 Source: Chen and Chu, "SSSD: Self-Supervised Self Distillation", after BYOT (Zhang et al. 2019): a classifier per stage,
 of which the deepest teaches the others.
 
-`sssd export --format transformers` puts this file and exits.py into folders that load without this package: of it they
-import each other and `UserError`, nothing else.
+`sssd export --format transformers` puts this file and those that it imports into folders that load without this
+package: of it they import each other and `UserError`, nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier, get_act_layer, get_norm_layer
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.models.exits import EarlyExits, Exit, Exits, confidence, ensemble_logits, exits_asked
+from sssd_zoo.models.exits import Exit, Exits, ensemble_logits
+from sssd_zoo.models.multi_exit import MultiExit
 
 CLASSIFIERS = ("fc.", "exit1.fc.", "exit2.fc.", "exit3.fc.")
-BLOCKS = {"BasicBlock": BasicBlock, "Bottleneck": Bottleneck}
 
 
-class SSSDResNet(ResNet):
+class SSSDResNet(MultiExit, ResNet):
     """A timm ResNet with four exits: one after each of the stages 1 to 3, and the final classifier.
 
     The trunk's state-dict keys are timm's own, so a plain timm resnet's weights load into it and back; `exit1` to
     `exit3` come after it. `output` decides what `forward` returns, and so what is built:
 
-    - 'ensemble': all is built. `forward` gives the log of the mean softmax of the four exits in float32.
+    - 'ensemble': all is built. `forward` gives the log of the mean softmax of the four exits, computed
+      in float32, in the images' type.
       `forward_features` is the last stage's map, `forward_head` the final classifier's logits alone.
     - 'final' (or 4): the plain ResNet, without exits.
     - 1, 2 or 3: the stages up to that exit, and the exit. `forward_features` includes the exit's bottleneck layers, so
@@ -89,17 +90,10 @@ class SSSDResNet(ResNet):
         **kwargs: Any,
     ) -> None:
         super().__init__(block, layers, num_classes, **kwargs)
-        self.output = "final" if str(output) == "4" else str(output)
-        if self.output not in ("ensemble", "final", "1", "2", "3"):
-            raise UserError(f"there is no output={output!r}: choose 'ensemble', 'final' or an exit from 1 to 4")
         if exits not in ("plain", "attention"):
             raise UserError(f"there are no exits={exits!r}: choose 'plain' or 'attention'")
-        self.ensemble = self.output == "ensemble"
-        self.thresholds = check_thresholds(thresholds) if self.ensemble and thresholds is not None else None
-        self.storage_size = storage_size
-        if bits not in (None, 8, 16):
-            raise UserError(f"there are no images of bits={bits!r} per channel: choose 8 or 16, or None")
-        self.bits = bits
+        self.set_output(output, thresholds, storage_size, bits)
+        self.cifar_stem = cifar_stem
         if cifar_stem:
             self._replace_stem()
         self._add_exits(
@@ -129,8 +123,7 @@ class SSSDResNet(ResNet):
         parameter, stages = next(self.parameters()), self.feature_info[1:]
         chs = [stage["num_chs"] for stage in stages]
         strides = [after["reduction"] // before["reduction"] for before, after in pairwise(stages)]
-        numbers = {"ensemble": (1, 2, 3), "final": (), "1": (1,), "2": (2,), "3": (3,)}[self.output]
-        for number in numbers:
+        for number in self.exit_numbers():
             exit_head = Exit(
                 chs[number - 1 :],
                 strides[number - 1 :],
@@ -181,17 +174,18 @@ class SSSDResNet(ResNet):
         for exit_head in self._exits():
             exit_head.fc = self._new_classifier().train(self.training)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch, but the weights of stages and exits that `output` leaves out are ignored.
+    def part_of(self, module: str) -> str:
+        """See `MultiExit`."""
+        top = module.partition(".")[0]
+        if top.startswith("layer"):
+            return f"stage{top[5:]}"
+        return top if top.startswith("exit") else "head" if top == "fc" else "stage1"
 
-        So a full network's checkpoint fits `output=2` as well, by `create_model(..., checkpoint_path=FILE)` too.
-
-        Args:
-            state_dict: weights by name.
-            strict: refuse all other weights that the network does not have, and missing ones.
-            assign: see torch.
-        """
-        return super().load_state_dict(without_left_out(state_dict, self), strict, assign)
+    def left_out(self) -> tuple[str, ...]:
+        """See `MultiExit`."""
+        optional = [f"layer{i}." for i in (2, 3, 4)] + [f"exit{i}." for i in (1, 2, 3)] + list(CLASSIFIERS)
+        ours = self.state_dict().keys()
+        return tuple(prefix for prefix in optional if not any(key.startswith(prefix) for key in ours))
 
     def forward_intermediates(
         self,
@@ -272,7 +266,7 @@ class SSSDResNet(ResNet):
         Returns:
             [B, num_classes], or [B, num_features] before the classifier.
         """
-        x = self._dropped(self.global_pool(x))
+        x = self.dropped(self.global_pool(x))
         if pre_logits:
             return x
         if not self.ensemble:
@@ -285,7 +279,8 @@ class SSSDResNet(ResNet):
         x = self.fc(x)  # an identity in a truncated network
         return x
 
-    def _dropped(self, features: Tensor) -> Tensor:
+    def dropped(self, features: Tensor) -> Tensor:
+        """See `MultiExit`."""
         if self.drop_rate:
             features = F.dropout(features, p=float(self.drop_rate), training=self.training)
         return features
@@ -293,7 +288,7 @@ class SSSDResNet(ResNet):
     def forward(self, x: Tensor) -> Tensor:
         """What `output` asks for (see the class): images [B, in_chans, H, W] to [B, num_classes]."""
         if self.ensemble and self.num_classes > 0:
-            return ensemble_logits(self.forward_exits(x).logits)
+            return ensemble_logits(self.forward_exits(x).logits).to(x.dtype)
         return self.forward_head(self.forward_features(x))
 
     def forward_exits(self, x: Tensor) -> Exits:
@@ -326,149 +321,30 @@ class SSSDResNet(ResNet):
             f3 = self.global_pool(self.exit3(x))
             f4 = self.global_pool(self.layer4(x))
         logits = [
-            self.exit1.fc(self._dropped(f1)),
-            self.exit2.fc(self._dropped(f2)),
-            self.exit3.fc(self._dropped(f3)),
-            self.fc(self._dropped(f4)),
+            self.exit1.fc(self.dropped(f1)),
+            self.exit2.fc(self.dropped(f2)),
+            self.exit3.fc(self.dropped(f3)),
+            self.fc(self.dropped(f4)),
         ]
         return Exits(logits, [f1, f2, f3, f4])
 
-    def forward_early(self, x: Tensor, thresholds: Sequence[float] | None = None) -> EarlyExits:
-        """Runs stage by stage; an image leaves the batch as soon as an exit is confident enough.
+    def stage(self, number: int, x: Tensor) -> Tensor:
+        """See `MultiExit`."""
+        if number == 1:
+            x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
+        maps: Tensor = (self.layer1, self.layer2, self.layer3, self.layer4)[number - 1](x)
+        return maps
 
-        An image leaves at the first exit whose largest softmax probability exceeds that exit's threshold, so with 0 all
-        images leave and with 1 none does; the head of an exit with threshold 1 is not run. Images that reach the last
-        exit get the ensemble of all the heads that ran, whose logits exist anyway, much as in the code of Zhang et al.,
-        "SCAN" (NeurIPS 2019); with three thresholds of 1 these are the final classifier's logits.
+    def exit_map(self, number: int, x: Tensor) -> Tensor:
+        """See `MultiExit`."""
+        maps: Tensor = (self.exit1, self.exit2, self.exit3)[number - 1](x)
+        return maps
 
-        Args:
-            x: images, [B, in_chans, H, W].
-            thresholds: of the exits 1 to 3, in 0..1; by default those stored with the network.
+    def pooled_exit(self, number: int, x: Tensor) -> Tensor:
+        """See `MultiExit`."""
+        return self.last_features(x)
 
-        Raises:
-            UserError: if the network was not built with `output='ensemble'` or is in training mode (BatchNorm would see
-                the hard images only), for thresholds that are not three numbers in 0..1, or if none are given and the
-                network has none.
-        """
-        if not self.ensemble or self.training:
-            raise UserError("forward_early needs a network created with output='ensemble', in eval mode")
-        if thresholds is None and self.thresholds is None:
-            raise UserError(
-                "the network has no thresholds of its own: give three, or calibrate it by `sssd early-exit`"
-            )
-        thresholds = self.thresholds if thresholds is None else check_thresholds(thresholds)
-        assert thresholds is not None
-        taken = torch.full((len(x),), 4, device=x.device)
-        asked = exits_asked(thresholds)
-        remaining = torch.arange(len(x), device=x.device)  # which images are still in the batch
-        head_logits: list[Tensor] = []  # of those, from the heads that ran
-        left: list[tuple[Tensor, Tensor]] = []  # indices of images, and their logits
-        x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
-        stages = ((self.layer1, self.exit1), (self.layer2, self.exit2), (self.layer3, self.exit3))
-        for number, ((stage, exit_head), threshold) in enumerate(zip(stages, thresholds, strict=True), start=1):
-            x = stage(x)
-            if number not in asked:
-                continue
-            logits = exit_head.fc(self.global_pool(exit_head(x))).float()
-            head_logits.append(logits)
-            leaves = confidence(logits) > threshold
-            count = int(leaves.sum())  # the only wait for the device in a stage
-            if not count:
-                continue  # no copy of the map where it does not get smaller
-            if count == len(remaining):
-                left.append((remaining, logits))
-                taken[remaining] = number
-                break
-            gone, stay = leaves.sort(descending=True, stable=True).indices.tensor_split([count])
-            left.append((remaining[gone], logits[gone]))
-            taken[remaining[gone]] = number
-            remaining, x = remaining[stay], x.index_select(0, stay)
-            head_logits = [each.index_select(0, stay) for each in head_logits]
-        else:
-            head_logits.append(self.fc(self.global_pool(self.layer4(x))))
-            left.append((remaining, ensemble_logits(head_logits)))
-        if len(left) == 1:  # all left together: always so for a single image
-            return EarlyExits(left[0][1], taken)
-        order = torch.cat([images for images, _ in left]).argsort()
-        return EarlyExits(torch.cat([logits for _, logits in left])[order], taken)
-
-
-def check_thresholds(thresholds: Sequence[float]) -> list[float]:
-    """Three thresholds as numbers.
-
-    Raises:
-        UserError: for another number of them, or one outside of 0..1.
-    """
-    values = [float(threshold) for threshold in thresholds]
-    if len(values) != 3 or not all(0 <= value <= 1 for value in values):
-        raise UserError(f"early exit needs three thresholds in 0..1, for the exits 1 to 3; got {values}")
-    return values
-
-
-def without_left_out(state_dict: Mapping[str, Tensor], model: SSSDResNet) -> dict[str, Tensor]:
-    """Weights without those of the stages, exits and classifiers that `model` was built without."""
-    optional = [f"layer{i}." for i in (2, 3, 4)] + [f"exit{i}." for i in (1, 2, 3)] + list(CLASSIFIERS)
-    ours = model.state_dict().keys()
-    left_out = tuple(prefix for prefix in optional if not any(key.startswith(prefix) for key in ours))
-    return {key: tensor for key, tensor in state_dict.items() if not key.startswith(left_out)}
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: SSSDResNet) -> dict[str, Tensor]:
-    """Keeps of a full network's weights those that `model` has.
-
-    timm does not load strictly when the number of classes differs: a checkpoint with other names would silently load
-    nothing. So every name is checked here.
-
-    Raises:
-        UserError: for weights that belong neither to the model nor to an exit or stage that its `output` leaves out,
-            and for missing weights of the model.
-    """
-    ours = model.state_dict().keys()
-    kept = without_left_out(state_dict, model)
-    new_classifiers = model.pretrained_cfg.get("num_classes") != model.num_classes  # timm leaves them at random
-    if new_classifiers:
-        model.thresholds = None  # they were those of the old classifiers
-    missing = [key for key in ours if key not in kept and not (new_classifiers and key.startswith(CLASSIFIERS))]
-    unexpected = [key for key in kept if key not in ours]
-    if missing or unexpected:
-        raise UserError(
-            f"the weights do not fit output={model.output!r} of this model: {len(missing)} of {len(ours)} are missing "
-            f"({', '.join(missing[:3])}...), {len(unexpected)} are unknown ({', '.join(unexpected[:3])}...)"
-        )
-    return kept
-
-
-class Structure(TypedDict):
-    """What a registered name stands for, so that a network can be built where the name is unknown.
-
-    Attributes:
-        block: 'BasicBlock' or 'Bottleneck'.
-        layers: number of blocks in each of the four stages.
-        cifar_stem: see `SSSDResNet`.
-    """
-
-    block: str
-    layers: list[int]
-    cifar_stem: bool
-
-
-def structure_of(model: SSSDResNet) -> Structure:
-    """The structure of a network with all stages."""
-    stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-    return {
-        "block": type(model.layer1[0]).__name__,
-        "layers": [len(stage) for stage in stages],
-        "cifar_stem": isinstance(model.maxpool, nn.Identity),
-    }
-
-
-def build(structure: Structure, num_classes: int, model_args: Mapping[str, Any]) -> SSSDResNet:
-    """A network with new weights.
-
-    Args:
-        structure: see `structure_of`.
-        num_classes: of every classifier.
-        model_args: other arguments of `SSSDResNet`, as config.json holds them.
-    """
-    arguments = {**model_args, "layers": tuple(structure["layers"]), "cifar_stem": structure["cifar_stem"]}
-    return SSSDResNet(BLOCKS[structure["block"]], num_classes=num_classes, **arguments)
+    def last_features(self, x: Tensor) -> Tensor:
+        """See `MultiExit`."""
+        features: Tensor = self.global_pool(x)
+        return features

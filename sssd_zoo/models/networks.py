@@ -15,6 +15,7 @@ from huggingface_hub import (
     hf_hub_download,
 )
 from huggingface_hub.errors import HfHubHTTPError
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sssd_zoo.configs import DataConfig
@@ -30,10 +31,13 @@ from sssd_zoo.files import (
     recorded_sha256,
 )
 from sssd_zoo.files.hub_client import limited_waiting
+from sssd_zoo.models.backbones import named_backbone
 from sssd_zoo.models.bundled import bundled_weights, check_bundled
 from sssd_zoo.models.checks import check_network, read_config
+from sssd_zoo.models.multi_exit import classifier_names
 
 MOST_CHANNELS = 16  # of images, see `--channels`
+SMALL_IMAGES = 40  # pixels: the largest views for which the stem for small images is the default
 
 # What a folder with a network holds.
 NETWORK_FILES = ("config.json", "model.safetensors")
@@ -41,20 +45,25 @@ NETWORK_FILES = ("config.json", "model.safetensors")
 
 def choose_size(data: ImageData | OpenedImages | StreamingImages, image_size: int | None) -> int:
     """The side of the views: as asked, else the images' own where they are small, else 224 px."""
-    return image_size or (data.size if data.size <= 40 else 224)
+    return image_size or (data.size if data.size <= SMALL_IMAGES else 224)
 
 
-def choose_model(name: str | None, size: int) -> str:
+def choose_model(name: str | None, size: int, *, exits: bool = False) -> str:
     """The network's name: as asked, else the one of this package whose stem is made for the size.
 
+    Args:
+        name: as asked.
+        size: side of the views in pixels.
+        exits: whether it must have exits. Then a network of timm's gets them, and the stem that is made for the size.
+
     Raises:
-        UserError: if timm has no network of that name.
+        UserError: if timm has no network of that name, or it cannot have exits.
     """
-    name = name or ("sssd_resnet18_cifar" if size <= 40 else "sssd_resnet18")
+    name = name or ("sssd_resnet18_cifar" if size <= SMALL_IMAGES else "sssd_resnet18")
     if not timm.is_model(name):
         ours = ", ".join(timm.list_models("sssd_*"))
         raise UserError(f"timm has no model '{name}'; this package's are {ours}")
-    return name
+    return named_backbone(name, cifar_stem=size <= SMALL_IMAGES) if exits else name
 
 
 def check_sizes(arch: str, sizes: list[int]) -> None:
@@ -71,7 +80,7 @@ def check_sizes(arch: str, sizes: list[int]) -> None:
     if min(sizes) < smallest:
         raise UserError(
             f"views of {min(sizes)} px are too small for {arch}, which needs at least {smallest}: give larger sizes or "
-            "a network with the stem for small images (sssd_resnet18_cifar)"
+            "a network with the stem for small images (one that ends in _cifar)"
         )
 
 
@@ -255,7 +264,8 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
             out silently gives wrong results.
     """
     weights, ours = source.state_dict(), model.state_dict()
-    trunk = {name for name in ours if not name.startswith(("exit", "fc."))}
+    heads = tuple(f"{name}." for name in classifier_names(model))
+    trunk = {name for name in ours if not name.startswith(("exit", *heads))}
     misfits = [name for name, value in weights.items() if name not in ours or ours[name].shape != value.shape]
     misfits += sorted(trunk - weights.keys())
     if misfits:
@@ -285,6 +295,8 @@ def new_network(arch: str, data: ImageData | OpenedImages | StreamingImages | No
     Raises:
         UserError: if it cannot take images of so many channels.
     """
+    if takes_one_size(arch):
+        kwargs["dynamic_img_size"] = True  # the views' size need not be timm's, and can grow while it trains
     if data is None or data.pixels is None:
         return timm.create_model(arch, **kwargs)
     mean, std = data.statistics or ((), ())
@@ -297,6 +309,15 @@ def new_network(arch: str, data: ImageData | OpenedImages | StreamingImages | No
     if hasattr(network, "bits"):
         network.bits = data.pixels.bits
     return network
+
+
+def takes_one_size(arch: str) -> bool:
+    """Whether a network is a vision transformer that takes images of one size unless it is told otherwise."""
+    config = timm.get_pretrained_cfg(arch)
+    if config is None or not config.fixed_input_size:
+        return False
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return isinstance(timm.create_model(arch), VisionTransformer)
 
 
 def channels(model: Any) -> int:

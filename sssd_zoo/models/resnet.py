@@ -10,7 +10,8 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 from sssd_zoo.errors import UserError
 from sssd_zoo.models.class_names import CIFAR10, TINY_IMAGENET
-from sssd_zoo.models.multi_exit_resnet import SSSDResNet, checkpoint_filter_fn
+from sssd_zoo.models.multi_exit import checkpoint_filter_fn
+from sssd_zoo.models.multi_exit_resnet import SSSDResNet
 
 __all__ = ["SSSDResNet", "checkpoint_filter_fn"]  # register_model adds the entry points
 

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
-import timm
 import torch
 
 from sssd_zoo.configs import (
@@ -127,22 +126,11 @@ def distill_network(
 def new_student(
     arch: str, classes: int, method: Method, exits: str, data: ImageData | OpenedImages | None = None
 ) -> Any:
-    """A network with new weights: with exits for 'sssd', without for 'clusterfit'.
-
-    Raises:
-        UserError: if it has no exits to distil into.
-    """
+    """A network with new weights: with exits for 'sssd', without for 'clusterfit'."""
     if method == "clusterfit":
         return new_trunk(arch, classes, data)
-    check_exits(arch)
     kind: dict[str, Any] = {} if exits == "plain" else {"exits": exits}
     return new_network(arch, data, num_classes=classes, **kind)
-
-
-def check_exits(arch: str) -> None:
-    """Raises `UserError` unless a network of this name has exits to distil into."""
-    if not arch.startswith("sssd_"):
-        raise UserError(f"'{arch}' has no exits to distil into; use one of {', '.join(timm.list_models('sssd_*'))}")
 
 
 def frozen_encoder(
@@ -183,7 +171,7 @@ def distill(args: DistillArgs) -> None:
         labels = pseudo_labels_for(data, pseudo, args.soft)
     else:
         labels = labels_by_name(cast(Name, args.labels), data, args.k, runtime)
-    spec = command_spec(args, data, out, "distil")
+    spec = command_spec(args, data, out, exits=args.method == "sssd", title="distil")
     measured = distill_network(
         data,
         labels,

@@ -51,7 +51,7 @@ from sssd_zoo.evaluation.reports.early_exit import command_line, network_source,
 from sssd_zoo.evaluation.timing import BATCH, ONE_BY_ONE, interleaved, measure_stages
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.files.run_folder import atomic_dir, open_out
-from sssd_zoo.models import SSSDResNet, StageCosts, classifiers, ensemble_logits, stage_costs
+from sssd_zoo.models import MultiExit, StageCosts, classifiers, ensemble_logits, stage_costs
 from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
@@ -65,7 +65,7 @@ def load_classifier(args: EarlyExitArgs) -> Any:
         UserError: if it lacks exits or classes.
     """
     model = load_network(args.model)
-    if not isinstance(model, SSSDResNet) or not model.ensemble or model.num_classes < 2:
+    if not isinstance(model, MultiExit) or not model.ensemble or model.num_classes < 2:
         raise UserError(
             f"'{args.model}' does not have four exits with classifiers: give a network of this package with trained "
             "heads, such as RUN/model of `sssd fit` on labelled images, or what `sssd linear --out` wrote"

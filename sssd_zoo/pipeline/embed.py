@@ -42,7 +42,7 @@ from sssd_zoo.evaluation.embeddings import (
 from sssd_zoo.evaluation.features import read_batches
 from sssd_zoo.files import atomic_write_bytes, disk_errors, read_json, write_json
 from sssd_zoo.files.run_folder import check_replaceable, check_writable, claim, contains, discard, drop
-from sssd_zoo.models import SSSDResNet
+from sssd_zoo.models import MultiExit
 from sssd_zoo.models.networks import config_for, input_spec, load_encoder, weights_digest
 from sssd_zoo.training.hardware import make_accelerator
 
@@ -67,9 +67,9 @@ def load_exits(name: str, exits: str, size: int | None = None) -> tuple[Any, str
     """
     network = load_encoder(name, size)
     digest = weights_digest(network)
-    own = str(network.output) if isinstance(network, SSSDResNet) else "final"
+    own = str(network.output) if isinstance(network, MultiExit) else "final"
     if own != "ensemble":
-        has = {"final": "4"}.get(own, own) if isinstance(network, SSSDResNet) else "final"
+        has = {"final": "4"}.get(own, own) if isinstance(network, MultiExit) else "final"
         if exits not in ("final", has):
             raise UserError(f"'{name}' has no exits to choose from: leave out --exits {exits}")
         return network, digest, [has]

@@ -22,6 +22,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import read_batches
 from sssd_zoo.files import temporary_name
 from sssd_zoo.labels.origin import labels_by_name
+from sssd_zoo.models import feature_width
 from sssd_zoo.models.networks import input_spec, load_encoder, new_network, new_trunk
 from sssd_zoo.pipeline.distill import new_student
 from sssd_zoo.pipeline.forecast import rough
@@ -230,7 +231,7 @@ def _distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any) ->
     loader = EpochLoader(setup.data, config.batch_size, setup.runtime.seed)
     task: Task = SelfDistillation(model, config, views)
     if isinstance(config, AnchoredConfig) and config.anchor:
-        width = int(encoder.num_features)
+        width = feature_width(encoder)
         frozen = FrozenEncoder(encoder, input_spec(encoder), torch.zeros(width), torch.ones(width))
         if config.cached_views:
             loader = _CachedViews(setup, config, width)

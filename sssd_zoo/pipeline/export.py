@@ -7,7 +7,7 @@
     onnx, early-exit   OUT/stage1.onnx to OUT/stage4.onnx and OUT/early_exit.json; docs/deploy.md has the loop
     torch-export    OUT, which `torch.export.load` reads; its extra file metadata.json has the same metadata
     safetensors     OUT/model.safetensors and OUT/config.json, which timm loads by `local-dir:OUT` with this package
-    timm            the same for exit 4 as timm's own ResNet, without this package
+    timm            the same for exit 4 as timm's own network, without this package
     transformers    the same for the whole network, and the code that transformers builds it by
 
 The graphs take images as float32 [B, C, S, S], normalised by mean and std, and give logits. C is 3 for RGB, or 1 for a
@@ -35,9 +35,9 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.protocol import check_classes, evaluation_data, hold_out
 from sssd_zoo.files import atomic_write_bytes, write_json
 from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
-from sssd_zoo.hub.portable import plain_resnet, save_for_transformers
-from sssd_zoo.models import SSSDResNet, stages_and_heads
-from sssd_zoo.models.multi_exit_resnet import check_thresholds
+from sssd_zoo.hub.portable import plain_network, save_for_transformers
+from sssd_zoo.models import MultiExit, stages_and_heads
+from sssd_zoo.models.multi_exit import check_thresholds
 from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
@@ -48,9 +48,9 @@ Arrays = list[NDArray[np.float32]]
 
 
 class AllExits(nn.Module):
-    """A network's four exits as four outputs; see `SSSDResNet.forward_exits`."""
+    """A network's four exits as four outputs; see `MultiExit.forward_exits`."""
 
-    def __init__(self, network: SSSDResNet) -> None:
+    def __init__(self, network: MultiExit) -> None:
         super().__init__()
         self.network = network
 
@@ -195,7 +195,7 @@ def onnx_answers(graph: Any, images: "Images", model: Any, batch_size: int) -> N
     return np.concatenate([[logits.argmax(1) for logits in batch] for batch in outputs], axis=1)
 
 
-def load_output(args: ExportArgs) -> SSSDResNet:
+def load_output(args: ExportArgs) -> MultiExit:
     """The network with the parts that the output asked for needs.
 
     Raises:
@@ -203,7 +203,7 @@ def load_output(args: ExportArgs) -> SSSDResNet:
     """
     output = asked_output(args)
     model = load_network(args.model, output="ensemble" if output in WHOLE else output)
-    if not isinstance(model, SSSDResNet) or (model.num_classes < 1 and args.format != "timm"):
+    if not isinstance(model, MultiExit) or (model.num_classes < 1 and args.format != "timm"):
         raise UserError(
             f"'{args.model}' is not a network of this package with classes: train its heads first (sssd linear)"
         )
@@ -237,10 +237,10 @@ def writes_folder(args: ExportArgs) -> bool:
     return args.format in FOLDERS or (args.format, args.output) == ("onnx", "early-exit")
 
 
-def export_folder(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], out: Path) -> None:
+def export_folder(model: MultiExit, args: ExportArgs, facts: dict[str, Any], out: Path) -> None:
     """Writes a folder that timm or transformers loads."""
     arch, names = facts["architecture"], facts["class_names"]
-    plain = plain_resnet(model) if args.format == "timm" else None
+    plain = plain_network(model) if args.format == "timm" else None
     with atomic_dir(out, FOLDERS[args.format]) as temporary:
         if plain is not None:
             save_network(temporary, *plain, label_names=names)
@@ -261,7 +261,7 @@ def check_request(args: ExportArgs) -> None:
     output = asked_output(args)
     if args.format == "timm" and output not in ("4", "final"):
         raise UserError(
-            f"--format timm is exit 4 as timm's own ResNet, which has no output {output}: leave --output out, or give "
+            f"--format timm is exit 4 as timm's own network, which has no output {output}: leave --output out, or give "
             "--format onnx, torch-export or transformers, which need no sssd-zoo either"
         )
     if args.format == "transformers" and output not in WHOLE:
@@ -289,7 +289,7 @@ def open_target(args: ExportArgs, out: Path) -> None:
         check_replaceable(file, args.overwrite, f"a network exported as {args.format}", is_export)
 
 
-def export_file(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], example: Tensor, out: Path) -> None:
+def export_file(model: MultiExit, args: ExportArgs, facts: dict[str, Any], example: Tensor, out: Path) -> None:
     """Writes one graph, of one output or of all exits, and with --int8 the quantised one beside it."""
     module: nn.Module = AllExits(model).eval() if args.output == "all" else model
     if args.format == "torch-export":
@@ -322,7 +322,7 @@ def is_graph(path: Path) -> bool:
     return {"architecture", "output"} <= {prop.key for prop in graph.metadata_props}
 
 
-def export_stages(model: SSSDResNet, args: ExportArgs, facts: dict[str, Any], example: Tensor, out: Path) -> None:
+def export_stages(model: MultiExit, args: ExportArgs, facts: dict[str, Any], example: Tensor, out: Path) -> None:
     """Writes the folder of early exit's stages.
 
     Raises:
@@ -358,7 +358,7 @@ class Images:
     positions: Tensor
 
 
-def int8_images(args: ExportArgs, model: SSSDResNet) -> tuple[Images, Images, str]:
+def int8_images(args: ExportArgs, model: MultiExit) -> tuple[Images, Images, str]:
     """Images to calibrate on, images to measure on, and the words for the latter.
 
     Raises:
@@ -382,7 +382,7 @@ def int8_images(args: ExportArgs, model: SSSDResNet) -> tuple[Images, Images, st
     return Images(data, kept), Images(data, held_out), f"the other half of split {data.split}"
 
 
-def export_int8(model: SSSDResNet, args: ExportArgs, graph: bytes, outputs: list[str], out: Path) -> None:
+def export_int8(model: MultiExit, args: ExportArgs, graph: bytes, outputs: list[str], out: Path) -> None:
     """Writes the int8 form of a graph beside it, and prints both accuracies; without labels how often they agree."""
     train, test, words = int8_images(args, model)
     drawn = torch.randperm(len(train.positions), generator=torch.Generator().manual_seed(args.seed))

@@ -35,7 +35,7 @@ from sssd_zoo.evaluation.reports.paper import TABLE_4
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.fixed import FixedLabels
-from sssd_zoo.models.multi_exit_resnet import SSSDResNet
+from sssd_zoo.models.multi_exit import MultiExit
 from sssd_zoo.models.networks import (
     check_channels,
     check_sizes,
@@ -100,10 +100,10 @@ def starting_network(name: str, like: str, method: str, classes: int) -> tuple[A
     untrained = load_network(source, pretrained=False, num_classes=0)
     arch = str(untrained.pretrained_cfg["architecture"])
     if method == "final":
-        output = {"output": "final"} if isinstance(untrained, SSSDResNet) else {}
+        output = {"output": "final"} if isinstance(untrained, MultiExit) else {}
         model = load_network(source, pretrained=name != SCRATCH, num_classes=classes, **output)
     else:
-        if not isinstance(untrained, SSSDResNet):
+        if not isinstance(untrained, MultiExit):
             raise UserError(f"'{source}' has no exits; use --method final, or a network of this package")
         model = load_network(source, pretrained=False, num_classes=classes, output="ensemble")
         if name != SCRATCH:
@@ -251,7 +251,7 @@ class Plan:
     def has_exits(self, name: str) -> bool:
         """Whether a network to fine-tune is one of this package."""
         source = first_model(self.args, self.size) if name == SCRATCH else name
-        return isinstance(load_network(source, pretrained=False, num_classes=0), SSSDResNet)
+        return isinstance(load_network(source, pretrained=False, num_classes=0), MultiExit)
 
     def folder(self, name: str, amount: float) -> Path:
         """Where the runs of a network on so many labels lie."""

@@ -20,7 +20,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.features import float32_classifiers
 from sssd_zoo.evaluation.prediction import Prediction
-from sssd_zoo.models import SSSDResNet
+from sssd_zoo.models import MultiExit
 from sssd_zoo.models.merged import Answers
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import class_descriptions
@@ -63,7 +63,7 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
     whole = args.output in ("auto", "ensemble", "early-exit")
     kwargs = {} if args.output == "auto" else {"output": "ensemble" if whole else args.output}
     model = load_network(args.model, **kwargs)
-    if not isinstance(model, SSSDResNet) or model.num_classes < 1:
+    if not isinstance(model, MultiExit) or model.num_classes < 1:
         raise UserError(
             f"'{args.model}' is not a network of this package with classes: train its heads first (sssd linear)"
         )

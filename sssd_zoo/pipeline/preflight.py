@@ -147,7 +147,7 @@ class Preflight:
         """
         args, mistakes, data = self.args, self.mistakes, self.opened.images
         with mistakes.noted():
-            student = choose_model(args.model, size)
+            student = choose_model(args.model, size, exits=True)
             check_sizes(student, [size])
             pretext = choose_model(args.pretrain_model or student, size)
             if self.complete is not None:

@@ -22,6 +22,7 @@ from sssd_zoo.labels.feature_file import FeatureFile, remove_features, shard, wr
 from sssd_zoo.labels.kmeans import Clustering, kmeans, normalise
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.labels.soft import Near, nearest_centroids
+from sssd_zoo.models import feature_width
 from sssd_zoo.models.networks import config_for, input_spec, load_encoder
 from sssd_zoo.training.hardware import make_accelerator
 
@@ -66,7 +67,7 @@ def cluster_images(
 def wants_disk(network: Any, data: ImageData) -> bool:
     """Whether the features of all exits that a network answers with would take more than half of the free memory."""
     exits = 4 if getattr(network, "output", "") == "ensemble" else 1
-    return not fits_in_memory(4 * len(data) * int(network.num_features) * exits)
+    return not fits_in_memory(4 * len(data) * feature_width(network) * exits)
 
 
 def kmeans_settings(config: ClusterConfig, seed: int) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from sssd_zoo.data.augment import BatchRandom, normalise, supervised_view
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.mixing import blend
 from sssd_zoo.data.views import ViewBatch
-from sssd_zoo.models.exits import Exits, classifiers
+from sssd_zoo.models.exits import Exits
+from sssd_zoo.models.multi_exit import classifiers, feature_width
 from sssd_zoo.tasks.base import LabelTask
 from sssd_zoo.tasks.clusterfit import ClusterFit
 from sssd_zoo.tasks.sssd import SelfDistillation
@@ -129,7 +130,7 @@ class Anchored(LabelTask):
 
     def __init__(self, model: nn.Module, encoder: FrozenEncoder, config: AnchoredConfig, spec: InputSpec) -> None:
         super().__init__(model, config, spec)
-        width = int(model.num_features)  # type: ignore[arg-type]
+        width = feature_width(model)
         self.anchor = Anchor(encoder, width, self.exits, config.anchor or 0.0)
 
         self.clusters = config.clusters

@@ -10,6 +10,7 @@ from sssd_zoo.configs import AugmentConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom, draw_views, normalise, put, supervised_view
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.mixing import blend, blend_labels, draw_mixing
+from sssd_zoo.models.multi_exit import classifier_names
 
 
 class Monitor(Protocol):
@@ -158,8 +159,7 @@ class LabelTask(Task):
         """The classifiers, and the rest at its own rate."""
         if self.trunk_scale == 1:
             return super().parameter_groups()
-        names = self.model.pretrained_cfg["classifier"]  # type: ignore[index]  # a name, or several
-        heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+        heads = tuple(f"{name}." for name in classifier_names(self.model))
         named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         return [
             {"params": [value for name, value in named if name.startswith(heads)]},

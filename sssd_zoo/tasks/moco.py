@@ -11,6 +11,7 @@ from sssd_zoo.configs import MoCoConfig
 from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise, put
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed import gather, rank, world_size
+from sssd_zoo.models.multi_exit import feature_width
 from sssd_zoo.tasks.base import Task
 from sssd_zoo.tasks.queue import enqueue
 from sssd_zoo.tasks.split_batchnorm import split_batchnorm
@@ -20,14 +21,14 @@ class Encoder(nn.Module):
     """A trunk and MoCo v2's two-layer projector; embeddings [B, dim] of unit length.
 
     Args:
-        trunk: a timm model built with `num_classes=0`: [B, 3, H, W] to [B, trunk.num_features].
+        trunk: a timm model built with `num_classes=0`: [B, 3, H, W] to [B, D].
         dim: length of an embedding.
     """
 
     def __init__(self, trunk: nn.Module, dim: int) -> None:
         super().__init__()
         self.trunk = trunk
-        width = int(trunk.num_features)  # type: ignore[arg-type]
+        width = feature_width(trunk)
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from sssd_zoo.configs import SEEDConfig
 from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise, resize
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed import gather
+from sssd_zoo.models.multi_exit import feature_width
 from sssd_zoo.tasks.base import Task
 from sssd_zoo.tasks.moco import Encoder
 from sssd_zoo.tasks.queue import enqueue
@@ -62,7 +63,7 @@ class SEED(Task):
     ) -> None:
         super().__init__(spec)
         self.config, self.teacher_spec = config, teacher_spec
-        dim = int(teacher.num_features)  # type: ignore[arg-type]
+        dim = feature_width(teacher)
         self.student = Encoder(trunk, dim)
         self.teacher = teacher.eval().requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(config.queue_size, dim), dim=1))

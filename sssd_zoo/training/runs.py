@@ -22,7 +22,7 @@ from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import CORRUPT, VIEW_CACHE, drop, kind_of, mark, open_out, remove
 from sssd_zoo.labels.protocol import Labels
-from sssd_zoo.models import SSSDResNet
+from sssd_zoo.models import MultiExit
 from sssd_zoo.models.networks import check_sizes, choose_model, choose_size, input_spec
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.tasks import Task
@@ -136,10 +136,21 @@ def start_training(args: Any) -> tuple[RuntimeConfig, Path]:
     return runtime, open_out(args, "training")
 
 
-def command_spec(args: Any, data: ImageData | StreamingImages, out: Path, title: str) -> RunSpec:
-    """The network that a command trains: as asked for, else the default for the size of the images."""
+def command_spec(
+    args: Any, data: ImageData | StreamingImages, out: Path, title: str, *, exits: bool = False
+) -> RunSpec:
+    """The network that a command trains: as asked for, else the default for the size of the images.
+
+    Args:
+        args: of the command.
+        data: the images.
+        out: run folder.
+        title: of the training, for its log.
+        exits: whether the network must have exits.
+    """
     size = choose_size(data, args.image_size)
-    return RunSpec(arch=choose_model(args.model, size), size=size, out=out, title=title, arguments=args)
+    arch = choose_model(args.model, size, exits=exits)
+    return RunSpec(arch=arch, size=size, out=out, title=title, arguments=args)
 
 
 def run_training(
@@ -170,7 +181,7 @@ def run_training(
     """
     out = spec.out
     check_sizes(spec.arch, [spec.size, *optim.sizes])
-    if isinstance(network, SSSDResNet):
+    if isinstance(network, MultiExit):
         network.storage_size = loader.data.size
     if spec.arguments is not None:
         prepare_run_folder(out, spec.arguments)

@@ -9,7 +9,7 @@ import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.configs import AnchoredConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
-from sssd_zoo.models.exits import classifiers
+from sssd_zoo.models.multi_exit import classifiers
 from sssd_zoo.tasks import AnchoredClusterFit, AnchoredSelfDistillation, FrozenEncoder, SelfDistillation
 from sssd_zoo.tasks.anchored import anchor_loss
 
