@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sssd_zoo.errors import UserError
 from sssd_zoo.models.exits import ensemble_logits
 from sssd_zoo.models.multi_exit import MultiExit, classifier_names
-from sssd_zoo.models.stages import SIDE, Structure, exit_widths, side_of, structure_of_stages
+from sssd_zoo.models.stages import CLASSES, SIDE, Structure, exit_widths, side_of, structure_of_stages
 
 SMALL = 4  # by how much less the stem for small images divides the side of a map
 SMALL_SIDE = 32  # pixels of the images that a transformer with that stem is built for
@@ -501,6 +501,7 @@ def multi_exit(
     backbone: str,
     *,
     output: str | int = "ensemble",
+    exits: str = "plain",
     cifar_stem: bool = False,
     thresholds: Sequence[float] | None = None,
     storage_size: int | None = None,
@@ -512,6 +513,7 @@ def multi_exit(
     Args:
         backbone: its timm name.
         output: see `StagedMultiExit`.
+        exits: 'plain'; the exits with attention are those of `SSSDResNet`.
         cifar_stem: the first convolutions and poolings keep a map as large as they get it, until maps are four times
             larger than timm's, for images of about 32 px. Weights keep their shapes. A transformer's patches get
             smaller instead.
@@ -523,6 +525,8 @@ def multi_exit(
     Raises:
         UserError: if timm has no such network, it cannot have exits, or an argument has a wrong value.
     """
+    if exits != "plain":
+        raise UserError(f"'{backbone}' has no exits={exits!r}: choose 'plain', or one of this package's ResNets")
     structure, arguments = structure_of_backbone(backbone, cifar_stem)
     if backbone not in TESTED and torch.get_default_device().type != "meta":
         compare_stages(backbone, cifar_stem)
@@ -568,7 +572,7 @@ def structure_of_backbone(backbone: str, cifar_stem: bool) -> tuple[Structure, d
     create, arguments = model_entrypoint(backbone), dict[str, Any]()
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         with refusals(backbone, cifar_stem=False):
-            network: Any = create(pretrained=False).eval()
+            network: Any = create(pretrained=False, num_classes=CLASSES).eval()
             structure = structure_of_stages(network)
             check_stages(network, structure)
         if cifar_stem:
@@ -576,7 +580,7 @@ def structure_of_backbone(backbone: str, cifar_stem: bool) -> tuple[Structure, d
                 if structure.layout == "NLC":
                     patch = max(1, network.feature_info[-1]["reduction"] // SMALL)
                     arguments = {"patch_size": patch, "img_size": SMALL_SIDE}
-                    network = create(pretrained=False, **arguments).eval()
+                    network = create(pretrained=False, num_classes=CLASSES, **arguments).eval()
                 widen_stem(network, structure)
                 check_stages(network, structure)
     return structure, arguments
@@ -591,7 +595,7 @@ def compare_stages(backbone: str, cifar_stem: bool) -> None:
     """
     structure, arguments = structure_of_backbone(backbone, cifar_stem)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), refusals(backbone, cifar_stem=cifar_stem):
-        network = model_entrypoint(backbone)(pretrained=False, **arguments).eval()
+        network = model_entrypoint(backbone)(pretrained=False, num_classes=CLASSES, **arguments).eval()
         if cifar_stem:
             widen_stem(network, structure)
         check_stages(network, structure)

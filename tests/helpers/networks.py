@@ -12,7 +12,8 @@ import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.models import SSSDResNet
 from sssd_zoo.models.saving import save_network
 
-NAMES = timm.list_models("sssd_*")
+NAMES = timm.list_models("sssd_resnet*", exclude_filters="sssd_resnet50d*")  # `SSSDResNet`s
+BACKBONES = [name for name in timm.list_models("sssd_*") if name not in NAMES]  # timm's other networks, with exits
 SHORT = {"layers": (1, 1, 1, 1)}
 
 
