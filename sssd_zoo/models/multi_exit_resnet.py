@@ -32,9 +32,8 @@ class SSSDResNet(MultiExit, ResNet):
     The trunk's state-dict keys are timm's own, so a plain timm resnet's weights load into it and back; `exit1` to
     `exit3` come after it. `output` decides what `forward` returns, and so what is built:
 
-    - 'ensemble': all is built. `forward` gives the log of the mean softmax of the four exits, computed
-      in float32, in the images' type.
-      `forward_features` is the last stage's map, `forward_head` the final classifier's logits alone.
+    - 'ensemble': all is built. `forward` gives the log of the mean softmax of the four exits, computed in float32, in
+      the images' type. `forward_features` is the last stage's map, `forward_head` the final classifier's logits alone.
     - 'final' (or 4): the plain ResNet, without exits.
     - 1, 2 or 3: the stages up to that exit, and the exit. `forward_features` includes the exit's bottleneck layers, so
       that it gives [B, num_features, h, w] at every `output`; `forward_head` pools that and applies the exit's

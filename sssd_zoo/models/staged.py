@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from sssd_zoo.errors import UserError
 from sssd_zoo.models.exits import ensemble_logits
 from sssd_zoo.models.multi_exit import MultiExit, classifier_names
-from sssd_zoo.models.stages import CLASSES, SIDE, Structure, exit_widths, side_of, structure_of_stages
+from sssd_zoo.models.stages import (
+    CLASSES,
+    METHODS,
+    SIDE,
+    Structure,
+    exit_widths,
+    link_of,
+    side_of,
+    structure_of_stages,
+)
 
 SMALL = 4  # by how much less the stem for small images divides the side of a map
 SMALL_SIDE = 32  # pixels of the images that a transformer with that stem is built for
@@ -237,9 +246,9 @@ class StagedMultiExit(MultiExit):
 
     `output` decides what `forward` returns, and so what is built:
 
-    - 'ensemble': all is built. `forward` gives the log of the mean softmax of the four exits, computed
-      in float32, in the images' type.
-      `forward_features` and `forward_head` are timm's: the last map, and the final classifier's logits alone.
+    - 'ensemble': all is built. `forward` gives the log of the mean softmax of the four exits, computed in float32, in
+      the images' type. `forward_features` and `forward_head` are timm's: the last map, and the final classifier's
+      logits alone.
     - 'final' (or 4): timm's network, without exits.
     - 1, 2 or 3: the stages up to that exit, and the exit. `forward_features` gives the map that the exit pools,
       `forward_head` does the rest. `num_features`, `head_hidden_size` and `feature_info` are those of the exit.
@@ -294,7 +303,7 @@ class StagedMultiExit(MultiExit):
     def _truncate(self, depth: int) -> None:
         """Removes all that runs after exit `depth`."""
         needed = {name for stage in self.structure.stages[:depth] for name in stage} | {f"exit{depth}"}
-        needed |= {"pos_drop"} if "_pos_embed" in needed else set()
+        needed |= {module for (_, module), method in METHODS.items() if method in needed}
         self._remove_except(self, "", needed)
         exit_head = self._exit(depth)
         self.feature_info = self.feature_info[: self.structure.features[depth - 1] + 1]
@@ -336,7 +345,7 @@ class StagedMultiExit(MultiExit):
         """See `MultiExit`."""
         recompute = self.training and getattr(self, "grad_checkpointing", False)
         for name in self.structure.stages[number - 1]:
-            run: Any = getattr(self, name) if name == "_pos_embed" else self.get_submodule(name)
+            run = link_of(self, name)
             blocks = recompute and isinstance(run, nn.Module) and any(True for _ in run.children())
             x = checkpoint(run, x) if blocks else run(x)
         return x
@@ -645,7 +654,7 @@ def check_stages(network: Any, structure: Structure) -> None:
     images = torch.randn(2, structure.in_chans, side, side)
     x = images
     for name in (name for stage in structure.stages for name in stage):
-        x = getattr(network, name)(x) if name == "_pos_embed" else network.get_submodule(name)(x)
+        x = link_of(network, name)(x)
     last = network.forward_features(images)
     by_head = network.get_classifier()(network.forward_head(x, pre_logits=True))
     same = x.shape == last.shape and by_head.shape == network.forward_head(last).shape

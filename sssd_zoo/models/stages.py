@@ -71,6 +71,11 @@ def macs_of(layer: Any, output: Tensor) -> int:
     return int(output.numel() * per_number)
 
 
+def link_of(network: Any, name: str) -> Any:
+    """A link of a network's chain by its name: a module or a method."""
+    return getattr(network, name) if name in METHODS.values() else network.get_submodule(name)
+
+
 def side_of(shape: tuple[int, ...]) -> int:
     """The side of a square map in any layout; 0 for tokens."""
     if len(shape) != 4:
