@@ -40,9 +40,9 @@ class Teacher(nn.Module):
         self.side = side
         self.times: list[float] = []  # when each forward pass began
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in IMAGENET)
-        own_mean, own_std = (torch.tensor(self.net.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-        self.register_buffer("scale", std / own_std, persistent=False)
-        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+        config: Any = self.net.pretrained_cfg
+        own_mean, own_std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+        self.scale, self.shift = std / own_std, (mean - own_mean) / own_std
 
     def feature_dim(self) -> int:
         """Channels of the last map."""
