@@ -208,6 +208,9 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
     Args:
         out: run folder to write.
         model: timm name of the student network, one of this package's; by default chosen by the image size.
+        method: 'sssd', the method of the paper, or 'anchored' self distillation, in which every exit also predicts the
+            features that were clustered (docs/anchored.md). By default 'anchored' with `features` or `distill.anchor`,
+            else 'sssd'.
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
             224.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
@@ -234,6 +237,7 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
 
     out: str
     model: str | None = None
+    method: Literal["sssd", "anchored"] | None = None
     image_size: Pixels | None = None
     test_split: str | None = None
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)

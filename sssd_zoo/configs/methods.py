@@ -23,7 +23,8 @@ from sssd_zoo.configs.ranges import (
 )
 from sssd_zoo.configs.training import OptimConfig
 
-ANCHOR = 4.0  # weight of the anchor loss where a public encoder is distilled
+# Weights of the anchor loss: where a public encoder is distilled, and where the features are the run's own.
+ANCHOR, OWN_ANCHOR = 4.0, 1.0
 
 
 @dataclass(kw_only=True)
@@ -146,7 +147,8 @@ class AnchoredConfig(SelfDistillationConfig):
     Args:
         anchor: weight of the anchor loss, by which every exit also predicts the features of a frozen network; 0, as in
             the paper, disables it. By default 4 where such a network is given (`sssd fit --features`, `sssd distill
-            --encoder`), and 0 where the features are those of the run's own pretraining.
+            --encoder`), and 0 where the features are those of the run's own pretraining, or 1 with `sssd fit --method
+            anchored`.
         cached_views: number of views of every image whose features are computed once and kept in a file while the
             network trains, which sees one of them in each epoch. For a network that is slow compared with the student.
             By default each step computes the features of a new view.
@@ -158,9 +160,9 @@ class AnchoredConfig(SelfDistillationConfig):
     cached_views: CountOrZero = 0
     clusters: bool = True
 
-    def resolved(self, *, encoder: bool) -> Self:
-        """The same with the default of `anchor` filled in: with a public `encoder` or without."""
-        return self if self.anchor is not None else replace(self, anchor=ANCHOR if encoder else 0.0)
+    def resolved(self, *, encoder: bool, own: float = 0.0) -> Self:
+        """The same with the default of `anchor` filled in: with a public `encoder`, or else that of `own` features."""
+        return self if self.anchor is not None else replace(self, anchor=ANCHOR if encoder else own)
 
 
 @dataclass(kw_only=True)

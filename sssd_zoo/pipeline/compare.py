@@ -143,7 +143,7 @@ def describe_setting(args: CompareArgs, setup: Setup) -> Setting:
         pretext_data=None if other is None else other.name,
         pretext_images=None if other is None else len(other),
         epochs=args.distill.epochs,
-        seed_epochs=args.seed_method.epochs,
+        seed_epochs=args.epochs.get("seed", args.seed_method.epochs),
         machine=describe_machine(setup.inputs["precision"]),
     )
 
@@ -359,7 +359,8 @@ def _write(
         f"- **Network**: {code(setting.model)} at {setting.image_size} px",
         f"- **Labels and SEED's teacher from**: {pretext}; K = {setting.k:,}",
         f"- **Training**: {args.distill.epochs} epochs of all that learn labels"
-        + (f", {args.seed_method.epochs} of SEED" if "seed" in args.methods else ""),
+        + (f", {setting.seed_epochs} of SEED" if "seed" in args.methods else "")
+        + ("; where a row of the table says otherwise, that many" if args.epochs else ""),
         f"- **Seeds**: {', '.join(map(str, args.seeds))}",
         f"- **Machine**: {markdown(setting.machine)}",
         "",

@@ -32,11 +32,13 @@ import numpy as np
 import torch
 
 from sssd_zoo.configs import AnchoredConfig, FitArgs, KNNConfig, OptimConfig, QualityConfig, SelfDistillationConfig
+from sssd_zoo.configs.methods import OWN_ANCHOR
 from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
+from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.probe import Probe
 from sssd_zoo.evaluation.protocol import (
@@ -91,7 +93,7 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     """
     began = time.perf_counter()
     args = with_augment(args, ("pretrain", "distill"))
-    args = replace(args, distill=args.distill.resolved(encoder=args.features is not None))
+    args = replace(args, distill=with_anchor(args))
     setup, chosen = set_up_fit(args, given)
     args = setup.args
     start = {} if args.init is None else {"init": check_start(args.init, setup.arch, setup.data)}
@@ -124,6 +126,21 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
         network = plan.out / "model"
         print_main(f"Network: {network}, for timm.create_model('local-dir:{network}', pretrained=True)")
     barrier()
+
+
+def with_anchor(args: FitArgs) -> AnchoredConfig:
+    """The settings of the distillation with the weight of the anchor that `method` has by default.
+
+    Raises:
+        UserError: for a method and a weight that contradict each other.
+    """
+    anchor = args.distill.anchor
+    if (args.method == "sssd" and anchor) or (args.method == "anchored" and anchor == 0):
+        raise UserError(f"--method {args.method} and --distill.anchor {anchor:g} contradict each other: remove one")
+    if args.method == "sssd":
+        return replace(args.distill, anchor=0.0)
+    own = OWN_ANCHOR if args.method == "anchored" else 0.0
+    return args.distill.resolved(encoder=args.features is not None, own=own)
 
 
 def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict[str, Any]]:
