@@ -6,6 +6,7 @@ the images for a stride; and everything where a channel has several outputs. So 
 most 3, a stride becomes a convolution of the gradient with zeros between, and several outputs become several
 convolutions. What oneDNN does well is left to it: other kernels, in fp32 any with a stride, and grouped convolutions
 with several channels in a group.
+
 `python eval/benchmark.py moco --model sssd_efficientnet_lite0_cifar` measures what that gives.
 """
 
@@ -33,16 +34,10 @@ def _gradient_of_images(gradient: Tensor, images: Tensor, weight: Tensor, stride
     """For a stride in bf16, the gradient with zeros between its values, convolved with the weight turned around."""
     if stride == (1, 1) or gradient.dtype == torch.float32:
         return _own_gradients(gradient, images, weight, stride, padding, (True, False))[0]
-    (batch, channels, *sides), kernel = images.shape, weight.shape[2:]
-    around = [side + size - 1 for side, size in zip(sides, kernel, strict=True)]
-    spread = gradient.new_zeros(batch, *around, channels).permute(0, 3, 1, 2)
-    rows, columns = (
-        slice(first, first + step * count, step)
-        for first, step, count in zip(
-            (size - 1 - pad for size, pad in zip(kernel, padding, strict=True)), stride, gradient.shape[2:], strict=True
-        )
-    )
-    spread[:, :, rows, columns] = gradient
+    (batch, channels, rows, columns), (height, width) = images.shape, weight.shape[2:]
+    spread = gradient.new_zeros(batch, rows + height - 1, columns + width - 1, channels).permute(0, 3, 1, 2)
+    grid = spread[:, :, height - 1 - padding[0] :: stride[0], width - 1 - padding[1] :: stride[1]]
+    grid[:, :, : gradient.shape[2], : gradient.shape[3]] = gradient
     return F.conv2d(spread, weight.flip(2, 3), groups=channels)
 
 
