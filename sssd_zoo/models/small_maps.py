@@ -6,8 +6,6 @@ On a single pixel only the centre of the kernel is ever used. With a stride of 2
 faster than the convolution. `python eval/benchmark.py moco --size 16` measures what that gives.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -106,7 +104,7 @@ class Patches(torch.autograd.Function):
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution that `small_map_convolutions` has taken over."""
+    """A convolution that `cpu_convolutions` has taken over."""
 
     def forward(self, images: Tensor) -> Tensor:
         """As a convolution, float [B, C, S, S] to [B, O, T, T]."""
@@ -137,19 +135,3 @@ def is_eligible(module: nn.Module) -> bool:
         and module.groups == 1
         and module.bias is None
     )
-
-
-@contextmanager
-def small_map_convolutions(model: nn.Module) -> Iterator[None]:
-    """Lets a model on a CPU compute its convolutions of small, square maps as matrix products meanwhile.
-
-    Its state dict is the same throughout.
-    """
-    convolutions = [module for module in model.modules() if is_eligible(module)]
-    for module in convolutions:
-        module.__class__ = SmallMapConv2d
-    try:
-        yield
-    finally:
-        for module in convolutions:
-            module.__class__ = nn.Conv2d

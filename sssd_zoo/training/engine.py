@@ -25,7 +25,7 @@ from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.distributed.threads import TrainingThreads
 from sssd_zoo.errors import UserError
 from sssd_zoo.labels.protocol import Labels, Targets
-from sssd_zoo.models.small_maps import small_map_convolutions
+from sssd_zoo.models.cpu_convolutions import cpu_convolutions
 from sssd_zoo.tasks import Task
 from sssd_zoo.training.checkpoints import Checkpoints, Progress
 from sssd_zoo.training.hardware import make_accelerator
@@ -223,9 +223,9 @@ class Trainer:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """How steps are computed: on as many threads as are free, small maps as matrix products on a CPU."""
+        """How steps are computed: on as many threads as are free, and on a CPU with convolutions made for it."""
         on_cpu = self.accelerator.device.type == "cpu" and not self.runtime.compile
-        with self.threads, small_map_convolutions(self.task) if on_cpu else nullcontext():
+        with self.threads, cpu_convolutions(self.task) if on_cpu else nullcontext():
             yield
 
     def run_epoch(self) -> None:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
-from sssd_zoo.models.small_maps import SmallMapConv2d, small_map_convolutions
+from sssd_zoo.models.cpu_convolutions import cpu_convolutions
+from sssd_zoo.models.small_maps import SmallMapConv2d
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -22,7 +23,7 @@ def test_values_and_gradients_are_those_of_a_convolution(kernel, stride, side, m
     expected = F.conv2d(images, conv.weight, stride=stride, padding=kernel // 2)
     weights = torch.randn_like(expected)
     by_hand = torch.autograd.grad((expected * weights).sum(), [images, conv.weight])
-    with small_map_convolutions(conv):
+    with cpu_convolutions(conv):
         assert type(conv) is SmallMapConv2d
         output = conv(images)
         gradients = torch.autograd.grad((output * weights).sum(), [images, conv.weight])
@@ -35,7 +36,7 @@ def test_values_and_gradients_are_those_of_a_convolution(kernel, stride, side, m
 def test_autocast_is_followed_and_the_weights_learn_in_float32():
     conv = nn.Conv2d(64, 64, 3, padding=1, bias=False)
     images = torch.randn(8, 64, 2, 2)
-    with small_map_convolutions(conv), torch.autocast("cpu", torch.bfloat16):
+    with cpu_convolutions(conv), torch.autocast("cpu", torch.bfloat16):
         output = conv(images)
     assert output.dtype == torch.bfloat16
     output.float().square().sum().backward()
@@ -49,13 +50,13 @@ def test_a_whole_network_is_as_before_and_other_convolutions_are_left_alone():
     network = timm.create_model("sssd_resnet18_cifar", num_classes=5, channels=(8, 16, 32, 64), layers=(1, 1, 1, 1))
     network.eval()
     wide = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False)
-    with torch.no_grad(), small_map_convolutions(wide):
+    with torch.no_grad(), cpu_convolutions(wide):
         assert wide(torch.zeros(1, 3, 2, 8)).shape == (1, 4, 1, 4), "maps that are not square are left to torch"
     others = nn.ModuleList([nn.Conv2d(4, 4, 3, groups=4, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1)])
     images, names = torch.randn(2, 3, 16, 16), list(network.state_dict())
     with torch.no_grad():
         before = network.forward_exits(images).logits
-        with small_map_convolutions(nn.ModuleList([network, others])):
+        with cpu_convolutions(nn.ModuleList([network, others])):
             inside = network.forward_exits(images).logits
             assert all(type(module) is nn.Conv2d for module in others)
             assert list(network.state_dict()) == names
