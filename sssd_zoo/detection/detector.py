@@ -34,6 +34,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_bytes, check_content, sha256_of, write_json
+from sssd_zoo.models.backbones import stored_as
 from sssd_zoo.models.checks import check_network, read_config
 from sssd_zoo.models.networks import channels, check_weights, input_spec, load_network
 from sssd_zoo.models.saving import network_weights
@@ -145,12 +146,13 @@ def save_detector(folder: Path, detector: FasterRCNN, config: DetectorConfig, cl
     body: Any = detector.backbone.body
     skipped = ("features_only", "num_classes", "global_pool")
     arguments = {name: value for name, value in get_model_args(body).items() if name not in skipped}
+    architecture, more = stored_as(str(body.pretrained_cfg["architecture"]))
     (folder / "detector.json").unlink(missing_ok=True)  # written last, so that it never describes other weights
     atomic_write_bytes(folder / "model.safetensors", network_weights(detector))
     content = {
         "sha256": sha256_of(folder, [folder / "model.safetensors"]),
-        "architecture": body.pretrained_cfg["architecture"],
-        "model_args": arguments,
+        "architecture": architecture,
+        "model_args": {**arguments, **more},
         "mean": list(body.pretrained_cfg["mean"]),
         "std": list(body.pretrained_cfg["std"]),
         "classes": list(class_names),

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sssd_zoo.errors import UserError
 from sssd_zoo.models.exits import ensemble_logits
 from sssd_zoo.models.multi_exit import MultiExit, classifier_names
-from sssd_zoo.models.stages import CLASSES, SIDE, Structure, exit_widths, side_of, structure_of_stages
+from sssd_zoo.models.stages import CLASSES, SIDE, Structure, check_arguments, exit_widths, side_of, structure_of_stages
 
 SMALL = 4  # by how much less the stem for small images divides the side of a map
 SMALL_SIDE = 32  # pixels of the images that a transformer with that stem is built for
@@ -528,9 +528,11 @@ def multi_exit(
     if exits != "plain":
         raise UserError(f"'{backbone}' has no exits={exits!r}: choose 'plain', or one of this package's ResNets")
     structure, arguments = structure_of_backbone(backbone, cifar_stem)
-    if backbone not in TESTED and torch.get_default_device().type != "meta":
-        compare_stages(backbone, cifar_stem)
     network: Any = model_entrypoint(backbone)(pretrained=False, **{**arguments, **kwargs})
+    with refusals(backbone, cifar_stem=cifar_stem):
+        check_arguments(network, structure)
+    if backbone not in TESTED and torch.get_default_device().type != "meta":
+        compare_stages(backbone, cifar_stem)  # after that, a folder of small weights cannot ask for a large network
     if cifar_stem:
         widen_stem(network, structure)
     pools = [module.pool_type for module in network.modules() if isinstance(module, SelectAdaptivePool2d)]
