@@ -229,7 +229,7 @@ def export(args: ExportArgs) -> None:
 
 
 def asked_output(args: ExportArgs) -> str:
-    """The output to export: what was asked for, else the whole network, as timm's own ResNet exit 4."""
+    """The output to export: what was asked for, else the whole network, for timm's own network exit 4."""
     return args.output or ("4" if args.format == "timm" else "ensemble")
 
 

@@ -29,6 +29,7 @@ from sssd_zoo.models.saving import save_network
 from sssd_zoo.models.staged import TESTED, StagedMultiExit, compare_stages, structure_of_backbone
 
 FEW = ["sssd_mobilenetv4_conv_small", "sssd_convnextv2_atto_cifar", "sssd_vit_tiny_patch16_224_cifar", "sssd_backbone"]
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in FEW[1:]]
 FIRST = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES]
 OUTPUTS = ["final", 1, 2, 3]
 every_family = pytest.mark.parametrize("name", FIRST)
@@ -119,27 +120,25 @@ def test_exits_cost_at_most_8_percent(backbone):
     model = timm.create_model(f"sssd_{backbone}", num_classes=1000, device="meta")
     cost = multiply_adds(model, (3, 224, 224))
     assert cost["1"] < cost["2"] < cost["3"] < cost["4"] < cost["ensemble"] <= 1.08 * cost["4"]
-    for output in OUTPUTS:
-        number = "4" if output == "final" else str(output)
-        small = timm.create_model(f"sssd_{backbone}", num_classes=1000, output=output, device="meta")
-        assert multiply_adds(small, (3, 224, 224)) == {number: cost[number]}
+    small = timm.create_model(f"sssd_{backbone}", num_classes=1000, output=2, device="meta")
+    assert multiply_adds(small, (3, 224, 224)) == {"2": cost["2"]}
 
 
 @pytest.mark.parametrize("backbone", TESTED)
 def test_the_stem_for_small_images(backbone):
-    """Weights are timm's, and a map is four times larger: 4x4 or more at 32 px, where timm's networks leave one pixel."""
+    """Weights are timm's, and a map is four times larger: 4x4 at 32 px, where timm's leave one pixel."""
     model = timm.create_model(f"sssd_{backbone}_cifar", device="meta").eval()
     usual = timm.create_model(f"sssd_{backbone}", num_classes=10, device="meta")
     shapes, others = ({key: value.shape for key, value in each.state_dict().items()} for each in (model, usual))
     differ = {key for key in shapes if shapes[key] != others[key]}
     assert shapes.keys() == others.keys()
-    assert differ == ({"pos_embed", "patch_embed.proj.weight"} if "vit" in backbone else set())
+    assert differ == ({"pos_embed", "patch_embed.proj.weight"} if "vit_tiny" in backbone else set())
     small, large = ([entry["reduction"] for entry in each.feature_info] for each in (model, usual))
     assert small == [max(1, reduction // 4) for reduction in large]
     assert model.pretrained_cfg["input_size"] == (3, 32, 32)
     maps = model.forward_intermediates(torch.zeros(1, 3, 32, 32, device="meta"), intermediates_only=True)
     assert [each.shape[-1] for each in maps] == [32 // reduction for reduction in small]
-    assert maps[-1].shape[-1] == (8 if "vit" in backbone else 4)
+    assert maps[-1].shape[-1] == (8 if "vit_tiny" in backbone else 4)
 
 
 # timm's surface
@@ -168,13 +167,14 @@ def test_no_classes_one_channel_no_pooling_and_new_classifiers(name):
 @every_family
 def test_features_only(name):
     model = timm.create_model(name, features_only=True, device="meta").eval()
-    own = timm.create_model(backbone_of(name), features_only=True, feature_cls="getter", device="meta").eval()
-    images = torch.zeros(1, *model.pretrained_cfg["input_size"], device="meta")
+    with torch.device("meta"):
+        own = [entry["num_chs"] for entry in timm.create_model(backbone_of(name)).feature_info]
+    side = model.pretrained_cfg["input_size"][-1] if "vit" in name else 64
+    images = torch.zeros(1, 3, side, side, device="meta")
     maps = model(images)
-    count = len(model.feature_info.channels())
-    assert model.feature_info.channels() == own.feature_info.channels()[-count:]
+    assert model.feature_info.channels() == own
     assert [each.shape[1] for each in maps] == model.feature_info.channels()
-    assert [images.shape[2] // each.shape[2] for each in maps] == model.feature_info.reduction()
+    assert [side // each.shape[2] for each in maps] == model.feature_info.reduction()
     assert not any("exit" in key for key in model.state_dict())
 
 
@@ -220,7 +220,7 @@ def test_copies(name):
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated")
 @pytest.mark.parametrize("output", ["ensemble", 2])
-@pytest.mark.parametrize("name", ["sssd_mobilenetv4_conv_small", *(pytest.param(n, marks=pytest.mark.slow) for n in FEW)])
+@pytest.mark.parametrize("name", [FEW[0], *REST])
 @torch.no_grad()
 def test_graphs(name, output):
     model = create(name, output=output)
@@ -250,11 +250,12 @@ def test_numbers_are_the_same_whether_or_not_the_stages_are_known(kwargs):
     assert found[0][1] == found[1][1]
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
     torch.manual_seed(3)
-    own = timm.create_model("regnetx_002", **{key: value for key, value in kwargs.items() if key != "output"})
+    arguments = {"num_classes": 10, **{key: value for key, value in kwargs.items() if key != "output"}}
+    own = timm.create_model("regnetx_002", **arguments)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in own.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["sssd_mobilenetv3_small_100", *(pytest.param(n, marks=pytest.mark.slow) for n in FEW)])
+@pytest.mark.parametrize("name", [FEW[0], *REST])
 def test_timm_s_weights_into_the_trunk(name):
     torch.manual_seed(5)
     weights = timm.create_model(backbone_of(name), num_classes=0)
@@ -276,7 +277,8 @@ wanted = torch.load(FOLDER + "/wanted.pt")
 model = timm.create_model("local-dir:" + FOLDER, pretrained=True).eval()
 print(torch.equal(model(images), wanted["ensemble"]), type(model).__name__, architecture_of(model))
 print(torch.equal(load_network(FOLDER, output=2).eval()(images), wanted[2]), model.thresholds)
-print(torch.equal(timm.create_model("local-dir:" + FOLDER, pretrained=True, features_only=True).eval()(images)[-1], wanted["map"]))
+trunk = timm.create_model("local-dir:" + FOLDER, pretrained=True, features_only=True).eval()
+print(torch.equal(trunk(images)[-1], wanted["map"]))
 """
 
 
@@ -377,7 +379,7 @@ def test_a_folder_cannot_ask_for_more_memory_than_its_weights(arguments, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"head.weight": torch.zeros(2, 8)}, tmp_path / "model.safetensors")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         check_network(read_config(tmp_path / "config.json"), tmp_path / "model.safetensors", str(tmp_path))
     with pytest.raises(UserError, match="cannot load"):
         load_network(str(tmp_path))
