@@ -1,4 +1,4 @@
-"""Self-supervised self distillation: multi-exit ResNets for timm. Importing the package registers the models.
+"""Self-supervised self distillation: multi-exit networks for timm. Importing the package registers the models.
 
 timm takes seconds to import, and reading a command's arguments does without it. So the models are registered at once
 where timm is imported already, and as soon as it is imported otherwise: `timm.create_model` finds them either way.

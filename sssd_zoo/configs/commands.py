@@ -51,6 +51,7 @@ class PretrainArgs(DataConfig, RuntimeConfig, QualityConfig, MoCoConfig):
     Args:
         out: run folder to write; timm loads it as `local-dir:OUT`.
         model: timm name of the network; by default one of this package's, chosen by the image size.
+            A network of timm's keeps its own stem here; that for small images comes with the name sssd_NAME_cifar.
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
             224.
         steps_per_epoch: steps that count as one epoch; needed for a stream of unknown length.
@@ -95,7 +96,9 @@ class DistillArgs(DataConfig, RuntimeConfig, AnchoredConfig):
         method: 'sssd' for self distillation, or 'clusterfit' for a network without exits on the same labels.
         out: run folder to write; timm loads it as `local-dir:OUT`.
         k: number of classes of 'random' and 'own' labels.
-        model: timm name of the network, one of this package's; by default chosen by the image size.
+        model: timm name of the network; by default one of this package's, chosen by the image size. Any network
+            of timm's that runs in stages can be given, such as mobilenetv4_conv_small: it gets four exits, and for
+            views of at most 40 px a stem that suits them (docs/backbones.md).
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
             224.
         init: run folder whose weights the trunk starts from; by default random initialisation, as in the paper.
@@ -207,7 +210,9 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
 
     Args:
         out: run folder to write.
-        model: timm name of the student network, one of this package's; by default chosen by the image size.
+        model: timm name of the student network; by default one of this package's, chosen by the image size. Any network
+            of timm's that runs in stages can be given, such as mobilenetv4_conv_small: it gets four exits, and for
+            views of at most 40 px a stem that suits them (docs/backbones.md).
         method: 'sssd', the method of the paper, or 'anchored' self distillation, in which every exit also predicts the
             features that were clustered (docs/anchored.md). By default 'anchored' with `features` or `distill.anchor`,
             else 'sssd'.
@@ -281,7 +286,9 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
         variants: more methods, each one of those that learn pseudo labels with some settings of `distill` changed, by
             names of your own: '{anchored-mixup: {method: anchored, mix: mixup}}'.
         seeds: random seeds; every method is run once for each. They replace --seed.
-        model: timm name of the student network, one of this package's; by default chosen by the image size.
+        model: timm name of the student network; by default one of this package's, chosen by the image size. Any network
+            of timm's that runs in stages can be given, such as mobilenetv4_conv_small: it gets four exits, and for
+            views of at most 40 px a stem that suits them (docs/backbones.md).
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
             224.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
@@ -395,7 +402,7 @@ class ExportArgs(Checked):
             'early-exit' for one graph per stage; as safetensors the last three are the whole network. By default
             'ensemble', for --format timm '4'.
         format: 'onnx' or 'torch-export', both with a dynamic batch size; 'safetensors', which timm loads with this
-            package; 'timm', exit 4 as a plain ResNet of timm; or 'transformers', the whole network with its code, for
+            package; 'timm', exit 4 as timm's own network; or 'transformers', the whole network with its code, for
             trust_remote_code. All but 'safetensors' load without this package.
         thresholds: thresholds of early exit at exits 1 to 3, 0 to 1; by default those stored with the network.
         int8: also write the ONNX graph quantised to int8, and measure both: their accuracy where the images have

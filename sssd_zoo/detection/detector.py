@@ -34,9 +34,11 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_bytes, check_content, sha256_of, write_json
+from sssd_zoo.models.backbones import stored_as
 from sssd_zoo.models.checks import check_network, read_config
 from sssd_zoo.models.networks import channels, check_weights, input_spec, load_network
 from sssd_zoo.models.saving import network_weights
+from sssd_zoo.models.staged import StagedMultiExit
 
 SHOWN = 6  # test images in detections.png
 
@@ -113,20 +115,27 @@ def build_detector(body: Any, num_classes: int, config: DetectorConfig) -> Faste
 
 
 def stage_modules(body: Any, stages: int) -> list[str]:
-    """Names of the trunk's modules up to its `stages`-th map: 1 is the stem of a ResNet, 2 also its first stage.
+    """Names of the trunk's modules up to its `stages`-th map: of a ResNet 1 is the stem, 2 also the first stage.
 
     Raises:
         UserError: if it has fewer stages, or they cannot be told apart.
     """
     if stages == 0:
         return []
-    ends = [str(info["module"]).replace(".", "_") for info in body.feature_info.info]
-    children = [name for name, _ in body.named_children()]
+    ends = [str(info["module"]) for info in body.feature_info.info]
     if not 0 < stages <= len(ends):
         raise UserError(f"frozen_stages {stages} must be from 0 to {len(ends)}, the stages of the network")
-    if ends[stages - 1] not in children:
+    trunk = getattr(body, "model", None)
+    if isinstance(trunk, StagedMultiExit):  # its modules run one after the other
+        modules = [name for names in trunk.structure.stages for name in names]
+        last = [i for i, name in enumerate(modules) if f"{name}.".startswith(f"{ends[stages - 1]}.")]
+        names = [f"model.{name}" for name in modules]
+    else:
+        names = [name for name, _ in body.named_children()]
+        last = [i for i, name in enumerate(names) if name == ends[stages - 1].replace(".", "_")]
+    if not last:
         raise UserError("the stages of this network cannot be frozen one by one; use --frozen_stages 0")
-    return children[: children.index(ends[stages - 1]) + 1]
+    return names[: last[-1] + 1]
 
 
 class DetectorRecord(TypedDict):
@@ -145,12 +154,13 @@ def save_detector(folder: Path, detector: FasterRCNN, config: DetectorConfig, cl
     body: Any = detector.backbone.body
     skipped = ("features_only", "num_classes", "global_pool")
     arguments = {name: value for name, value in get_model_args(body).items() if name not in skipped}
+    architecture, more = stored_as(str(body.pretrained_cfg["architecture"]))
     (folder / "detector.json").unlink(missing_ok=True)  # written last, so that it never describes other weights
     atomic_write_bytes(folder / "model.safetensors", network_weights(detector))
     content = {
         "sha256": sha256_of(folder, [folder / "model.safetensors"]),
-        "architecture": body.pretrained_cfg["architecture"],
-        "model_args": arguments,
+        "architecture": architecture,
+        "model_args": {**arguments, **more},
         "mean": list(body.pretrained_cfg["mean"]),
         "std": list(body.pretrained_cfg["std"]),
         "classes": list(class_names),

@@ -208,7 +208,7 @@ def write_card(
     captions = {Path(path).name: caption for path, caption in results.get("figures", {}).items()}
     text = model_card(
         config,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        network,
         metrics=metrics,
         context=context,
         name=options.name,

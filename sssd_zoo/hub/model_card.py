@@ -24,8 +24,10 @@ from sssd_zoo.evaluation.reports.markdown import Results, describe, table
 from sssd_zoo.files import atomic_write_text, read_json
 from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.run_folder import atomic_dir
-from sssd_zoo.models import MultiExit, activations, multiply_adds
+from sssd_zoo.models import MultiExit, activations, feature_width, multiply_adds
+from sssd_zoo.models.backbones import architecture_in
 from sssd_zoo.models.saving import save_network
+from sssd_zoo.models.staged import StagedMultiExit
 
 PAPER = (
     "https://openaccess.thecvf.com/content/WACV2023/html/"
@@ -64,9 +66,8 @@ def save_model_folder(
     with atomic_dir(folder, "network") as temporary:
         save_network(temporary, model, arch, input_size=input_size, label_names=label_names)
         config = read_json(temporary / "config.json")
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         context = with_costs(card_context or {}, model, config["pretrained_cfg"]["input_size"])
-        card = model_card(config, parameters=parameters, metrics=metrics or {}, context=context)
+        card = model_card(config, model, metrics=metrics or {}, context=context)
         atomic_write_text(temporary / "README.md", card)
 
 
@@ -81,8 +82,8 @@ def with_costs(context: Results, model: nn.Module, input_size: Sequence[int]) ->
 
 def model_card(
     config: Mapping[str, Any],
+    network: nn.Module,
     *,
-    parameters: int,
     metrics: Mapping[str, float],
     context: Results,
     name: str | None = None,
@@ -94,7 +95,7 @@ def model_card(
 
     Args:
         config: as `network_config` gives it.
-        parameters: of the network.
+        network: it.
         metrics: see `save_model_folder`.
         context: see `save_model_folder`.
         name: timm name and tag of the weights if they are bundled; by default they lie beside the card.
@@ -105,7 +106,7 @@ def model_card(
     context = context.copy()
     if "data" in context:
         context["data"] = plain(short_name(context["data"]))  # a path means nothing on another machine
-    arch, classes = config["architecture"], config["num_classes"]
+    arch, classes = architecture_in(config), config["num_classes"]
     # transformers loads what is on the Hub or in a folder; of bundled weights `sssd pull` makes a folder.
     transformers_source = (repo or "FOLDER") if classes else None
     title = plain(name or repo or (f"{arch} on {context['data']}" if "data" in context else arch))
@@ -126,9 +127,10 @@ def model_card(
         transformers_source=transformers_source,
         name=name,
         paper=PAPER,
-        num_features=config["num_features"],
+        features=feature_width(network),
+        trunk=f"timm's {code(network.backbone)}" if isinstance(network, StagedMultiExit) else "a ResNet",
         arch=code(arch),
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
         input_size=config["pretrained_cfg"]["input_size"],
         num_classes=classes,
         label_names=config.get("label_names"),

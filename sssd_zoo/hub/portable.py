@@ -18,6 +18,7 @@ from torch import nn
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.models import MultiExit, SSSDResNet
+from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.building import build, structure_of
 from sssd_zoo.models.networks import channels
 from sssd_zoo.models.saving import save_network
@@ -46,7 +47,7 @@ def plain_network(model: MultiExit) -> tuple[nn.Module, str]:
     Raises:
         UserError: if timm has no such network.
     """
-    arch = str(model.pretrained_cfg["architecture"])
+    arch = architecture_of(model)
     other_formats = "give --format transformers, onnx or torch-export, which need no sssd-zoo either"
     if model.cifar_stem:
         stem = "a 3x3 stride-1 convolution without max-pool" if isinstance(model, SSSDResNet) else "for small images"

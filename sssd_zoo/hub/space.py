@@ -32,6 +32,7 @@ from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.untrusted import read_inside, read_yaml
 from sssd_zoo.hub.publish import announce, check_name, hub_errors
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.checks import check_network, read_config
 from sssd_zoo.models.networks import NETWORK_FILES, load_network
 from sssd_zoo.models.saving import save_network
@@ -134,7 +135,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
     network = load_network(source)
     if getattr(network, "output", None) != "ensemble" or not network.num_classes:
         raise UserError(f"'{run}' is not a network with four exits and classifiers, which the page needs")
-    architecture = str(network.pretrained_cfg["architecture"])
+    architecture = architecture_of(network)
     names = network.pretrained_cfg.get("label_names")
     if Path(source).is_dir():
         copy_network(Path(run), "model" if fitted else ".", folder / "model")

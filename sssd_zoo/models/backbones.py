@@ -6,19 +6,21 @@ timm knows after `import sssd_zoo`, and has the timm name as its argument.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from sssd_zoo.errors import UserError
 from sssd_zoo.models.multi_exit import checkpoint_filter_fn
 from sssd_zoo.models.resnet import CIFAR_MEAN, CIFAR_STD
 from sssd_zoo.models.staged import TESTED, StagedMultiExit, multi_exit, structure_of_backbone
 
 __all__: list[str] = []  # register_model adds the entry points
 
-ANY = "sssd_backbone"
+ANY, DEFAULT = "sssd_backbone", "resnet10t"
 KEPT = (
     "num_classes",
     "input_size",
@@ -82,7 +84,7 @@ default_cfgs = generate_default_cfgs(
     {
         **{f"sssd_{backbone}": _cfg(backbone, cifar_stem=False) for backbone in TESTED},
         **{f"sssd_{backbone}_cifar": _cfg(backbone, cifar_stem=True) for backbone in TESTED},
-        ANY: _cfg("resnet10t", cifar_stem=False),
+        ANY: _cfg(DEFAULT, cifar_stem=False),
     }
 )
 for _backbone in TESTED:
@@ -91,7 +93,7 @@ for _backbone in TESTED:
 
 
 @register_model
-def sssd_backbone(pretrained: bool = False, backbone: str = "resnet10t", **kwargs: Any) -> StagedMultiExit:
+def sssd_backbone(pretrained: bool = False, backbone: str = DEFAULT, **kwargs: Any) -> StagedMultiExit:
     """Any timm network that can have exits.
 
     Args:
@@ -100,6 +102,7 @@ def sssd_backbone(pretrained: bool = False, backbone: str = "resnet10t", **kwarg
         kwargs: see `multi_exit`.
     """
     cifar_stem = kwargs.pop("cifar_stem", False)
+    named_backbone(backbone, cifar_stem=cifar_stem)  # the name that reports and cards give it
     if kwargs.get("pretrained_cfg") is None:
         kwargs["pretrained_cfg"] = _cfg(backbone, cifar_stem=cifar_stem)
     return _create(ANY, backbone, cifar_stem, pretrained, **kwargs)
@@ -117,9 +120,61 @@ def named_backbone(backbone: str, *, cifar_stem: bool) -> str:
     """
     if backbone.startswith("sssd_"):
         return backbone
-    name = f"sssd_{backbone}{'_cifar' if cifar_stem else ''}"
+    if "." in backbone:
+        raise UserError(
+            f"'{backbone}' names weights, and what is asked for is an architecture: give {backbone.partition('.')[0]}; "
+            "fit and distill take weights to start from by --pretrain.init or --init"
+        )
+    name = _name(backbone, cifar_stem)
     if not timm.is_model(name):
         structure_of_backbone(backbone, cifar_stem)
         default_cfgs.update(generate_default_cfgs({name: _cfg(backbone, cifar_stem=cifar_stem)}))
         _register(name, backbone, cifar_stem=cifar_stem)
     return name
+
+
+def stored_as(architecture: str) -> tuple[str, dict[str, Any]]:
+    """The name of a network with exits by which another process can build it, and the arguments that go with it.
+
+    Args:
+        architecture: its name in this process.
+    """
+    backbone, cifar_stem = _parts(architecture)
+    if architecture in default_cfgs and backbone not in TESTED and architecture != ANY:
+        return ANY, {"backbone": backbone, "cifar_stem": cifar_stem}
+    return architecture, {}
+
+
+def architecture_in(config: Mapping[str, Any]) -> str:
+    """The name of the network in a config.json: for `sssd_backbone` that by which this process knows it."""
+    name, arguments = str(config["architecture"]), config.get("model_args") or {}
+    if name != ANY:
+        return name
+    return _name(str(arguments.get("backbone", DEFAULT)), bool(arguments.get("cifar_stem", False)))
+
+
+def architecture_of(network: Any) -> str:
+    """The name of a network that timm made; see `architecture_in`."""
+    arguments = getattr(network, "_model_args", {})
+    return architecture_in({"architecture": network.pretrained_cfg["architecture"], "model_args": arguments})
+
+
+def has_network(name: str) -> bool:
+    """Whether timm has a network of that name; 'sssd_NAME' of any network that can have exits is registered first.
+
+    Raises:
+        UserError: if it cannot have exits, or has no stem for small images.
+    """
+    if name.startswith("sssd_") and not timm.is_model(name):
+        backbone, cifar_stem = _parts(name)
+        if timm.is_model(backbone) and "." not in name:
+            named_backbone(backbone, cifar_stem=cifar_stem)
+    return bool(timm.is_model(name))
+
+
+def _name(backbone: str, cifar_stem: bool) -> str:
+    return f"sssd_{backbone}{'_cifar' if cifar_stem else ''}"
+
+
+def _parts(name: str) -> tuple[str, bool]:
+    return name.removeprefix("sssd_").removesuffix("_cifar"), name.endswith("_cifar")

@@ -31,7 +31,7 @@ from sssd_zoo.files import (
     recorded_sha256,
 )
 from sssd_zoo.files.hub_client import limited_waiting
-from sssd_zoo.models.backbones import named_backbone
+from sssd_zoo.models.backbones import has_network, named_backbone
 from sssd_zoo.models.bundled import bundled_weights, check_bundled
 from sssd_zoo.models.checks import check_network, read_config
 from sssd_zoo.models.multi_exit import classifier_names
@@ -60,7 +60,7 @@ def choose_model(name: str | None, size: int, *, exits: bool = False) -> str:
         UserError: if timm has no network of that name, or it cannot have exits.
     """
     name = name or ("sssd_resnet18_cifar" if size <= SMALL_IMAGES else "sssd_resnet18")
-    if not timm.is_model(name):
+    if not has_network(name):
         ours = ", ".join(timm.list_models("sssd_*"))
         raise UserError(f"timm has no model '{name}'; this package's are {ours}")
     return named_backbone(name, cifar_stem=size <= SMALL_IMAGES) if exits else name
@@ -139,7 +139,7 @@ def find_network(name: str) -> str:
         return f"local-dir:{folder}"
     if name.startswith("local-dir:"):
         raise UserError(f"there is no folder '{folder}'")
-    if not name.startswith("hf-hub:") and not timm.is_model(name):
+    if not name.startswith("hf-hub:") and not has_network(name):
         raise UserError(f"there is no folder '{name}', and timm has no model of that name")
     return name
 

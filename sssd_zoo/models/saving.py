@@ -13,8 +13,7 @@ from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writ
 from torch import nn
 
 from sssd_zoo.files import atomic_write_bytes, disk_errors, read_json, sha256_of, write_json
-from sssd_zoo.models.backbones import ANY
-from sssd_zoo.models.staged import TESTED, StagedMultiExit
+from sssd_zoo.models.backbones import stored_as
 
 
 def save_network(
@@ -77,10 +76,10 @@ def network_config(
         config: dict[str, Any] = read_json(path)
     # timm reads it from the top; transformers, which does too, stumbles over a second one.
     config["model_args"].pop("num_classes", None)
-    if isinstance(model, StagedMultiExit) and model.backbone not in TESTED:  # its name is known in this process only
-        config["architecture"] = ANY
-        config["pretrained_cfg"]["architecture"] = ANY
-        config["model_args"] |= {"backbone": model.backbone, "cifar_stem": model.cifar_stem}
+    # Names that are known in this process only.
+    config["architecture"], arguments = stored_as(config["architecture"])
+    config["pretrained_cfg"]["architecture"] = config["architecture"]
+    config["model_args"] |= arguments
     # The current thresholds: since the network was created they may have been calibrated, or dropped.
     config["model_args"].pop("thresholds", None)
     if getattr(model, "thresholds", None) is not None:

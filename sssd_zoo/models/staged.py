@@ -28,6 +28,7 @@ from sssd_zoo.models.stages import (
     METHODS,
     SIDE,
     Structure,
+    check_arguments,
     exit_widths,
     link_of,
     side_of,
@@ -537,9 +538,11 @@ def multi_exit(
     if exits != "plain":
         raise UserError(f"'{backbone}' has no exits={exits!r}: choose 'plain', or one of this package's ResNets")
     structure, arguments = structure_of_backbone(backbone, cifar_stem)
-    if backbone not in TESTED and torch.get_default_device().type != "meta":
-        compare_stages(backbone, cifar_stem)
     network: Any = model_entrypoint(backbone)(pretrained=False, **{**arguments, **kwargs})
+    with refusals(backbone, cifar_stem=cifar_stem):
+        check_arguments(network, structure)
+    if backbone not in TESTED and torch.get_default_device().type != "meta":
+        compare_stages(backbone, cifar_stem)  # after that, a folder of small weights cannot ask for a large network
     if cifar_stem:
         widen_stem(network, structure)
     pools = [module.pool_type for module in network.modules() if isinstance(module, SelectAdaptivePool2d)]

@@ -40,6 +40,7 @@ class Structure(NamedTuple):
         shrinking: the modules that make the map smaller, in order, and by how much each divides its side.
         in_chans: of the images.
         feature_count: entries of `feature_info`.
+        listed: names of the network's modules that can be links and lie in lists or sequences.
     """
 
     stages: tuple[tuple[str, ...], ...]
@@ -51,6 +52,7 @@ class Structure(NamedTuple):
     shrinking: tuple[tuple[str, int], ...]
     in_chans: int
     feature_count: int
+    listed: tuple[str, ...]
 
 
 class Link(NamedTuple):
@@ -90,6 +92,11 @@ def modules_of_chain(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from ((f"{name}.{inner}", link) for inner, link in modules_of_chain(module))
         else:
             yield name, module
+
+
+def listed_modules(network: nn.Module) -> tuple[str, ...]:
+    """The names of those that lie within lists and sequences."""
+    return tuple(name for name, _ in modules_of_chain(network) if "." in name)
 
 
 @torch.no_grad()
@@ -188,6 +195,7 @@ def structure_of_stages(network: Any) -> Structure:
         shrinking=tuple(_shrinking(side, chain)),
         in_chans=in_chans,
         feature_count=len(entries),
+        listed=listed_modules(network),
     )
 
 
@@ -255,6 +263,22 @@ def _product(numbers: tuple[int, ...]) -> int:
     for number in numbers:
         product *= number
     return product
+
+
+def check_arguments(network: Any, structure: Structure) -> None:
+    """Refuses a network whose arguments give it other stages than those of its name, which its exits were made for.
+
+    Args:
+        network: plain, as built with the arguments.
+        structure: of the network that the name alone gives.
+
+    Raises:
+        UserError: if a stage has more or fewer modules, or maps of another width.
+    """
+    widths = [entry["num_chs"] for entry in network.feature_info]
+    same = listed_modules(network) == structure.listed and len(widths) == structure.feature_count
+    if not same or tuple(widths[number] for number in (*structure.features, -1)) != structure.chs:
+        raise UserError("its arguments change the depth or the widths of its stages, which its exits are made for")
 
 
 def exit_widths(chs: tuple[int, ...], width: float) -> list[int]:

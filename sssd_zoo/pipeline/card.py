@@ -17,6 +17,7 @@ from sssd_zoo.hub.cards import (
     sample_accuracy,
     write_card,
 )
+from sssd_zoo.models.backbones import architecture_in
 from sssd_zoo.models.networks import load_network
 
 
@@ -38,5 +39,5 @@ def card(args: CardArgs) -> None:
                 atomic_write_bytes(folder / "model.safetensors", weights)
     if args.weights is not None:
         atomic_write_bytes(args.weights, weights)
-    model = read_json(out / "config.json")["architecture"]
+    model = architecture_in(read_json(out / "config.json"))
     print(f"{out}: card of {args.name or model}; weights {len(weights) / 1e6:.1f} MB in half precision")

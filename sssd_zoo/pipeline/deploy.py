@@ -24,6 +24,7 @@ from sssd_zoo.evaluation.reports.markdown import Results
 from sssd_zoo.files.run_folder import atomic_dir
 from sssd_zoo.hub.model_card import EXITS, save_model_folder
 from sssd_zoo.models import MultiExit, multiply_adds
+from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.stages import Stages
@@ -85,7 +86,7 @@ def write_network(plan: "Plan", folder: Path, name: str, labels: int, result: di
         result: what it reached.
     """
     network, out, names = load_network(str(folder)), plan.out / "model", plan.evaluation.train.class_names
-    arch = str(network.pretrained_cfg["architecture"])
+    arch = architecture_of(network)
     start = "random weights" if name == "scratch" else code(short_name(name))
     if not isinstance(network, MultiExit):
         with atomic_dir(out, "network") as temporary:

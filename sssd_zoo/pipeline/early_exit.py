@@ -52,6 +52,7 @@ from sssd_zoo.evaluation.timing import BATCH, ONE_BY_ONE, interleaved, measure_s
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.models import MultiExit, StageCosts, classifiers, ensemble_logits, stage_costs
+from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
@@ -273,7 +274,7 @@ def ensemble_answers(logits: Tensor) -> Tensor:
 def describe_run(args: EarlyExitArgs, model: Any, calibrating: Sample, measured: Sample) -> dict[str, Any]:
     """What was calibrated, on what and by which command, for the report."""
     return {
-        "model": str(model.pretrained_cfg["architecture"]),
+        "model": architecture_of(model),
         "source": network_source(args.model),
         "command": command_line(args),
         "data": calibrating.data.name,
@@ -342,7 +343,7 @@ def measured_answers(answers: Tensor, logits: Tensor, labels: Tensor | None) -> 
 def write(out: Path, model: Any, measured: Sample, results: dict[str, Any], args: EarlyExitArgs) -> None:
     """Writes the calibrated network, times it from there, and writes the report, which `results` then holds."""
     with atomic_dir(out, "early-exit") as folder:
-        arch = str(model.pretrained_cfg["architecture"])
+        arch = architecture_of(model)
         save_network(folder, model, arch, label_names=model.pretrained_cfg.get("label_names"))
         images = measured.data.gather(measured.positions[torch.randperm(len(measured.positions))[: 20 * BATCH]])
         inputs = prepared(images, model).to(next(model.parameters()).device)

@@ -37,6 +37,7 @@ from sssd_zoo.files import atomic_write_bytes, write_json
 from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
 from sssd_zoo.hub.portable import plain_network, save_for_transformers
 from sssd_zoo.models import MultiExit, stages_and_heads
+from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.multi_exit import check_thresholds
 from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
 from sssd_zoo.models.saving import save_network
@@ -84,7 +85,7 @@ def metadata(model: Any, output: str) -> dict[str, Any]:
     size, mean, std = input_spec(model)
     names = model.pretrained_cfg.get("label_names")
     return {
-        "architecture": str(model.pretrained_cfg["architecture"]),
+        "architecture": architecture_of(model),
         "output": output,
         "input_size": [channels(model), size, size],
         "mean": list(mean),
@@ -228,7 +229,7 @@ def export(args: ExportArgs) -> None:
 
 
 def asked_output(args: ExportArgs) -> str:
-    """The output to export: what was asked for, else the whole network, as timm's own ResNet exit 4."""
+    """The output to export: what was asked for, else the whole network, for timm's own network exit 4."""
     return args.output or ("4" if args.format == "timm" else "ensemble")
 
 

@@ -35,6 +35,7 @@ from sssd_zoo.evaluation.reports.paper import TABLE_4
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.fixed import FixedLabels
+from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.multi_exit import MultiExit
 from sssd_zoo.models.networks import (
     check_channels,
@@ -98,7 +99,7 @@ def starting_network(name: str, like: str, method: str, classes: int) -> tuple[A
     """
     source = like if name == SCRATCH else name
     untrained = load_network(source, pretrained=False, num_classes=0)
-    arch = str(untrained.pretrained_cfg["architecture"])
+    arch = architecture_of(untrained)
     if method == "final":
         output = {"output": "final"} if isinstance(untrained, MultiExit) else {}
         model = load_network(source, pretrained=name != SCRATCH, num_classes=classes, **output)

@@ -16,6 +16,7 @@ from sssd_zoo.evaluation.protocol import (
 )
 from sssd_zoo.files import write_json
 from sssd_zoo.files.run_folder import open_out
+from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.networks import config_for, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.runs import prepare_run_folder
@@ -61,7 +62,7 @@ def linear(args: LinearArgs) -> dict[str, Any]:
     if out is not None:
         prepare_run_folder(out, args)
         put_heads(model, probe, evaluation.train.size)
-        save_network(out, model, str(model.pretrained_cfg["architecture"]), label_names=evaluation.train.class_names)
+        save_network(out, model, architecture_of(model), label_names=evaluation.train.class_names)
         write_json(out / "metrics.json", metrics)
         print(f"the network with the probes as its heads is in {out}")
     return metrics

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import yaml
 from huggingface_hub import DatasetCard, ModelCard
 from PIL import Image
@@ -130,11 +131,11 @@ def test_reports_and_cards_of_hostile_names(name, tmp_path):
     write_report(tmp_path / "report.md", results)
     harmless((tmp_path / "report.md").read_text(encoding="utf-8"))
     config = {"architecture": name, "num_classes": 3, "label_names": [name] * 3, "model_args": {}}
-    config["num_features"] = 512
     config["pretrained_cfg"] = {"input_size": [3, 32, 32]}
     measured = dict(zip(("1", "2", "3", "4", "ensemble"), (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))
     figures = {"figures/accuracy.png": name}
-    text = model_card(config, parameters=5, metrics=measured, context=results, figures=figures, license_name="mit")
+    network = timm.create_model("sssd_resnet18", device="meta")
+    text = model_card(config, network, metrics=measured, context=results, figures=figures, license_name="mit")
     card = ModelCard(text)
     harmless(card.text)
     assert card.data.license == "mit"

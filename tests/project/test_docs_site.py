@@ -1,5 +1,6 @@
 """The documentation: its examples and snippets run, its commands parse, its links lead somewhere, its site builds."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -102,7 +103,15 @@ def test_commands_parse(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/quickstart.md", "docs/early_exit.md", "docs/networks.md", "docs/api/index.md"]
+    "page",
+    [
+        "README.md",
+        "docs/quickstart.md",
+        "docs/early_exit.md",
+        "docs/networks.md",
+        "docs/api/index.md",
+        "docs/backbones.md",
+    ],
 )
 def test_snippets_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -161,6 +170,39 @@ def test_the_example_of_a_network_is_timm_s(tmp_path):
     assert list(macs) == ["1", "2", "3", "4", "ensemble"]
     assert sorted(macs.values()) == list(macs.values())
     assert shape == "torch.Size([2, 10])"
+
+
+# Trained by name, too, in the process that knows it; its folder says which network it holds.
+USE_FAMILY = """
+import runpy, timm, torch
+runpy.run_path("docs/examples/add_family.py", run_name="__main__")
+from sssd_zoo.models.networks import choose_model, load_network
+from sssd_zoo.models.saving import save_network
+name = choose_model("own_net", 32, exits=True)
+model = timm.create_model(name, num_classes=3).eval()
+images = torch.randn(2, 3, 32, 32)
+save_network(OUT, model, name)
+assert torch.equal(load_network(OUT, output=2).eval()(images), model.forward_exits(images).logits[1])
+plain = timm.create_model("own_net", num_classes=3)
+plain.load_state_dict(model.plain().state_dict())
+usual = timm.create_model("sssd_backbone", backbone="own_net", num_classes=3).eval()
+usual.load_state_dict(model.state_dict())
+images = torch.randn(2, 3, 64, 64)
+assert torch.equal(usual.forward_exits(images).logits[3], plain.eval()(images))
+print(name)
+"""
+
+
+def test_the_example_of_a_family_has_exits(tmp_path):
+    code = (ROOT / "docs/examples/add_family.py").read_text(encoding="utf-8")
+    assert len([line for line in code.splitlines() if line]) < 40
+    assert '--8<-- "add_family.py"' in (ROOT / "docs/backbones.md").read_text(encoding="utf-8")
+    done = command("-c", USE_FAMILY.replace("OUT", repr(str(tmp_path / "network"))))
+    assert done.returncode == 0, done.stderr
+    costs, name = done.stdout.splitlines()
+    macs = ast.literal_eval(costs)
+    assert macs["1"] < macs["2"] < macs["3"] < macs["4"] < macs["ensemble"] <= 1.08 * macs["4"]
+    assert name == "sssd_own_net_cifar"
 
 
 @pytest.mark.slow

@@ -293,8 +293,8 @@ def _groups(results: Iterable[Result]) -> dict[tuple[Setting, str], list[Result]
 def paper_row(run: Result) -> tuple[str | None, str, str | None, int | None, str | None] | None:
     """What identifies a `Row` of the paper, of one of our runs; the data are None where they are not the paper's."""
     setting = run.setting
-    network = re.search(r"resnet(\d+)", setting.pretext)
-    data, student = paper_data(setting.data, setting.images), "resnet18" in setting.model
+    network = re.search(r"resnet(\d+)(?![a-z])", setting.pretext)  # timm's resnet50d is another network
+    data, student = paper_data(setting.data, setting.images), re.search(r"resnet18(?![a-z])", setting.model)
     if not student:  # the paper distils into a ResNet-18 throughout
         return None
     if run.method in ("random", "dacsd"):
