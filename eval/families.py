@@ -3,7 +3,7 @@
     python eval/families.py --data uoft-cs/cifar10 --runs RUNS --out REPORT --minutes 10
 
 First it measures training steps of all networks and chooses the epochs of each, so that MoCo v2 and self distillation
-take so many minutes in all, two thirds of them MoCo v2. RUNS/schedule.json keeps what was measured and chosen;
+take so many minutes in all, two thirds of them MoCo v2. RUNS/epochs.json keeps what was measured;
 RUNS/NAME is a run folder of `sssd fit`; REPORT gets report.md, metrics.json and accuracy.png, anew after each network.
 The same command resumes a killed run.
 """
@@ -106,15 +106,15 @@ def schedule(args: argparse.Namespace) -> dict[str, Epochs | float]:
     """The epochs of each network, or the seconds of one epoch of each training where the network is too slow.
 
     Raises:
-        UserError: if the runs are of another recipe or time, or no network can be trained in that time.
+        UserError: if the runs are of other images or another recipe, or no network can be trained in that time.
     """
-    path = args.runs / "schedule.json"
-    chosen_for = {"data": args.data, "minutes": args.minutes, "recipe": yaml.safe_load(args.config.read_text())}
-    kept: dict[str, Any] = {"chosen_for": chosen_for, "seconds_of_an_epoch": {}}
+    path = args.runs / "epochs.json"
+    measured_for = {"data": args.data, "recipe": yaml.safe_load(args.config.read_text())}
+    kept: dict[str, Any] = {"measured_for": measured_for, "seconds_of_an_epoch": {}}
     if path.exists():
         kept = read_json(path, dict[str, Any])
-        if kept.get("chosen_for") != chosen_for:
-            raise UserError(f"{path} was made for other --data, --minutes or another --config: give another --runs")
+        if kept.get("measured_for") != measured_for:
+            raise UserError(f"{path} was measured for other --data or another --config: give another --runs")
     chosen: dict[str, Epochs | float] = {}
     for name in args.names:
         if name not in kept["seconds_of_an_epoch"]:
