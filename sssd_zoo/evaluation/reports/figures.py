@@ -222,7 +222,9 @@ def families_cost(families: Sequence[Family], path: str | Path) -> None:
         style: Any = {"color": colour, "ls": ("-", "--", ":")[second % 3], "marker": "osD"[second % 3], "ms": 4.5}
         x, y = [point.macs / 1e6 for point in exits], [point.accuracy for point in exits]
         axes.plot(x, y, label=_label(family["name"].removeprefix("sssd_")), **style)
-        axes.plot(ensemble.macs / 1e6, ensemble.accuracy, color=colour, marker="*", ms=10, ls="none")
+        star = ensemble.macs / 1e6, ensemble.accuracy
+        axes.plot([x[-1], star[0]], [y[-1], star[1]], color=colour, lw=0.7, alpha=0.6)
+        axes.plot(*star, color=colour, marker="*", ms=10, ls="none")
     axes.plot([], [], color=FAINT, marker="*", ms=10, ls="none", label="ensemble")
     axes.set(xscale="log", xlabel="million MACs per image", ylabel="accuracy (%)")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
