@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -700,7 +701,7 @@ def add_numbers(section: argparse.ArgumentParser, defaults: dict[str, int]) -> N
 
 
 def main() -> None:
-    """Runs one benchmark and prints what it gives as JSON."""
+    """Runs one benchmark and prints what it gives, as JSON where it is no text."""
     parser = argparse.ArgumentParser(description=__doc__)
     sections = parser.add_subparsers(dest="section", required=True)
     section = sections.add_parser("kmeans", help="k-means against faiss called by hand")
@@ -740,10 +741,17 @@ def main() -> None:
     add_numbers(section, {"images": 100_000, "side": 8})
     section.set_defaults(benchmark=benchmark_embed_memory)
 
+    section = sections.add_parser("backbones", help="parameters, MACs and latency of networks with exits, as Markdown")
+    section.add_argument("--names", nargs="+", help="timm names; by default all tested ones and the ResNet-18")
+    add_numbers(section, {"size": 224, "rounds": 20})
+    section.add_argument("--out", type=Path, help="JSON to write, too")
+    section.set_defaults(benchmark=import_module("backbones").benchmark_backbones)  # a script's neighbour, no package's
+
     arguments = vars(parser.parse_args())
     del arguments["section"]
     benchmark = arguments.pop("benchmark")
-    print(json.dumps(benchmark(**arguments), indent=2))
+    found = benchmark(**arguments)
+    print(found if isinstance(found, str) else json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.meanings import MEANINGS
+from sssd_zoo.evaluation.reports.families import Family, pareto_front, points_of
 from sssd_zoo.evaluation.reports.markdown import AccuracyRow
 from sssd_zoo.files import atomic_write_bytes
 
@@ -198,6 +199,40 @@ def accuracy_cost(
         figure.legend(loc="outside right upper")
     else:
         figure.legend(loc="outside lower center", ncols=2)
+    _save(figure, path)
+
+
+@mpl.rc_context(STYLE)
+def families_cost(families: Sequence[Family], path: str | Path) -> None:
+    """Draws accuracy against MACs of several networks: a line through each one's exits, a star for its ensemble.
+
+    Args:
+        families: at least one network.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    front = pareto_front([point for family in families for point in points_of(family)])
+    costs, heights = [point.macs / 1e6 for point in front], [point.accuracy for point in front]
+    axes.step(costs, heights, where="post", color=INK, lw=5, alpha=0.12, solid_joinstyle="miter", label="Pareto front")
+    axes.plot(costs, heights, color=INK, marker="o", ms=12, mfc="none", mew=0.9, ls="none", label="on the front")
+    for number, family in enumerate(families):
+        *exits, ensemble = points_of(family)
+        colour, second = COLOURS[number % len(COLOURS)], number // len(COLOURS)
+        style: Any = {"color": colour, "ls": ("-", "--", ":")[second % 3], "marker": "osD"[second % 3], "ms": 4.5}
+        x, y = [point.macs / 1e6 for point in exits], [point.accuracy for point in exits]
+        axes.plot(x, y, label=_label(family["name"].removeprefix("sssd_")), **style)
+        star = ensemble.macs / 1e6, ensemble.accuracy
+        axes.plot([x[-1], star[0]], [y[-1], star[1]], color=colour, lw=0.7, alpha=0.6)
+        axes.plot(*star, color=colour, marker="*", ms=10, ls="none")
+    axes.plot([], [], color=FAINT, marker="*", ms=10, ls="none", label="ensemble")
+    axes.set(xscale="log", xlabel="million MACs per image", ylabel="accuracy (%)")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda cost, _: f"{cost:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.06, y=0.08)
+    _widen(axes)
+    figure.legend(loc="outside right upper", fontsize=8)
     _save(figure, path)
 
 
