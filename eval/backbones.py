@@ -75,8 +75,8 @@ def time_in_turn(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, f
 
 def measure_network(name: str, size: int, classes: int, rounds: int) -> Costs:
     """The costs of a network at inputs of `size` px with so many classes."""
-    network: Any = timm.create_model(name, num_classes=classes, device="meta")
-    macs = multiply_adds(network, (3, size, size))
+    whole: Any = timm.create_model(name, num_classes=classes)
+    macs = multiply_adds(whole, (3, size, size))
     graphs = graphs_of(name, size, classes)
     milliseconds: Milliseconds = {runtime: {str(batch): {} for batch in BATCHES} for runtime in RUNTIMES}
     for answer, output in OUTPUTS.items():
