@@ -48,7 +48,7 @@ demo: $(VENV)/.installed ## run the whole pipeline on the shipped sample (10,000
 	$(BIN)/sssd fit --config train/recipes/demo.yaml --out runs/demo
 
 test: $(VENV)/.installed-dev ## run the fast tests and print the coverage
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=20 --cov --cov-report=term:skip-covered
 
 test-slow: $(VENV)/.installed-dev ## run every test, the slow ones too
 	$(BIN)/python -m pytest -n auto --dist loadfile -m ''

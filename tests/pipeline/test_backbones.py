@@ -88,9 +88,7 @@ def check_stages_in_onnx(run, out):
     return record
 
 
-def test_fit_predict_and_export(run, folder_of_images, tmp_path, capsys):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+def test_fit_and_predict(run, folder_of_images, capsys):
     report = (run / "report.md").read_text()
     assert "**Network**: `sssd_mobilenetv3_small_100_cifar` at 32 px" in report
     card = (run / "model/README.md").read_text()
@@ -100,6 +98,12 @@ def test_fit_predict_and_export(run, folder_of_images, tmp_path, capsys):
     encoder = load_network(str(run), num_classes=0).eval()
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 1024)
     check_predictions(run, folder_of_images, capsys)
+
+
+@pytest.mark.slow
+def test_stages_of_early_exit(run, tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
     record = check_stages_in_onnx(run, tmp_path / "stages")
     assert record["architecture"] == "sssd_mobilenetv3_small_100_cifar"
 
