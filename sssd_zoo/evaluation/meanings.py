@@ -22,7 +22,7 @@ class Meaning(NamedTuple):
 MEANINGS = {
     "two_view_consistency": Meaning(
         "two-view consistency",
-        "how often an image, cropped and coloured at random, finds its own other view among all, of at most 500, 0 to 1",
+        "how often an image, cropped and coloured at random, finds its own other view among at most 500, 0 to 1",
         "higher is better",
     ),
     "rank_me": Meaning(
