@@ -355,6 +355,7 @@ class TestTask:
 
 
 class TestCommands:
+    @pytest.mark.slow
     def test_a_stopped_run_goes_on_to_equal_weights_and_is_measured(self, voc, tmp_path, capsys, monkeypatch):
         # The smallest network that timm has, as checkpoints are written at every step.
         words = ["detect", "--data", f"[{voc}]", "--model", "test_resnet", "--pretrained", "false", *TINY]

@@ -439,6 +439,7 @@ def visited(browser: Any, address: str) -> SpacePage:
     return SpacePage(browser, address)
 
 
+@pytest.mark.slow
 class TestInABrowser:
     @pytest.fixture
     def expected(self, demo) -> list[Analysis]:

@@ -63,6 +63,7 @@ def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_p
     assert Image.open(tmp_path / "accuracy.png").size[0] > 300
 
 
+@pytest.mark.slow
 def test_epochs_of_single_methods_and_the_pretext_itself(folder_of_images, tmp_path, capsys):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
     assert sssd(*words, "--methods", "[sssd, clusterfit, pretext]") == 0
