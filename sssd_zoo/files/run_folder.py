@@ -52,6 +52,11 @@ TRAINING = (
 NETWORK = ("config.json", "model.safetensors")
 LABELS = ("labels.parquet", "centroids.safetensors", "pseudo_labels.json")
 EARLY_EXIT = ("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png")
+# Of sssd_zoo/models: what a folder for transformers runs.
+TRANSFORMERS_CODE = (
+    *("modeling_sssd.py", "building.py", "multi_exit.py", "multi_exit_resnet.py"),
+    *("staged.py", "stages.py", "exits.py"),
+)
 KINDS = {
     "fit": Kind("a run of `sssd fit`", ()),
     "compare": Kind("a comparison of `sssd compare`", ()),
@@ -63,19 +68,7 @@ KINDS = {
     "labels": Kind("pseudo labels", LABELS),
     "pulled-labels": Kind("pseudo labels of `sssd pull`", (*LABELS, "README.md")),
     "network": Kind("a network", (*NETWORK, "README.md")),
-    "transformers": Kind(
-        "a network for transformers",
-        (
-            *NETWORK,
-            "modeling_sssd.py",
-            "building.py",
-            "multi_exit_resnet.py",
-            "staged.py",
-            "stages.py",
-            "multi_exit.py",
-            "exits.py",
-        ),
-    ),
+    "transformers": Kind("a network for transformers", (*NETWORK, *TRANSFORMERS_CODE)),
     "early-exit": Kind("a network of `sssd early-exit`", (*NETWORK, *EARLY_EXIT)),
     "card": Kind(
         "a network with its card",

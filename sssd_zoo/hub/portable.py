@@ -17,6 +17,7 @@ from torch import nn
 
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, read_json, write_json
+from sssd_zoo.files.run_folder import TRANSFORMERS_CODE
 from sssd_zoo.models import MultiExit, SSSDResNet
 from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.building import build, structure_of
@@ -27,15 +28,6 @@ from sssd_zoo.models.saving import save_network
 OURS = ("output", "exits", "cifar_stem", "thresholds", "storage_size", "bits", "backbone")
 
 CODE = Path(__file__).parents[1] / "models"
-CODE_FILES = (  # what a folder for transformers runs
-    "modeling_sssd.py",
-    "building.py",
-    "multi_exit_resnet.py",
-    "staged.py",
-    "stages.py",
-    "multi_exit.py",
-    "exits.py",
-)
 
 
 def plain_network(model: MultiExit) -> tuple[nn.Module, str]:
@@ -88,7 +80,7 @@ def save_for_transformers(folder: Path, model: MultiExit, arch: str, label_names
     _check_answers(model, rebuilt, arch)
     code = {"AutoModelForImageClassification": "modeling_sssd.SSSDForImageClassification"}
     write_json(folder / "config.json", {**config, "structure": structure, "auto_map": code})
-    for name in CODE_FILES:
+    for name in TRANSFORMERS_CODE:
         atomic_write_text(folder / name, standalone((CODE / name).read_text(encoding="utf-8")))
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sssd_zoo.models.multi_exit import MultiExit
 from sssd_zoo.models.stages import macs_of
 
+ANSWERS = ("1", "2", "3", "4", "ensemble")  # of a network with all exits
+
 
 class StageCosts(NamedTuple):
     """What the parts of a network cost, in MACs or in seconds.
@@ -85,7 +87,7 @@ def _by_answer(model: MultiExit, input_size: tuple[int, int, int], count: Count)
     if model.output != "ensemble":
         return {"4" if model.output == "final" else model.output: _module_costs(model, input_size, count).total()}
     costs = stage_costs(model, input_size, count)
-    return {name: int(costs.answer(name)) for name in ("1", "2", "3", "4", "ensemble")}
+    return {name: int(costs.answer(name)) for name in ANSWERS}
 
 
 def _module_costs(model: MultiExit, input_size: tuple[int, int, int], count: Count) -> Counter[str]:

@@ -55,6 +55,11 @@ class MultiExit(Module):
         forward_intermediates: Any
         prune_intermediate_layers: Any
 
+    def check_all_exits(self) -> None:
+        """Refuses `forward_exits` of a network that has not all exits."""
+        if not self.ensemble:
+            raise UserError("forward_exits needs all exits: create the model with output='ensemble'")
+
     def set_output(
         self, output: str | int, thresholds: Sequence[float] | None, storage_size: int | None, bits: int | None
     ) -> None:
@@ -131,17 +136,7 @@ class MultiExit(Module):
         Raises:
             UserError: if the network was not built with `output='ensemble'`.
         """
-        if not self.ensemble:
-            raise UserError("forward_exits needs all exits: create the model with output='ensemble'")
-        features = []
-        # Each exit right after its stage, so that without gradients no map outlives its use.
-        for number in (1, 2, 3):
-            x = self.stage(number, x)
-            features.append(self.pooled_exit(number, self.exit_map(number, x)))
-        features.append(self.last_features(self.stage(4, x)))
-        logits = [self.exit_classifier(number)(self.dropped(features[number - 1])) for number in (1, 2, 3)]
-        logits.append(self.exit_classifier(4)(features[3]))
-        return Exits(logits, features)
+        raise NotImplementedError
 
     def forward_early(self, x: Tensor, thresholds: Sequence[float] | None = None) -> EarlyExits:
         """Runs stage by stage; an image leaves the batch as soon as an exit is confident enough.

@@ -291,16 +291,8 @@ class SSSDResNet(MultiExit, ResNet):
         return self.forward_head(self.forward_features(x))
 
     def forward_exits(self, x: Tensor) -> Exits:
-        """The logits and pooled features of all four exits, from one pass.
-
-        Args:
-            x: images, [B, in_chans, H, W].
-
-        Raises:
-            UserError: if the network was not built with `output='ensemble'`.
-        """
-        if not self.ensemble:
-            raise UserError("forward_exits needs all exits: create the model with output='ensemble'")
+        """See `MultiExit`."""
+        self.check_all_exits()
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
         # Each exit right after its stage, so that without gradients no map outlives its use.
         if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -21,7 +21,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.models.exits import ensemble_logits
+from sssd_zoo.models.exits import Exits, ensemble_logits
 from sssd_zoo.models.multi_exit import MultiExit, classifier_names
 from sssd_zoo.models.stages import (
     CLASSES,
@@ -427,6 +427,19 @@ class StagedMultiExit(MultiExit):
         if self.ensemble and self.num_classes > 0:
             return ensemble_logits(self.forward_exits(x).logits).to(x.dtype)
         return self.forward_head(self.forward_features(x))
+
+    def forward_exits(self, x: Tensor) -> Exits:
+        """See `MultiExit`."""
+        self.check_all_exits()
+        features = []
+        # Each exit right after its stage, so that without gradients no map outlives its use.
+        for number in (1, 2, 3):
+            x = self.stage(number, x)
+            features.append(self.pooled_exit(number, self.exit_map(number, x)))
+        features.append(self.last_features(self.stage(4, x)))
+        logits = [self.exit_classifier(number)(self.dropped(features[number - 1])) for number in (1, 2, 3)]
+        logits.append(self.exit_classifier(4)(features[3]))
+        return Exits(logits, features)
 
     def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, **kwargs: Any) -> Any:
         """As in timm; the final map is what `forward_features` gives.

@@ -272,7 +272,8 @@ USE = """
 import sys, sssd_zoo, timm, torch
 from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.networks import load_network
-same = lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-3)  # another number of threads adds in another order
+# To rounding: how a convolution adds up depends on threads and on where its weights lie in memory.
+same = lambda a, b: bool((a - b).abs().max() <= 1e-5 * b.abs().max())
 images = torch.load(FOLDER + "/images.pt")
 wanted = torch.load(FOLDER + "/wanted.pt")
 model = timm.create_model("local-dir:" + FOLDER, pretrained=True).eval()

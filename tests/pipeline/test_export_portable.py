@@ -8,7 +8,8 @@ import torch
 
 from helpers.commands import command, one_line, sssd
 from helpers.networks import create
-from sssd_zoo.hub.portable import CODE_FILES, standalone
+from sssd_zoo.files.run_folder import TRANSFORMERS_CODE
+from sssd_zoo.hub.portable import standalone
 from sssd_zoo.models.saving import save_network
 
 CLASSES = ["blue", "green", "red"]
@@ -147,7 +148,7 @@ print(all(map(same, exits, wanted)))
 def test_code_imports_nothing_of_the_package():
     from sssd_zoo.hub.portable import CODE
 
-    for name in CODE_FILES:
+    for name in TRANSFORMERS_CODE:
         source = standalone((CODE / name).read_text(encoding="utf-8"))
         assert "import sssd_zoo" not in source
         assert "from sssd_zoo" not in source

@@ -5,8 +5,7 @@ from typing import NamedTuple, TypedDict
 
 from sssd_zoo.errors.text import code, markdown
 from sssd_zoo.evaluation.reports.markdown import duration, table
-
-ANSWERS = ("1", "2", "3", "4", "ensemble")
+from sssd_zoo.models.cost import ANSWERS
 
 
 class Family(TypedDict):

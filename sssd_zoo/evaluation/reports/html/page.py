@@ -18,9 +18,9 @@ from sssd_zoo.evaluation.reports.html.curves import Chart, Series, chart, stage_
 from sssd_zoo.evaluation.reports.markdown import Results, duration
 from sssd_zoo.evaluation.verdict import TRUST
 from sssd_zoo.files import atomic_write_text
+from sssd_zoo.models.cost import ANSWERS
 
 HERE = Path(__file__).parent
-EXITS = ("1", "2", "3", "4", "ensemble")
 
 # Titles of a run's trainings, by the folders that hold their metrics.jsonl.
 TRAININGS = {
@@ -114,7 +114,7 @@ def cost_table(results: Results) -> list[tuple[str, str, str, int]]:
     macs, rows = results.get("macs", {}), results.get("accuracy", [])
     accuracies = [*rows[0]["exits"], rows[0]["ensemble"]] if rows else []
     table = []
-    for number, name in enumerate(EXITS):
+    for number, name in enumerate(ANSWERS):
         if name in macs:
             measured = f"{accuracies[number]:.2f}" if accuracies else ""
             part = round(100 * macs[name] / macs["4"])
@@ -127,7 +127,7 @@ def cost_chart(results: Results) -> Chart | None:
     macs, rows = results.get("macs", {}), results.get("accuracy", [])
     if not rows or not macs:
         return None
-    cost = [macs[name] / 1e6 for name in EXITS]
+    cost = [macs[name] / 1e6 for name in ANSWERS]
     series = [Series(row["name"], cost[:4], row["exits"], True, (cost[4], row["ensemble"])) for row in rows]
     axes = (
         "Across: million multiply-accumulates (MACs) for an image. Up: accuracy in percent. Dots are exits 1 to 4, the "
