@@ -14,7 +14,7 @@ endef
 export TRY_WHEEL
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-min wheel check-tag release lint typecheck docs clean
+.PHONY: help venv demo test coverage test-slow test-min wheel check-tag release lint typecheck docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -47,8 +47,11 @@ venv: $(VENV)/.installed-dev ## make .venv with the package and its development 
 demo: $(VENV)/.installed ## run the whole pipeline on the shipped sample (10,000 images)
 	$(BIN)/sssd fit --config train/recipes/demo.yaml --out runs/demo
 
-test: $(VENV)/.installed-dev ## run the fast tests and print the coverage
-	$(BIN)/python -m pytest -n auto --dist loadfile --durations=20 --cov --cov-report=term:skip-covered
+test: $(VENV)/.installed-dev ## run the fast tests
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=20
+
+coverage: $(VENV)/.installed-dev ## run the fast tests and print what they cover; slower
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
 
 test-slow: $(VENV)/.installed-dev ## run every test, the slow ones too
 	$(BIN)/python -m pytest -n auto --dist loadfile -m ''

@@ -31,13 +31,13 @@ from sssd_zoo.pipeline.forecast import rough
 RECIPE = Path(__file__).parents[1] / "train" / "recipes" / "backbones-cifar10.yaml"
 MOCO = 2 / 3  # of the training time
 CLOSE = 0.1  # what a network's training may take more or less than asked for, as a fraction
-# Without tf_efficientnet_lite0, which differs from efficientnet_lite0 in its padding alone.
-NAMES = (
-    *("sssd_mobilenetv4_conv_small_cifar", "sssd_mobilenetv3_small_100_cifar", "sssd_efficientnet_lite0_cifar"),
-    *("sssd_convnextv2_atto_cifar", "sssd_regnety_004_cifar", "sssd_edgenext_xx_small_cifar"),
-    *("sssd_fastvit_t8_cifar", "sssd_vit_tiny_patch16_224_cifar", "sssd_resnet50d", "sssd_resnet50d_cifar"),
-    *("sssd_resnet18", "sssd_resnet18_cifar"),
+# With timm's own stem and with that for small images. Without tf_efficientnet_lite0, which differs from
+# efficientnet_lite0 in its padding alone.
+FAMILIES = (
+    *("resnet18", "mobilenetv4_conv_small", "mobilenetv3_small_100", "efficientnet_lite0", "regnety_004"),
+    *("edgenext_xx_small", "convnextv2_atto", "fastvit_t8", "vit_tiny_patch16_224", "resnet50d"),
 )
+NAMES = tuple(f"sssd_{name}{stem}" for name in FAMILIES for stem in ("", "_cifar"))
 
 
 class Epochs(NamedTuple):

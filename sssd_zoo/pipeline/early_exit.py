@@ -211,7 +211,7 @@ def early_exit(args: EarlyExitArgs) -> None:
         images = prepared(calibrating.data.gather(calibrating.positions[: 2 * ONE_BY_ONE]), model)
         costs = measure_stages(model, images.to(device), args.runs)
     target = ensemble_answers(calibrated) if labels is None or by_agreement else labels
-    model.thresholds = choose(all_rules(calibrated, target, costs), args, by_agreement=by_agreement)
+    model.thresholds = choose(calibrated, target, costs, args, by_agreement=by_agreement)
     answers, taken = run_early(model, measured, device)
 
     results: dict[str, Any] = {
@@ -279,7 +279,6 @@ def describe_run(args: EarlyExitArgs, model: Any, calibrating: Sample, measured:
         "command": command_line(args),
         "data": calibrating.data.name,
         "calibrated_on": calibrating.origin,
-        "calibrating_images": len(calibrating.positions),
         "measured_on": measured.origin,
         "labelled": measured.labels is not None,
         "held_out": measured.data.split.split("[")[0] in ("test", "validation"),

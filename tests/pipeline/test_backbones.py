@@ -119,8 +119,8 @@ def test_other_networks(another, folder_of_images, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     assert check_stages_in_onnx(another, tmp_path / "stages")["architecture"] == name
-    words = ["--data", folder_of_images, "--out", tmp_path / "cal", "--runs", "1", "--unlabelled", *QUIET]
-    assert sssd("early-exit", another, *words) == 0
+    words = ["--data", folder_of_images, "--out", tmp_path / "cal", "--answers_changed", "99", "--unlabelled", *QUIET]
+    assert sssd("early-exit", another, "--runs", "1", *words) == 0
     assert json.loads((tmp_path / "cal/early_exit/report.json").read_text())["model"] == name
     assert f"Network**: `{name}`" in (tmp_path / "cal/early_exit/report.md").read_text()
     assert sssd("card", another, "--out", tmp_path / "card", "--calibrated", tmp_path / "cal") == 0
@@ -138,7 +138,8 @@ def test_measures_and_features(run, folder_of_images, tmp_path, capsys):
     assert load_network(str(tmp_path / "linear")).num_classes == 3
     assert sssd("knn", run, *data, "--neighbours", "5") == 0
     assert sssd("quality", run, *data) == 0
-    assert sssd("early-exit", run, *data, "--runs", "1", "--unlabelled", "--out", tmp_path / "cal") == 0
+    changed = ["--answers_changed", "99"]
+    assert sssd("early-exit", run, *data, *changed, "--runs", "1", "--unlabelled", "--out", tmp_path / "cal") == 0
     report = json.loads((tmp_path / "cal/early_exit/report.json").read_text())
     assert report["model"] == "sssd_mobilenetv3_small_100_cifar"
     assert load_network(str(tmp_path / "cal")).thresholds is not None

@@ -145,7 +145,8 @@ def test_measuring_and_calibrating(grey, images, tmp_path, capsys):
     )
     probed = load_network(str(tmp_path / "probed"))
     assert probed.conv1.in_channels == 1
-    assert sssd("early-exit", tmp_path / "probed", *data, "--out", tmp_path / "early", "--runs", "1") == 0
+    words = ["early-exit", tmp_path / "probed", *data, "--points_lost", "100", "--out", tmp_path / "early"]
+    assert sssd(*words, "--runs", "1") == 0
     config = json.loads((tmp_path / "early/config.json").read_text())
     assert config["pretrained_cfg"]["input_size"] == [1, 16, 16]
     assert len(config["model_args"]["thresholds"]) == 3
