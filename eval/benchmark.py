@@ -596,9 +596,11 @@ def benchmark_embed(
         rounds: of both; the forward pass is timed before and after each embed, and its mean counts.
 
     Returns:
-        Images per second of both, the ratio of embed's rate to the forward pass's, and `ratio_of_the_thread`, the same
-        by the CPU seconds of the thread that runs the network, which other work on the machine disturbs less: what the
-        ratio is where the loader's workers have cores of their own. Medians over the rounds.
+        Images per second of both; the ratio of embed's rate to the forward pass's; `ratio_of_the_thread`, the same by
+        the CPU seconds of the thread that runs the network, which other work on the machine disturbs less: what the
+        ratio is where the loader's workers have cores of their own; and `ratio_of_all_threads` by the CPU seconds of
+        all threads and processes, decoding included: what the ratio is where all CPUs are busy all the time, so that
+        embed can reach no more where the forward pass alone keeps them busy. Medians over the rounds.
     """
     tune_cpu()
     autocast = DTYPES[resolve_precision(precision, "cpu")]
@@ -626,10 +628,8 @@ def benchmark_embed(
             few, whole, after = _timed(embeds[0]), _timed(embeds[1]), _timed(forward)
             alone, ours = (before + after) / 2, whole - few
             rates = images // batch_size * batch_size / np.stack([ours, alone])[:, 0]
-            seconds, cpu_seconds = (alone / ours).tolist()
-            measured.append(
-                {"embed": rates[0], "forward": rates[1], "ratio": seconds, "ratio_of_the_thread": cpu_seconds}
-            )
+            names = ("embed", "forward", "ratio", "ratio_of_the_thread", "ratio_of_all_threads")
+            measured.append(dict(zip(names, [*rates, *(alone / ours)], strict=True)))
             before = after
     return {
         "model": model,
@@ -642,11 +642,18 @@ def benchmark_embed(
 
 
 def _timed(function: Callable[[], None]) -> NDArray[np.float64]:
-    """The seconds that a function takes, and those of the CPU in this thread, float64 [2]."""
-    start = np.array([time.perf_counter(), time.thread_time()])
+    """The seconds that a function takes, those of the CPU in this thread, and in all threads and children, float64 [3].
+
+    Children count once they have ended, as a loader's have at the end of its epoch.
+    """
+
+    def clocks() -> NDArray[np.float64]:
+        ended = os.times()
+        return np.array([time.perf_counter(), time.thread_time(), sum(ended[:4])])
+
+    start = clocks()
     function()
-    passed: NDArray[np.float64] = np.array([time.perf_counter(), time.thread_time()]) - start
-    return passed
+    return clocks() - start
 
 
 def benchmark_embed_memory(images: int = 100_000, side: int = 8) -> dict[str, Any]:

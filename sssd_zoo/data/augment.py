@@ -79,7 +79,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         images = grey(images)
     shift = put(torch.tensor(mean, dtype=images.dtype), images).view(1, -1, 1, 1)
     scale = put(torch.tensor(std, dtype=images.dtype), images).view(1, -1, 1, 1)
-    return ((images - shift) / scale).contiguous(memory_format=torch.channels_last)
+    return (images - shift).div_(scale).contiguous(memory_format=torch.channels_last)
 
 
 def resize(images: Tensor, size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Turns encoded images into network inputs exactly as accuracy is measured: stored first, then resized."""
 
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from sssd_zoo.data.augment import normalise, resize, to_float
 from sssd_zoo.data.images import decode, natural_size
 from sssd_zoo.data.opening import Encoded
 from sssd_zoo.data.pixels import PixelFormat
+
+CACHED = 2**18  # numbers that are prepared at a time: a mebibyte of float32, which a core's own cache holds
 
 
 class InputSpec(NamedTuple):
@@ -44,10 +47,30 @@ def input_channels(network: Any) -> int:
     return int(get_model_args(network).get("in_chans", 3))
 
 
+def network_input(stored: Tensor, spec: InputSpec) -> Tensor:
+    """Stored images, uint8 or uint16 [B, C, S, S], resized and normalised: float32 [B, C, size, size], channels-last.
+
+    On a CPU a few at a time, which gives the same numbers: what stays in the cache takes less than half of the time.
+    """
+
+    def of(part: Tensor) -> Tensor:
+        return normalise(resize(to_float(part), spec.size), spec.mean, spec.std)
+
+    count = max(1, CACHED // stored.shape[1:].numel())
+    if stored.device.type != "cpu" or len(stored) <= count:
+        return of(stored)
+    parts = map(of, stored.split(count))
+    first = next(parts)
+    inputs = torch.empty(len(stored), *first.shape[1:], memory_format=torch.channels_last)
+    for place, part in zip(inputs.split(count), chain([first], parts), strict=True):
+        place.copy_(part)
+    return inputs
+
+
 def prepared(stored: Tensor, network: Any) -> Tensor:
     """Stored images, uint8 or uint16 [B, C, S, S], as a network's input, float32 [B, C, size, size], normalised."""
     config = network.pretrained_cfg
-    return normalise(resize(to_float(stored), int(config["input_size"][-1])), config["mean"], config["std"])
+    return network_input(stored, InputSpec(int(config["input_size"][-1]), config["mean"], config["std"]))
 
 
 def prepare(image: Encoded, network: Any, max_pixels: int = MAX_PIXELS) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sssd_zoo.configs import ForwardConfig
-from sssd_zoo.data.augment import normalise, resize, to_float
-from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.data.inputs import InputSpec, network_input
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
@@ -161,8 +160,7 @@ def network_inputs(
     """Positions and stored images, uint8 [B, 3, S, S], to positions and a network's inputs, float32, on its device."""
     for index, stored in batches:
         with torch.inference_mode():
-            images = resize(to_float(stored.to(device, non_blocking=True)), spec.size)
-            images = normalise(images, spec.mean, spec.std)
+            images = network_input(stored.to(device, non_blocking=True), spec)
         yield index, images
 
 
