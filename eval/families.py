@@ -147,6 +147,7 @@ def family(folder: Path, epochs: Epochs) -> Family:
         "exits": list(accuracy["exits"]),
         "ensemble": accuracy["ensemble"],
         "epochs": {"pretrain": epochs.pretrain, "distill": epochs.distill},
+        "planned": epochs.seconds,
         "seconds": {stage: seconds[stage] for stage in ("pretrain", "distill")},
     }
 

@@ -18,6 +18,7 @@ class Family(TypedDict):
         exits: accuracies of linear probes in percent, four.
         ensemble: of the four.
         epochs: of MoCo v2 ('pretrain') and of self distillation ('distill').
+        planned: seconds of both, by the measured steps.
         seconds: that each of these took.
     """
 
@@ -27,6 +28,7 @@ class Family(TypedDict):
     exits: list[float]
     ensemble: float
     epochs: dict[str, int]
+    planned: float
     seconds: dict[str, float]
 
 
@@ -109,7 +111,7 @@ def families_report(comparison: Comparison) -> str:
         f"- **Measured on**: {markdown(comparison['test'])}",
         f"- **Training**: {comparison['minutes']:g} minutes of each network, about {epochs} and the rest self "
         f"distillation on {comparison['k']:,} clusters, in whole epochs chosen from measured steps; the clustering, "
-        "probes and figures are not counted",
+        "probes and figures are not counted. A training took longer than planned where other programs ran beside it",
         f"- **Seed**: {comparison['seed']}, one run of each network: small differences may be chance",
         f"- **Machine**: {markdown(comparison['machine'])}",
         "",
@@ -151,7 +153,7 @@ def _verdict(front: Sequence[Point]) -> list[str]:
 
 def _accuracies(families: Sequence[Family], front: Sequence[Point]) -> list[str]:
     head = ["network", "parameters", "MACs", "exit 1", "exit 2", "exit 3", "exit 4", "ensemble"]
-    head += ["epochs of MoCo", "of distillation", "training", "on the front"]
+    head += ["epochs of MoCo", "of distillation", "planned", "took", "on the front"]
     cells = []
     for family in families:
         best = [point.words for point in front if point.name == family["name"]]
@@ -163,6 +165,7 @@ def _accuracies(families: Sequence[Family], front: Sequence[Point]) -> list[str]
                 *(f"{point.accuracy:.2f}" for point in points_of(family)),
                 str(family["epochs"]["pretrain"]),
                 str(family["epochs"]["distill"]),
+                duration(family["planned"]),
                 duration(sum(family["seconds"].values())),
                 ", ".join(best),
             ]
