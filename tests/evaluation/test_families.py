@@ -83,7 +83,7 @@ def test_the_report_has_the_front_and_every_network():
     front, accuracies, macs = (rows[1:] for rows in tables(text))
     assert [(row[2], row[3]) for row in front] == FRONT
     assert accuracies[1][:4] == ["sssd_dear", "1.5 M", "40.0", "32.00"]
-    assert accuracies[1][-5:] == ["3", "2", "60 s", "1 min 02 s", "exit 2, ensemble"]
+    assert accuracies[1][-5:] == ["3", "2", "1 min 00 s", "1 min 02 s", "exit 2, ensemble"]
     assert macs[0] == ["sssd_cheap", "1.0", "2.0", "3.0", "4.0", "5.0"]
     assert "`sssd_slow` (11 min 40 s)" in text
     assert "Not trained yet: `sssd_next`." in text
