@@ -56,7 +56,7 @@ def clusters(args: ClustersArgs) -> None:
     fitted = (run / "labels" / "labels.parquet").is_file()
     pseudo = PseudoLabels.load(run / "labels" if fitted else run)
     images = open_images(args, run if fitted else None, pseudo)
-    names = cluster_names(run, len(pseudo.centroids)) if fitted else {}
+    names = given_names(run, len(pseudo.centroids)) if fitted else {}
     found = list(members(pseudo, images, names))
     with atomic_dir(out, "clusters") as folder:
         with disk_errors(out), progress_bar(len(found), "images", "img") as bar:
@@ -88,7 +88,7 @@ def open_images(args: ClustersArgs, run: Path | None, pseudo: PseudoLabels) -> E
     return encoded
 
 
-def cluster_names(run: Path, count: int) -> dict[int, str]:
+def given_names(run: Path, count: int) -> dict[int, str]:
     """The names that a run's clusters were given, by number.
 
     They are those of the network's classes, where these are the clusters: on labelled images they are true classes.
