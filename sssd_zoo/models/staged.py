@@ -313,7 +313,7 @@ class StagedMultiExit(MultiExit):
             self.num_features = exit_head.width
 
     def _remove_except(self, parent: nn.Module, prefix: str, needed: set[str]) -> None:
-        for child_name, child in parent.named_children():
+        for child_name, child in list(parent.named_children()):
             name = f"{prefix}{child_name}"
             if name in needed:
                 continue
@@ -321,7 +321,10 @@ class StagedMultiExit(MultiExit):
                 self._remove_except(child, f"{name}.", needed)
             else:
                 self.removed += (f"{name}.",) if any(True for _ in child.parameters()) else ()
-                parent._modules[child_name] = nn.Identity()
+                if type(parent) is nn.Sequential:  # TorchScript compiles a transformer's loop over its blocks
+                    del parent._modules[child_name]
+                else:
+                    parent._modules[child_name] = nn.Identity()
 
     def _exit(self, number: int) -> Any:
         return self.get_submodule(f"exit{number}")

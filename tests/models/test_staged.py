@@ -190,7 +190,8 @@ def test_layer_decay_takes_exits_for_heads(name):
         scales |= {id(parameter): group["lr_scale"] for parameter in group["params"]}
     exits = {scales[id(value)] for key, value in model.named_parameters() if key.startswith("exit")}
     assert exits == {scales[id(value)] for value in model.get_classifier().parameters()} == {1.0}
-    stem = model.get_submodule(model.pretrained_cfg["first_conv"])
+    first = model.pretrained_cfg["first_conv"]  # of parallel branches each
+    stem = model.get_submodule(first if isinstance(first, str) else first[0])
     assert scales[id(stem.weight)] == min(scales.values()) < 0.1
 
 
