@@ -67,9 +67,12 @@ def choose_epochs(pretrain: float, distill: float, seconds: float) -> Epochs | N
         return max(0.0, off - CLOSE), abs(epochs.pretrain * pretrain / epochs.seconds - MOCO)
 
     most = max(1, round(seconds / distill))
-    pairs = ((max(1, round((seconds - count * distill) / pretrain)), count) for count in range(1, most + 1))
-    chosen = [Epochs(first, second, first * pretrain + second * distill) for first, second in pairs]
-    return min((epochs for epochs in chosen if epochs.seconds < (1 + CLOSE) * seconds), key=distance, default=None)
+    near = [(max(1, round((seconds - count * distill) / pretrain)), count) for count in range(1, most + 1)]
+    for pairs in (near, [(1, 1)]):
+        chosen = [Epochs(first, second, first * pretrain + second * distill) for first, second in pairs]
+        if fits := [epochs for epochs in chosen if epochs.seconds < (1 + CLOSE) * seconds]:
+            return min(fits, key=distance)
+    return None
 
 
 def fit_words(args: argparse.Namespace, name: str, epochs: Epochs | None = None) -> list[str]:
