@@ -103,6 +103,7 @@ def test_the_figure_has_room_for_many_networks(tmp_path):
         (280, 300, 600, (1, 1)),  # not quite as long, but one epoch more of either is too long
         (400, 240, 600, (1, 1)),  # a little longer
         (400, 300, 600, None),
+        (275, 292, 720, (1, 1)),  # far less, but two of MoCo v2 are too long
     ],
 )
 def test_epochs_fill_the_time(pretrain, distill, seconds, epochs):
