@@ -16,7 +16,15 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from sssd_zoo.configs import EarlyExitArgs
 from sssd_zoo.errors import UserError
-from sssd_zoo.models import StageCosts, classifiers, confidence, early_logits, ensemble_logits, exits_asked
+from sssd_zoo.models import (
+    StageCosts,
+    classifiers,
+    confidence,
+    early_logits,
+    ensemble_logits,
+    exits_asked,
+    exits_taken,
+)
 
 BINS = 15  # of the expected calibration error, as in Guo et al.
 
@@ -298,7 +306,7 @@ def shared_threshold(logits: Tensor, target: Tensor, budget: float, *, by_agreem
     A threshold that is best on these images is partly so by chance, the more so the more are tried, and loses more on
     others. So the thresholds stand in an order that does not depend on the images, from sure to unsure, and are tested
     one after the other until the first fails: then the chance that one which passed breaks the budget is 5 percent
-    however many were tested (fixed sequence testing: Angelopoulos et al. 2021, "Learn then Test", section 4.1).
+    however many were tested (fixed sequence testing: Angelopoulos et al. 2021, "Learn then Test").
     Thresholds of their own for each exit would be too many for such an order.
 
     Args:
@@ -311,14 +319,13 @@ def shared_threshold(logits: Tensor, target: Tensor, budget: float, *, by_agreem
         UserError: if no threshold passes.
     """
     full = full_answers(logits, target) == target
-    confidences = confidence(logits)[:3]
+    confidences = confidence(logits)
     # What exit 1, 2, 3 and, where none of them is sure, the ensemble has right.
     right = torch.cat([logits[:3].argmax(2), ensemble_logits(list(logits)).argmax(1)[None]]) == target
     passed: float | None = None
     least: float | None = None
     for threshold in SHARED:
-        sure = torch.cat([confidences > threshold, torch.ones_like(right[:1])])
-        answered = right.gather(0, sure.int().argmax(0)[None])[0]
+        answered = right.gather(0, exits_taken(confidences, [threshold] * 3)[None] - 1)[0]
         bound = most_lost(full.int() - answered.int(), one_way=by_agreement)
         least = bound if least is None else least
         if bound > budget:
