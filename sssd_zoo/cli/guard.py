@@ -69,6 +69,9 @@ class Guard:
                 number = self.signals[0] if self.signals else signal.SIGINT
                 threading.excepthook = lambda _: None  # of threads that lose what they worked for
                 say_stopped(number)
+                # An interrupt within `exec`, of which imports are full, makes `python -m` end by the signal instead of
+                # with this status, though it was caught; `exec` of nothing makes it forget that.
+                exec("")
                 raise SystemExit(128 + number) from None
             if self.problems and isinstance(error, OSError):
                 end_without_output(self.problems[0])

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -136,6 +137,21 @@ def test_errors_that_libraries_make_of_an_interrupt():
     assert process.returncode == 130
 
 
+def test_an_interrupt_within_code_that_is_a_string(tmp_path):
+    """As `dataclass` and others run it while modules are imported; only a program run by -m ended by the signal."""
+    (tmp_path / "interrupted.py").write_text(f"{GUARD}    exec('signal.raise_signal(signal.SIGINT)')\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "interrupted"],
+        cwd=ROOT,
+        env={**BUFFERED, "PYTHONPATH": str(tmp_path)},
+        text=True,
+        stderr=subprocess.PIPE,
+    )
+    _, err = process.communicate(timeout=30)
+    assert err.strip().startswith("stopped;")
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize("after", [1.2, *(pytest.param(after, marks=pytest.mark.slow) for after in (0.4, 2, 3))])
 def test_ctrl_c_while_it_starts(after):
     process = start("models", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -154,7 +170,7 @@ def test_a_signal_at_any_stage_of_a_run(stage, number, folder_of_images, tmp_pat
     words = ["--data", folder_of_images, "--out", tmp_path / "run", *TINY, "--in_memory", "false", "--workers", "2"]
     process = start("fit", *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seen = ""
-    while f"[{stage}] ->" not in seen:
+    while not re.match(rf"\[{stage}\].* -> ", seen):
         seen = process.stdout.readline()
         assert seen, "it ended before"
     os.killpg(process.pid, number)
