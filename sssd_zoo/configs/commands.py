@@ -360,9 +360,9 @@ class EarlyExitArgs(DataConfig):
             the only one. A fraction of it is used for calibration, and results are measured on the rest.
         calibration_split: split to calibrate on instead; results are then measured on all of `split`.
         holdout: fraction of `split` to calibrate on, stratified by class where there are labels.
-        points_lost: minimise the cost while losing at most this many percentage points of accuracy against the full
-            network (its final classifier or its ensemble, whichever is better), with 95 percent confidence on other
-            images of the same kind. Needs labels. The exits share a threshold.
+        points_lost: minimise the cost while losing at most this many percentage points of accuracy against the
+            ensemble, with 95 percent confidence on other images of the same kind. Needs labels. The exits share a
+            threshold.
         answers_changed: minimise the cost while answering at most this many percent of the images otherwise than the
             ensemble, with 95 percent confidence. Needs no labels. The exits share a threshold.
         multiply_adds: maximise the accuracy (without labels the agreement with the ensemble) at an average cost of at

@@ -131,7 +131,7 @@ class Rules:
         candidates: float32 [3, L + 2], the thresholds of the exits 1 to 3: quantiles of the confidences from 0 to 1,
             the last of which lets no image leave, then 1, at which the exit is not asked.
         lost: float64 [L + 2, L + 2, L + 2], by the indices of the three thresholds: points of accuracy lost against
-            the full network, that is against the final classifier or the ensemble, whichever is more accurate.
+            the ensemble of all exits.
         cost: float64 of the same shape, the mean cost of an image.
     """
 
@@ -249,10 +249,9 @@ class ThresholdGrid:
         return cost
 
 
-def full_answers(logits: Tensor, labels: Tensor) -> Tensor:
-    """What the full network answers, int64 [N]: the final classifier or the ensemble, whichever is more accurate."""
-    final, ensemble = logits[3].argmax(1), ensemble_logits(list(logits)).argmax(1)
-    return max((final, ensemble), key=lambda answers: accuracy(answers, labels))
+def ensemble_answers(logits: Tensor) -> Tensor:
+    """The classes that the ensemble answers, int64 [N], from the logits of all exits, [E, N, C]."""
+    return ensemble_logits(list(logits)).argmax(1)
 
 
 def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = LEVELS) -> Rules:
@@ -265,13 +264,13 @@ def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = L
         levels: L, steps between the quantiles that are tried.
     """
     grid = ThresholdGrid.of_quantiles(confidence(logits)[:3].contiguous(), levels)
-    full = full_answers(logits, labels) == labels
+    full = ensemble_answers(logits) == labels
     right = logits[:3].argmax(2) == labels
     # What no exit is sure of is answered by those that were asked: eight cases, by which thresholds are 1.
     right_at_end = {}
     for asked in itertools.product((True, False), repeat=3):
         ensemble = [exit_logits for exit_logits, runs in zip(logits, [*asked, True], strict=True) if runs]
-        right_at_end[asked] = ensemble_logits(ensemble).argmax(1) == labels
+        right_at_end[asked] = ensemble_answers(torch.stack(ensemble)) == labels
 
     lost = full.double().mean() - grid.fraction(right, right_at_end)
     return Rules(grid.candidates, 100 * lost, grid.cost(costs))
@@ -318,15 +317,14 @@ def shared_threshold(logits: Tensor, target: Tensor, budget: float, *, by_agreem
     Raises:
         UserError: if no threshold passes.
     """
-    full = full_answers(logits, target) == target
-    confidences = confidence(logits)
+    confidences, ensemble = confidence(logits), ensemble_answers(logits)
     # What exit 1, 2, 3 and, where none of them is sure, the ensemble has right.
-    right = torch.cat([logits[:3].argmax(2), ensemble_logits(list(logits)).argmax(1)[None]]) == target
+    right = torch.cat([logits[:3].argmax(2), ensemble[None]]) == target
     passed: float | None = None
     least: float | None = None
     for threshold in SHARED:
         answered = right.gather(0, exits_taken(confidences, [threshold] * 3)[None] - 1)[0]
-        bound = most_lost(full.int() - answered.int(), one_way=by_agreement)
+        bound = most_lost(right[3].int() - answered.int(), one_way=by_agreement)
         least = bound if least is None else least
         if bound > budget:
             break
@@ -345,8 +343,8 @@ def most_lost(difference: Tensor, *, one_way: bool) -> float:
     """An upper bound, with 95 percent confidence, of the mean of a difference, in percent.
 
     Args:
-        difference: int [N], 1 where early exit has an answer wrong that the full network has right, -1 the other way
-            round, else 0.
+        difference: int [N], 1 where early exit has an answer wrong that the ensemble has right, -1 the other way round,
+            else 0.
         one_way: it is never -1: then the bound is exact (Clopper-Pearson). Else it is that of Agresti and Min (2005),
             "Simple improved confidence intervals for comparing matched proportions": half an image is added to each
             of the four cases, and the normal distribution taken.

@@ -40,6 +40,7 @@ from sssd_zoo.evaluation.calibration import (
     calibration_error,
     choose,
     early_answers,
+    ensemble_answers,
     fit_temperatures,
     fold,
     useful_temperatures,
@@ -264,11 +265,6 @@ def calibrate(
     temperatures = useful_temperatures(fitted, test, test_labels)
     calibrated = test / torch.tensor(temperatures).view(4, 1, 1)
     return temperatures, {"temperatures_fitted": fitted, **calibration_results(test, calibrated, test_labels)}
-
-
-def ensemble_answers(logits: Tensor) -> Tensor:
-    """The classes that the ensemble answers, int64 [N], from the logits of all exits, [4, N, C]."""
-    return ensemble_logits(list(logits)).argmax(1)
 
 
 def describe_run(args: EarlyExitArgs, model: Any, calibrating: Sample, measured: Sample) -> dict[str, Any]:

@@ -21,9 +21,9 @@ from sssd_zoo.evaluation.calibration import (
     average_cost,
     calibration_error,
     early_answers,
+    ensemble_answers,
     fit_temperatures,
     fold,
-    full_answers,
     shared_threshold,
 )
 from sssd_zoo.evaluation.timing import measure_stages
@@ -31,7 +31,6 @@ from sssd_zoo.models import (
     StageCosts,
     classifiers,
     early_logits,
-    ensemble_logits,
     exits_asked,
     multiply_adds,
     stage_costs,
@@ -139,7 +138,7 @@ def test_every_rule_is_measured_exactly():
     logits, labels = random_logits(count=60)
     rules = all_rules(logits, labels, COSTS, levels=4)
     assert rules.lost.shape == (6, 6, 6)
-    full = full_answers(logits, labels) == labels
+    full = ensemble_answers(logits) == labels
     for place in itertools.product((0, 2, 4, 5), (1, 3, 4, 5), (0, 2, 4, 5)):
         thresholds = [float(own[where]) for own, where in zip(rules.candidates, place, strict=True)]
         right, cost = rule_by_hand(logits, labels, thresholds)
@@ -172,7 +171,7 @@ def test_choices_are_the_best_of_all():
 
 def test_the_ensemble_is_one_of_the_rules():
     logits, labels = random_logits(count=400)
-    ensemble = (ensemble_logits(list(logits)).argmax(1) == labels).double().mean()
+    ensemble = (ensemble_answers(logits) == labels).double().mean()
     final = (logits[3].argmax(1) == labels).double().mean()
     assert ensemble > final
     rules = all_rules(logits, labels, COSTS)
@@ -189,7 +188,7 @@ def test_confidences_that_round_to_1():
     for place in itertools.product((0, 3, 4, 5), repeat=3):
         thresholds = [float(own[where]) for own, where in zip(rules.candidates, place, strict=True)]
         right, cost = rule_by_hand(logits, labels, thresholds)
-        full = full_answers(logits, labels) == labels
+        full = ensemble_answers(logits) == labels
         assert rules.lost[place] == pytest.approx(100 * (full.double() - right.double()).mean().item())
         assert rules.cost[place] == pytest.approx(cost.mean().item())
 
@@ -204,7 +203,7 @@ def test_measured_stages():
 def slow_shared_threshold(logits, labels, budget, bound):
     """The lowest threshold before the first whose bound, of images lost and won, exceeds the budget."""
     passed = None
-    full = full_answers(logits, labels) == labels
+    full = ensemble_answers(logits) == labels
     for threshold in SHARED:
         right, _ = rule_by_hand(logits, labels, [threshold] * 3)
         lost, won = int((full & ~right).sum()), int((~full & right).sum())
@@ -238,7 +237,7 @@ def test_a_shared_threshold_is_the_last_that_passes():
     found = shared_threshold(3 * logits, labels, 4.0, by_agreement=False)
     assert 0 < found < SHARED[1]
     assert found == slow_shared_threshold(3 * logits, labels, 4.0, normal_bound)
-    answers = ensemble_logits(list(3 * logits)).argmax(1)
+    answers = ensemble_answers(3 * logits)
     found = shared_threshold(3 * logits, answers, 4.0, by_agreement=True)
     assert 0 < found < SHARED[1]
     assert found == slow_shared_threshold(3 * logits, answers, 4.0, exact_bound)
@@ -249,8 +248,8 @@ def test_budgets_are_kept_on_other_images(by_agreement):
     """Of 60 samples of 600 images, 3 in the mean may give a threshold that breaks the budget of 3 points."""
     logits, labels = random_logits(count=40_000)
     logits = 2 * logits
-    target = ensemble_logits(list(logits)).argmax(1) if by_agreement else labels
-    full, broken = full_answers(logits, target) == target, 0
+    target = ensemble_answers(logits) if by_agreement else labels
+    full, broken = ensemble_answers(logits) == target, 0
     for sample in torch.randperm(40_000, generator=torch.Generator().manual_seed(1))[:36_000].view(60, 600):
         threshold = shared_threshold(logits[:, sample], target[sample], 3.0, by_agreement=by_agreement)
         answers, _ = early_answers(logits, [threshold] * 3)
@@ -259,10 +258,22 @@ def test_budgets_are_kept_on_other_images(by_agreement):
     assert broken <= 7  # 8 or more of 60 have a chance of 1 percent at 5 percent each
 
 
+def test_a_final_classifier_better_than_the_ensemble_refuses_nothing():
+    logits, labels = random_logits(count=4000)
+    logits[3] += 2 * F.one_hot(labels, 5)
+    logits[:3] *= 3
+    ensemble, final = (ensemble_answers(logits) == labels).sum(), (logits[3].argmax(1) == labels).sum()
+    assert final > ensemble + 200
+    threshold = shared_threshold(logits, labels, 1.0, by_agreement=False)
+    answers, _ = early_answers(logits, [threshold] * 3)
+    assert 0 < threshold < SHARED[0]
+    assert (answers == labels).sum() > ensemble - 40
+
+
 def test_few_images_show_nothing():
     logits, labels = random_logits(count=100)
     with pytest.raises(UserError, match=r"^100 images do not show .* at its highest threshold it may change up to 3;"):
-        shared_threshold(logits, ensemble_logits(list(logits)).argmax(1), 0.5, by_agreement=True)
+        shared_threshold(logits, ensemble_answers(logits), 0.5, by_agreement=True)
     with pytest.raises(UserError, match=r"would lose at most 0.5 points.*--points_lost"):
         shared_threshold(logits, labels, 0.5, by_agreement=False)
 
@@ -302,6 +313,9 @@ def test_early_exit(folder, folder_of_images, tmp_path, capsys):
     assert sum(report["exits_taken"]) == pytest.approx(1)
     answers = report["answers"]
     assert set(answers) == {"1", "2", "3", "4", "ensemble", "early exit"}
+    exit4, ensemble, early = (answers[name]["accuracy"] for name in ("4", "ensemble", "early exit"))
+    assert f"against the ensemble: {ensemble - early:.2f} points" in text
+    assert ("Exit 4 alone** is more accurate than the ensemble" in text) == (exit4 > ensemble)
     costs = stage_costs(loaded, (3, 32, 32))
     assert answers["2"]["multiply_adds"] == sum(costs.stages[:2]) + costs.heads[1]
     assert all(row["milliseconds"][batch] > 0 for row in answers.values() for batch in ("1", "128"))
