@@ -84,7 +84,8 @@ lint: $(VENV)/.installed-dev ## check style and formatting
 typecheck: $(VENV)/.installed-dev ## check types, strictly
 	$(BIN)/mypy
 
-docs: $(VENV)/.installed-dev ## build the documentation into site/, strictly
+docs: $(VENV)/.installed-dev ## build the documentation into site/, strictly; the README's table must be current
+	$(BIN)/python docs/model_table.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove the environments, caches, the site and built packages (runs/ stays)

@@ -1,8 +1,6 @@
 """The bundled weights: each loads on a machine without a network and is as good as its card says."""
 
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,10 +64,3 @@ def test_missing_weights_are_named(monkeypatch):
     overlay = {"file": "/no/such.safetensors"}
     with pytest.raises(UserError, match="are missing"):
         timm.create_model("sssd_resnet18_cifar", pretrained=True, pretrained_cfg_overlay=overlay)
-
-
-def test_the_readme_s_table_is_that_of_the_cards():
-    done = subprocess.run(
-        [sys.executable, "docs/model_table.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
