@@ -561,6 +561,7 @@ def multi_exit(
         compare_stages(backbone, cifar_stem)  # after that, a folder of small weights cannot ask for a large network
     if cifar_stem:
         widen_stem(network, structure)
+    start_residuals_at_zero(network)
     pools = [module.pool_type for module in network.modules() if isinstance(module, SelectAdaptivePool2d)]
     default_pool = pools[-1] if pools else getattr(network, "global_pool", "avg")
     network.plain_class = type(network)
@@ -627,6 +628,20 @@ def compare_stages(backbone: str, cifar_stem: bool) -> None:
         if cifar_stem:
             widen_stem(network, structure)
         check_stages(network, structure)
+
+
+def start_residuals_at_zero(network: nn.Module) -> None:
+    """Sets the last BatchNorm's weight of each residual branch to 0 in networks of timm's EfficientNet blocks.
+
+    So each block starts as the identity (Goyal et al. 2017, arXiv:1706.02677, section 5.1). timm does the same for its
+    ResNets and RegNets, but not for these blocks, and MoCo on `efficientnet_lite0` collapsed without it.
+    """
+    for block in network.modules():
+        if getattr(block, "has_skip", False):
+            norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+            # With an activation behind it, such as ReLU, a weight of 0 would get no gradient.
+            if norms and isinstance(getattr(norms[-1], "act", nn.Identity()), nn.Identity):
+                nn.init.zeros_(norms[-1].weight)
 
 
 def widen_stem(network: Any, structure: Structure) -> None:

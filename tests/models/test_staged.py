@@ -124,6 +124,20 @@ def test_exits_cost_at_most_8_percent(backbone):
     assert multiply_adds(small, (3, 224, 224)) == {"2": cost["2"]}
 
 
+@pytest.mark.parametrize("backbone", [name for name in TESTED if "mobilenet" in name or "efficientnet" in name])
+def test_residual_blocks_start_as_the_identity_and_learn(backbone):
+    model = timm.create_model(f"sssd_{backbone}", num_classes=3)
+    blocks = [block for block in model.modules() if getattr(block, "has_skip", False)]
+    assert len(blocks) >= 5
+    last = [[module for module in block.modules() if isinstance(module, nn.BatchNorm2d)][-1] for block in blocks]
+    for block, norm in zip(blocks, last, strict=True):
+        maps = torch.randn(2, norm.num_features, 4, 4)
+        with torch.no_grad():
+            assert torch.equal(block.eval()(maps), maps)
+    model.train()(torch.randn(4, 3, 64, 64)).square().mean().backward()
+    assert all(norm.weight.grad.abs().max() > 0 for norm in last)
+
+
 @pytest.mark.parametrize("backbone", TESTED)
 def test_the_stem_for_small_images(backbone):
     """Weights are timm's, and a map is four times larger: 4x4 at 32 px, where timm's leave one pixel."""
