@@ -9,7 +9,7 @@ It distils a timm network into timm's ResNet-18 by LightlyTrain's default method
 one thread, with everything else at its defaults. The number of steps is what fits into the time at the rate of a few
 measured steps, so that its learning rate schedule ends in time. The student is written to RUN/student for timm and
 `sssd linear`; RUN/result.json has the steps and the rate. IMAGES is a folder of image files;
-`python eval/image_folder.py` writes one. The report is hub_cards/reports/lightly-train-cifar10.
+`python eval/image_folder.py` writes one. The reports are hub_cards/reports/lightly-train-*.
 """
 
 import argparse
