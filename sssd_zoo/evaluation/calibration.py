@@ -264,15 +264,13 @@ def all_rules(logits: Tensor, labels: Tensor, costs: StageCosts, levels: int = L
         levels: L, steps between the quantiles that are tried.
     """
     grid = ThresholdGrid.of_quantiles(confidence(logits)[:3].contiguous(), levels)
-    full = ensemble_answers(logits) == labels
     right = logits[:3].argmax(2) == labels
     # What no exit is sure of is answered by those that were asked: eight cases, by which thresholds are 1.
     right_at_end = {}
     for asked in itertools.product((True, False), repeat=3):
-        ensemble = [exit_logits for exit_logits, runs in zip(logits, [*asked, True], strict=True) if runs]
-        right_at_end[asked] = ensemble_answers(torch.stack(ensemble)) == labels
+        right_at_end[asked] = ensemble_answers(logits[torch.tensor([*asked, True])]) == labels
 
-    lost = full.double().mean() - grid.fraction(right, right_at_end)
+    lost = right_at_end[True, True, True].double().mean() - grid.fraction(right, right_at_end)
     return Rules(grid.candidates, 100 * lost, grid.cost(costs))
 
 
@@ -317,9 +315,9 @@ def shared_threshold(logits: Tensor, target: Tensor, budget: float, *, by_agreem
     Raises:
         UserError: if no threshold passes.
     """
-    confidences, ensemble = confidence(logits), ensemble_answers(logits)
+    confidences = confidence(logits)
     # What exit 1, 2, 3 and, where none of them is sure, the ensemble has right.
-    right = torch.cat([logits[:3].argmax(2), ensemble[None]]) == target
+    right = torch.cat([logits[:3].argmax(2), ensemble_answers(logits)[None]]) == target
     passed: float | None = None
     least: float | None = None
     for threshold in SHARED:

@@ -14,6 +14,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import group_parameters
+from timm.models._efficientnet_blocks import ConvBnAct
 from timm.models._features_fx import create_feature_extractor, get_graph_node_names
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -26,7 +27,13 @@ from sssd_zoo.models.backbones import architecture_of, has_network, named_backbo
 from sssd_zoo.models.checks import check_network, read_config
 from sssd_zoo.models.networks import choose_model, load_network, load_trunk
 from sssd_zoo.models.saving import save_network
-from sssd_zoo.models.staged import TESTED, StagedMultiExit, compare_stages, structure_of_backbone
+from sssd_zoo.models.staged import (
+    TESTED,
+    StagedMultiExit,
+    compare_stages,
+    start_residuals_at_zero,
+    structure_of_backbone,
+)
 
 FEW = ["sssd_mobilenetv4_conv_small", "sssd_convnextv2_atto_cifar", "sssd_vit_tiny_patch16_224_cifar", "sssd_backbone"]
 REST = [pytest.param(name, marks=pytest.mark.slow) for name in FEW[1:]]
@@ -136,6 +143,13 @@ def test_residual_blocks_start_as_the_identity_and_learn(backbone):
             assert torch.equal(block.eval()(maps), maps)
     model.train()(torch.randn(4, 3, 64, 64)).square().mean().backward()
     assert all(norm.weight.grad.abs().max() > 0 for norm in last)
+
+
+def test_a_residual_branch_that_ends_in_relu_keeps_its_weights():
+    block = ConvBnAct(4, 4, 3, skip=True)  # as in EfficientNetV2: a weight of 0 would never get a gradient
+    start_residuals_at_zero(block)
+    assert block.has_skip
+    assert torch.equal(block.bn1.weight, torch.ones(4))
 
 
 @pytest.mark.parametrize("backbone", TESTED)
