@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -349,6 +348,8 @@ def most_lost(difference: Tensor, *, one_way: bool) -> float:
     """
     count, lost, won = len(difference), int((difference > 0).sum()), int((difference < 0).sum())
     if one_way:
+        from scipy.stats import binomtest  # takes a second to import
+
         return 100 * float(binomtest(lost, count, alternative="less").proportion_ci(CONFIDENCE).high)
     mean, changed = (lost - won) / (count + 2), (lost + won + 1) / (count + 2)
     error = ((changed - mean**2) / (count + 2)) ** 0.5

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 
 from sssd_zoo.configs import ClusterConfig
@@ -122,6 +121,8 @@ class OnlineLabels:
             labels = match_labels(labels, last, k)
             line["kept"] = float((labels == last).mean())
         if self.data.labels is not None:
+            from sklearn.metrics import normalized_mutual_info_score  # takes a second to import
+
             line["nmi"] = float(normalized_mutual_info_score(self.data.labels, labels))
         self._save(epoch, labels, line)
         return labels
