@@ -13,7 +13,7 @@ from sssd_zoo.evaluation.label_free import AMONG, COLLAPSED
 # Of two-view consistency. Networks with 68 to 75 percent by linear probes on CIFAR-10 had 0.43 to 0.90, those with 16
 # to 48 percent at most 0.07; none of those measured lay between.
 FAIR, GOOD = 0.1, 0.4
-FEW = 1_000  # images: a guess; a network of 300 was no better by linear probes than new weights
+FEW = 1_000  # images that a network may learn by heart, so that figures of the same images flatter it: a guess
 
 
 class Verdict(TypedDict):

@@ -20,7 +20,9 @@ EPOCHS = 10  # of a training at least
 # images on a GPU.
 CPU_MACS = 5.8e12
 GPU_IMAGES = 100_000_000
-FEW = 5_000  # images, below which a start from other weights is advised
+# Images, up to which other weights are advised: from 20,000 images of CIFAR-10 and minutes of a CPU, no network learned
+# from scratch what bundled weights, of other images, had from the start (docs/quality.md).
+FEW = 20_000
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,16 @@ def rounded(value: float) -> float:
 
 def advice(images: int, args: FitArgs) -> str | None:
     """What to do about few images, or None."""
-    if images >= FEW or args.features is not None or args.pretrain.init is not None:
+    if images > FEW or any(weights is not None for weights in (args.features, args.init, args.pretrain.init)):
         return None
+    few = f"{images:,} images are few to learn from scratch"
     if args.channels not in (None, 3):
         return (
-            f"{images:,} images are few to learn from scratch: --pretrain.init RUN starts from the weights of a run on "
-            f"images of {args.channels} channels, too"
+            f"{few}: --features RUN --init RUN goes on from a run on more images of {args.channels} channels, if there "
+            "is one"
         )
     return (
-        f"{images:,} images are few to learn from scratch: --pretrain.init NAME starts from other weights (of a run, "
-        "of timm, or the bundled sssd_resnet18.dist_tiny_imagenet_32 and sssd_resnet18_cifar.dist_cifar10), --features "
-        "NAME distils a public encoder instead"
+        f"{few}: --features NAME --init NAME goes on from other weights (of a run, of timm, or the bundled "
+        "sssd_resnet18.dist_tiny_imagenet_32 and sssd_resnet18_cifar.dist_cifar10), and `sssd embed NAME` uses them as "
+        "they are"
     )

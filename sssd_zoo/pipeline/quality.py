@@ -5,8 +5,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-
 from sssd_zoo.configs import DataConfig, FitArgs, ForwardConfig, QualityArgs
 from sssd_zoo.data.inputs import storage_default
 from sssd_zoo.data.loading import ImageData, load_images
@@ -18,7 +16,7 @@ from sssd_zoo.evaluation.label_free import collapse_warning
 from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
 from sssd_zoo.evaluation.subset import Subset, figures_of, network_figures
 from sssd_zoo.evaluation.verdict import Commands, Verdict, command, judge
-from sssd_zoo.models.bundled import bundled_weights
+from sssd_zoo.models.bundled import bundled_name, bundled_weights
 from sssd_zoo.models.networks import config_for, input_spec, load_network
 
 ENCODER = "tf_efficientnet_lite0.in1k"  # a public encoder that a CPU can run
@@ -86,21 +84,22 @@ def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]
         "fit",
         *data_words(args, ("model", "image_size", "test_split")),
     ]
-    bundled = [name for name in timm.list_pretrained(f"{arch}.*") if bundled_weights(name) is not None]
-    options = []
-    is_rgb = args.channels in (None, 3)  # as the weights are that could be offered
-    if is_rgb and args.features is None and args.pretrain.init is None:
-        options += [("init", "--pretrain.init", name) for name in bundled]
-    if args.features is None:
-        options += [("encoder", "--features", ENCODER)] * is_rgb
-        start = () if args.pretrain.init is None else ("--pretrain.init", args.pretrain.init)
-        options.append(("longer", *start, "--pretrain.epochs", str(2 * args.pretrain.epochs)))
-    else:
-        same = () if args.teacher_size is None else ("--teacher_size", str(args.teacher_size))
-        longer = ("--distill.epochs", str(2 * args.distill.epochs))
-        options.append(("longer", "--features", args.features, *same, *longer))
+    bundled = [bundled_name(arch)] if bundled_weights(arch) is not None else []  # the default tag
     out = Path(args.out)
-    improve = [command(*fit, *option, "--out", f"{out}-{name}") for name, *option in options]
+    again = ("sssd", "fit", "--config", str(out / "config.yaml"))
+    options: list[tuple[str, ...]] = []
+    if args.pretrain.init is not None and not args.warm_start and args.init is None:
+        options.append(("warm", *again, "--warm_start"))
+    if args.features is None and args.channels in (None, 3):  # all weights that could be offered are of RGB networks
+        if args.pretrain.init is None:
+            options += [("weights", *fit, "--features", name, "--init", name) for name in bundled]
+        start = [name for name in (args.init, args.pretrain.init, *bundled) if name is not None]
+        init = ("--init", start[0]) if start else ()
+        options.append(("encoder", *fit, "--features", ENCODER, *init))
+    longer = "--pretrain.epochs" if args.features is None else "--distill.epochs"
+    epochs = args.pretrain.epochs if args.features is None else args.distill.epochs
+    options.append(("longer", *again, longer, str(2 * epochs)))
+    improve = [command(*words, "--out", f"{out}-{name}") for name, *words in options]
     return judge(
         figures,
         images=images,

@@ -10,9 +10,10 @@ from helpers.images import picture, write
 from helpers.markdown import by_name, sections, tables
 from helpers.networks import save_tiny
 from sssd_zoo.cli.arguments import read_arguments
-from sssd_zoo.configs import QualityArgs
+from sssd_zoo.configs import FitArgs, MoCoConfig, QualityArgs
 from sssd_zoo.evaluation.reports.markdown import read_results
-from sssd_zoo.pipeline.quality import data_words
+from sssd_zoo.pipeline.quality import data_words, run_verdict
+from sssd_zoo.training.runs import save_config
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,8 @@ def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, cap
         assert f"- {name}: " in quality
 
     commands = [shlex.split(line) for line in verdict["next"]]
-    inits = [words[words.index("--pretrain.init") + 1] for words in commands if "--pretrain.init" in words]
-    assert inits == ["sssd_resnet18.dist_tiny_imagenet_32"]
+    weights = "sssd_resnet18.dist_tiny_imagenet_32"
+    assert commands[0][-6:] == ["--features", weights, "--init", weights, "--out", f"{out}-weights"]
     for words in commands:
         if words[1] == "fit":
             settings, _ = read_arguments("fit", words[2:], "sssd fit")
@@ -57,6 +58,37 @@ def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, cap
     capsys.readouterr()
     assert sssd(*predict) == 0
     assert "00.jpg" in capsys.readouterr().out
+
+
+GIVEN = {"data": "images", "out": "run", "model": "sssd_resnet18"}
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        ({}, ["weights", "encoder"]),
+        ({"features": "resnet18", "init": "old", "teacher_size": 64}, ["longer"]),
+        ({"pretrain": MoCoConfig(init="old")}, ["warm", "encoder"]),
+        ({"pretrain": MoCoConfig(init="old"), "warm_start": True}, ["encoder", "longer"]),
+        ({"channels": 4}, ["longer"]),
+    ],
+)
+def test_what_is_proposed_depends_on_what_was_tried(given, names, tmp_path):
+    args = FitArgs(**GIVEN, **given)
+    figures = {"std": 0.9, "two_view_consistency": 0.05}
+    fits = [
+        words
+        for line in run_verdict(args, args.model, 300, figures)["next"]
+        if (words := shlex.split(line))[1] == "fit"
+    ]
+    assert [words[-1] for words in fits] == [f"run-{name}" for name in names]
+    for words in fits:
+        if "--config" in words:  # all settings of the run but one
+            assert words[2:4] == ["--config", "run/config.yaml"]
+            save_config(tmp_path, args)
+            again, _ = read_arguments("fit", ["--config", str(tmp_path / "config.yaml"), *words[4:]], "sssd fit")
+            changed = {name for name, value in vars(args).items() if vars(again)[name] != value}
+            assert len(changed - {"out"}) == 1
 
 
 @pytest.mark.slow

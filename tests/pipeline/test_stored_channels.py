@@ -155,10 +155,10 @@ def test_the_estimate_and_the_verdict_know_the_channels(images, tmp_path, capsys
     assert sssd(*words, "--augment.quarter_turns") == 0
     said = capsys.readouterr().out
     assert "by a few measured steps of each training" in said
-    assert "--pretrain.init RUN starts from the weights of a run on images of 4 channels" in said
+    assert "--features RUN --init RUN goes on from a run on more images of 4 channels" in said
     proposed = json.loads((tmp_path / "run" / "metrics.json").read_text())["verdict"]["next"]
     assert proposed
-    assert all("--channels 4" in line or "sssd predict" in line for line in proposed)
+    assert all(any(has in line for has in ("--channels 4", "--config", "sssd predict")) for line in proposed)
     assert not any("tiny_imagenet" in line or "efficientnet" in line for line in proposed), "those are for RGB images"
     assert sssd("quality", tmp_path / "run", "--data", images, "--format", "json") == 0
     proposed = json.loads(capsys.readouterr().out)["verdict"]["next"]
@@ -180,21 +180,8 @@ def test_the_whole_pipeline(images, tmp_path, capsys):
     assert recipe.count("quarter_turns: true") == 2, "of both trainings"
     assert "augment: null" in recipe
     assert sssd("card", "--run", tmp_path / "run", "--out", tmp_path / "card") == 0
-    assert (
-        sssd(
-            "early-exit",
-            tmp_path / "run/model",
-            "--data",
-            images,
-            "--split",
-            "train",
-            "--out",
-            tmp_path / "early",
-            "--runs",
-            "1",
-        )
-        == 0
-    )
+    early = ["early-exit", tmp_path / "run/model", "--data", images, "--split", "train", "--points_lost", "50"]
+    assert sssd(*early, "--out", tmp_path / "early", "--runs", "1") == 0
     config = json.loads((tmp_path / "early/config.json").read_text())
     assert config["model_args"]["bits"] == 16
     words = ["--models", f"[{tmp_path / 'run/model'}, scratch]", "--fractions", "[0.5]", "--seeds", "[0]"]
