@@ -131,11 +131,11 @@ def advice(images: int, args: FitArgs) -> str | None:
     few = f"{images:,} images are few to learn from scratch"
     if args.channels not in (None, 3):
         return (
-            f"{few}: --features RUN --init RUN goes on from a run on more images of {args.channels} channels, if there "
+            f"{few}: --init RUN --features RUN goes on from a run on more images of {args.channels} channels, if there "
             "is one"
         )
     return (
-        f"{few}: --features NAME --init NAME goes on from other weights (of a run, of timm, or the bundled "
-        "sssd_resnet18.dist_tiny_imagenet_32 and sssd_resnet18_cifar.dist_cifar10), and `sssd embed NAME` uses them as "
-        "they are"
+        f"{few}: --init NAME --features NAME starts from other weights (of a run, of timm, or the bundled "
+        "sssd_resnet18.dist_tiny_imagenet_32 and sssd_resnet18_cifar.dist_cifar10) and distils these or a public "
+        "encoder; `sssd embed NAME` uses weights as they are"
     )

@@ -91,11 +91,11 @@ def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]
     if args.pretrain.init is not None and not args.warm_start and args.init is None:
         options.append(("warm", *again, "--warm_start"))
     if args.features is None and args.channels in (None, 3):  # all weights that could be offered are of RGB networks
-        if args.pretrain.init is None:
-            options += [("weights", *fit, "--features", name, "--init", name) for name in bundled]
         start = [name for name in (args.init, args.pretrain.init, *bundled) if name is not None]
         init = ("--init", start[0]) if start else ()
         options.append(("encoder", *fit, "--features", ENCODER, *init))
+        if args.pretrain.init is None:
+            options += [("weights", *fit, "--features", name, "--init", name) for name in bundled]
     longer = "--pretrain.epochs" if args.features is None else "--distill.epochs"
     epochs = args.pretrain.epochs if args.features is None else args.distill.epochs
     options.append(("longer", *again, longer, str(2 * epochs)))

@@ -49,7 +49,7 @@ def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, cap
 
     commands = [shlex.split(line) for line in verdict["next"]]
     weights = "sssd_resnet18.dist_tiny_imagenet_32"
-    assert commands[0][-6:] == ["--features", weights, "--init", weights, "--out", f"{out}-weights"]
+    assert commands[1][-6:] == ["--features", weights, "--init", weights, "--out", f"{out}-weights"]
     for words in commands:
         if words[1] == "fit":
             settings, _ = read_arguments("fit", words[2:], "sssd fit")
@@ -66,7 +66,7 @@ GIVEN = {"data": "images", "out": "run", "model": "sssd_resnet18"}
 @pytest.mark.parametrize(
     ("given", "names"),
     [
-        ({}, ["weights", "encoder"]),
+        ({}, ["encoder", "weights"]),
         ({"features": "resnet18", "init": "old", "teacher_size": 64}, ["longer"]),
         ({"pretrain": MoCoConfig(init="old")}, ["warm", "encoder"]),
         ({"pretrain": MoCoConfig(init="old"), "warm_start": True}, ["encoder", "longer"]),

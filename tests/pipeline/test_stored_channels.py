@@ -155,7 +155,7 @@ def test_the_estimate_and_the_verdict_know_the_channels(images, tmp_path, capsys
     assert sssd(*words, "--augment.quarter_turns") == 0
     said = capsys.readouterr().out
     assert "by a few measured steps of each training" in said
-    assert "--features RUN --init RUN goes on from a run on more images of 4 channels" in said
+    assert "--init RUN --features RUN goes on from a run on more images of 4 channels" in said
     proposed = json.loads((tmp_path / "run" / "metrics.json").read_text())["verdict"]["next"]
     assert proposed
     assert all(any(has in line for has in ("--channels 4", "--config", "sssd predict")) for line in proposed)
