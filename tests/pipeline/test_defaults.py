@@ -83,8 +83,10 @@ def test_the_learning_rate_follows_the_batch_size_unless_the_optimiser_is_given(
 
 def test_few_images_get_advice_and_those_that_took_it_do_not():
     assert "--init NAME --features NAME" in advice(300, ARGS)
-    assert advice(50_000, ARGS) is None
-    assert advice(300, FitArgs(data="images", out="run", features="resnet18")) is None
+    assert advice(20_000, ARGS) is not None
+    assert advice(20_001, ARGS) is None
+    for given in ({"features": "resnet18"}, {"init": "old"}, {"pretrain": MoCoConfig(init="old")}):
+        assert advice(300, FitArgs(data="images", out="run", **given)) is None
 
 
 @pytest.mark.slow
