@@ -21,7 +21,7 @@ EPOCHS = 10  # of a training at least
 CPU_MACS = 5.8e12
 GPU_IMAGES = 100_000_000
 # Images, up to which other weights are advised: from 20,000 images of CIFAR-10 and minutes of a CPU, no network learned
-# from scratch what bundled weights, of other images, had from the start (docs/quality.md).
+# from scratch what bundled weights, of other images, had from the start (docs/own_images.md).
 FEW = 20_000
 
 
