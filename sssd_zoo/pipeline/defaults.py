@@ -126,7 +126,8 @@ def rounded(value: float) -> float:
 
 def advice(images: int, args: FitArgs) -> str | None:
     """What to do about few images, or None."""
-    if images > FEW or any(weights is not None for weights in (args.features, args.init, args.pretrain.init)):
+    others = (args.features, args.init, args.pretrain.init, args.pretrain_data)
+    if images > FEW or any(other is not None for other in others):
         return None
     few = f"{images:,} images are few to learn from scratch"
     if args.channels not in (None, 3):

@@ -88,17 +88,18 @@ def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]
     out = Path(args.out)
     again = ("sssd", "fit", "--config", str(out / "config.yaml"))
     options: list[tuple[str, ...]] = []
-    if args.pretrain.init is not None and not args.warm_start and args.init is None:
+    # Weights that MoCo started from fit the student, too, if M_ssl has its architecture.
+    pretrained = args.pretrain.init if args.pretrain_model in (None, args.model, arch) else None
+    if pretrained is not None and not args.warm_start and args.init is None:
         options.append(("warm", *again, "--warm_start"))
     if args.features is None and args.channels in (None, 3):  # all weights that could be offered are of RGB networks
-        start = [name for name in (args.init, args.pretrain.init, *bundled) if name is not None]
+        start = [name for name in (args.init, pretrained, *bundled) if name is not None]
         init = ("--init", start[0]) if start else ()
         options.append(("encoder", *fit, "--features", ENCODER, *init))
         if args.pretrain.init is None:
             options += [("weights", *fit, "--features", name, "--init", name) for name in bundled]
-    longer = "--pretrain.epochs" if args.features is None else "--distill.epochs"
-    epochs = args.pretrain.epochs if args.features is None else args.distill.epochs
-    options.append(("longer", *again, longer, str(2 * epochs)))
+    longest = "pretrain" if args.features is None else "distill"
+    options.append(("longer", *again, f"--{longest}.epochs", str(2 * getattr(args, longest).epochs)))
     improve = [command(*words, "--out", f"{out}-{name}") for name, *words in options]
     return judge(
         figures,

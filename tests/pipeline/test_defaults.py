@@ -85,7 +85,8 @@ def test_few_images_get_advice_and_those_that_took_it_do_not():
     assert "--init NAME --features NAME" in advice(300, ARGS)
     assert advice(20_000, ARGS) is not None
     assert advice(20_001, ARGS) is None
-    for given in ({"features": "resnet18"}, {"init": "old"}, {"pretrain": MoCoConfig(init="old")}):
+    taken = ({"features": "resnet18"}, {"init": "old"}, {"pretrain": MoCoConfig(init="old")}, {"pretrain_data": "more"})
+    for given in taken:
         assert advice(300, FitArgs(data="images", out="run", **given)) is None
 
 

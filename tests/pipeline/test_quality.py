@@ -60,9 +60,6 @@ def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, cap
     assert "00.jpg" in capsys.readouterr().out
 
 
-GIVEN = {"data": "images", "out": "run", "model": "sssd_resnet18"}
-
-
 @pytest.mark.parametrize(
     ("given", "names"),
     [
@@ -70,11 +67,12 @@ GIVEN = {"data": "images", "out": "run", "model": "sssd_resnet18"}
         ({"features": "resnet18", "init": "old", "teacher_size": 64}, ["longer"]),
         ({"pretrain": MoCoConfig(init="old")}, ["warm", "encoder"]),
         ({"pretrain": MoCoConfig(init="old"), "warm_start": True}, ["encoder", "longer"]),
+        ({"pretrain": MoCoConfig(init="old"), "pretrain_model": "sssd_resnet50"}, ["encoder", "longer"]),
         ({"channels": 4}, ["longer"]),
     ],
 )
 def test_what_is_proposed_depends_on_what_was_tried(given, names, tmp_path):
-    args = FitArgs(**GIVEN, **given)
+    args = FitArgs(data="images", out="run", model="sssd_resnet18", **given)
     figures = {"std": 0.9, "two_view_consistency": 0.05}
     fits = [
         words
@@ -82,6 +80,7 @@ def test_what_is_proposed_depends_on_what_was_tried(given, names, tmp_path):
         if (words := shlex.split(line))[1] == "fit"
     ]
     assert [words[-1] for words in fits] == [f"run-{name}" for name in names]
+    assert not any("old" in words for words in fits if args.pretrain_model is not None), "they fit another architecture"
     for words in fits:
         if "--config" in words:  # all settings of the run but one
             assert words[2:4] == ["--config", "run/config.yaml"]
