@@ -3,15 +3,17 @@
     python train/paper_row.py --data uoft-cs/cifar10 --out RUNS --minutes 9
 
 It measures the throughput of both trainings first, prints it beside the rate of bf16 matrix products and the time that
-is left, and chooses the longest schedule of `SCHEDULES` that fits. RUNS/sssd and RUNS/anchored are run folders of
-`sssd fit`; both use the same pretrained network and the same pseudo labels. The same command resumes a killed run.
+is left, and chooses the epochs that fit: MoCo v2 with the asymmetric loss, whose epoch costs half of a symmetric one.
+RUNS/anchored and RUNS/sssd are run folders of `sssd fit`; both use the same pretrained network and the same pseudo
+labels. All trainings come before what measures them, for which the same command can be repeated on another machine. It
+also resumes a killed run.
 """
 
 import argparse
-import dataclasses
 import shutil
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,35 +27,25 @@ from sssd_zoo.files import RUN_MARK, read_json, write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.labels.origin import labels_by_name
 from sssd_zoo.pipeline.distill import distill_network
-from sssd_zoo.pipeline.fit import fit
+from sssd_zoo.pipeline.fit import Plan, fit, set_up_fit, with_anchor
+from sssd_zoo.pipeline.pretext import with_augment
 from sssd_zoo.pipeline.pretrain import pretrain_network
+from sssd_zoo.pipeline.stages import Stages
 from sssd_zoo.training.runs import RunSpec
 
 ARCH, SIZE = "sssd_resnet18_cifar", 32
-# Longest first: whether MoCo's loss is symmetric (twice the cost of an epoch), its epochs, those of each distillation.
-SCHEDULES = (
-    (True, 200, 200),
-    (True, 200, 100),
-    (False, 200, 200),
-    (False, 200, 100),
-    (False, 200, 50),
-    (False, 100, 50),
-    (False, 50, 25),
-    (False, 20, 10),
-    (False, 2, 1),
-)
+# Fractions of the time of all trainings.
+SHARES = {"pretrain": 0.60, "anchored": 0.15, "sssd": 0.25}
 # What one image costs in the anchored training, in units of the plain one: the frozen encoder's forward pass on top.
 ANCHORED_COST = 1.35
-# Sustained throughput over that of a short measurement: on an H200 0.91 for MoCo and 0.59 for self distillation, which
-# had a slower crop then (medians over windows of 50 steps).
-SUSTAINED = 0.75
-OVERHEAD = 130.0  # seconds: reading the images, compiling, clusters, probes and figures of both runs
+SUSTAINED = 0.9  # throughput of a training over that of a short measurement
+OVERHEAD = 45.0  # seconds: reading the images, compiling, and clusters, after the measurement
 
 
-def pretrain_config(epochs: int, symmetric: bool, batch: int, images: int) -> MoCoConfig:
-    """MoCo v2 of the recipe cifar10-r18-200ep.yaml."""
+def pretrain_config(epochs: int, batch: int, images: int) -> MoCoConfig:
+    """MoCo v2 of the recipe cifar10-r18-200ep.yaml, with the asymmetric loss."""
     queue = min(4096, images // 2)
-    return MoCoConfig(epochs=epochs, batch_size=batch, symmetric=symmetric, queue_size=queue, lr=0.06 * batch / 512)
+    return MoCoConfig(epochs=epochs, batch_size=batch, symmetric=False, queue_size=queue, lr=0.06 * batch / 512)
 
 
 def distill_config(epochs: int, batch: int) -> AnchoredConfig:
@@ -79,8 +71,8 @@ def measure_throughput(args: argparse.Namespace, runtime: RuntimeConfig) -> tupl
     images = args.steps * args.batch_size
     config = DataConfig(data=args.data, split=f"train[:{images}]", workers=args.workers)
     data = load_images(config, default_size=SIZE)
-    short = dataclasses.replace(runtime, log_every=args.steps, checkpoint_epochs=2)
-    pretrain = pretrain_config(2, False, args.batch_size, images)
+    short = replace(runtime, log_every=args.steps, checkpoint_epochs=2)
+    pretrain = pretrain_config(2, args.batch_size, images)
     labels = labels_by_name("random", data, min(1000, len(data) // 4), runtime)
     distill = distill_config(2, args.batch_size)
     with TemporaryDirectory() as scratch:
@@ -92,11 +84,10 @@ def measure_throughput(args: argparse.Namespace, runtime: RuntimeConfig) -> tupl
     return rates[0], rates[1]
 
 
-def seconds_of(schedule: tuple[bool, int, int], images: int, moco: float, sssd: float) -> float:
-    """How long a schedule takes at these throughputs in images a second, with both distillations."""
-    symmetric, pretrain, distill = schedule
-    units = pretrain * (1 + symmetric) / moco + distill * (1 + ANCHORED_COST) / sssd
-    return images * units / SUSTAINED + OVERHEAD
+def epochs_in(seconds: float, rate: float, images: int) -> int:
+    """The epochs of a training that fit a time, at a measured throughput in images a second; whole tens of many."""
+    epochs = max(1, int(seconds * SUSTAINED * rate / images))
+    return epochs if epochs < 20 else epochs // 10 * 10
 
 
 class Clock:
@@ -132,41 +123,39 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="of each half of a measurement; the first half warms up")
     parser.add_argument("--workers", type=int, default=8, help="threads that decode")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True, help="else train only")
     return parser.parse_args()
 
 
 def choose_schedule(args: argparse.Namespace, runtime: RuntimeConfig, clock: Clock) -> dict[str, Any]:
-    """Measures throughput and chooses the longest schedule that fits the time that is left.
+    """Measures throughput and chooses the epochs that fit the time that is left.
 
     Returns:
         The content of schedule.json.
     """
     rate = product_rate(torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu"))
-    try:
-        moco, sssd = measure_throughput(args, runtime)
-    except Exception:
-        if not runtime.compile:
-            raise
-        traceback.print_exc()
-        clock.log("the compiled training failed, see above: continuing without --compile")
-        runtime = dataclasses.replace(runtime, compile=False)
-        moco, sssd = measure_throughput(args, runtime)
+    for attempt in (runtime, replace(runtime, cuda_graphs=False), replace(runtime, compile=False)):
+        try:
+            moco, sssd = measure_throughput(args, attempt)
+        except Exception:
+            if not attempt.compile:
+                raise
+            traceback.print_exc()
+            clock.log(f"failed, see above, with compile {attempt.compile}, CUDA graphs {attempt.cuda_graphs}")
+        else:
+            break
     images = len(load_images(DataConfig(data=args.data, split=args.split, workers=args.workers), default_size=SIZE))
     forward = 2 * 0.5554e9  # floating-point operations of ResNet-18 at 32 px
     clock.log(f"bf16 products: {rate / 1e12:.0f} TFLOP/s")
     clock.log(f"MoCo (asymmetric): {moco:,.0f} img/s, {4 * forward * moco / rate:.2f} of that rate")
     clock.log(f"self distillation: {sssd:,.0f} img/s, {3 * 1.062 * forward * sssd / rate:.2f} of that rate")
-    left = clock.left()
-    for schedule in SCHEDULES:
-        clock.log(f"{schedule}: {seconds_of(schedule, images, moco, sssd):.0f} s")
-    fitting = (schedule for schedule in SCHEDULES if seconds_of(schedule, images, moco, sssd) < left)
-    symmetric, pretrain, distill = next(fitting, SCHEDULES[-1])
+    rates = {"pretrain": moco, "anchored": sssd / ANCHORED_COST, "sssd": sssd}
+    left = clock.left() - OVERHEAD
     return {
-        "symmetric": symmetric,
-        "pretrain": pretrain,
-        "distill": distill,
+        **{name: epochs_in(share * left, rates[name], images) for name, share in SHARES.items()},
         "images": images,
-        "compile": runtime.compile,
+        "compile": attempt.compile,
+        "cuda_graphs": attempt.cuda_graphs,
         "moco_images_per_second": moco,
         "sssd_images_per_second": sssd,
         "bf16_flops": rate,
@@ -186,22 +175,24 @@ def plain_run(args: argparse.Namespace, runtime: RuntimeConfig, plan: dict[str, 
         seed=args.seed,
         device=args.device,
         compile=plan["compile"],
+        cuda_graphs=plan["cuda_graphs"],
         log_every=runtime.log_every,
         checkpoint_epochs=runtime.checkpoint_epochs,
         keep_best=0,
-        pretrain=pretrain_config(plan["pretrain"], plan["symmetric"], args.batch_size, plan["images"]),
+        pretrain=pretrain_config(plan["pretrain"], args.batch_size, plan["images"]),
         cluster=ClusterConfig(k=args.k),
-        distill=distill_config(plan["distill"], args.batch_size),
+        distill=distill_config(plan["sssd"], args.batch_size),
         baseline=False,
     )
 
 
 def anchored_run(args: argparse.Namespace, plain: FitArgs, plan: dict[str, Any]) -> FitArgs:
     """The anchored form of the row, as arguments of `sssd fit`."""
-    distill = dataclasses.replace(
-        plain.distill, anchor=4.0, lr=0.1 * args.batch_size / 512, warmup_epochs=min(2, plan["distill"] / 10)
+    epochs = plan["anchored"]
+    distill = replace(
+        plain.distill, epochs=epochs, anchor=4.0, lr=0.1 * args.batch_size / 512, warmup_epochs=min(2, epochs / 10)
     )
-    return dataclasses.replace(plain, out=str(Path(args.out) / "anchored"), distill=distill, warm_start=True)
+    return replace(plain, out=str(Path(args.out) / "anchored"), distill=distill, warm_start=True)
 
 
 def copy_pretext(source: Path, target: Path) -> None:
@@ -215,8 +206,19 @@ def copy_pretext(source: Path, target: Path) -> None:
             shutil.copy2(source / name, target / name)
 
 
+def train(args: FitArgs) -> None:
+    """The stages of `sssd fit` that train, and the clusters; `fit` takes their results."""
+    args = with_augment(replace(args, distill=with_anchor(args)), ("pretrain", "distill"))
+    setup, _ = set_up_fit(args, None)
+    plan = Plan(args, setup, evaluation=None, start={})
+    stages = Stages(plan.out, {**setup.inputs, "seed": args.seed})
+    for stage in plan.stages():
+        if stage.name in ("pretrain", "labels", "distill"):
+            stages.run(stage)
+
+
 def main() -> None:
-    """Measures, chooses a schedule, and runs both forms."""
+    """Measures, chooses a schedule, trains both forms, and measures them."""
     args = parse_arguments()
     clock = Clock(args.minutes)
     tune_cpu()
@@ -230,12 +232,15 @@ def main() -> None:
     plan = read_json(record)
     clock.log(f"schedule: {plan}")
     plain = plain_run(args, runtime, plan)
-    fit(plain)
-    clock.log("the paper's row is done")
     anchored = anchored_run(args, plain, plan)
-    copy_pretext(Path(plain.out), Path(anchored.out))
-    fit(anchored)
-    clock.log("the anchored form is done")
+    train(anchored)
+    clock.log("the anchored form is trained")
+    copy_pretext(Path(anchored.out), Path(plain.out))
+    train(plain)
+    clock.log("the paper's form is trained")
+    if args.measure:
+        fit(anchored)
+        fit(plain)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ class RuntimeConfig(Checked):
         seed: random seed of initialisation, data order, augmentation, k-means and probes.
         precision: 'auto' uses bf16 where the hardware supports it, fp16 on older GPUs, and fp32 otherwise.
         compile: compile the network with torch.compile; worthwhile on GPUs, not on CPUs.
+        cuda_graphs: with `compile` on one GPU, replay the kernels of a step as CUDA graphs, so that the GPU does not
+            wait for the host to launch them; takes some more of its memory.
         device: 'auto' uses a GPU if there is one; 'cpu' never does.
         checkpoint_every: steps between checkpoints within an epoch, in addition to those at the ends of epochs; 0 for
             none.
@@ -115,6 +117,7 @@ class RuntimeConfig(Checked):
     seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False
+    cuda_graphs: bool = True
     device: Literal["auto", "cpu"] = "auto"
     checkpoint_every: CountOrZero = 0
     checkpoint_epochs: CountOrZero = 1

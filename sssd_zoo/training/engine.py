@@ -152,8 +152,14 @@ class Trainer:
         )
         self.scheduler = make_scheduler(optim, optimizer, self.loader.steps_per_epoch)
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
+        self.forward = self._compiled() if self.runtime.compile else self.model
+
+    def _compiled(self) -> Any:
+        """The model compiled; with CUDA graphs on one GPU, unless gradients accumulate."""
+        one_gpu = self.accelerator.device.type == "cuda" and self.accelerator.num_processes == 1
+        graphs = self.runtime.cuda_graphs and one_gpu and self.optim.accumulate == 1
         # Fixed shapes: progressive resizing has a few, and kernels for any shape are slower.
-        self.forward = torch.compile(self.model, dynamic=False) if self.runtime.compile else self.model
+        return torch.compile(self.model, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
     def _full_identity(self, identity: dict[str, Any]) -> dict[str, Any]:
         """Everything that decides the run's numbers."""
