@@ -66,11 +66,12 @@ SHOWN = {  # the figures in the card's text, and their captions where the run ha
     "early_exit.png": "Accuracy against the cost of an early exit.",
 }
 
-CALIBRATED = (
-    "**Early exit**: the network is calibrated: its temperatures are folded into the classifiers, and its thresholds "
-    "for `forward_early` are in `config.json`; `early_exit/report.md` has the results. The ensemble's accuracy in the "
-    "table was measured before calibration, which changes it slightly"
+THRESHOLDS = "**Early exit**: thresholds for `forward_early` are in `config.json`; "
+SCALED = (
+    "temperatures are folded into the classifiers; `early_exit/report.md` has the results. The ensemble's accuracy in "
+    "the table was measured before, and they change it slightly"
 )
+UNSCALED = "none of the fitted temperatures stayed; `early_exit/report.md` has the results"
 
 
 class Recipe(TypedDict):
@@ -147,6 +148,15 @@ def check_calibrated(run: Path, calibrated: str | None) -> Path | None:
     return folder
 
 
+def calibration_note(run: Path, calibrated: Path | None) -> list[str]:
+    """What the card says of early exit, where the network is taken from a folder of `sssd early-exit`."""
+    if calibrated is None:
+        return []
+    before, after = (load_network(str(folder)).state_dict() for folder in (run / "model", calibrated))
+    same = all(torch.equal(value, after[name]) for name, value in before.items())
+    return [THRESHOLDS + (UNSCALED if same else SCALED)]
+
+
 @dataclass(frozen=True)
 class CardOptions:
     """What the user says about a network on its card, beside what the run recorded.
@@ -201,7 +211,7 @@ def write_card(
     context: Results = {
         **results,
         "accuracy": [*results.get("accuracy", []), *paper_rows(options.paper)],
-        "notes": [*training_notes(recipe, results), *([CALIBRATED] if calibrated else []), *options.remarks],
+        "notes": [*training_notes(recipe, results), *calibration_note(run, calibrated), *options.remarks],
     }
     context = with_costs(context, network, config["pretrained_cfg"]["input_size"])
     metrics = measured_accuracies(results)

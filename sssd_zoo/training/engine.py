@@ -89,6 +89,14 @@ def check_trainable(config: OptimConfig, processes: int, images: int | None) -> 
         )
 
 
+def uses_cuda_graphs(runtime: RuntimeConfig, optim: OptimConfig, device: torch.device, processes: int) -> bool:
+    """Whether a compiled training replays CUDA graphs: on a GPU, by one process, and with one pass for each step.
+
+    Gradients that accumulate, or are reduced over processes, live on from one replay to the next.
+    """
+    return runtime.cuda_graphs and device.type == "cuda" and processes == 1 and optim.accumulate == 1
+
+
 class Trainer:
     """A training of one task; `run` leaves the trained weights in it.
 
@@ -155,10 +163,9 @@ class Trainer:
         self.forward = self._compiled() if self.runtime.compile else self.model
 
     def _compiled(self) -> Any:
-        """The model compiled; with CUDA graphs on one GPU, unless gradients accumulate."""
-        one_gpu = self.accelerator.device.type == "cuda" and self.accelerator.num_processes == 1
-        graphs = self.runtime.cuda_graphs and one_gpu and self.optim.accumulate == 1
-        # Fixed shapes: progressive resizing has a few, and kernels for any shape are slower.
+        """The model compiled for fixed shapes: progressive resizing has a few, and kernels for any shape are slower."""
+        accelerator = self.accelerator
+        graphs = uses_cuda_graphs(self.runtime, self.optim, accelerator.device, accelerator.num_processes)
         return torch.compile(self.model, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
     def _full_identity(self, identity: dict[str, Any]) -> dict[str, Any]:

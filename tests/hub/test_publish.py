@@ -29,6 +29,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.calibration import fold
 from sssd_zoo.files import read_json, write_json
 from sssd_zoo.files.run_folder import mark, release_all
+from sssd_zoo.hub.cards import calibration_note
 from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.labels.kmeans import Clustering
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
@@ -276,7 +277,7 @@ def test_a_calibrated_network_is_published_with_its_thresholds(empty, sssd, run,
     torch.testing.assert_close(
         load(files["model.safetensors"])["fc.weight"].float(), network.fc.weight, atol=1e-3, rtol=0
     )
-    assert "`early_exit/report.md` has the results" in files["README.md"].decode()
+    assert "temperatures are folded into the classifiers; `early_exit/report.md`" in files["README.md"].decode()
     assert sssd("pull", REPO, "--out", tmp_path / "pulled").status == 0
     pulled = timm.create_model(f"local-dir:{tmp_path / 'pulled'}", pretrained=True).eval()
     assert pulled.forward_early(torch.randn(2, 3, 32, 32)).exit.shape == (2,)
@@ -284,6 +285,17 @@ def test_a_calibrated_network_is_published_with_its_thresholds(empty, sssd, run,
     torch.nn.init.ones_(network.conv1.weight)
     save_network(calibrated, network, "sssd_resnet18", input_size=32, label_names=NAMES)
     assert "was not made from" in sssd("publish", run, "--repo", REPO, "--calibrated", calibrated).error
+
+
+def test_the_card_says_where_no_temperature_stayed(run, tmp_path):
+    network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
+    save_network(tmp_path / "same", network, "sssd_resnet18", input_size=32, label_names=NAMES)
+    fold(network, [2.0, 1.0, 1.0, 1.0])
+    save_network(tmp_path / "scaled", network, "sssd_resnet18", input_size=32, label_names=NAMES)
+    notes = [calibration_note(run, folder) for folder in (None, tmp_path / "same", tmp_path / "scaled")]
+    assert notes[0] == []
+    assert "none of the fitted temperatures stayed" in notes[1][0]
+    assert "temperatures are folded into the classifiers" in notes[2][0]
 
 
 def test_an_unchanged_run_uploads_nothing(published, sssd, run):

@@ -11,7 +11,7 @@ from helpers.training import Regression, Tensors
 from sssd_zoo.configs import OptimConfig, RuntimeConfig
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.training.checkpoints import Checkpoints, Progress, diverged, read_record, write_record
-from sssd_zoo.training.engine import Trainer, is_finite
+from sssd_zoo.training.engine import Trainer, is_finite, uses_cuda_graphs
 from sssd_zoo.training.log import Log
 from sssd_zoo.training.schedule import make_scheduler
 
@@ -250,3 +250,38 @@ class TestLog:
         log.write({"step": 1, "loss": 0.5})
         log.close()
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "accumulate", "wanted", "uses"),
+    [
+        ("cuda", 1, 1, True, True),
+        ("cuda", 1, 1, False, False),
+        ("cuda", 1, 2, True, False),
+        ("cuda", 2, 1, True, False),
+        ("cpu", 1, 1, True, False),
+    ],
+)
+def test_cuda_graphs_are_for_one_process_and_one_pass_on_a_gpu(device, processes, accumulate, wanted, uses):
+    optim = OptimConfig(accumulate=accumulate)
+    assert uses_cuda_graphs(RuntimeConfig(cuda_graphs=wanted), optim, torch.device(device), processes) == uses
+
+
+def test_a_compiled_training_ends_at_the_weights_of_an_uncompiled_one(tmp_path, monkeypatch):
+    modes = []
+
+    def compile_eagerly(model: nn.Module, *, dynamic: bool, mode: str) -> Any:
+        modes.append((dynamic, mode))
+        return real(model, dynamic=dynamic, backend="eager")
+
+    real = torch.compile
+    monkeypatch.setattr("sssd_zoo.training.engine.torch.compile", compile_eagerly)
+    monkeypatch.setattr("sssd_zoo.training.hardware.check_compiler", lambda device: None)
+    plain, compiled = Regression(), Regression()
+    compiled.load_state_dict(plain.state_dict())
+    trainer(plain, tmp_path / "plain").run()
+    runtime = RuntimeConfig(log_every=100, precision="fp32", device="cpu", compile=True)
+    Trainer(compiled, Tensors(8), optim=OptimConfig(**OPTIM), runtime=runtime, out=tmp_path / "c", identity={}).run()
+    assert modes == [(False, "default")]
+    for name, value in compiled.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name])
