@@ -369,7 +369,7 @@ class Plan:
 
     def _distil(self, config: AnchoredConfig, spec: RunSpec, start: str | None) -> dict[str, Any]:
         setup = self.setup
-        return distill_network(
+        measured = distill_network(
             setup.data,
             pseudo_labels_for(setup.data, self.pseudo_labels(), self.args.soft),
             config,
@@ -379,6 +379,7 @@ class Plan:
             encoder=setup.pretext.network(self.out) if config.anchor else None,
             teacher_size=setup.pretext.teacher_size,
         )
+        return {**measured, "machine": describe_machine(setup.inputs["precision"])}
 
     def quality(self, folder: Path) -> dict[str, Any]:
         """Figures without labels, of the distilled network and of the one that was clustered."""
@@ -449,7 +450,8 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         "corrupt": len(setup.data.corrupt),
         "fingerprint": setup.data.fingerprint,
         "seed": args.seed,
-        "machine": describe_machine(stages.common["precision"]),
+        # What trained; probes and reports may be made on another machine.
+        "machine": stages.results[plan.student].get("machine") or describe_machine(stages.common["precision"]),
         "k_asked": args.cluster.k,
         "sizes": pseudo.meta["sizes"],
         "quality": pseudo.meta["quality"],

@@ -259,6 +259,16 @@ def test_a_second_call_does_nothing_and_a_change_runs_what_depends_on_it(finishe
     assert "[distill] repeated" in out
 
 
+def test_the_report_names_the_machine_that_trained(finished, folder_of_images, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    record = json.loads((run / "steps" / "distill.json").read_text())
+    assert record["result"]["machine"] == json.loads((run / "metrics.json").read_text())["machine"]
+    record["result"]["machine"] = "a GPU elsewhere"
+    (run / "steps" / "distill.json").write_text(json.dumps(record))
+    assert sssd("fit", "--data", folder_of_images, "--out", run, *TINY) == 0
+    assert "- **Machine**: a GPU elsewhere" in (run / "report.md").read_text()
+
+
 def test_card_of_a_run(finished, tmp_path, capsys):
     out, weights = tmp_path / "card", tmp_path / "weights.safetensors"
     words = ["card", "--run", finished, "--out", out, "--weights", weights, "--name", "sssd_resnet18.toy"]
