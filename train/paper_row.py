@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from sssd_zoo.cli.guard import guarded
 from sssd_zoo.configs import AnchoredConfig, ClusterConfig, DataConfig, FitArgs, MoCoConfig, RuntimeConfig
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.distributed.hardware import machine, tune_cpu
@@ -133,6 +134,7 @@ def choose_schedule(args: argparse.Namespace, runtime: RuntimeConfig, clock: Clo
     Returns:
         The content of schedule.json.
     """
+    images = len(load_images(DataConfig(data=args.data, split=args.split, workers=args.workers), default_size=SIZE))
     rate = product_rate(torch.device("cuda" if args.device == "auto" and torch.cuda.is_available() else "cpu"))
     for attempt in (runtime, replace(runtime, cuda_graphs=False), replace(runtime, compile=False)):
         try:
@@ -144,7 +146,6 @@ def choose_schedule(args: argparse.Namespace, runtime: RuntimeConfig, clock: Clo
             clock.log(f"failed, see above, with compile {attempt.compile}, CUDA graphs {attempt.cuda_graphs}")
         else:
             break
-    images = len(load_images(DataConfig(data=args.data, split=args.split, workers=args.workers), default_size=SIZE))
     forward = 2 * 0.5554e9  # floating-point operations of ResNet-18 at 32 px
     clock.log(f"bf16 products: {rate / 1e12:.0f} TFLOP/s")
     clock.log(f"MoCo (asymmetric): {moco:,.0f} img/s, {4 * forward * moco / rate:.2f} of that rate")
@@ -244,4 +245,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with guarded():
+        main()

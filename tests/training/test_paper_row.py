@@ -23,6 +23,14 @@ def test_epochs_that_fit_a_time(seconds, rate, epochs):
     assert script["epochs_in"](seconds, rate, images=50_000) == epochs
 
 
+def test_wrong_data_are_one_line_and_leave_nothing(tmp_path):
+    done = command("train/paper_row.py", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), *TINY[2:])
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error: no file or folder") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_both_forms_are_trained_on_one_pretext_and_a_second_call_resumes(tmp_path):
     words = ["train/paper_row.py", "--out", str(tmp_path), *TINY]
