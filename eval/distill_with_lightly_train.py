@@ -5,8 +5,9 @@ LightlyTrain (AGPL-3.0) is not a dependency of this project and needs an environ
     pip install lightly-train timm
     python eval/distill_with_lightly_train.py --data IMAGES --teacher TEACHER --out RUN --minutes 20
 
-It distils a timm network into timm's ResNet-18 by LightlyTrain's default method, on views of `--image_size`, in bf16 on
-one thread, with everything else at its defaults. The number of steps is what fits into the time at the rate of a few
+It distils a timm network into timm's ResNet-18 by LightlyTrain's default method, on views of `--image_size`, on one
+thread, with everything else at its defaults. bf16 is slow on a CPU without bf16 instructions, where `sssd fit` trains
+in fp32: give `--precision 32-true` there. The number of steps is what fits into the time at the rate of a few
 measured steps, so that its learning rate schedule ends in time. The student is written to RUN/student for timm and
 `sssd linear`; RUN/result.json has the steps and the rate. IMAGES is a folder of image files;
 `python eval/image_folder.py` writes one. The reports are hub_cards/reports/lightly-train-*.
@@ -81,7 +82,7 @@ def train(args: argparse.Namespace, out: Path, steps: int, teacher: Teacher) -> 
         batch_size=args.batch_size,
         num_workers=0,
         transform_args={"image_size": (args.image_size, args.image_size)},
-        precision="bf16-mixed",
+        precision=args.precision,
         accelerator="cpu",
         devices=1,
         loggers={"tensorboard": None},
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=64)
     parser.add_argument("--teacher_size", type=int, default=128)
     parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--precision", choices=("bf16-mixed", "32-true"), default="bf16-mixed")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -43,10 +43,17 @@ SUSTAINED = 0.9  # throughput of a training over that of a short measurement
 OVERHEAD = 45.0  # seconds: reading the images, compiling, and clusters, after the measurement
 
 
-def pretrain_config(epochs: int, batch: int, images: int) -> MoCoConfig:
+def pretrain_config(epochs: int, batch: int, images: int, crop_min: float) -> MoCoConfig:
     """MoCo v2 of the recipe cifar10-r18-200ep.yaml, with the asymmetric loss."""
     queue = min(4096, images // 2)
-    return MoCoConfig(epochs=epochs, batch_size=batch, symmetric=False, queue_size=queue, lr=0.06 * batch / 512)
+    return MoCoConfig(
+        epochs=epochs,
+        batch_size=batch,
+        symmetric=False,
+        queue_size=queue,
+        lr=0.06 * batch / 512,
+        crop_scale=(crop_min, 1.0),
+    )
 
 
 def distill_config(epochs: int, batch: int) -> AnchoredConfig:
@@ -73,7 +80,7 @@ def measure_throughput(args: argparse.Namespace, runtime: RuntimeConfig) -> tupl
     config = DataConfig(data=args.data, split=f"train[:{images}]", workers=args.workers)
     data = load_images(config, default_size=SIZE)
     short = replace(runtime, log_every=args.steps, checkpoint_epochs=2)
-    pretrain = pretrain_config(2, args.batch_size, images)
+    pretrain = pretrain_config(2, args.batch_size, images, args.crop_min)
     labels = labels_by_name("random", data, min(1000, len(data) // 4), runtime)
     distill = distill_config(2, args.batch_size)
     with TemporaryDirectory() as scratch:
@@ -119,6 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--split", default="train", help="a part of the training images, to try it: 'train[:2000]'")
+    parser.add_argument("--crop_min", type=float, default=0.08, help="smallest fraction of an image in a view of MoCo")
     parser.add_argument("--k", type=int, default=1000, help="number of clusters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20, help="of each half of a measurement; the first half warms up")
@@ -180,7 +188,7 @@ def plain_run(args: argparse.Namespace, runtime: RuntimeConfig, plan: dict[str, 
         log_every=runtime.log_every,
         checkpoint_epochs=runtime.checkpoint_epochs,
         keep_best=0,
-        pretrain=pretrain_config(plan["pretrain"], args.batch_size, plan["images"]),
+        pretrain=pretrain_config(plan["pretrain"], args.batch_size, plan["images"], args.crop_min),
         cluster=ClusterConfig(k=args.k),
         distill=distill_config(plan["sssd"], args.batch_size),
         baseline=False,
