@@ -186,6 +186,24 @@ def test_compiled_split_batchnorm_gives_the_same():
     torch.testing.assert_close(other.weight.grad, norm.weight.grad)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_compiled_steps_are_the_same_with_their_queue_and_key_encoder(symmetric):
+    """The forward pass writes the queue, the pointer and the running statistics, which a compiled one must do, too."""
+    plain = make(symmetric=symmetric)
+    other = copy.deepcopy(plain)
+    compiled = torch.compile(other, backend="aot_eager", dynamic=False)
+    for task, forward in ((plain, plain), (other, compiled)):
+        optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.05)
+        for step in range(3):
+            task.before_step()
+            loss = forward(batch_of(task, step=step))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_shuffle_hides_which_images_share_statistics():
     """Without a shuffle a key's part is its query's part; with it, the parts mix."""
     task = make()
