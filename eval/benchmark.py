@@ -6,10 +6,11 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -697,7 +698,8 @@ def _embed_peak(folder: str, name: str) -> float:
         image_size=8,
         device="cpu",
     )
-    embed(args)
+    with redirect_stdout(sys.stderr):  # standard output has the figures alone
+        embed(args)
     return _peak_mib()
 
 

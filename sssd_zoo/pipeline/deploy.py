@@ -25,7 +25,7 @@ from sssd_zoo.files.run_folder import atomic_dir
 from sssd_zoo.hub.model_card import EXITS, save_model_folder
 from sssd_zoo.models import MultiExit, multiply_adds
 from sssd_zoo.models.backbones import architecture_of
-from sssd_zoo.models.networks import load_network
+from sssd_zoo.models.networks import channels, load_network
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.stages import Stages
 
@@ -105,7 +105,7 @@ def write_network(plan: "Plan", folder: Path, name: str, labels: int, result: di
         "test_images": len(plan.evaluation.test_positions),
         "classes": plan.num_classes,
         "machine": describe_machine(plan.precision),
-        "macs": multiply_adds(network, (data.channels, plan.size, plan.size)),
+        "macs": multiply_adds(network, (channels(network), plan.size, plan.size)),
         "finetuned": f"from {start} by self distillation of all exits on {labels:,} labelled images",
         "notes": [calibrated],
     }

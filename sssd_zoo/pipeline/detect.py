@@ -36,12 +36,13 @@ def detect(args: DetectArgs) -> None:
     """`sssd detect`."""
     tune_cpu()
     runtime, optim = RuntimeConfig.of(args), OptimConfig.of(args)
+    processes = make_accelerator(runtime).num_processes  # from here on each process knows its rank
     out = open_out(args, "detector")
     coco_backend()
     data_config, settings = DetectionDataConfig.of(args), DetectorConfig.of(args)
     data = load_detection(data_config)
     test = load_test_data(data_config, args.test_data, args.test_split, data.class_names)
-    check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
+    check_trainable(optim, processes, len(data))
     torch.manual_seed(runtime.seed)
     task = make_task(args, settings, len(data.class_names))
     prepare_run_folder(out, args)

@@ -292,7 +292,7 @@ def test_two_processes_write_the_file_of_one(network, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.slow
 def test_the_memory_does_not_grow_with_the_images():
-    done = command("eval/benchmark.py", "embed-memory", "--images", "20000")
+    done = command("eval/benchmark.py", "embed-memory", "--images", "24000")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["file_mib"] > 30

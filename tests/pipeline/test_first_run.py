@@ -243,7 +243,9 @@ class TestMoreEpochs:
         log = [json.loads(line) for line in (run / "more-1" / "metrics.jsonl").read_text().splitlines()]
         assert (log[-1]["step"], log[-1]["epoch"]) == (6, 2.0)
         assert sssd(*words, "--more_epochs", "2") == 0
-        assert capsys.readouterr().out.count("done before") == 6, "the same command resumes, and here has nothing to do"
+        said = capsys.readouterr().out
+        assert "7 stages: " in said
+        assert said.count("done before") == 7, "the same command resumes, and here has nothing to do"
         assert sssd(*words) == 2
         assert "more_epochs: [2] there, [] now" in one_line(capsys)
         assert sssd(*words, "--more_epochs", "[2, 1]") == 0
