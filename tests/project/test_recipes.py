@@ -176,9 +176,10 @@ def test_a_dry_run_of_each_recipe(recipe, folder_of_images, tmp_path):
         words += [word for pair in pairs if not pair[0].startswith(left_out) for word in pair]
         words += ["--data", folder_of_images, "--split", "train"]
         words += ["--pretrain.sizes", "[]", "--distill.sizes", "[]"]
-        if "test_split" in yaml.safe_load(recipe.read_text()):
+        settings = yaml.safe_load(recipe.read_text())
+        if "test_split" in settings:
             words += ["--test_split", "null"]
-        if "features" in yaml.safe_load(recipe.read_text()):  # a public encoder, which is on the Hub
+        if "features" in settings:  # a public encoder, which is on the Hub
             encoder = tmp_path / "encoder"
             encoder.mkdir()
             save_network(encoder, timm.create_model("test_resnet", num_classes=0), "test_resnet", input_size=160)
