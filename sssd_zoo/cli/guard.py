@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from sssd_zoo.configs.ranges import SettingsError
+from sssd_zoo.distributed.memory import full_memory
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK
 
@@ -81,6 +82,11 @@ class Guard:
                 fail(str(error))
             if not isinstance(error, Exception):
                 raise
+            if (reason := full_memory(error)) is not None:
+                fail(
+                    f"not enough memory ({reason}): give a smaller --batch_size or --image_size where the command has "
+                    "one, or stop other programs that use this memory"
+                )
             unforeseen(error, self.out)
 
 

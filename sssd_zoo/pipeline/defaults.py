@@ -66,6 +66,12 @@ def epochs_for(images: int, scale: Scale) -> int:
     return max(EPOCHS, min(200 if images >= 25_000 else 400, int(affordable / images)))
 
 
+def splits_for(batch: int, processes: int) -> int:
+    """Equal parts that MoCo's BatchNorm sees a batch in: up to 8, of 16 images at least, as fewer are mostly noise."""
+    fitting = (splits for splits in range(processes, 9, processes) if batch % splits == 0 and batch // splits >= 16)
+    return max(fitting, default=processes)
+
+
 def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs, dict[str, Any]]:
     """Fills in the settings that depend on the images and on the device.
 
@@ -94,8 +100,7 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
         if "pretrain.optimizer" not in given:
             choose("pretrain.lr", rounded(0.06 * batch / 512))
         choose("pretrain.queue_size", max(min(batch, images), min(4096, power_of_two(images / 2))))
-        # Parts of 16 images at least: the statistics of fewer are mostly noise.
-        choose("pretrain.splits", processes * max(1, min(8 // processes, batch // (16 * processes))))
+        choose("pretrain.splits", splits_for(batch // args.pretrain.accumulate, processes))
     choose("distill.epochs", epochs_for(scale.images, scale))
     batch = choose("distill.batch_size", batch_for(scale.images, 128, processes))
     if "distill.optimizer" not in given:

@@ -125,7 +125,7 @@ def measure(setup: Setup, work: Work) -> Rates:
     """Measures what the stages that are to come take; every process calls it, and all get the main one's figures."""
     trainings: dict[str, StepTime] = {}
     with same_random_state():
-        encoder = _encoder(setup)
+        encoder = encoder_of(setup)
         per_image = forward_seconds(encoder, setup, None if setup.pretext.source is None else setup.size)
         per_student = forward_seconds(new_network(setup.arch, setup.data), setup, setup.size)
         for name, config in work.trainings.items():
@@ -135,9 +135,9 @@ def measure(setup: Setup, work: Work) -> Rates:
             if alike is not None:
                 trainings[name] = trainings[alike]
             elif isinstance(config, SelfDistillationConfig):
-                trainings[name] = _distill_step(setup, config, encoder)
+                trainings[name] = distill_step(setup, config, encoder)
             elif isinstance(config, MoCoConfig):
-                trainings[name] = _pretrain_step(setup, config)
+                trainings[name] = pretrain_step(setup, config)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return on_main(lambda: Rates(trainings, per_image, per_student))
@@ -152,7 +152,7 @@ def _alike(one: OptimConfig, other: OptimConfig) -> bool:
     return one.batch_size == other.batch_size
 
 
-def _encoder(setup: Setup) -> Any:
+def encoder_of(setup: Setup) -> Any:
     """M_ssl, or, where it is yet to be trained, a network of its kind."""
     pretext = setup.pretext
     if pretext.source is None:
@@ -186,7 +186,8 @@ def _scratch(setup: Setup) -> Path:
     return on_main(lambda: temporary_name(setup.out / "trial"))
 
 
-def _pretrain_step(setup: Setup, config: MoCoConfig) -> StepTime:
+def pretrain_step(setup: Setup, config: MoCoConfig) -> StepTime:
+    """Of MoCo v2, on a new trunk."""
     source = setup.pretext.source
     assert source is not None  # else nothing is pretrained
     trunk = new_trunk(setup.pretext.arch, data=source)
@@ -223,7 +224,7 @@ class _CachedViews(EpochLoader):
             yield positions, ViewBatch(images, views, torch.zeros(count, self.width, dtype=torch.float16))
 
 
-def _distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any) -> StepTime:
+def distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any) -> StepTime:
     """Of self distillation on labels of no meaning, with M_ssl as `encoder` where it has an anchor."""
     labels = labels_by_name("random", setup.data, setup.args.cluster.k, setup.runtime)
     model = new_student(setup.arch, labels.num_classes, "sssd", config.exits, setup.data)

@@ -73,6 +73,7 @@ from sssd_zoo.pipeline.earlier import (
 )
 from sssd_zoo.pipeline.estimate import Rates, Work, epochs_within, expected, measure
 from sssd_zoo.pipeline.forecast import Forecast, rough
+from sssd_zoo.pipeline.gpu_memory import within_memory
 from sssd_zoo.pipeline.mistakes import Mistakes
 from sssd_zoo.pipeline.preflight import check_start
 from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
@@ -95,6 +96,8 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     args = with_augment(args, ("pretrain", "distill"))
     args = replace(args, distill=with_anchor(args))
     setup, chosen = set_up_fit(args, given)
+    setup, in_parts = within_memory(setup, given)
+    chosen |= in_parts
     args = setup.args
     start = {} if args.init is None else {"init": check_start(args.init, setup.arch, setup.data)}
     evaluation = None
@@ -198,8 +201,7 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
         epochs = epochs_within(setup, work, rates, left)
         keep(plan.out, epochs, chosen_for)
     args = with_epochs(args, epochs)
-    setup = replace(setup, args=args, pretext=replace(setup.pretext, config=args.pretrain))
-    return replace(plan, args=args, setup=setup, rates=rates)
+    return replace(plan, args=args, setup=setup.with_args(args), rates=rates)
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,10 @@ class Setup:
     forward: ForwardConfig
     inputs: dict[str, Any]
 
+    def with_args(self, args: Any) -> "Setup":
+        """The same with other settings of the trainings."""
+        return replace(self, args=args, pretext=replace(self.pretext, config=args.pretrain))
+
     def spec(self, folder: Path, title: str) -> RunSpec:
         """The student, to be trained into `folder`."""
         return RunSpec(arch=self.arch, size=self.size, out=folder, title=title)

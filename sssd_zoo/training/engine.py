@@ -21,6 +21,7 @@ from sssd_zoo.configs import OptimConfig, RuntimeConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.distributed import on_main, rank, world_size
 from sssd_zoo.distributed.batchnorm import average_batchnorm, synchronise_batchnorm
+from sssd_zoo.distributed.memory import full_memory
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.distributed.threads import TrainingThreads
 from sssd_zoo.errors import UserError
@@ -56,6 +57,10 @@ class Loader(Protocol):
         The images are uint8 [b, 3, S, S], or of a kind of their own that the task's `views` takes.
         """
         ...
+
+
+class OutOfMemory(UserError):
+    """The memory of the GPU, or of the machine, is not enough for a training's batch."""
 
 
 def is_finite(module: nn.Module, optimizer: Any) -> bool:
@@ -215,7 +220,7 @@ class Trainer:
             epoch's mean `loss`.
 
         Raises:
-            UserError: for a full disk, and a loss that is not finite.
+            UserError: for a full disk, for a full memory, and for a loss that is not finite.
         """
         self.task.train()
         try:
@@ -236,10 +241,33 @@ class Trainer:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """How steps are computed: on as many threads as are free, and on a CPU with convolutions made for it."""
+        """How steps are computed: on as many threads as are free, and on a CPU with convolutions made for it.
+
+        Raises:
+            OutOfMemory: if the memory is not enough for the batch.
+        """
         on_cpu = self.accelerator.device.type == "cpu" and not self.runtime.compile
         with self.threads, cpu_convolutions(self.task) if on_cpu else nullcontext():
-            yield
+            try:
+                yield
+            except (RuntimeError, MemoryError) as error:
+                if (reason := full_memory(error)) is None:
+                    raise
+                raise self._out_of_memory(reason) from error
+
+    def _out_of_memory(self, reason: str) -> OutOfMemory:
+        """What to raise where there is less memory than a step or a checkpoint needs."""
+        device, optim = self.accelerator.device, self.optim
+        where = "this machine"
+        if device.type == "cuda":
+            gpu = torch.cuda.get_device_properties(device)
+            where = f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB"
+        parts = self.accelerator.num_processes * optim.accumulate
+        return OutOfMemory(
+            f"{where} has not enough memory for {optim.batch_size // parts} images of {self.task.size} px at a time "
+            f"(batch_size {optim.batch_size}, accumulate {optim.accumulate}): double accumulate, which computes the "
+            f"batch in parts, give a smaller batch_size, or stop other programs that use this memory ({reason})"
+        )
 
     def run_epoch(self) -> None:
         """Trains to the end of the current epoch, with the log's lines and the checkpoints that are due."""

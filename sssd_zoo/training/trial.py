@@ -68,6 +68,9 @@ def measure_step(
         optim: how to train.
         runtime: where and how.
         labels: for tasks that need them.
+
+    Raises:
+        OutOfMemory: if the memory is not enough for the batch.
     """
     # Smaller views of progressive resizing cost as much less as they have fewer pixels.
     scale = float(np.mean([(size / task.size) ** 2 for size in optim.sizes or [task.size]]))
@@ -82,14 +85,15 @@ def measure_step(
             identity={},
             labels=labels,
         )
-        with trainer.computing():
-            seconds = scale * _step_seconds(trainer)
-        began = time.perf_counter()
-        trainer.checkpoints.save(trainer.accelerator, trainer.progress, 1, 0)
-        checkpoint = time.perf_counter() - began
-        trainer.log.close()
-        trainer.accelerator.free_memory()
-        return StepTime(seconds, checkpoint)
+        try:
+            with trainer.computing():
+                seconds = scale * _step_seconds(trainer)
+            began = time.perf_counter()
+            trainer.checkpoints.save(trainer.accelerator, trainer.progress, 1, 0)
+            return StepTime(seconds, time.perf_counter() - began)
+        finally:
+            trainer.log.close()
+            trainer.accelerator.free_memory()
     finally:
         if rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)

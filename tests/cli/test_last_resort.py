@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.commands import ROOT, TINY, one_line, sssd
 from sssd_zoo.cli.guard import guarded
@@ -224,6 +225,24 @@ def test_an_error_that_nobody_foresaw_leaves_a_line_and_a_file(monkeypatch, caps
     monkeypatch.setenv("SSSD_DEBUG", "1")
     assert sssd("fit", "--data", "x", "--out", tmp_path) == 1
     assert "in broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError("Unable to allocate 3.00 TiB for an array"), "Unable to allocate 3.00 TiB for an array"),
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nGPU 0"), "CUDA out of memory. Tried"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "CUDA error: CUBLAS"),
+    ],
+)
+def test_a_full_memory_is_one_line(error, reason, capsys):
+    with pytest.raises(SystemExit) as stop, guarded():
+        raise error
+    assert stop.value.code == 2
+    line = one_line(capsys)
+    assert line.startswith(f"error: not enough memory ({reason}")
+    assert "a smaller --batch_size" in line
 
 
 def test_signal_handlers_and_streams_are_as_before():

@@ -6,6 +6,7 @@ import yaml
 from helpers.commands import one_line, sssd
 from sssd_zoo.configs import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig
 from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
+from sssd_zoo.pipeline.pretrain import check_splits
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.runs import check_queue
 
@@ -62,6 +63,17 @@ def test_what_is_given_is_taken():
     assert (args.cluster.k, args.pretrain.batch_size, args.checkpoint_epochs) == (7, 64, 1)
     assert args.pretrain.queue_size == 128
     assert not names & chosen.keys()
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "splits"), [(512, 1, 8), (512, 8, 4), (100, 1, 5), (96, 1, 6), (97, 1, 1), (20, 1, 1)]
+)
+def test_splits_divide_the_batch_that_is_given(batch, accumulate, splits):
+    pretrain = MoCoConfig(batch_size=batch, accumulate=accumulate)
+    names = frozenset({"pretrain.batch_size", "pretrain.accumulate"})
+    args, _ = derive(FitArgs(data="images", out="run", pretrain=pretrain), names, scale(5_000))
+    assert args.pretrain.splits == splits
+    check_splits(args.pretrain, 1)
 
 
 def test_each_choice_is_a_line_that_is_the_flag_that_changes_it(tmp_path):

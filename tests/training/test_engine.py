@@ -23,7 +23,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.checkpoints import Checkpoints
-from sssd_zoo.training.engine import Trainer, check_trainable
+from sssd_zoo.training.engine import OutOfMemory, Trainer, check_trainable
 from sssd_zoo.training.schedule import make_scheduler
 
 
@@ -47,6 +47,30 @@ def test_sizes_of_the_views_take_equal_parts_of_the_run(tmp_path):
     optim = OptimConfig(epochs=3, batch_size=8, lr=0.05, sizes=[8, 12, 16])
     Trainer(Sizes(), Tensors(8), optim=optim, runtime=RuntimeConfig(), out=tmp_path, identity={}).run()
     assert Sizes.seen == [8] * 4 + [12] * 4 + [16] * 4
+
+
+class TestMemory:
+    def test_a_batch_that_does_not_fit_is_told_with_what_to_do(self, tmp_path):
+        class Large(Regression):
+            def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+                torch.empty(2**50)
+                return super().forward(batch)
+
+        optim = OptimConfig(epochs=1, batch_size=8, accumulate=2)
+        trainer = Trainer(Large(), Tensors(8), optim=optim, runtime=RuntimeConfig(), out=tmp_path, identity={})
+        with pytest.raises(OutOfMemory, match=r"not enough memory for 4 images of 8 px .*double accumulate.*allocate"):
+            trainer.run()
+
+    def test_other_errors_stay_what_they_are(self, tmp_path):
+        class Broken(Regression):
+            def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+                raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+        trainer = Trainer(
+            Broken(), Tensors(8), optim=OptimConfig(batch_size=8), runtime=RuntimeConfig(), out=tmp_path, identity={}
+        )
+        with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes"):
+            trainer.run()
 
 
 def test_cosine_with_warmup_and_steps():
