@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
 from sssd_zoo.distributed import world_size
@@ -48,15 +49,32 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         return output.to(input.dtype)
 
 
+class CPUSyncBatchNormAct(CPUSyncBatchNorm):
+    """The same for timm's norm with a dropout and an activation of its own."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalises [B, C, H, W] as if the batches of all processes were one, and activates it."""
+        activated: Tensor = self.act(self.drop(super().forward(input)))
+        return activated
+
+
+SYNCHRONISED: dict[type[nn.Module], type[CPUSyncBatchNorm]] = {
+    nn.BatchNorm2d: CPUSyncBatchNorm,
+    BatchNormAct2d: CPUSyncBatchNormAct,
+}
+
+
 def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """Makes every BatchNorm2d of `module` use the global batch's statistics; parameters and buffers are kept."""
     if world_size() == 1:
         return module
     if device.type != "cpu":
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        converted: nn.Module = convert_sync_batchnorm(module)  # torch's own would lose timm's activations
         return converted
     for layer in module.modules():
-        # timm's BatchNormAct2d subclasses compute more than a norm; the networks here have none.
-        if type(layer) is nn.BatchNorm2d:
-            layer.__class__ = CPUSyncBatchNorm
+        if type(layer) in SYNCHRONISED:
+            layer.__class__ = SYNCHRONISED[type(layer)]
     return module

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 
@@ -98,21 +99,39 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
             count = values.numel() / (self.splits * channels)
             # The moving average after one part after the other, in closed form.
             powers = torch.arange(self.splits - 1, -1, -1, device=images.device)
-            weights = momentum * (1 - momentum) ** powers
+            weights = momentum * (1 - momentum) ** powers[:, None]
             for running, moment in (
                 (self.running_mean, mean.detach()),
                 (self.running_var, variance.detach() * (count / (count - 1))),
             ):
-                running.mul_((1 - momentum) ** self.splits).add_(weights @ moment.view(self.splits, channels))
+                moved = (weights * moment.view(self.splits, channels)).sum(0)  # autocast would round a matrix product
+                running.mul_((1 - momentum) ** self.splits).add_(moved)
         scale = torch.rsqrt(variance + self.eps) * self.weight.view(1, 1, -1, 1, 1)
         output: Tensor = (values - mean) * scale + self.bias.view(1, 1, -1, 1, 1)
         return output.flatten(0, 1).to(images.dtype)
 
 
+class GhostBatchNormAct2d(GhostBatchNorm2d):
+    """The same for timm's norm with a dropout and an activation of its own."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] to the same; B is a multiple of `splits` in training mode."""
+        activated: Tensor = self.act(self.drop(super().forward(input)))
+        return activated
+
+
+SPLIT: dict[type[nn.Module], type[GhostBatchNorm2d]] = {
+    nn.BatchNorm2d: GhostBatchNorm2d,
+    BatchNormAct2d: GhostBatchNormAct2d,
+}
+
+
 def split_batchnorm(module: nn.Module, splits: int) -> None:
     """Makes every BatchNorm2d in `module` normalise `splits` parts of the batch apart; parameters and buffers stay."""
     for layer in module.modules():
-        # timm's BatchNormAct2d subclasses compute more than a norm; ResNets have none.
-        if type(layer) is nn.BatchNorm2d and splits > 1:
-            layer.__class__ = GhostBatchNorm2d
+        if type(layer) in SPLIT and splits > 1:
+            layer.__class__ = SPLIT[type(layer)]
             layer.__dict__["splits"] = splits

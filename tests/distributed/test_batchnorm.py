@@ -1,13 +1,17 @@
 """BatchNorm of two processes against that of one which sees the whole batch."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from helpers.processes import run_together
+from sssd_zoo.distributed import batchnorm
 from sssd_zoo.distributed.batchnorm import CPUSyncBatchNorm, average_batchnorm, synchronise_batchnorm
 
 CODE = """
+from functools import partial
+from timm.layers import BatchNormAct2d
 from torch import nn
 from sssd_zoo.distributed import gather
 from sssd_zoo.distributed.batchnorm import average_batchnorm, synchronise_batchnorm
@@ -17,14 +21,14 @@ images, upstream = torch.randn(2, 8, 3, 5, 5) * 2 + 1
 half = slice(4 * rank, 4 * rank + 4)
 
 
-def norm():
-    made = nn.BatchNorm2d(3, momentum=0.3)
+def norm(kind=nn.BatchNorm2d):
+    made = kind(3, momentum=0.3)
     nn.init.uniform_(made.weight, generator=torch.Generator().manual_seed(1))
     nn.init.uniform_(made.bias, generator=torch.Generator().manual_seed(2))
     return made
 
 
-network = nn.Sequential(norm(), nn.BatchNorm1d(3))
+network = nn.Sequential(norm(), nn.BatchNorm1d(3), norm(partial(BatchNormAct2d, act_layer=nn.Hardswish)))
 synced = synchronise_batchnorm(network, torch.device("cpu"))[0]
 half_images = images[half].clone().requires_grad_()
 out = synced(half_images)
@@ -41,6 +45,7 @@ average_batchnorm(averaged)
 result = {
     "types": [type(layer).__name__ for layer in network],
     "out": gather(out),
+    "activated": gather(network[2](images[half])),
     "images.grad": gather(half_images.grad),
     "weight.grad": synced.weight.grad,
     "bias.grad": synced.bias.grad,
@@ -74,7 +79,20 @@ def whole():
 
 
 def test_only_batchnorm2d_is_synchronised(shared):
-    assert shared["types"] == ["CPUSyncBatchNorm", "BatchNorm1d"]
+    assert shared["types"] == ["CPUSyncBatchNorm", "BatchNorm1d", "CPUSyncBatchNormAct"]
+
+
+def test_timm_s_norm_with_an_activation_keeps_it(shared, whole, monkeypatch):
+    norm, images, _ = whole
+    torch.testing.assert_close(shared["activated"], nn.functional.hardswish(norm(images)).detach())
+
+    monkeypatch.setattr(batchnorm, "world_size", lambda: 2)
+    network = timm.create_model("sssd_mobilenetv3_small_100_cifar").eval()
+    images = torch.randn(2, 3, 32, 32)
+    expected = network(images)
+    synced = synchronise_batchnorm(network, torch.device("cuda"))  # in eval mode, which needs no GPU
+    assert any(isinstance(layer, nn.SyncBatchNorm) for layer in synced.modules())
+    torch.testing.assert_close(synced(images), expected)
 
 
 def test_synchronised_it_is_that_of_the_whole_batch_and_so_are_its_gradients(shared, whole):

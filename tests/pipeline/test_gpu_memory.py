@@ -1,4 +1,4 @@
-"""`sssd fit` on a GPU of little memory: trainings that do not fit are computed in parts, and a resumed run keeps them."""
+"""`sssd fit` on a GPU of little memory: batches that do not fit are computed in parts, and a resumed run keeps that."""
 
 import pytest
 import torch

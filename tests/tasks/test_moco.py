@@ -1,10 +1,13 @@
 """MoCo against slow manual versions, and its key encoder, queue, shuffle and split statistics for what they are for."""
 
 import copy
+from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from sssd_zoo.configs import MoCoConfig
@@ -12,7 +15,7 @@ from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.tasks.moco import Encoder, MoCo, info_nce
 from sssd_zoo.tasks.queue import enqueue
-from sssd_zoo.tasks.split_batchnorm import split_batchnorm
+from sssd_zoo.tasks.split_batchnorm import GhostBatchNorm2d, split_batchnorm
 
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 
@@ -145,11 +148,12 @@ def test_each_part_has_statistics_of_its_own():
     assert not torch.allclose(encoder(images), whole)
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(BatchNormAct2d, act_layer=nn.Hardswish)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_split_batchnorm_equals_batchnorm_on_each_part(dtype):
+def test_split_batchnorm_equals_batchnorm_on_each_part(dtype, norm):
     torch.manual_seed(2)
     images = torch.randn(12, 5, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
-    split, plain = nn.BatchNorm2d(5), nn.BatchNorm2d(5, momentum=0.1 / 3)
+    split, plain = norm(5), norm(5, momentum=0.1 / 3)
     with torch.no_grad():
         split.weight.uniform_(0.5, 2)
         split.bias.uniform_()
@@ -171,6 +175,15 @@ def test_split_batchnorm_equals_batchnorm_on_each_part(dtype):
     torch.testing.assert_close(split(images), plain.eval()(images))
 
 
+@pytest.mark.parametrize("name", ["sssd_mobilenetv4_conv_small_cifar", "sssd_resnet18_cifar"])
+def test_every_batchnorm_of_a_network_is_split(name):
+    network = timm.create_model(name)
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    split_batchnorm(network, 2)
+    assert norms
+    assert all(isinstance(layer, GhostBatchNorm2d) for layer in norms)
+
+
 def test_compiled_split_batchnorm_gives_the_same():
     torch.manual_seed(3)
     norm = nn.BatchNorm2d(5)
@@ -181,6 +194,10 @@ def test_compiled_split_batchnorm_gives_the_same():
     compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(images), norm(images))
     torch.testing.assert_close(other.running_var, norm.running_var)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled(images + 10)
+        norm(images + 10)
+    torch.testing.assert_close(other.running_mean, norm.running_mean)
     compiled(images).square().sum().backward()
     norm(images).square().sum().backward()
     torch.testing.assert_close(other.weight.grad, norm.weight.grad)
