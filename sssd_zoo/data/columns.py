@@ -231,7 +231,8 @@ def _class_numbers(splits: Splits, split: str, column: str, name: str) -> tuple[
             raise UserError(f"column {column!r} of {name} ({split}) has label {numbers.max()}, beyond its class names")
         # Two spellings of a name in Unicode are one class.
         names = list(dict.fromkeys(map(composed, feature.names)))
-        classes = np.array([names.index(composed(spelt)) for spelt in feature.names] + [-1], dtype=np.int64)
+        place = {name: number for number, name in enumerate(names)}
+        classes = np.array([place[composed(spelt)] for spelt in feature.names] + [-1], dtype=np.int64)
         return classes[np.maximum(numbers, -1)], names
     all_values = {
         value

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,12 @@ def open_data(config: DataConfig, *, progress: bool, streaming: bool = False) ->
     if len(parts) == 1:
         return parts[0]
     splits = dict.fromkeys(split for part in parts for split in part)
-    join = _join_streams if streaming else _join_rows
-    return {split: join(config, dict(zip(names, parts, strict=True)), split) for split in splits}
+    named = dict(zip(names, parts, strict=True))
+    if streaming:
+        return {split: _join_streams(config, named, split) for split in splits}
+    labels = {split: _labels(config, named, split) for split in splits}
+    classes = _common_classes(labels.values())
+    return {split: _join_rows(config, named, split, labels[split], classes) for split in splits}
 
 
 def _join_streams(config: DataConfig, parts: Mapping[str, sources.Splits], split: str) -> Any:
@@ -66,13 +70,19 @@ def _join_streams(config: DataConfig, parts: Mapping[str, sources.Splits], split
     return concatenate_datasets(streams)
 
 
-def _join_rows(config: DataConfig, parts: Mapping[str, sources.Splits], split: str) -> Any:
+def _join_rows(
+    config: DataConfig,
+    parts: Mapping[str, sources.Splits],
+    split: str,
+    labels: Sequence[columns.Labels] | None,
+    classes: Sequence[str],
+) -> Any:
     """The rows of a split of all parts that have it: images, labels where all have them, and pages."""
     from datasets import ClassLabel, Features, Image, Value, concatenate_datasets
 
     target, label = config.image_column or "image", config.label_column or "label"
     having = {name: part for name, part in parts.items() if split in part}
-    labels = _common_labels(config, having, split)
+    number_of = {name: number for number, name in enumerate(classes)}
     joined, paths = [], []
     for number, (name, part) in enumerate(having.items()):
         column = columns.image_column(part[split].features, config.image_column, sources.short_name(name))
@@ -81,8 +91,8 @@ def _join_rows(config: DataConfig, parts: Mapping[str, sources.Splits], split: s
         rows = rows if column == target else rows.rename_column(column, target)
         features = Features({target: Image(decode=False)})
         if labels is not None:
-            rows = rows.add_column(label, labels[number].values)
-            features[label] = ClassLabel(names=labels[number].names)
+            rows = rows.add_column(label, labels[number].renumbered(number_of))
+            features[label] = ClassLabel(names=list(classes))
         if config.pages == "all":
             features[PAGE] = Value("int32")
         joined.append(rows.cast(Features({each: features[each] for each in rows.column_names})))
@@ -91,13 +101,14 @@ def _join_rows(config: DataConfig, parts: Mapping[str, sources.Splits], split: s
     return _told(concatenate_datasets(joined), paths, list(having), split)
 
 
-def _common_labels(config: DataConfig, parts: Mapping[str, sources.Splits], split: str) -> list[columns.Labels] | None:
-    """The labels of every part, numbered by the names of all classes together; None unless all have them."""
+def _labels(config: DataConfig, parts: Mapping[str, sources.Splits], split: str) -> list[columns.Labels] | None:
+    """The labels of every part that has the split; None unless all have them."""
     if config.unlabelled:
         return None
     found = {
         name: columns.read_labels(part, split, config.label_column, sources.short_name(name), required=False)
         for name, part in parts.items()
+        if split in part
     }
     without = [sources.short_name(name) for name, labels in found.items() if labels is None]
     labelled = [labels for labels in found.values() if labels is not None]
@@ -105,11 +116,15 @@ def _common_labels(config: DataConfig, parts: Mapping[str, sources.Splits], spli
         if labelled:
             warn_once(f"the labels ({split}) are not used, as {listed(without)} has none")
         return None
-    names = labelled[0].names
-    if any(labels.names != names for labels in labelled):
-        names = sorted({name for labels in labelled for name in labels.names})
-    numbers = {name: number for number, name in enumerate(names)}
-    return [columns.Labels(labels.renumbered(numbers), names) for labels in labelled]
+    return labelled
+
+
+def _common_classes(labels: Iterable[Sequence[columns.Labels] | None]) -> list[str]:
+    """The names of all classes together, so that a class has the same number in every split and part."""
+    several = [part.names for parts in labels for part in parts or ()]
+    if all(names == several[0] for names in several):
+        return several[0] if several else []
+    return sorted({name for names in several for name in names})
 
 
 def _told(rows: Any, paths: Sequence[Sequence[str | None]], names: Sequence[str], split: str) -> Any:

@@ -34,9 +34,12 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         values = input.float()
-        moments = torch.stack([values.mean(dim=(0, 2, 3)), values.square().mean(dim=(0, 2, 3))])
-        mean, square = dist_nn.all_reduce(moments) / world_size()
-        variance = (square - mean.square()).clamp_min(0)
+        variances, means = torch.stack(
+            dist_nn.all_gather(torch.stack(torch.var_mean(values, dim=(0, 2, 3), correction=0)))
+        ).unbind(1)
+        mean = means.mean(0)
+        # Not E[x^2] - E[x]^2, which loses all digits where the mean is much larger than the standard deviation.
+        variance = variances.mean(0) + (means - mean).square().mean(0)
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             count = values.numel() / values.shape[1] * world_size()
             momentum = 0.1 if self.momentum is None else self.momentum

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sssd_zoo.configs import ClusterConfig
+from sssd_zoo.configs import ClusterConfig, RuntimeConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank, world_size
@@ -23,7 +23,11 @@ from sssd_zoo.labels.kmeans import IntArray, kmeans, normalise
 from sssd_zoo.labels.pseudo_labels import match_labels
 
 LOG = "own_labels.jsonl"
-KEPT = 3  # the labels of so many epochs stay on disk: a resume needs the checkpoint's epoch and the one before
+
+
+def epochs_to_keep(runtime: RuntimeConfig) -> int:
+    """Epochs whose labels a resume may need: back to the oldest checkpoint that it may start at, and the one before."""
+    return max(1, runtime.checkpoint_epochs) * max(1, runtime.keep_last) + 1
 
 
 class OnlineLabels:
@@ -39,6 +43,7 @@ class OnlineLabels:
         seed: of k-means.
         iterations: of k-means.
         autocast: precision of the forward pass, or none.
+        kept: epochs whose labels stay on disk, see `epochs_to_keep`.
 
     Raises:
         UserError: if so many images do not make so many clusters.
@@ -52,10 +57,12 @@ class OnlineLabels:
         *,
         iterations: int = ClusterConfig.iterations,
         autocast: torch.dtype | None = None,
+        kept: int = 3,
     ) -> None:
         if not 2 <= k <= len(data):
             raise UserError(f"K = {k} clusters of {len(data)} images; give a --k from 2 to the number of images")
         self.data, self.seed, self.iterations, self.autocast = data, seed, iterations, autocast
+        self.kept = kept
         self.num_classes = k
         self.identity = f"own, K = {k}"
 
@@ -132,7 +139,7 @@ class OnlineLabels:
         np.save(buffer, labels)
         content = buffer.getvalue()
         atomic_write_bytes(self._file(epoch), content)
-        self._file(epoch - KEPT).unlink(missing_ok=True)
+        self._file(epoch - self.kept).unlink(missing_ok=True)
         line["sha256"] = hashlib.sha256(content).hexdigest()
         lines = [kept for kept in self._lines() if kept["epoch"] < epoch]  # a resume may make an epoch's again
         atomic_write_text(self.out / LOG, "".join(json.dumps(kept) + "\n" for kept in [*lines, line]))

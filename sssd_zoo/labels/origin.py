@@ -7,7 +7,7 @@ from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed.hardware import DTYPES, resolve_precision
 from sssd_zoo.errors import UserError
 from sssd_zoo.labels.fixed import FixedLabels
-from sssd_zoo.labels.online import OnlineLabels
+from sssd_zoo.labels.online import OnlineLabels, epochs_to_keep
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels, random_labels
 from sssd_zoo.labels.soft import SoftLabels
@@ -41,7 +41,7 @@ def labels_by_name(name: Name, data: ImageData, k: int, runtime: RuntimeConfig) 
         return FixedLabels(random_labels(len(data), k, runtime.seed))
     if name == "own":
         precision = resolve_precision(runtime.precision, runtime.device)
-        return OnlineLabels(data, k, runtime.seed, autocast=DTYPES[precision])
+        return OnlineLabels(data, k, runtime.seed, autocast=DTYPES[precision], kept=epochs_to_keep(runtime))
     if data.labels is None:
         raise UserError(f"{data.name} has no true labels to train on")
     return FixedLabels(data.labels)

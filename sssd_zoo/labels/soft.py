@@ -71,7 +71,9 @@ class SoftLabels:
         self.memberships = torch.softmax(-distances / (temperature * scale), dim=1)
         self.near = torch.from_numpy(pseudo.near[places])
         self.num_classes = len(pseudo.centroids)
-        self.identity = f"{fingerprint(pseudo.labels[places])}, soft {temperature}"  # of the same centroids
+        self.identity = (  # of the same centroids
+            f"{fingerprint(pseudo.labels[places])}, soft {temperature} over {pseudo.near.shape[1]}"
+        )
 
     def __getitem__(self, positions: Tensor) -> Tensor:
         dense = torch.zeros(len(positions), self.num_classes)

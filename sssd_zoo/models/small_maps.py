@@ -134,4 +134,5 @@ def is_eligible(module: nn.Module) -> bool:
         and module.dilation == (1, 1)
         and module.groups == 1
         and module.bias is None
+        and module.padding_mode == "zeros"
     )

@@ -56,6 +56,7 @@ def write_view_cache(
     path = folder / RECORD
     if on_main(lambda: path.exists() and read_json(path) == record):
         return
+    on_main(lambda: path.unlink(missing_ok=True))  # what follows is of these views only once all of it is written
     kind: dict[str, Any] = {"crop": config.crop, "scale": config.crop_scale}
     kind["augment"] = config.augment.resolved(contrastive=False, channels=data.channels)
     views = torch.stack(

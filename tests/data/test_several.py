@@ -8,6 +8,7 @@ import torch
 from helpers.images import file_bytes, picture, write, write_parquet
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.loading import load_images, split_names
+from sssd_zoo.data.several import open_data
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.data.streaming import load_streaming
 from sssd_zoo.errors import UserError
@@ -52,6 +53,20 @@ class TestSeveral:
         names = DataConfig(data=[str(folders[0]), str(tmp_path / "c")], unlabelled=True)
         assert split_names(names) == ["train", "test"]
         assert len(load_images(names, progress=False)) == 9
+
+    def test_a_class_has_the_same_number_in_every_split(self, folders, tmp_path):
+        write(tmp_path / "c" / "train" / "ant" / "w.png", picture(90))
+        write(tmp_path / "c" / "train" / "owl" / "x.png", picture(91))
+        write(tmp_path / "c" / "test" / "ant" / "y.png", picture(92))
+        write(tmp_path / "c" / "test" / "owl" / "z.png", picture(93))
+        splits = open_data(DataConfig(data=[str(folders[0]), str(tmp_path / "c")]), progress=False)
+        classes = ["ant", "cat", "dog", "owl"]
+        assert {name: rows.features["label"].names for name, rows in splits.items()} == {
+            "train": classes,
+            "test": classes,
+        }
+        assert splits["train"]["label"][:] == [1] * 4 + [2] * 4 + [0, 3]
+        assert splits["test"]["label"][:] == [0, 3]
 
     def test_labels_need_to_be_those_of_all(self, folders, tmp_path, caplog):
         write(tmp_path / "flat" / "0.png", picture(99))

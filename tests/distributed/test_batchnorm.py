@@ -36,6 +36,9 @@ out.backward(upstream[half])
 for parameter in synced.parameters():  # what DistributedDataParallel does, but for the mean
     dist.all_reduce(parameter.grad)
 
+far = synchronise_batchnorm(nn.Sequential(norm()), torch.device("cpu"))[0]
+far(images[half] + 1000)
+
 local = norm()
 local(images[half])
 before = local.running_mean.clone()
@@ -50,6 +53,7 @@ result = {
     "weight.grad": synced.weight.grad,
     "bias.grad": synced.bias.grad,
     "buffers": dict(synced.named_buffers()),
+    "far": far.running_var,
     "eval": gather(synced.eval()(images[half])),
     "means": gather(before[None]),
     "averaged": dict(local.named_buffers()),
@@ -112,6 +116,12 @@ def test_synchronised_its_running_statistics_are_those_of_the_whole_batch(shared
     for name, buffer in norm.named_buffers():
         torch.testing.assert_close(shared["buffers"][name], buffer)
     torch.testing.assert_close(shared["eval"], norm.eval()(images).detach())
+
+
+def test_a_variance_much_smaller_than_the_mean_is_kept(shared, whole):
+    norm, images, _ = whole
+    norm(images.detach() + 1000)
+    torch.testing.assert_close(shared["far"], norm.running_var, rtol=1e-3, atol=0)
 
 
 def test_averaged_statistics_are_the_mean_of_the_processes_own(shared, whole):

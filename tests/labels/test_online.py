@@ -9,11 +9,11 @@ import pytest
 import timm
 import torch
 
-from sssd_zoo.configs import DataConfig
+from sssd_zoo.configs import DataConfig, RuntimeConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.errors import UserError
-from sssd_zoo.labels.online import OnlineLabels
+from sssd_zoo.labels.online import OnlineLabels, epochs_to_keep
 from sssd_zoo.labels.pseudo_labels import match_labels
 
 
@@ -64,6 +64,17 @@ def test_in_the_middle_of_an_epoch_they_are_those_from_before_it(online):
     assert torch.equal(online.for_epoch(0, 3), labels)
     with pytest.raises(UserError, match="in the middle of epoch 7"):
         online.for_epoch(7, 1)
+
+
+@pytest.mark.parametrize(("every", "last"), [(1, 2), (5, 2), (3, 1)])
+def test_a_resume_finds_the_labels_before_its_checkpoint(every, last):
+    """Whenever it was killed, the labels of the epoch before the oldest checkpoint are there."""
+    kept = epochs_to_keep(RuntimeConfig(checkpoint_epochs=every, keep_last=last))
+    for killed in range(1, 40):  # the epoch that it is in
+        checkpoints = list(range(every, killed + 1, every))[-last:]
+        for checkpoint in checkpoints:
+            assert killed - kept < checkpoint - 1
+    assert epochs_to_keep(RuntimeConfig(checkpoint_epochs=0, keep_last=0)) == 2
 
 
 def test_an_epoch_made_again_has_one_line(online):

@@ -1,5 +1,6 @@
 """Cached views: what is kept is what the encoder sees of them, resumed and in parts as in one go."""
 
+import errno
 import json
 
 import numpy as np
@@ -13,7 +14,8 @@ from sssd_zoo.configs import AnchoredConfig, DataConfig, ForwardConfig
 from sssd_zoo.data.augment import normalise, resize, shifted, supervised_view
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import load_images
-from sssd_zoo.data.views import CachedViewLoader, ViewBatch
+from sssd_zoo.data.views import FEATURES, CachedViewLoader, ViewBatch
+from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.models.networks import input_spec, load_encoder
 from sssd_zoo.models.saving import save_network
@@ -35,6 +37,22 @@ def encoder():
 @pytest.fixture(scope="module")
 def data(folder_of_images):
     return load_images(DataConfig(data=str(folder_of_images), workers=1), default_size=32)
+
+
+def test_a_cache_that_was_half_replaced_is_written_again(encoder, data, tmp_path, monkeypatch):
+    config = AnchoredConfig(anchor=1.0, cached_views=1)
+    write_view_cache(tmp_path, encoder, data, config, FP32, seed=4)
+    features = (tmp_path / FEATURES).read_bytes()
+    monkeypatch.setattr(np, "save", full_disk)
+    with pytest.raises(UserError, match="the disk is full"):
+        write_view_cache(tmp_path, encoder, data, config, FP32, seed=5)
+    monkeypatch.undo()
+    write_view_cache(tmp_path, encoder, data, config, FP32, seed=4)
+    assert (tmp_path / FEATURES).read_bytes() == features
+
+
+def full_disk(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized"])
