@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from scipy.stats import spearmanr
 
+from sssd_zoo.cli.guard import guarded
 from sssd_zoo.configs import DataConfig, ForwardConfig, ProbeConfig
 from sssd_zoo.data.inputs import storage_default
 from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.distributed.hardware import describe_machine, resolve_precision, tune_cpu
+from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import code, markdown
 from sssd_zoo.evaluation.features import feature_batches
 from sssd_zoo.evaluation.label_free import cluster_stability, embedding_figures, exit_agreement, neighbour_accuracy
@@ -28,8 +31,8 @@ from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS, Meaning
 from sssd_zoo.evaluation.probe import linear_probe
 from sssd_zoo.evaluation.reports.markdown import table
 from sssd_zoo.evaluation.subset import Subset, draw_subset
-from sssd_zoo.files import atomic_write_text
-from sssd_zoo.models.networks import load_encoder, load_network
+from sssd_zoo.files import atomic_write_bytes, atomic_write_text
+from sssd_zoo.models.networks import load_encoder, load_network, weights_digest
 
 
 def features(model: Any, data: ImageData, forward: ForwardConfig, positions: torch.Tensor) -> torch.Tensor:
@@ -59,6 +62,31 @@ def extract(source: str, train: ImageData, test: ImageData, args: argparse.Names
         assert data.labels is not None
         tensors |= {part: features(model, data, forward, positions)}
         tensors |= {f"{part}_labels": torch.from_numpy(data.labels)[positions]}
+    return tensors
+
+
+def kept(
+    file: Path, source: str, train: ImageData, test: ImageData, args: argparse.Namespace
+) -> dict[str, torch.Tensor]:
+    """What `extract` gives: read from `file`, or computed and written there.
+
+    Raises:
+        UserError: if `file` is of another network, other images or other settings.
+    """
+    network = load_network(source.partition("@")[0])
+    made_by = {
+        "network": f"{source}, {weights_digest(network)}",
+        "data": f"{train.fingerprint}, {test.fingerprint}",
+        "settings": f"{args.images}, {args.probe}, {args.test}, seed {args.seed}",
+        "precision": resolve_precision(args.precision, args.device),
+    }
+    if file.exists():
+        with safe_open(file, "pt") as stored:
+            if stored.metadata() != made_by:
+                raise UserError(f"{file} is of another network, other images or other settings: move it away")
+        return load_file(file)
+    tensors = extract(source, train, test, args)
+    atomic_write_bytes(file, save(tensors, made_by))
     return tensors
 
 
@@ -165,14 +193,13 @@ def main() -> None:
     )
     rows = {}
     for name, source in sources.items():
-        file = args.features / f"{name}.safetensors"
-        if not file.exists():
-            save_file(extract(source, train, test, args), file)
-        rows[name] = measure(load_file(file), len(train.class_names or []), args.seed)
+        tensors = kept(args.features / f"{name}.safetensors", source, train, test, args)
+        rows[name] = measure(tensors, len(train.class_names or []), args.seed)
         print(f"{name}: linear probe {rows[name]['probe']:.2f} percent", flush=True)
     write_csv(args.out / "results.csv", rows)
     atomic_write_text(args.out / "report.md", report(rows, sources, args))
 
 
 if __name__ == "__main__":
-    main()
+    with guarded():
+        main()

@@ -3,7 +3,9 @@
 torchvision's v2 transforms draw one set of parameters for a whole batch, which is wrong for contrastive learning;
 per-image transforms are an order of magnitude slower. The distributions here are those of torchvision's
 RandomResizedCrop, ColorJitter (operations in a random order per image, every result clamped), RandomGrayscale,
-GaussianBlur, RandomHorizontalFlip and RandomCrop with padding. Images stay uint8 until they are augmented.
+GaussianBlur, RandomHorizontalFlip and RandomCrop with padding. Resized crops are bilinear without antialiasing: images
+are stored only little larger than the views, so a crop shrinks by an eighth at most, unless settings ask for more
+(`storage_size`, `teacher_size`, `sizes`). Images stay uint8 until they are augmented.
 """
 
 import functools
@@ -40,7 +42,8 @@ class BatchRandom:
     """
 
     def __init__(self, seed: int, step: int, rank: int = 0, world: int = 1) -> None:
-        # Two odd multipliers keep (seed, step) pairs apart; torch seeds its Mersenne twister from the 64 bits.
+        # Two odd multipliers keep (seed, step) pairs apart in the low 32 bits, which are all that torch's Mersenne
+        # twister is seeded from.
         self.generator = torch.Generator().manual_seed((seed * 0x9E3779B1 + step * 0x85EBCA77 + 1) % 2**63)
         self.rank, self.world = rank, world
 

@@ -254,7 +254,7 @@ def encoded_image(image: Any, number: int) -> dict[str, Any]:
         return {"bytes": image, "path": None}
     if isinstance(image, Image.Image):
         file = getattr(image, "filename", "")
-        if file and getattr(image, "tile", None):  # opened and not decoded: it is as the file has it
+        if file and getattr(image, "tile", None) and image.tell() == 0:  # not decoded: it is as the file has it
             return {"bytes": None, "path": str(Path(file).absolute())}
         return {"bytes": picture_bytes(ImageOps.exif_transpose(image)), "path": None}
     if isinstance(image, torch.Tensor):

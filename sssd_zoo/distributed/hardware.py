@@ -55,7 +55,7 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_device(device: Literal["auto", "cpu"]) -> torch.device:
-    """The current GPU if there is one and `device` is 'auto', otherwise the CPU."""
+    """The current GPU, if there is one of torch's type 'cuda' and `device` is 'auto', otherwise the CPU."""
     return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else "cpu")
 
 

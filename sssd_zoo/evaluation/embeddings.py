@@ -21,7 +21,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import check_content, damage, disk_errors, read_json, sha256_of, temporary_name, write_json
+from sssd_zoo.files import (
+    check_content,
+    damage,
+    disk_errors,
+    read_json,
+    recorded_sha256,
+    sha256_of,
+    temporary_name,
+    write_json,
+)
 
 FORMATS = (".parquet", ".csv", ".npy")
 KEY = b"sssd_zoo"  # of the schema's metadata in parquet
@@ -155,7 +164,8 @@ class EmbeddingFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.meta = read_meta(self.path)
-        if wrong := damage(self.path.parent, self.meta.get("sha256", {})):
+        beside = recorded_sha256(self.meta, [path.name for path in sidecars(self.path)] + [self.path.name])
+        if wrong := damage(self.path.parent, beside):
             raise UserError(f"the embeddings in {self.path} are damaged: {wrong}; make them again by `sssd embed`")
 
     def chunks(self, exit_name: str) -> Iterator[FloatArray]:

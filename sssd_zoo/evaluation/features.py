@@ -13,6 +13,7 @@ from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
 from sssd_zoo.distributed.progress import progress_bar
+from sssd_zoo.models import classifier_names
 from sssd_zoo.models.networks import input_spec
 
 T = TypeVar("T")
@@ -83,9 +84,10 @@ class Float32Classifier(nn.Module):
 
 def float32_classifiers(model: Any) -> Any:
     """Makes a network's classifiers compute in float32 under autocast, too, and returns it."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.endswith("fc"):
-            model.set_submodule(name, Float32Classifier(module))
+    modules = dict(model.named_modules())
+    for name in classifier_names(model):
+        if isinstance(modules.get(name), nn.Linear):
+            model.set_submodule(name, Float32Classifier(modules[name]))
     return model
 
 

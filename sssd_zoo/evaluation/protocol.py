@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sssd_zoo.configs import DataConfig, ForwardConfig, KNNConfig, ProbeConfig
+from sssd_zoo.data.columns import take_split
 from sssd_zoo.data.layout import composed
-from sssd_zoo.data.loading import ImageData, fits_on_gpu, load_images, split_names
+from sssd_zoo.data.loading import ImageData, fits_on_gpu, load_images
+from sssd_zoo.data.several import open_data
+from sssd_zoo.data.sources import Splits
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import compute_device
 from sssd_zoo.errors import UserError
@@ -79,20 +83,25 @@ def evaluation_data(
     """The split to measure on: the one asked for, else 'test' or 'validation', else images held out by class.
 
     Raises:
-        UserError: without labels, if the splits have different classes, or if a class has no image to train on.
+        UserError: without labels, if the splits have different classes or share rows, or if a class has no image to
+            train on.
     """
     assert data.labels is not None  # callers look
-    names = [name for name in split_names(config) if name != data.split.split("[")[0]]
+    splits = open_data(config, progress=rank() == 0)
+    names = [name for name in splits if name != data.split.split("[")[0]]
     candidates = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
     for name in candidates:
         if name == data.split:
             continue
-        test = load_images(
-            replace(config, split=name, storage_size=data.size),
-            require_labels=test_split is not None,
-            progress=rank() == 0,
-        )
+        if shared := shared_rows(splits, data.split, name, data.name):
+            raise UserError(
+                f"{shared} images of the split {name} of {data.name} are in {data.split} too, which is trained on: "
+                "give a --test_split without them"
+            )
+        test = load_images(replace(config, split=name, storage_size=data.size), progress=rank() == 0)
         if test.labels is None:
+            if test_split:
+                raise UserError(f"split {name} of {data.name} has no labels to measure with: give another --test_split")
             continue
         if test.class_names != data.class_names:
             different = sorted(set(test.class_names or []) ^ set(data.class_names or []))
@@ -105,6 +114,27 @@ def evaluation_data(
     kept, held_out = hold_out(data, holdout, seed, purpose="measure on", advice=advice)
     words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"
     return Evaluation(data, kept, data, held_out, words)
+
+
+def shared_rows(splits: Splits, one: str | None, other: str | None, name: str) -> int:
+    """How many rows two of the data's splits share: 'train[:400]' and 'train[200:600]' share 200.
+
+    Args:
+        splits: all splits.
+        one: a split or a slice of one, as for `take_split`.
+        other: the same.
+        name: name of the data, for messages.
+    """
+    from datasets import Dataset
+
+    numbers = {split: Dataset.from_dict({"row": np.arange(len(rows))}) for split, rows in splits.items()}
+
+    def of(selection: str | None) -> tuple[str, NDArray[np.int64]]:
+        taken, split = take_split(numbers, selection, name)
+        return split.split("[")[0], taken[split].with_format("numpy")[:]["row"]
+
+    (split, rows), (other_split, others) = of(one), of(other)
+    return len(np.intersect1d(rows, others)) if split == other_split else 0
 
 
 def hold_out(data: ImageData, fraction: float, seed: int, *, purpose: str, advice: str) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,9 @@ class Subset:
             autocast=DTYPES[resolve_precision(self.forward.precision, self.forward.device)],
             read=read,
         )
-        return torch.cat([part for _, part in values], dim=1)
+        read = list(values)
+        self.positions = torch.cat([index for index, _ in read])  # another image stands for one that cannot be decoded
+        return torch.cat([part for _, part in read], dim=1)
 
     def _viewed(
         self, batches: Iterable[tuple[Tensor, Tensor]], size: int, view: int

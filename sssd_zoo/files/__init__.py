@@ -49,6 +49,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         errno.ENOTDIR: "a parent of it is a file, not a folder",
         errno.EEXIST: "a parent of it is a file, not a folder",
         errno.EFBIG: "the file is larger than the file-size limit",
+        errno.ENAMETOOLONG: "the name is too long",
     }
     try:
         yield
@@ -67,7 +68,18 @@ def disk_errors(path: Path) -> Iterator[None]:
             ) from error
         if number not in reasons:
             raise
+        if (other := _file_elsewhere(error, path)) is not None:
+            raise UserError(f"cannot open {other}: {reasons[number]}") from error
         raise UserError(f"cannot write {path}: {reasons[number]}; no incomplete file is left") from error
+
+
+def _file_elsewhere(error: Exception, path: Path) -> str | None:
+    """The file that an error is about, if it is neither beside `path` nor a parent of it that was to be made."""
+    name = getattr(error, "filename", None)
+    if not isinstance(name, (str, bytes, Path)):
+        return None
+    file, target = Path(os.fsdecode(name)).absolute(), path.absolute()
+    return None if file.is_relative_to(target.parent) or target.is_relative_to(file) else str(file)
 
 
 def temporary_name(path: Path) -> Path:
@@ -178,10 +190,13 @@ def publish_dir(temporary: Path, path: Path) -> None:
         if file.is_file():
             _sync(file)
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if path.exists():
+        path.rename(old)
     try:
-        if path.exists():
-            path.rename(old)
         temporary.rename(path)
-        _sync(path.parent)
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -98,6 +98,8 @@ def _read(path: Path) -> dict[str, Any] | None:
     """The content of a lock file; None if there is none, or its writer was killed before writing it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content if {"pid", "host", "started", "command"} <= content.keys() else None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError):
         return None
+    kinds: dict[str, Any] = {"pid": int, "host": str, "started": (int, float), "command": str}
+    whole = isinstance(content, dict) and all(isinstance(content.get(name), kind) for name, kind in kinds.items())
+    return content if whole else None

@@ -39,7 +39,8 @@ class Kind(NamedTuple):
 
 
 VIEW_CACHE = tuple(f"view_cache/{name}" for name in ("views.json", "views.npy", "features.npy", ".*.partial"))
-CHECKPOINTS = ("checkpoints/step-*", "checkpoints/.step-*")
+STEP = "step-" + 8 * "[0-9]"  # the folder of a checkpoint
+CHECKPOINTS = (f"checkpoints/{STEP}", f"checkpoints/.{STEP}.*")
 CORRUPT = "corrupt.tsv"  # the images that were skipped, and why
 TRAINING = (
     CORRUPT,
@@ -87,7 +88,9 @@ KINDS = {
         (*TRAINING, *LABELS, "metrics.json", *(f"network/{name}" for name in (*NETWORK, "README.md", RUN_MARK))),
     ),
 }
-# Folders of versions without marks, recognised by a key in config.yaml.
+# Folders of versions without marks, recognised by keys in config.yaml: of one of `OURS`, which hardly any other program
+# has beside the usual ones, and the first of `BEFORE_MARKS`.
+OURS = {"image_column", "voc"}
 BEFORE_MARKS = {
     "methods": "compare",
     "models": "finetune",
@@ -193,7 +196,7 @@ def kind_of(folder: Path) -> str | None:
     if (folder / RUN_MARK).is_file():
         return str(_content(folder / RUN_MARK).get("kind", "unknown"))
     settings = _content(folder / "config.yaml")
-    if {"data", "out", "workers"} <= settings.keys():
+    if {"data", "out", "workers"} <= settings.keys() and OURS & settings.keys():
         return next((kind for key, kind in BEFORE_MARKS.items() if key in settings), None)
     if {"fingerprint", "k_asked"} <= _content(folder / "pseudo_labels.json").keys():
         return "pulled-labels" if (folder / "README.md").exists() else "labels"

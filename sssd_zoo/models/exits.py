@@ -15,8 +15,10 @@ class Exits(NamedTuple):
 
     Attributes:
         logits: four tensors [B, num_classes], q_1..q_3 and q_C before the softmax.
-        features: four tensors [B, num_features], F_1..F_3 and F_C: non-negative (they come out of a ReLU), pooled,
-            and as they are before the dropout in front of the classifiers. With `global_pool=''` they are maps.
+        features: four tensors [B, D], F_1..F_3 and F_C, pooled, as they are before the dropout in front of the
+            classifiers. D is the width of the classifiers' input (`head_hidden_size` where timm's network has one, else
+            `num_features`). In ResNets they are non-negative, as they come out of a ReLU. With `global_pool=''` they
+            are maps.
     """
 
     logits: list[Tensor]

@@ -141,9 +141,8 @@ def folder_names(names: dict[int, str], count: int) -> dict[int, str]:
         if not folder:
             folders[number] = f"cluster-{number:0{width}}"
             continue
-        if owners.setdefault(folder.casefold(), name) != name:
+        while owners.setdefault(folder.casefold(), name) != name:
             folder = f"{folder}-{number:0{width}}"
-            owners[folder.casefold()] = name
         folders[number] = folder
     return folders
 

@@ -41,7 +41,7 @@ from sssd_zoo.evaluation.embeddings import (
 )
 from sssd_zoo.evaluation.features import read_batches
 from sssd_zoo.files import atomic_write_bytes, disk_errors, read_json, write_json
-from sssd_zoo.files.run_folder import check_replaceable, check_writable, claim, contains, discard, drop
+from sssd_zoo.files.run_folder import check_replaceable, check_writable, claim, discard, drop
 from sssd_zoo.models import MultiExit
 from sssd_zoo.models.networks import config_for, input_spec, load_encoder, weights_digest
 from sssd_zoo.training.hardware import make_accelerator
@@ -122,7 +122,7 @@ def check_target(args: EmbedArgs, out: Path) -> None:
     if out.suffix not in FORMATS:
         raise UserError(f"--out {out} must end in one of {', '.join(FORMATS)}, which says how it is written")
     for source in [args.data] if isinstance(args.data, str) else args.data:
-        if Path(source).is_dir() and contains(Path(source), str(out.parent)):
+        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"--out {out} lies in --data {source}, where it would be read as data: give another place")
     check_replaceable(out, args.overwrite, "embeddings of `sssd embed`", is_embeddings)
     foreign = [path for path in sidecars(out) if path.exists() and not is_ours(sidecars(out)[0])]
@@ -199,7 +199,8 @@ class Parts:
         Raises:
             UserError: if the disk is full, or an embedding is no finite number.
         """
-        stored = values.numpy().astype(DTYPES[dtype])
+        with np.errstate(over="ignore"):  # told below
+            stored = values.numpy().astype(DTYPES[dtype])
         if not np.isfinite(stored).all():
             row = int(positions[~torch.from_numpy(np.isfinite(stored).all((1, 2)))][0])
             too_large = bool(values.isfinite().all())
@@ -218,6 +219,8 @@ class Parts:
         try:
             with np.load(self.path(number), allow_pickle=False) as file:
                 return [file[name] for name in names]
+        except MemoryError:
+            raise
         except Exception as error:  # zip files can be damaged in many ways
             self.path(number).unlink(missing_ok=True)
             raise UserError(f"{self.path(number)} was damaged and is removed: run the command again") from error
@@ -285,6 +288,11 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
     if not count:
         parts.discard()
         raise UserError(f"none of the {parts.count} images of {data.name} can be read ({described(left_out)})")
+    if len(left_out) > args.max_corrupt:  # each process and each call has counted its own alone
+        raise UserError(
+            f"{len(left_out)} images of {data.name} cannot be read, more than max_corrupt {args.max_corrupt} "
+            f"({described(left_out)}): fix or remove them, or raise max_corrupt to leave them out"
+        )
     are_files = data.paths(np.arange(1))[0] is not None
     meta: Meta = {
         "package": "sssd-zoo",

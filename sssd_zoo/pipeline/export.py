@@ -42,7 +42,6 @@ from sssd_zoo.models.multi_exit import check_thresholds
 from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
 from sssd_zoo.models.saving import save_network
 
-SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 FOLDERS = {"safetensors": "network", "timm": "network", "transformers": "transformers"}  # by format, the folder's kind
 WHOLE = ("ensemble", "all", "early-exit")  # outputs that need all exits
 Arrays = list[NDArray[np.float32]]
@@ -217,6 +216,8 @@ def export(args: ExportArgs) -> None:
     check_request(args)
     open_target(args, out)
     model = load_output(args)
+    if args.thresholds is not None:
+        model.thresholds = check_thresholds(args.thresholds)
     facts = metadata(model, output)
     example = torch.randn(2, *facts["input_size"], generator=torch.Generator().manual_seed(0))
     if args.format in FOLDERS:
@@ -269,6 +270,14 @@ def check_request(args: ExportArgs) -> None:
         raise UserError("--format transformers is the whole network: leave --output out; exit 4 alone is --format timm")
     if args.format == "torch-export" and args.output == "early-exit":
         raise UserError("early exit is exported in stages as --format onnx; torch-export has one graph per file")
+    if args.thresholds is not None:
+        if args.format not in ("safetensors", "transformers") and output != "early-exit":
+            raise UserError(
+                "--thresholds are stored by --output early-exit, --format safetensors and --format transformers alone: "
+                "leave them out"
+            )
+        if output not in WHOLE:
+            raise UserError(f"--thresholds need all exits, and output {output} has one: leave them or --output out")
     if args.format == "onnx":
         import_onnxruntime()
 
@@ -329,8 +338,6 @@ def export_stages(model: MultiExit, args: ExportArgs, facts: dict[str, Any], exa
     Raises:
         UserError: if there are no thresholds.
     """
-    if args.thresholds is not None:
-        model.thresholds = check_thresholds(args.thresholds)
     if model.thresholds is None:
         raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
     files = []

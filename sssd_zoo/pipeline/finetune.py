@@ -180,6 +180,8 @@ def check_models(args: FinetuneArgs) -> None:
         raise UserError("give --fractions or --per_class")
     if len({folder_name(name) for name in args.models}) < len(args.models):
         raise UserError(f"--models must have different names: {', '.join(args.models)}")
+    if unnamed := [name for name in args.models if folder_name(name) in ("", ".", "..")]:
+        raise UserError(f"--models {unnamed[0]} gives no name to a folder of its runs: give its absolute path")
     if args.deploy and (taken := [name for name in args.models if folder_name(name) == "model"]):
         raise UserError(
             f"--models {taken[0]} would share OUT/model with the network to deploy: give its absolute path, or "

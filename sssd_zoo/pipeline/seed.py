@@ -17,7 +17,7 @@ from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.models.networks import (
     check_channels,
     input_spec,
-    load_network,
+    load_encoder,
     new_trunk,
 )
 from sssd_zoo.tasks import SEED
@@ -57,9 +57,9 @@ def seed_network(
     check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
     check_queue(config.queue_size, len(data))
     config.augment.resolved(contrastive=True, channels=data.channels, blur=config.blur)
-    frozen_teacher = load_network(teacher, num_classes=0)
+    frozen_teacher = load_encoder(teacher, teacher_size)
     check_channels(teacher, frozen_teacher, data)
-    teacher_spec = input_spec(frozen_teacher, teacher_size)
+    teacher_spec = input_spec(frozen_teacher)
     torch.manual_seed(runtime.seed)
     trunk = new_trunk(spec.arch, data=data)
     task = SEED(trunk, frozen_teacher, config, input_spec(trunk, spec.size), teacher_spec)

@@ -91,6 +91,9 @@ class Task(nn.Module):
     def before_step(self) -> None:
         """Called once before every optimiser step, however many batches it accumulates."""
 
+    def after_step(self) -> None:
+        """Called once after every optimiser step."""
+
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss of a batch.
 
@@ -140,7 +143,7 @@ class LabelTask(Task):
         return self.model if self.averaged is None else self.averaged
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def after_step(self) -> None:
         """Moves the averaged network, of weights and BatchNorm statistics; faster at first, as timm's ModelEmaV3 does.
 
         The decay of step t is min(ema, (1 + t) / (10 + t)), or the initial weights would stay in a short training.

@@ -1,8 +1,9 @@
 """The one training loop: schedule, precision, processes, checkpoints, resume, log and progress. It knows no method.
 
 Every random number of a step depends on (seed, step) alone and every epoch's order on (seed, epoch), so a run killed at
-any moment and resumed from its last checkpoint continues to the same weights, bit for bit, on one process; and several
-processes see the samples and the views that one process with the same global batch would.
+any moment and resumed from its last checkpoint continues to the same weights: bit for bit, on one process and with the
+same number of threads. Several processes see the samples and the views that one process with the same global batch
+would, unless batches are accumulated (`accumulate`) or images mixed (`mix`), which is done within a process.
 """
 
 import math
@@ -317,6 +318,7 @@ class Trainer:
         if self.optim.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad)
         self.optimizer.step()
+        self.task.after_step()
         self.optimizer.zero_grad()
         self.unlogged.append(means)
         self.figures = {}

@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from sssd_zoo.configs import RuntimeConfig
-from sssd_zoo.distributed.hardware import resolve_precision
+from sssd_zoo.distributed.hardware import compute_device, resolve_precision
 from sssd_zoo.errors import UserError
 from sssd_zoo.training.trackers import check_trackers
 
@@ -30,7 +30,7 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
-        cpu=config.device == "cpu",
+        cpu=compute_device(config.device).type == "cpu",  # Accelerate's own choice may be one that only it would use
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),

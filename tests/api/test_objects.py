@@ -1,5 +1,6 @@
 """Data sets that are objects: the same images and classes as from files, written once."""
 
+import io
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from helpers.data import everything, load
-from sssd_zoo.data.objects import image_files, stored
+from sssd_zoo.data.objects import encoded_image, image_files, stored
 from sssd_zoo.errors import UserError
 
 CLASSES = ["blue", "green", "red"]
@@ -97,6 +98,19 @@ def test_a_picture_that_was_changed_is_not_its_file(folder_of_images):
         return picture
 
     assert int(everything(load(stored(Items(folder_of_images, darker))))[1].max()) == 0
+
+
+def test_a_later_frame_of_a_file_is_not_its_first(tmp_path):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "green")]
+    frames[0].save(tmp_path / "two.tif", save_all=True, append_images=frames[1:])
+
+    def second(file):
+        opened = Image.open(tmp_path / "two.tif")
+        opened.seek(1)
+        return opened
+
+    image = Image.open(io.BytesIO(encoded_image(second(None), 0)["bytes"]))
+    assert image.convert("RGB").getpixel((0, 0)) == (0, 128, 0)
 
 
 class TestDatasets:

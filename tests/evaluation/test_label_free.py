@@ -127,6 +127,17 @@ class TestSubset:
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]), name
 
+    def test_labels_are_those_of_the_images_that_were_read(self, tmp_path):
+        for number in range(8):
+            write(tmp_path / ("ab"[number // 4]) / f"{number}.png", picture(number, 16))
+        (tmp_path / "a" / "1.png").write_bytes((tmp_path / "a" / "1.png").read_bytes()[:60])
+        data = load(tmp_path, max_corrupt=1, in_memory=False, verify=False)
+        subset = Subset(data, ForwardConfig(precision="fp32", device="cpu", batch_size=8), seed=0)
+        features = subset.features(create(layers=(1, 1, 1, 1), num_classes=0))[0]
+        assert 1 not in subset.positions, "another image takes the place of the one that cannot be read"
+        assert features.shape[1] == len(subset.labels)
+        assert torch.equal(subset.labels, (subset.positions >= 4).long())
+
     def test_views_are_other_pixels_of_the_same_images(self, data):
         subset = Subset(data, ForwardConfig(precision="fp32", device="cpu"), seed=0)
         batches = [(index, data.gather(index)) for index in subset.positions.split(6)]

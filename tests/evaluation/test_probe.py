@@ -10,13 +10,16 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import sssd_zoo  # noqa: F401  (registers the models)
-from sssd_zoo.configs import ProbeConfig
+from helpers.data import load
+from helpers.images import picture, write
+from sssd_zoo.configs import DataConfig, ProbeConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.evaluation.knn import knn
 from sssd_zoo.evaluation.probe import LogisticRegression as LogisticRegressionProblem
 from sssd_zoo.evaluation.probe import hold_out_rows, linear_probe
+from sssd_zoo.evaluation.protocol import evaluation_data
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -297,3 +300,14 @@ def test_a_covariance_that_lapack_gives_up_on_only_costs_iterations(monkeypatch)
     monkeypatch.setattr(torch.linalg, "eigh", fails)
     found = linear_probe(*data, 4, ProbeConfig(probe_weight_decay=0.01))
     torch.testing.assert_close(found.logits(data[2]), expected.logits(data[2]), rtol=0.02, atol=0.02)
+
+
+def test_a_test_split_may_lack_classes_but_not_labels(tmp_path):
+    for number, name in enumerate(("train/a", "train/b", "train/c", "test/a", "test/b")):
+        for place in range(2):
+            write(tmp_path / "photos" / name / f"{place}.png", picture(10 * number + place))
+    data = load(tmp_path / "photos")
+    config = DataConfig(data=str(tmp_path / "photos"))
+    for asked in (None, "test"):
+        found = evaluation_data(data, config, test_split=asked, holdout=0.2, seed=0)
+        assert found.test_labels.tolist() == [0, 0, 1, 1]

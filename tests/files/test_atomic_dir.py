@@ -1,5 +1,6 @@
 """Folders that are there whole or not at all, and what of an older one they take the place of."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from helpers.commands import ROOT
 from helpers.disk import contents, files_up_to
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import RUN_MARK
+from sssd_zoo.files import RUN_MARK, atomic_write_text, disk_errors
 from sssd_zoo.files.run_folder import atomic_dir, kind_of, restore, tidy
 
 
@@ -44,6 +45,35 @@ def test_a_block_that_fails_leaves_what_was_there(error, old, tmp_path):
     with pytest.raises(error):
         fails()
     assert contents(tmp_path) == before
+
+
+def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    write(tmp_path / "network", "old")
+    (tmp_path / "network" / "notes.txt").write_text("the user's")
+    before, rename = contents(tmp_path), Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if ".tmp-" in path.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path / "network", "new")
+    assert contents(tmp_path) == before
+
+
+def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(tmp_path):
+    photo = tmp_path / "photos" / "a.jpg"
+    with pytest.raises(UserError, match=f"cannot open {photo}: permission denied"), disk_errors(tmp_path / "out" / "x"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(photo))
+    with pytest.raises(UserError, match=r"cannot write .*: permission denied"), disk_errors(tmp_path / "out" / "x"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out"))
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="the name is too long"):
+        atomic_write_text(tmp_path / ("x" * 249), "")
 
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):

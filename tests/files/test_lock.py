@@ -117,3 +117,10 @@ def test_processes_of_one_run_share_the_lock_and_are_refused_together(folder_of_
     assert done.returncode != 0
     assert "Traceback" not in done.stderr.split("error: ")[0]
     assert f"process {os.getpid()} on" in done.stderr
+
+
+def test_a_lock_file_of_something_else_holds_nothing(tmp_path):
+    (tmp_path / lock.LOCK).write_text('{"pid": "many", "host": "here", "started": 1.0, "command": "x"}')
+    lock.take(tmp_path)
+    lock.release(tmp_path)
+    assert not (tmp_path / lock.LOCK).exists()

@@ -23,7 +23,7 @@ from sssd_zoo.configs import commands as arguments
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK, expand_home
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.files.run_folder import KINDS, atomic_dir, drop, kind_of, mark, tidy
+from sssd_zoo.files.run_folder import CHECKPOINTS, KINDS, atomic_dir, drop, kind_of, mark, remove, tidy
 from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.export import is_graph, is_program
@@ -143,6 +143,16 @@ def test_a_folder_that_is_replaced_keeps_what_others_put_into_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
+def test_of_the_checkpoints_only_those_of_this_package_are_removed(tmp_path):
+    mark(tmp_path, "training")
+    for name in ("step-00000100/checkpoint.json", "step-00000100-keep/notes.txt", "step-by-step notes.txt"):
+        (tmp_path / "checkpoints" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "checkpoints" / name).write_text("")
+    remove(tmp_path, CHECKPOINTS)
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-00000100-keep", "step-by-step notes.txt"]
+
+
 def test_a_library_call_replaces_no_folder_of_the_users(mine):
     before = contents(mine)
     with pytest.raises(UserError, match="not made by sssd-zoo"), atomic_dir(mine, "labels") as temporary:
@@ -205,7 +215,11 @@ def test_the_weights_of_a_card_replace_no_other_file(tmp_path, capsys):
 
 
 def common(**settings: Any) -> str:
-    return yaml.safe_dump({"data": "photos", "out": "run", "workers": 2, **settings})
+    return yaml.safe_dump({"data": "photos", "out": "run", "workers": 2, "image_column": None, **settings})
+
+
+def detection(**settings: Any) -> str:
+    return yaml.safe_dump({"data": ["VOC2007"], "out": "run", "workers": 2, "voc": False, **settings})
 
 
 NETWORK = json.dumps({"architecture": "sssd_resnet18"})
@@ -216,8 +230,8 @@ OLD = [
     ("finetune", {"config.yaml": common(models=[], epochs=1)}),
     ("training", {"config.yaml": common(epochs=1), "metrics.jsonl": ""}),
     ("training", {"config.json": '{"architecture": "resnet18"}', "checkpoints/step-00000001/checkpoint.json": "{}"}),
-    ("detector", {"config.yaml": common(frozen_stages=0, epochs=1), "detector.json": "{}"}),
-    ("detections", {"config.yaml": common(voc=False)}),
+    ("detector", {"config.yaml": detection(frozen_stages=0, epochs=1), "detector.json": "{}"}),
+    ("detections", {"config.yaml": detection()}),
     ("probe", {"config.yaml": common(probe_epochs=1), "config.json": NETWORK}),
     ("labels", {"pseudo_labels.json": LABELS, "labels.parquet": ""}),
     ("pulled-labels", {"pseudo_labels.json": LABELS, "README.md": ""}),
@@ -226,6 +240,7 @@ OLD = [
     ("card", {"config.json": NETWORK, "metrics.json": '{"weights": {"sha256": "0"}}'}),
     ("graphs", {"early_exit.json": '{"stages": [], "thresholds": []}', "stage1.onnx": ""}),
     (None, {"config.yaml": "data: photos\nout: run\n"}),
+    (None, {"config.yaml": "data: photos\nout: run\nworkers: 2\nepochs: 3\nmine: 42\n", "metrics.json": "{}"}),
     (None, {"config.json": '{"architecture": "resnet18"}', "model.safetensors": ""}),
     (None, {"metrics.json": "[1]", "config.yaml": "- : {", "pseudo_labels.json": "\0"}),
 ]

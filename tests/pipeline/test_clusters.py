@@ -188,4 +188,5 @@ def test_folders_of_names_that_come_out_alike():
     assert folders[1] == "sea_side-01"
     assert folders[3] == "cluster-03"
     assert len(set(folders.values())) == 11
+    assert folder_names({0: "A", 1: "a-2", 2: "a"}, 3) == {0: "A", 1: "a-2", 2: "a-2-2"}
     json.dumps(folders)

@@ -20,6 +20,7 @@ from helpers.data import load
 from helpers.images import file_bytes, picture, write, write_parquet
 from helpers.networks import save_tiny
 from sssd_zoo.configs import EmbedArgs, ForwardConfig
+from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.embeddings import EmbeddingFile
 from sssd_zoo.evaluation.features import network_features
 from sssd_zoo.files import RUN_MARK
@@ -207,9 +208,30 @@ def test_nothing_of_the_users_is_replaced(network, photos, tmp_path, capsys):
     assert "was not made by sssd-zoo" in one_line(capsys)
 
 
+def test_a_folder_that_is_yet_to_be_made_in_the_data_is_refused(network, photos, tmp_path, capsys):
+    assert embed(network, photos, photos / "new" / "e.parquet") == 2
+    assert "where it would be read as data" in one_line(capsys)
+    assert not (photos / "new").exists()
+
+
+def test_no_other_file_is_read_because_a_file_names_it(network, photos, tmp_path, capsys):
+    assert embed(network, photos, tmp_path / "e.csv") == 0
+    record = tmp_path / "e.csv.json"
+    meta = json.loads(record.read_text())
+    record.write_text(json.dumps({**meta, "sha256": {**meta["sha256"], "../../etc/hostname": "0"}}))
+    assert EmbeddingFile(tmp_path / "e.csv").meta["count"] == 17
+    record.write_text(json.dumps({**meta, "sha256": {"e.csv": "0"}}))
+    with pytest.raises(UserError, match="its sha256 differs"):
+        EmbeddingFile(tmp_path / "e.csv")
+
+
 def test_images_that_cannot_be_read(network, photos, tmp_path, capsys):
     assert embed(network, photos, tmp_path / "e.npy", "--max_corrupt", "4") == 2
     assert "5 images of photos (train) cannot be decoded, more than max_corrupt 4" in one_line(capsys)
+    assert not (tmp_path / "e.npy").exists()
+    # Parts of the first call are kept, and so is what it could not read.
+    assert embed(network, photos, tmp_path / "e.npy", "--max_corrupt", "4") == 2
+    assert "more than max_corrupt 4" in one_line(capsys)
     assert not (tmp_path / "e.npy").exists()
     none = tmp_path / "none"
     none.mkdir()

@@ -190,6 +190,11 @@ def test_torch_export_and_safetensors(folder, tmp_path):
     assert torch.equal(small(images), model.forward_exits(images).logits[0])
     assert small.thresholds is None
 
+    words = ["export", folder, "--format", "safetensors", "--thresholds", "[0.5, 0.6, 0.7]"]
+    assert sssd(*words, "--out", tmp_path / "whole") == 0
+    whole = timm.create_model(f"local-dir:{tmp_path / 'whole'}", pretrained=True)
+    assert whole.thresholds == [0.5, 0.6, 0.7]
+
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
@@ -205,6 +210,12 @@ def plain(tmp_path_factory):
         (["{folder}", "--output", "5"], "output"),
         (["{tmp_path}/none"], "no folder"),
         (["{plain}", "--output", "early-exit"], "no thresholds"),
+        (["{plain}", "--thresholds", "[0.5, 0.6, 0.7]"], "--thresholds are stored by --output early-exit"),
+        (["{plain}", "--thresholds", "[0.5]", "--format", "safetensors"], "must have 3 items"),
+        (
+            ["{plain}", "--thresholds", "[0.5, 0.6, 0.7]", "--format", "safetensors", "--output", "2"],
+            "need all exits, and output 2 has one",
+        ),
         (["{folder}", "--int8"], "--data"),
         (["{folder}", "--output", "early-exit", "--format", "torch-export"], "stages"),
         (["{folder}", "--out", "{folder}", "--overwrite"], "must be a file"),

@@ -228,6 +228,7 @@ def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, t
         (("--models", "[scratch]", "--per_class", "[99]"), "fewer than 99"),
         (("--models", "[scratch, scratch]"), "distinct"),
         (("--models", "[nothing]"), "no model of that name"),
+        (("--models", "[..]"), "gives no name to a folder of its runs"),
         (("--models", "[scratch]", "--lr", "0"), "lr is 0.0; it must be a number above 0"),
         (("--models", "[scratch]", "--fractions", "[0.01]", "--accumulate", "2"), "too few"),
     ],

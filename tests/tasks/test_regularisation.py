@@ -10,11 +10,14 @@ from safetensors.torch import load_file
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from helpers.commands import one_line, sssd
-from sssd_zoo.configs import AnchoredConfig, SelfDistillationConfig
+from helpers.training import Tensors
+from sssd_zoo.configs import AnchoredConfig, OptimConfig, RuntimeConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.labels.fixed import FixedLabels
 from sssd_zoo.tasks import AnchoredSelfDistillation, ClusterFit, FrozenEncoder, SelfDistillation
 from sssd_zoo.tasks.sssd import self_distillation_loss
+from sssd_zoo.training.engine import Trainer
 
 SMALL = {"channels": (8, 16, 32, 64), "layers": (1, 1, 1, 1)}
 SPEC = InputSpec(32, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
@@ -69,7 +72,7 @@ def test_averaged_weights_follow_by_the_decay_of_their_step():
     by_hand = {name: value.double() for name, value in copy.deepcopy(model.state_dict()).items()}
     optimizer = torch.optim.SGD(task.parameter_groups(), lr=0.5)
     for step in range(8):
-        task.before_step()
+        task.after_step()
         decay = min(0.3, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
             kept = decay if value.is_floating_point() else 0.0
@@ -80,6 +83,24 @@ def test_averaged_weights_follow_by_the_decay_of_their_step():
     for name, value in task.averaged.state_dict().items():
         torch.testing.assert_close(value.double(), by_hand[name], atol=1e-5, rtol=1e-4)
     assert not any(value.requires_grad for value in task.averaged.parameters())
+
+
+def test_averaged_weights_have_the_last_step(tmp_path):
+    task = ClusterFit(timm.create_model("resnet18", num_classes=5, **SMALL), SelfDistillationConfig(ema=0.9), SPEC)
+    before = copy.deepcopy(task.model.state_dict())
+    trainer = Trainer(
+        task,
+        Tensors(batch_size=6, n=6),
+        optim=OptimConfig(epochs=1, batch_size=6, lr=0.1),
+        runtime=RuntimeConfig(device="cpu", precision="fp32"),
+        out=tmp_path,
+        identity={},
+        labels=FixedLabels(LABELS.numpy()),
+    )
+    trainer.run()
+    for name, value in task.averaged.state_dict().items():
+        if value.is_floating_point():  # the decay of the first step is a tenth
+            torch.testing.assert_close(value, 0.1 * before[name] + 0.9 * task.model.state_dict()[name])
 
 
 TINY = ["--model", "sssd_resnet18", "--image_size", "32", "--labels", "random", "--k", "5", "--batch_size", "8"]

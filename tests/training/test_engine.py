@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from helpers.commands import ROOT, command
 from helpers.training import Regression, Tensors, run
 from sssd_zoo.configs import OptimConfig, RuntimeConfig, SettingsError
-from sssd_zoo.distributed.hardware import resolve_precision
+from sssd_zoo.distributed.hardware import compute_device, resolve_precision
 from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.models.saving import save_network
@@ -71,6 +71,15 @@ class TestMemory:
         )
         with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
             trainer.run()
+
+
+def test_trainings_use_the_gpus_that_evaluation_uses(monkeypatch, tmp_path):
+    """Accelerate would take Apple's and Intel's, which `compute_device` does not."""
+    monkeypatch.setattr("accelerate.state.is_mps_available", lambda *args, **kwargs: True)
+    trainer = Trainer(
+        Regression(), Tensors(8), optim=OptimConfig(batch_size=8), runtime=RuntimeConfig(), out=tmp_path, identity={}
+    )
+    assert trainer.accelerator.device == compute_device("auto")
 
 
 def test_cosine_with_warmup_and_steps():
