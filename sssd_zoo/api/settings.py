@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from importlib import import_module
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -45,6 +45,9 @@ def settings_of(command: str, values: Mapping[str, Any]) -> tuple[Any, frozenset
             named = inspect.signature(getattr(import_module("sssd_zoo.api"), function)).parameters
             meant = did_you_mean(name, [*named, *known]) or f"; `sssd {command} --help` lists them"
             raise UserError(f"sssd_zoo.{function} has no argument {plain(name)}{meant}")
+    needed = [field.name for field in fields(config) if field.default is field.default_factory is MISSING]
+    if missing := [name for name in needed if name not in {key.partition(".")[0] for key in flat}]:
+        raise UserError(f"sssd_zoo.{function} needs {missing[0]}, which is None or was not given")
     nested = plain_values(nested_of(flat), config)
     wrong = problems(nested, config)
     if not wrong:

@@ -20,8 +20,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from sssd_zoo.configs.ranges import SettingsError
-from sssd_zoo.distributed.memory import full_memory
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.memory import full_memory
 from sssd_zoo.files import RUN_MARK
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -222,11 +222,17 @@ def _fields(value: Any, kind: type, name: str) -> list[str]:
         inner = f"{name}.{field}" if name else field
         if field in value:
             invalid += problems(value[field], field_kind, inner)
-            if isinstance(value[field], str) and issubclass(kind, Checked):
-                invalid += _text_problem(value[field], inner)
+            if issubclass(kind, Checked):
+                invalid += _text_problems(value[field], inner)
         elif field in getattr(kind, "__required_keys__", ()):
             invalid.append(f"{inner} is missing")
     return invalid
+
+
+def _text_problems(value: Any, name: str) -> list[str]:
+    if isinstance(value, (list, tuple)):
+        return [text for number, item in enumerate(value) for text in _text_problems(item, f"{name}[{number}]")]
+    return _text_problem(value, name) if isinstance(value, str) else []
 
 
 def _text_problem(text: str, name: str) -> list[str]:

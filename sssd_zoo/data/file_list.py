@@ -12,6 +12,7 @@ from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
+from sssd_zoo.files import expand_home
 
 LIST = ".txt"
 LARGEST_LIST = 2**30  # bytes
@@ -34,7 +35,7 @@ def listed_files(file: Path, *, arrays: bool) -> dict[str, Any]:
 
     images: list[Path] = []
     for line in _lines(file):
-        path = file.parent / Path(line).expanduser()
+        path = file.parent / Path(expand_home(line))
         if path.is_dir():
             found = walk(path, arrays=arrays)
             if not found.images:

@@ -42,6 +42,7 @@ from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
+from sssd_zoo.files import expand_home
 
 Batch = TypeVar("Batch")
 
@@ -204,7 +205,7 @@ class ImageData(Channelled):
         self.encoded = source.encoded
         config = source.config
         self._tally, self._workers, self._kept = tally, config.workers, kept
-        self._root = Path(config.data).expanduser() if isinstance(config.data, str) else None
+        self._root = Path(expand_home(config.data)) if isinstance(config.data, str) else None
         self._decoder = _Decoder(source.encoded, rows, source.size, config.max_pixels, source.pixels)
 
     def __len__(self) -> int:

@@ -295,10 +295,12 @@ def array_bytes(array: NDArray[Any], number: int) -> bytes:
         array = channels_last(array, None)
     except CorruptImageError as error:
         raise UserError(f"item {number} of the data set: {error}") from error
+    if not array.size:
+        raise UserError(f"item {number} of the data set has no pixels: its shape is {array.shape}")
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * np.uint8(255)
     if np.issubdtype(array.dtype, np.floating):
-        if not array.size or not (array.min() >= 0 and array.max() <= 1):
+        if not (array.min() >= 0 and array.max() <= 1):
             raise UserError(
                 f"item {number} of the data set has values from {array.min():g} to {array.max():g}: give uint8, or "
                 "floats from 0 to 1, that is without normalisation by mean and std"

@@ -1,6 +1,7 @@
 """Reads the bytes of an image, and opens them without decoding more than is permitted."""
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -100,7 +101,9 @@ def pages_of(data: bytes) -> int:
 def open_picture(data: bytes) -> Image.Image:
     """An encoded image as Pillow opens it, not decoded, if it is of a format whose header bounds its size."""
     Image.init()  # all formats that Pillow and its plugins know
-    return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in UNBOUNDED])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # callers check `max_pixels`, and tell
+        return Image.open(io.BytesIO(data), formats=[name for name in Image.ID if name not in UNBOUNDED])
 
 
 def format_of(data: bytes) -> str | None:

@@ -20,34 +20,42 @@ from sssd_zoo.data.walk import FolderContent, refuse_pointers, walk, warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
-from sssd_zoo.files import disk_errors
+from sssd_zoo.files import disk_errors, expand_home
 
 logger = logging.getLogger("sssd_zoo")
 
 SAMPLE_NAME = "cifar10-sample"
 SAMPLE_FOLDER = Path(__file__).with_name("sample")
 TAR_BLOCK = 512  # bytes
+# Data with or without a configuration, and networks of timm and, by their prefix, of the Hub.
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^/\\]*)?|hf[-_]hub:.*")
 HUB_TIMEOUT = 10.0  # seconds; without this check `datasets` retries an unreachable Hub for half a minute
 
 Splits = Mapping[str, Any]  # split name -> Dataset or IterableDataset
 
 
 def short_name(data: str | Sequence[str]) -> str:
-    """The name of the data in files that are shared: a Hub id as it is, a path without its parent folders."""
+    """The name of data or a network in files that are shared: a Hub id as it is, a path without its parent folders.
+
+    A path need not exist (any more, or on this machine): what cannot be a Hub id is one.
+    """
     if not isinstance(data, str):
         names = [PurePath(short_name(part)).name for part in data]
         return short_name(data[0]) if len(names) == 1 else listed(names, 3, " + ")
+    name = data.removeprefix("local-dir:")
     try:
-        path = Path(data).expanduser()
-        return path.resolve().name if path.exists() else data
-    except OSError:  # longer than any path
-        return data
+        path = Path(expand_home(name))
+        if path.exists():
+            return path.resolve().name
+    except (OSError, UserError):  # longer than any path, or the home of nobody
+        pass
+    return data if HUB_NAME.fullmatch(data) and name == data else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def is_local(data: str) -> bool:
     """Whether data of this name lie on this disk, rather than on the Hub."""
     try:
-        return data == SAMPLE_NAME or Path(data).expanduser().exists()
+        return data == SAMPLE_NAME or Path(expand_home(data)).exists()
     except OSError:  # longer than any path
         return False
 
@@ -87,7 +95,7 @@ def open_splits(
         return paged(splits, data) if all_pages else splits
     if not data:
         raise UserError("a name of the data is empty: give a folder, a file or a Hub id")
-    path = Path(data).expanduser()
+    path = Path(expand_home(data))
     if path.exists():
         splits = _open_path(path, streaming, unlabelled, arrays)
         return paged(splits, data) if all_pages else splits
@@ -322,6 +330,7 @@ def _load(load: Callable[[], Any], origin: Path) -> Any:
             tarfile.TarError,
             EOFError,
             ValueError,
+            LookupError,  # of metadata without rows, or without what `datasets` writes
             FileNotFoundError,
         ) as error:
             _reraise_disk_error(error)

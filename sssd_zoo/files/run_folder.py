@@ -137,6 +137,8 @@ def check_out(folder: Path, kind: str, args: Any) -> None:
     restore(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; give a folder")
+    if folder.is_symlink() and not folder.exists():
+        raise UserError(f"--out {folder} is a link to {folder.readlink()}, which does not exist: make that first")
     for name in SOURCES:
         value = getattr(args, name, None)
         for source in [value] if isinstance(value, str) else value or []:
@@ -237,7 +239,10 @@ def adopt(folder: Path, kind: str) -> None:
 def claim(folder: Path, kind: str) -> None:
     """Creates, marks and locks a folder for this process until `release_all`, and tidies it up."""
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # of file systems that are no disks, such as /proc
+        raise UserError(f"the folder {folder} cannot be made there: give another --out") from error
     marked = (folder / RUN_MARK).exists()
     try:
         lock.take(folder)

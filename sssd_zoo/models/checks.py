@@ -110,6 +110,11 @@ def check_fields(config: dict[str, Any]) -> None:
             raise ValueError(f"has {name} {values!r}, which must be a list of numbers")
         if not all(math.isfinite(each) for each in values):
             raise ValueError(f"has {name} {values!r}, which must be finite")
+        inputs = arguments.get("in_chans", 3)
+        if values and inputs != 1 and len(values) != inputs:  # one channel may have those of the RGB network it came of
+            raise ValueError(f"has {name} {values!r}, and the network {inputs} input channels")
+        if name == "std" and not all(each > 0 for each in values):
+            raise ValueError(f"has std {values!r}, which must be above 0")
 
 
 def _classes(config: dict[str, Any]) -> Any:

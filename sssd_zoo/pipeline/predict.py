@@ -20,6 +20,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.features import float32_classifiers
 from sssd_zoo.evaluation.prediction import Prediction
+from sssd_zoo.files import expand_home
 from sssd_zoo.models import MultiExit
 from sssd_zoo.models.merged import Answers
 from sssd_zoo.models.networks import load_network
@@ -38,7 +39,7 @@ def find_images(names: list[str], *, arrays: bool = False) -> list[Path]:
     """
     files: list[Path] = []
     for name in names:
-        path = Path(name).expanduser()
+        path = Path(expand_home(name))
         if path.is_dir():
             folder = walk(path, arrays=arrays)
             if not folder.images:

@@ -22,10 +22,10 @@ from sssd_zoo.configs import OptimConfig, RuntimeConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.distributed import on_main, rank, world_size
 from sssd_zoo.distributed.batchnorm import average_batchnorm, synchronise_batchnorm
-from sssd_zoo.distributed.memory import full_memory
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.distributed.threads import TrainingThreads
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.memory import full_memory
 from sssd_zoo.labels.protocol import Labels, Targets
 from sssd_zoo.models.cpu_convolutions import cpu_convolutions
 from sssd_zoo.tasks import Task

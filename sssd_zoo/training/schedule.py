@@ -26,4 +26,5 @@ def make_scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer, steps_
         milestones = [epoch * steps_per_epoch - warmup + 1 for epoch in config.milestones]
         return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=config.gamma, **common)
     after_warmup = config.epochs * steps_per_epoch - warmup
-    return CosineLRScheduler(optimizer, t_initial=max(1, after_warmup), **common)
+    # A single step has the full rate either way, and timm would warn of a length of 1.
+    return CosineLRScheduler(optimizer, t_initial=max(2, after_warmup), **common)

@@ -178,6 +178,7 @@ REFUSED = {
     "is Stream, which has no items by number": Stream(),
     "of a DataLoader its .dataset": DataLoader([1, 2]),
     "has no items": [],
+    "item 0 of the data set has no pixels": [np.zeros((0, 8, 3), np.uint8)],
     "item 0 of the data set is dict_keys, not an image": [{}.keys()],
     "values from -2 to 2: give uint8, or floats from 0 to 1": TensorDataset(torch.tensor([[[[-2.0, 2.0]]]])),
     "the class of item 1 of the data set is cat, of another kind": [(RED, 0), (RED, "cat")],

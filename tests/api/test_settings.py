@@ -75,6 +75,11 @@ WRONG = {
 }
 
 
+def test_what_a_command_needs_is_not_none(tmp_path):
+    with pytest.raises(UserError, match=r"^sssd_zoo.fit needs data, which is None or was not given$"):
+        sssd_zoo.fit(None, tmp_path / "run")
+
+
 @pytest.mark.parametrize("message", WRONG)
 def test_a_mistake_is_a_user_error_of_one_line(message, tmp_path):
     with pytest.raises(UserError) as error:

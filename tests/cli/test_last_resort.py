@@ -252,3 +252,9 @@ def test_signal_handlers_and_streams_are_as_before():
     after = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM), sys.unraisablehook, sys.stdout.errors
     assert after == before
     assert "write" not in vars(sys.stdout)
+
+
+def test_how_a_command_ends_is_known_before_torch_is_imported():
+    """Else Ctrl-C in the seconds that the import takes would end in a traceback."""
+    code = "import sys; import sssd_zoo.cli, sssd_zoo.cli.guard; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -515,3 +515,19 @@ def test_predict_gives_the_accuracy_that_was_measured(tmp_path, capsys, sides):
         assert len(right) == 72
         assert 100 * sum(right) / len(right) == pytest.approx(accuracy, abs=1e-4)
         assert 40 < accuracy < 99
+
+
+def test_what_datasets_cannot_read_is_one_line(tmp_path):
+    (tmp_path / "header").mkdir()
+    (tmp_path / "header" / "metadata.csv").write_text("file_name,label\n")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
+    for name in ("header", "saved"):
+        with pytest.raises(UserError, match=name):
+            load(tmp_path / name)
+
+
+def test_a_folder_whose_name_begins_with_a_tilde(tmp_path, monkeypatch):
+    write(tmp_path / "~photos" / "a.png", picture(0))
+    monkeypatch.chdir(tmp_path)
+    assert len(load("./~photos")) == 1

@@ -100,6 +100,13 @@ def test_a_folder_of_another_kind_is_refused(command, folder_of_images, tmp_path
     assert contents(tmp_path) == before
 
 
+def test_an_out_that_cannot_be_made_is_one_line(folder_of_images, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, words in ((tmp_path / "link", "nowhere, which does not exist"), ("/proc/run", "cannot be made there")):
+        assert sssd("pretrain", "--data", folder_of_images, "--out", out) == 2
+        assert words in one_line(capsys)
+
+
 def test_a_command_that_fails_leaves_no_folder(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for out in ("new/er/run", "empty"):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from helpers.commands import ROOT, command, one_line, sssd
 from helpers.data import load
@@ -223,6 +224,16 @@ def test_no_other_file_is_read_because_a_file_names_it(network, photos, tmp_path
     record.write_text(json.dumps({**meta, "sha256": {"e.csv": "0"}}))
     with pytest.raises(UserError, match="its sha256 differs"):
         EmbeddingFile(tmp_path / "e.csv")
+
+
+def test_an_image_that_is_too_large_is_told_once_and_plainly(network, tmp_path):
+    write(tmp_path / "photos" / "a.png", picture(0))
+    Image.new("L", (9500, 9500)).save(tmp_path / "photos" / "b.png", compress_level=1)
+    words = ["embed", network, "--data", tmp_path / "photos", "--out", tmp_path / "e.npy", *CPU]
+    done = command("-m", "sssd_zoo.cli", *map(str, words))
+    assert done.returncode == 0, done.stderr
+    assert "9500 x 9500 pixels are more than --max_pixels" in done.stderr
+    assert "Warning" not in done.stderr
 
 
 def test_images_that_cannot_be_read(network, photos, tmp_path, capsys):

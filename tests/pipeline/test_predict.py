@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -125,6 +126,7 @@ def plain(tmp_path_factory):
         (["{run}", "{image}", "--output", "2", "--thresholds", "[1, 1, 1]"], "--thresholds"),
         (["{run}", "{image}", "--thresholds", "[1, 1]"], "thresholds is [1.0, 1.0]; it must have 3 items"),
         (["resnet10t", "{image}"], "resnet10t"),
+        (["{run}", "", "{image}"], "images[0] is empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -132,6 +134,15 @@ def test_mistakes(words, message, run, plain, folder_of_images, tmp_path, capsys
     places = {"run": run, "plain": plain, "tmp_path": tmp_path, "image": folder_of_images / "red" / "00.png"}
     assert sssd("predict", *(word.format(**places) for word in words), "--device", "cpu") == 2
     assert message in one_line(capsys)
+
+
+def test_a_mean_of_fewer_channels_is_one_line(plain, folder_of_images, tmp_path, capsys):
+    shutil.copytree(plain, tmp_path / "net")
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    config["pretrained_cfg"]["mean"] = [0.5]
+    (tmp_path / "net" / "config.json").write_text(json.dumps(config))
+    assert predict(tmp_path / "net", folder_of_images) == 2
+    assert "has mean [0.5], and the network 3 input channels" in one_line(capsys)
 
 
 def test_a_network_without_thresholds_answers_by_its_ensemble(plain, folder_of_images, capsys):

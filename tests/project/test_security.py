@@ -449,6 +449,7 @@ WRONG = {
     "a size that is none": {"pretrained_cfg": {"input_size": ["<b>", 1, 2]}},
     "a mean that is none": {"pretrained_cfg": {"mean": ["a", "b", "c"]}},
     "an infinite std": {"pretrained_cfg": {"std": [float("inf")] * 3}},
+    "a std of 0": {"pretrained_cfg": {"std": [0.2, 0, 0.2]}},
 }
 
 
