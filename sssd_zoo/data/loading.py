@@ -458,7 +458,7 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
 
 def read_in_order(dataset: Dataset[Batch], order: Iterable[Tensor], workers: int) -> Iterator[Batch]:
     """Reads batches of a dataset that is indexed by positions, int64 [B], in this order in DataLoader workers."""
-    return iter(
+    batches = iter(
         DataLoader(
             dataset,
             batch_size=None,
@@ -468,6 +468,15 @@ def read_in_order(dataset: Dataset[Batch], order: Iterable[Tensor], workers: int
             generator=torch.Generator(),  # otherwise it would draw from, and so advance, the global generator
         )
     )
+    return _without_tracebacks(batches)
+
+
+def _without_tracebacks(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; a `UserError` of a worker, whose text torch replaces by its traceback, has its own text again."""
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]) from error
 
 
 def _unchanged(batch: Batch) -> Batch:

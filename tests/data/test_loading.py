@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 from helpers.data import everything, load
 from helpers.images import file_bytes, picture, write_parquet
 from helpers.processes import run_together
 from sssd_zoo.configs import SettingsError
-from sssd_zoo.data.loading import GlobalBatches, fits_in_memory
+from sssd_zoo.data.loading import GlobalBatches, fits_in_memory, read_in_order
 from sssd_zoo.errors import UserError
 
 
@@ -202,3 +203,14 @@ class TestMemory:
         """Each asks for another size, of which only the first fits."""
         code = "from sssd_zoo.data.loading import fits_in_memory\nprint(fits_in_memory([1, 10**18][rank]))"
         assert run_together(code, tmp_path) == ["True\n", "True\n"]
+
+
+class Mistaken(Dataset):
+    def __getitem__(self, positions):
+        raise UserError("DICOM needs the package pydicom: pip install it")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_that_a_worker_finds_is_told_without_its_traceback(workers):
+    with pytest.raises(UserError, match=r"^DICOM needs the package pydicom: pip install it$"):
+        next(read_in_order(Mistaken(), [torch.arange(2)], workers))
