@@ -1,13 +1,13 @@
 """`sssd detect`: Faster R-CNN on a trained trunk."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torchvision.models.detection import FasterRCNN
 
 from sssd_zoo.configs import DetectArgs, DetectionDataConfig, DetectorConfig, ForwardConfig, OptimConfig, RuntimeConfig
-from sssd_zoo.data.detection import DetectionData, DetectionLoader, load_detection
+from sssd_zoo.data.detection import DetectionData, DetectionLoader, default_test_splits, load_detection
 from sssd_zoo.data.inputs import pixels_of
 from sssd_zoo.detection.average_precision import coco_backend
 from sssd_zoo.detection.detector import (
@@ -20,12 +20,12 @@ from sssd_zoo.detection.detector import (
 from sssd_zoo.distributed import barrier, rank
 from sssd_zoo.distributed.hardware import machine, tune_cpu
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.models.networks import channels, load_network
-from sssd_zoo.pipeline.detect_eval import load_test_data
 from sssd_zoo.tasks.detection import Detection
 from sssd_zoo.training.engine import Trainer, check_trainable
 from sssd_zoo.training.hardware import make_accelerator
@@ -41,7 +41,7 @@ def detect(args: DetectArgs) -> None:
     coco_backend()
     data_config, settings = DetectionDataConfig.of(args), DetectorConfig.of(args)
     data = load_detection(data_config)
-    test = load_test_data(data_config, args.test_data, args.test_split, data.class_names)
+    test = load_test_data(data_config, args.test_data, args.test_split, data)
     check_trainable(optim, processes, len(data))
     torch.manual_seed(runtime.seed)
     task = make_task(args, settings, len(data.class_names))
@@ -58,6 +58,39 @@ def detect(args: DetectArgs) -> None:
         if test is not None:
             write_metrics(out, args, task.detector, test, measured)
     barrier()
+
+
+def load_test_data(
+    config: DetectionDataConfig, data: list[str] | None, split: str | None, train: DetectionData
+) -> DetectionData | None:
+    """The images to measure on, none of which may be trained on.
+
+    Args:
+        config: of the images to train on.
+        data: sources to measure on; by default those of `config`.
+        split: split to measure on; by default 'test' or 'val', the first that has no image to train on.
+        train: the images to train on.
+
+    Returns:
+        The images; None if no data and no split are given and the data have neither 'test' nor 'val'.
+
+    Raises:
+        UserError: if the images given are trained on too, or those of all default splits.
+    """
+    config = replace(config, data=data or config.data)
+    names: list[str | None] = [split] if split else [*default_test_splits(config)]
+    if not names and data is None:
+        return None
+    # A COCO file has no splits: without a name, all of another file is measured on.
+    for name in names or [None]:
+        test = load_detection(replace(config, split=name), classes=train.class_names)
+        shared = test.shared_with(train)
+        if not shared:
+            return test
+    raise UserError(
+        f"{len(shared)} of {len(test)} images of {test.name} are trained on too ({listed(shared)}): give other images "
+        "to measure on by --test_split or --test_data, or train on another --split"
+    )
 
 
 def make_task(args: DetectArgs, settings: DetectorConfig, num_classes: int) -> Detection:

@@ -4,23 +4,34 @@ from dataclasses import replace
 from typing import Any
 
 from sssd_zoo.configs import DetectEvalArgs, DetectionDataConfig, ForwardConfig
-from sssd_zoo.data.detection import has_split, load_detection
+from sssd_zoo.data.detection import default_test_splits, load_detection
+from sssd_zoo.data.detection.annotations import clean_name
 from sssd_zoo.detection.average_precision import coco_backend
 from sssd_zoo.detection.detector import load_detector, measure_detector, metrics_table
 from sssd_zoo.distributed.hardware import tune_cpu
+from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.training.runs import prepare_run_folder
 
 
-def load_test_data(config: DetectionDataConfig, data: list[str] | None, split: str | None, classes: list[str]) -> Any:
-    """The test data: the data and split asked for, else the same data's split 'test' or 'val', else None."""
-    test_config = replace(config, data=data or config.data)
-    names = ("test", "val", "validation")
-    # A COCO file has no splits: without a name, all of another file is measured on.
-    chosen = split or next((name for name in names if name != config.split and has_split(test_config, name)), None)
-    if chosen is None and data is None:
-        return None
-    return load_detection(replace(test_config, split=chosen), classes=classes)
+def check_classes(asked: list[str] | None, classes: list[str]) -> None:
+    """Refuses class names that are not the detector's; their order does not matter.
+
+    Raises:
+        UserError: naming both.
+    """
+    if asked is not None and {clean_name(name) for name in asked} != set(classes):
+        raise UserError(
+            f"--classes {listed(asked)} are not the classes of the detector, {listed(classes)}: remove --classes, or "
+            "give the detector of these classes"
+        )
+
+
+def resize(transform: Any, short_side: int) -> None:
+    """Sets the short side of a detector's images; the long one may be longer by as much as in training."""
+    longer = transform.max_size / transform.min_size[-1]
+    transform.min_size, transform.max_size = (short_side,), round(short_side * longer)
 
 
 def detect_eval(args: DetectEvalArgs) -> None:
@@ -30,12 +41,12 @@ def detect_eval(args: DetectEvalArgs) -> None:
     coco_backend()
     detector, classes = load_detector(args.model)
     config = DetectionDataConfig.of(args)
+    check_classes(config.classes, classes)
     if args.short_side is not None:
-        transform: Any = detector.transform
-        transform.min_size, transform.max_size = (args.short_side,), round(args.short_side * 5 / 3)
-    data = (
-        load_detection(config, classes=classes) if config.split else load_test_data(config, config.data, None, classes)
-    )
+        resize(detector.transform, args.short_side)
+    if not config.split:  # a COCO file has none: all of it is measured on
+        config = replace(config, split=next(iter(default_test_splits(config)), None))
+    data = load_detection(config, classes=classes)
     if out is not None:
         prepare_run_folder(out, args)
     metrics = measure_detector(detector, data, ForwardConfig.of(args), out, voc=args.voc)

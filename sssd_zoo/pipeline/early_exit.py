@@ -28,6 +28,7 @@ from torch import Tensor
 from sssd_zoo.configs import DataConfig, EarlyExitArgs, ForwardConfig
 from sssd_zoo.data.inputs import prepared, storage_default
 from sssd_zoo.data.loading import ImageData, has_labels, load_images, split_names
+from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed.hardware import describe_machine, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.calibration import (
@@ -46,7 +47,7 @@ from sssd_zoo.evaluation.calibration import (
     useful_temperatures,
 )
 from sssd_zoo.evaluation.features import network_features
-from sssd_zoo.evaluation.protocol import check_classes, hold_out
+from sssd_zoo.evaluation.protocol import check_classes, hold_out, shared_rows
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.early_exit import command_line, network_source, report
 from sssd_zoo.evaluation.timing import BATCH, ONE_BY_ONE, interleaved, measure_stages
@@ -124,7 +125,7 @@ def load_samples(args: EarlyExitArgs, model: Any) -> tuple[Sample, Sample]:
 
     Raises:
         UserError: for labels of other classes than the network's, of one of the two only, or missing ones where the
-            budget needs them.
+            budget needs them; for images in both splits.
     """
     if args.unlabelled and args.points_lost is not None:
         raise UserError("--points_lost needs labels: drop --unlabelled, or give --answers_changed instead")
@@ -141,6 +142,8 @@ def load_samples(args: EarlyExitArgs, model: Any) -> tuple[Sample, Sample]:
             check_classes(data, model, args.model)
         loaded.append(data)
     test, calibrating = loaded[0], loaded[-1]
+    if args.calibration_split is not None:
+        check_apart(test, calibrating, config)
     if (test.labels is None) != (calibrating.labels is None):
         raise UserError(
             f"of the splits {test.split} and {calibrating.split} only one has labels: give --unlabelled to calibrate "
@@ -155,6 +158,27 @@ def load_samples(args: EarlyExitArgs, model: Any) -> tuple[Sample, Sample]:
         Sample(test, drawn, f"{len(drawn):,} images drawn {how} from split {test.split}"),
         Sample(test, rest, f"the other {len(rest):,} images of split {test.split}"),
     )
+
+
+def check_apart(test: ImageData, calibrating: ImageData, config: DataConfig) -> None:
+    """Refuses to measure on images that calibrate: a figure from those is too good.
+
+    Args:
+        test: the images of --split.
+        calibrating: the images of --calibration_split.
+        config: which data; its split does not matter.
+
+    Raises:
+        UserError: if the two share rows of a split, or have the same images.
+    """
+    shared = shared_rows(open_data(config, progress=False), test.split, calibrating.split, test.name)
+    if test.fingerprint == calibrating.fingerprint:
+        shared = len(test)
+    if shared:
+        raise UserError(
+            f"{shared} images of --split {test.split} of {test.name} are in --calibration_split {calibrating.split} "
+            "too: give another --calibration_split, or none to calibrate on a part of --split"
+        )
 
 
 def all_logits(model: Any, data: ImageData, args: EarlyExitArgs) -> Tensor:

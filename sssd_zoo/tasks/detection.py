@@ -64,10 +64,14 @@ class Detection(Task):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The sum of the losses of proposals and regions (Ren et al. 2015), and each of them."""
-        self.detector.transform.min_size = (self.size,)
-        with torch.random.fork_rng():
-            torch.manual_seed(batch["seed"])
-            losses = self.detector(batch["images"], batch["targets"])
+        transform = self.detector.transform
+        configured, transform.min_size = transform.min_size, (self.size,)  # progressive resizing changes `size`
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(batch["seed"])
+                losses = self.detector(batch["images"], batch["targets"])
+        finally:
+            transform.min_size = configured
         parts = {name.removeprefix("loss_"): value.detach() for name, value in losses.items()}
         return {"loss": torch.stack(list(losses.values())).sum(), **parts}
 

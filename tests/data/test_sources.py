@@ -15,6 +15,7 @@ from helpers.disk import files_up_to
 from helpers.images import file_bytes, picture, write, write_parquet
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.loading import load_images
+from sssd_zoo.data.sources import short_name
 from sssd_zoo.data.streaming import load_streaming
 from sssd_zoo.errors import UserError
 
@@ -99,6 +100,36 @@ class TestSources:
         load(classes)
         load(classes.parent / "p.parquet")
         assert capfd.readouterr() == ("", "")
+
+
+class TestShortName:
+    @pytest.mark.parametrize(
+        "path",
+        [
+            *("/home/alice/photos", "/home/alice/photos/", "local-dir:/home/alice/photos", "~nobody/photos"),
+            *("~/none/photos", "./none/photos", "../none/photos", "a/b/photos", "my pictures/photos"),
+            *("local-dir:a/photos", "local-dir:photos", "C:/Users/alice/photos", r"C:\Users\alice\photos"),
+        ],
+    )
+    def test_a_path_that_is_not_there_is_shortened(self, path):
+        assert short_name(path) == "photos"
+        assert short_name([path, "org/name"]) == "photos + name"
+
+    def test_a_path_that_is_there_is_shortened(self, tmp_path, monkeypatch):
+        (tmp_path / "a" / "photos").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "a" / "photos")
+        for path in (f"{tmp_path}/a/photos", f"local-dir:{tmp_path}/a/photos", ".", "../photos"):
+            assert short_name(path) == "photos"
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("cifar10", "cifar10:plain_text", "org/name", "org/name:plain text", "cifar10-sample", "x" * 9999),
+            *("resnet18.a1_in1k", "hf-hub:org/name", "hf_hub:org/name@refs/pr/1"),
+        ],
+    )
+    def test_a_name_stays(self, name):
+        assert short_name(name) == name
 
 
 class TestBadInput:

@@ -19,8 +19,10 @@ from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.detection import DetectionBatch, load_detection
 from sssd_zoo.detection import detector as detection
 from sssd_zoo.detection.average_precision import coco_average_precision, voc_average_precision
-from sssd_zoo.detection.detector import build_detector, load_detector, stage_modules
+from sssd_zoo.detection.detector import build_detector, load_detector, save_detector, stage_modules
 from sssd_zoo.errors import UserError
+from sssd_zoo.pipeline import detect_eval
+from sssd_zoo.pipeline.detect import load_test_data
 from sssd_zoo.tasks.detection import Detection, flip_boxes
 
 BCCD = ROOT.parent / "shared" / "data" / "bccd"
@@ -343,6 +345,16 @@ class TestTask:
             assert torch.equal(state, torch.get_rng_state())
         assert losses[0] == losses[1]
 
+    def test_progressive_sizes_last_for_a_step(self, voc):
+        task, sizes = tiny_task().train(), []
+        task.detector.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(min(inputs[0].shape[2:])))
+        ((_, batch),) = read(voc).batches([torch.tensor([0, 1])])
+        for task.size in (32, 96):
+            task(task.views(batch, BatchRandom(0, 0)))
+        task.eval().detector([torch.zeros(3, 90, 60)])
+        assert sizes == [32, 96, 64]
+        assert task.detector.transform.min_size == (64,)
+
     def test_an_image_without_objects_trains(self):
         task = tiny_task().train()
         empty = {
@@ -352,6 +364,143 @@ class TestTask:
         }
         batch = DetectionBatch([torch.zeros(3, 40, 60, dtype=torch.uint8)] * 2, [empty, empty])
         assert task(task.views(batch, BatchRandom(0, 0)))["loss"].isfinite()
+
+
+def to_measure_on(*data, test_data=None, test_split=None, **arguments):
+    """The training images and those that `sssd detect` measures on."""
+    config = DetectionDataConfig(data=list(map(str, data)), workers=0, **arguments)
+    train = load_detection(config)
+    test_data = None if test_data is None else list(map(str, test_data))
+    return train, load_test_data(config, test_data, test_split, train)
+
+
+@pytest.fixture(scope="module")
+def untested(tmp_path_factory):
+    """A tree as VOC2012 has it: lists `train`, `val` and, of both, `trainval`."""
+    root = write_voc(tmp_path_factory.mktemp("data") / "VOC2012", {"train": range(4), "val": range(4, 6)})
+    names = "".join(f"{number:06}\n" for number in range(6))
+    (root / "ImageSets/Main/trainval.txt").write_text(names)
+    return root
+
+
+class TestTestData:
+    """What `sssd detect` measures on: never images that it trained on."""
+
+    def test_the_default_is_the_first_split_without_training_images(self, voc, untested):
+        assert to_measure_on(voc)[1].names == [f"{number:06}" for number in (6, 7, 8)]
+        assert to_measure_on(untested, split="train")[1].names == ["000004", "000005"]
+        (untested / "ImageSets/Main/test.txt").write_text("000000\n")
+        try:
+            assert to_measure_on(untested, split="train")[1].names == ["000004", "000005"]
+        finally:
+            (untested / "ImageSets/Main/test.txt").unlink()
+
+    @pytest.mark.parametrize("split", [None, "trainval", "train+val", "val"])
+    def test_no_split_is_left(self, untested, split):
+        message = (
+            r"^2 of 2 images of VOC2012 \(val\) are trained on too \(000004, 000005\): .*--test_split or --test_data"
+        )
+        with pytest.raises(UserError, match=message):
+            to_measure_on(untested, split=split)
+
+    def test_the_only_split_of_datasets(self, tmp_path):
+        from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+        from datasets import Image as ImageFeature
+
+        things = {"bbox": List(Value("float32")), "category": ClassLabel(names=["disc"])}
+        rows = [
+            {"image": Image.new("RGB", (60, 40), (i, 0, 0)), "objects": [{"bbox": [5, 5, 20, 20], "category": 0}]}
+            for i in range(4)
+        ]
+        saved = Dataset.from_list(rows, features=Features(image=ImageFeature(), objects=List(things)))
+        DatasetDict(validation=saved).save_to_disk(tmp_path / "one")
+        DatasetDict(train=saved.select([0, 1]), validation=saved.select([2, 3])).save_to_disk(tmp_path / "two")
+        with pytest.raises(UserError, match=r"^4 of 4 images of one \(validation\) are trained on too"):
+            to_measure_on(tmp_path / "one")
+        assert to_measure_on(tmp_path / "two")[1].names == ["validation 0", "validation 1"]
+        with pytest.raises(
+            UserError, match=r"^2 of 4 images of two \(train\+validation\) are trained on too \(train 0,"
+        ):
+            to_measure_on(tmp_path / "two", test_split="train+validation")
+        with pytest.raises(UserError, match=r"^2 of 2 images of two \(train\)"):
+            to_measure_on(tmp_path / "two", test_data=[tmp_path / "one" / ".." / "two"], test_split="train")
+
+    def test_rows_of_two_sources_may_be_the_same_files(self, tmp_path):
+        for split, numbers in (("train", (0, 1)), ("test", (2, 3))):
+            (tmp_path / "data" / split).mkdir(parents=True)
+            lines = []
+            for number in numbers:
+                pixels, objects = draw(number)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / f"{number}.png")
+                things = [{"bbox": list(box), "category": name} for name, box, _ in objects]
+                lines.append(json.dumps({"file_name": f"{number}.png", "objects": things}) + "\n")
+            (tmp_path / "data" / split / "metadata.jsonl").write_text("".join(lines))
+        assert to_measure_on(tmp_path / "data", box_format="xyxy")[1].names == ["test 0", "test 1"]
+        with pytest.raises(UserError, match=r"^2 of 2 images of train are trained on too"):
+            to_measure_on(tmp_path / "data", test_data=[tmp_path / "data" / "train"], box_format="xyxy")
+
+    def test_what_is_asked_for_shares_files_under_other_names(self, voc, tmp_path):
+        with pytest.raises(UserError, match=r"^6 of 9 images of VOC"):
+            to_measure_on(voc, test_split="trainval+test")
+        (tmp_path / "linked").symlink_to(voc)
+        with pytest.raises(UserError, match=r"^6 of 6 images of VOC"):
+            to_measure_on(voc, test_data=[tmp_path / "linked"], test_split="trainval")
+        file = write_coco(tmp_path / "coco", range(4))
+        content = json.loads(file.read_text())
+        other = {**content, "images": content["images"][3:], "annotations": content["annotations"][-2:]}
+        (file.parent / "other.json").write_text(json.dumps(other))
+        with pytest.raises(UserError, match=r"^1 of 1 images of other\.json are trained on too \(3\.jpg\)"):
+            to_measure_on(file, test_data=[file.parent / "other.json"], image_folder=str(tmp_path / "coco/train"))
+
+    def test_a_coco_file_alone_is_not_measured_and_another_is(self, voc, tmp_path):
+        file = write_coco(tmp_path / "coco", range(3))
+        assert to_measure_on(file)[1] is None
+        assert len(to_measure_on(file, test_data=[voc])[1]) == 3
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    body = timm.create_model("test_resnet", features_only=True)
+    config = DetectorConfig(model="test_resnet", short_side=64, long_side=80, fpn_channels=16, anchor_scale=4)
+    folder = tmp_path_factory.mktemp("detector")
+    save_detector(folder, build_detector(body, 2, config), config, CLASSES)
+    return folder
+
+
+class TestEvaluation:
+    """`sssd detect-eval` of a detector that has learnt nothing."""
+
+    @pytest.fixture
+    def measured(self, monkeypatch):
+        """The transform and the images that are measured with, of each call; none is run."""
+        calls = []
+
+        def measure(detector, data, *_, **__):
+            calls.append((detector.transform, data))
+            return {"ap_per_class": {}}
+
+        monkeypatch.setattr(detect_eval, "measure_detector", measure)
+        return calls
+
+    def test_any_split(self, untrained, voc, measured):
+        words = ["detect-eval", untrained, "--data", f"[{voc}]", "--workers", "0"]
+        for more in ([], ["--split", "trainval"], ["--split", "trainval+test"]):
+            assert sssd(*words, *more) == 0
+        assert [len(data) for _, data in measured] == [3, 6, 9]
+
+    def test_the_long_side_keeps_its_ratio(self, untrained, voc, measured):
+        for more in ([], ["--short_side", "128"]):
+            assert sssd("detect-eval", untrained, "--data", f"[{voc}]", "--workers", "0", *more) == 0
+        sizes = [(transform.min_size, transform.max_size) for transform, _ in measured]
+        assert sizes == [((64,), 80), ((128,), 160)]
+
+    def test_classes_are_the_detectors(self, untrained, voc, measured, capsys):
+        words = ["detect-eval", untrained, "--data", f"[{voc}]", "--workers", "0", "--classes"]
+        assert sssd(*words, "[square, ' disc']") == 0
+        for classes in ("[zebra, lion]", "[disc]", "[disc, square, lion]"):
+            assert sssd(*words, classes) == 2
+            assert "are not the classes of the detector, disc, square: remove --classes" in one_line(capsys)
+        assert len(measured) == 1
 
 
 class TestCommands:
@@ -441,6 +590,7 @@ class TestCommands:
             (("--model", "vit_tiny_patch16_224", "--pretrained", "false"), "take a convolutional network"),
             (("--model", "resnet18", "--pretrained", "false", "--frozen_stages", "9"), "from 0 to 5"),
             (("--model", "resnet18", "--pretrained", "false", "--test_split", "val"), "no split 'val'"),
+            (("--model", "resnet18", "--pretrained", "false", "--test_split", "trainval"), "6 of 6 images of VOC"),
             (("--model", "resnet18", "--pretrained", "false", "--batch_size", "64"), "larger than the data set"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

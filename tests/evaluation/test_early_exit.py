@@ -4,15 +4,19 @@ import doctest
 import itertools
 import json
 import math
+import shlex
+import shutil
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import one_line, sssd
 from helpers.networks import save_tiny
+from sssd_zoo.configs import EarlyExitArgs
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation import calibration
 from sssd_zoo.evaluation.calibration import (
@@ -26,6 +30,7 @@ from sssd_zoo.evaluation.calibration import (
     fold,
     shared_threshold,
 )
+from sssd_zoo.evaluation.reports.early_exit import command_line, network_source
 from sssd_zoo.evaluation.timing import measure_stages
 from sssd_zoo.models import (
     StageCosts,
@@ -193,6 +198,18 @@ def test_confidences_that_round_to_1():
         assert rules.cost[place] == pytest.approx(cost.mean().item())
 
 
+def test_the_command_can_be_pasted_and_has_no_paths():
+    args = EarlyExitArgs(
+        model="local-dir:/home/alice/my runs/run 1/model", data="~/im gs", out="/home/alice/out", split="test[:50%]"
+    )
+    line = command_line(args)
+    words = ["sssd", "early-exit", "run 1/model", "--data", "im gs", "--out", "OUT", "--split", "test[:50%]"]
+    assert shlex.split(line) == words
+    for name in ("hf-hub:org/name", "sssd_resnet18_cifar.cifar10", "model"):
+        assert network_source(name) == name
+    assert network_source("customer/run") == "run"
+
+
 def test_measured_stages():
     model = timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1)).eval()
     measured = measure_stages(model, torch.randn(2, 3, 32, 32), runs=2)
@@ -323,9 +340,20 @@ def test_early_exit(folder, folder_of_images, tmp_path, capsys):
     assert {*report["calibration_error"]["1"]} == {"before", "after"}
 
 
+def two_splits(folder_of_images, root):
+    """The images as split `train`, and mirrored as split `test`."""
+    shutil.copytree(folder_of_images, root / "train")
+    for file in folder_of_images.rglob("*.png"):
+        mirrored = root / "test" / file.relative_to(folder_of_images)
+        mirrored.parent.mkdir(parents=True, exist_ok=True)
+        ImageOps.mirror(Image.open(file)).save(mirrored)
+    return root
+
+
 @pytest.mark.parametrize("budget", [("--latency", "1000"), ("--points_lost", "100")])
 def test_other_budgets(folder, folder_of_images, tmp_path, budget):
-    words = [folder, "--data", folder_of_images, "--split", "train", "--calibration_split", "train", "--runs", "1"]
+    data = two_splits(folder_of_images, tmp_path / "data")
+    words = [folder, "--data", data, "--split", "train", "--calibration_split", "test", "--runs", "1"]
     assert sssd("early-exit", *words, *budget, "--device", "cpu", "--out", tmp_path / "out") == 0
     report = json.loads((tmp_path / "out" / "early_exit" / "report.json").read_text())
     assert report["budget"] == {budget[0].removeprefix("--"): float(budget[1])}
@@ -333,6 +361,14 @@ def test_other_budgets(folder, folder_of_images, tmp_path, budget):
     if budget[0] == "--points_lost":  # anything is allowed, so the cheapest is taken
         assert report["exits_taken"] == [1, 0, 0, 0]
     assert sssd("early-exit", *words, "--out", tmp_path / "out") == 2, "it is there already"
+
+
+def test_equal_splits_of_other_names(folder, folder_of_images, tmp_path, capsys):
+    for split in ("train", "test"):
+        shutil.copytree(folder_of_images, tmp_path / "data" / split)
+    words = [folder, "--data", tmp_path / "data", "--split", "train", "--calibration_split", "test"]
+    assert sssd("early-exit", *words, "--device", "cpu", "--out", tmp_path / "out") == 2
+    assert "48 images of --split train of data are in --calibration_split test too" in one_line(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +385,9 @@ def four_classes(tmp_path_factory):
         (["{folder}", "--split", "train", "--multiply_adds", "0.1"], "exit 1 alone takes"),
         (["{folder}", "--split", "train", "--holdout", "2"], "holdout is 2.0;"),
         (["{folder}", "--split", "train", "--runs", "0"], "runs is 0;"),
+        (["{folder}", "--split", "train", "--calibration_split", "train"], "48 images of --split train"),
+        (["{folder}", "--split", "train", "--calibration_split", "train[:75%]"], "36 images of --split train"),
+        (["{folder}", "--split", "train[:32]", "--calibration_split", "train[16:]"], "16 images of --split train[:32]"),
         (["resnet10t"], "resnet10t"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -12,7 +12,6 @@ else the stored image is used, with a warning.
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +33,14 @@ from sssd_zoo.data.opening import opened
 from sssd_zoo.distributed import rank, world_size
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
+from sssd_zoo.files import expand_home
 
 __all__ = [
     "DetectionBatch",
     "DetectionData",
     "DetectionDataConfig",
     "DetectionLoader",
-    "has_split",
+    "default_test_splits",
     "load_detection",
 ]
 
@@ -121,7 +121,7 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
         usable: list[tuple[Annotated, Header, bool | None]] = []
         files: set[str] = set()
         for image in images:
-            file = os.path.realpath(image.image) if isinstance(image.image, Path) else None
+            file = image.identity if isinstance(image.image, Path) else None
             try:
                 if file in files:
                     raise CorruptImageError("its file is listed twice")
@@ -180,6 +180,11 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
                     return torch.from_numpy(index), DetectionBatch([], []), f"{data.name}: {data.error or error}"
                 images.append(torch.from_numpy(pixels))
         return torch.from_numpy(index), DetectionBatch(images, [self.targets[place] for place in index]), None
+
+    def shared_with(self, other: "DetectionData") -> list[str]:
+        """The names of the images that other data hold too: the same files, or the same rows of a source."""
+        theirs = {image.identity for image in other._images}
+        return [image.name for image in self._images if image.identity in theirs]
 
     def batches(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, DetectionBatch]]:
         """Reads batches in the order given: int64 [b] positions each.
@@ -255,10 +260,14 @@ def load_detection(config: DetectionDataConfig, *, classes: list[str] | None = N
     return data
 
 
-def has_split(config: DetectionDataConfig, split: str) -> bool:
-    """Whether every source has a split of that name; a COCO file has none."""
+def default_test_splits(config: DetectionDataConfig) -> list[str]:
+    """Those of the splits 'test' and 'val' (or 'validation') that every source has; a COCO file has none."""
+    return [split for split in ("test", "val", "validation") if _has_split(config, split)]
+
+
+def _has_split(config: DetectionDataConfig, split: str) -> bool:
     for source in config.data:
-        path = Path(source).expanduser()
+        path = Path(expand_home(source))
         if coco.is_coco(path) or (voc.is_voc(path) and not (path / "ImageSets/Main" / f"{split}.txt").is_file()):
             return False
         if not voc.is_voc(path) and split not in sources.open_splits(source):
@@ -267,7 +276,7 @@ def has_split(config: DetectionDataConfig, split: str) -> bool:
 
 
 def _read(source: str, config: DetectionDataConfig) -> Annotations:
-    path = Path(source).expanduser()
+    path = Path(expand_home(source))
     if coco.is_coco(path):
         return coco.read_coco(path, config.image_folder)
     if voc.is_voc(path):

@@ -26,12 +26,23 @@ class Object:
 
 @dataclass(frozen=True)
 class Annotated:
-    """An image with its name, its file or row, its objects, and the width and height that its annotation states."""
+    """An image with its name, its file or row, its objects, and the width and height that its annotation states.
+
+    `file` and `source` are given for a row: the file that it names, if any, or else where it lies.
+    """
 
     name: str
     image: Path | tuple[EncodedImages, int]
     objects: list[Object]
     stated: tuple[int, int] | None
+    file: str | None = None
+    source: str = ""
+
+    @property
+    def identity(self) -> str:
+        """The file of the image, or the source and name of a row that holds it: the same in whichever split it is."""
+        file = self.image if isinstance(self.image, Path) else self.file
+        return f"{self.source} {self.name}" if file is None else os.path.realpath(file)
 
     def read(self) -> Encoded:
         """The encoded image."""

@@ -1,6 +1,9 @@
 """Splits of `datasets` whose rows hold an image and a list of objects, or an object of lists."""
 
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sssd_zoo.configs import DetectionDataConfig
 from sssd_zoo.data import sources
@@ -23,6 +26,7 @@ def read_rows(source: str, config: DetectionDataConfig) -> Annotations:
     """Splits of `datasets` whose rows hold an image and a list of objects, or an object of lists."""
     splits = sources.open_splits(source, progress=rank() == 0)
     annotations, name = Annotations(), sources.short_name(source)
+    origin = str(Path(source).expanduser().resolve()) if sources.is_local(source) else source
     for part in config.split.split("+") if config.split else [None]:
         split = pick_split(splits, part, name)
         rows, column = splits[split], config.objects_column
@@ -37,6 +41,7 @@ def read_rows(source: str, config: DetectionDataConfig) -> Annotations:
             raise UserError(f"column '{column}' of {name} needs bbox and category; it has {', '.join(feature)}")
         names: list[str] | None = getattr(_inner(feature[label]), "names", None)
         images = open_encoded(rows, None, name)
+        files = images.files(np.arange(len(rows)))
         read = [column, *(size for size in ("width", "height") if size in rows.features)]
         for row, values in enumerate(rows.select_columns(read)):
             where, objects = f"{split} {row}", []
@@ -56,7 +61,7 @@ def read_rows(source: str, config: DetectionDataConfig) -> Annotations:
                     text = clean_name(names[value] if names else value)
                     objects.append(Object(text, box, is_set(thing.get("difficult")) or is_set(thing.get("iscrowd"))))
             stated = stated_size(values.get("width"), values.get("height"))
-            annotations.images.append(Annotated(where, (images, row), objects, stated))
+            annotations.images.append(Annotated(where, (images, row), objects, stated, files[row], origin))
         here = list(names) if names else sorted({thing.name for image in annotations.images for thing in image.objects})
         annotations.classes += [class_name for class_name in here if class_name not in annotations.classes]
     return annotations
