@@ -93,11 +93,7 @@ def evaluation_data(
     for name in candidates:
         if name == data.split:
             continue
-        if shared := shared_rows(splits, data.split, name, data.name):
-            raise UserError(
-                f"{shared} images of the split {name} of {data.name} are in {data.split} too, which is trained on: "
-                "give a --test_split without them"
-            )
+        refuse_shared_rows(splits, data, name)
         test = load_images(replace(config, split=name, storage_size=data.size), progress=rank() == 0)
         if test.labels is None:
             if test_split:
@@ -114,6 +110,15 @@ def evaluation_data(
     kept, held_out = hold_out(data, holdout, seed, purpose="measure on", advice=advice)
     words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"
     return Evaluation(data, kept, data, held_out, words)
+
+
+def refuse_shared_rows(splits: Splits, data: ImageData, test_split: str) -> None:
+    """Raises `UserError` if a split to measure on has images of `data`, which are trained or calibrated on."""
+    if shared := shared_rows(splits, data.split, test_split, data.name):
+        raise UserError(
+            f"{shared} images of the split {test_split} of {data.name} are in {data.split} too, which is trained on: "
+            "give a --test_split without them"
+        )
 
 
 def shared_rows(splits: Splits, one: str | None, other: str | None, name: str) -> int:

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from sssd_zoo.configs import DataConfig, ExportArgs
 from sssd_zoo.data.inputs import prepared, storage_default
-from sssd_zoo.data.loading import ImageData, load_images, split_names
+from sssd_zoo.data.loading import ImageData, load_images
+from sssd_zoo.data.several import open_data
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.protocol import check_classes, evaluation_data, hold_out
+from sssd_zoo.evaluation.protocol import check_classes, evaluation_data, hold_out, refuse_shared_rows
 from sssd_zoo.files import atomic_write_bytes, write_json
 from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
 from sssd_zoo.hub.portable import plain_network, save_for_transformers
@@ -381,9 +382,11 @@ def int8_images(args: ExportArgs, model: MultiExit) -> tuple[Images, Images, str
         evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=0.5, seed=args.seed)
         measured = Images(evaluation.test, evaluation.test_positions)
         return Images(data, evaluation.train_positions), measured, evaluation.describe()
-    others = [name for name in split_names(config) if name != data.split.split("[")[0]]
+    splits = open_data(config, progress=False)
+    others = [name for name in splits if name != data.split.split("[")[0]]
     test_split = args.test_split or next((name for name in ("test", "validation") if name in others), None)
-    if test_split not in (None, data.split):
+    if test_split is not None and test_split != data.split:
+        refuse_shared_rows(splits, data, test_split)
         test = load_images(replace(config, split=test_split, storage_size=data.size, unlabelled=True))
         return Images(data, torch.arange(len(data))), Images(test, torch.arange(len(test))), f"split {test.split}"
     kept, held_out = hold_out(data, 0.5, args.seed, purpose="measure on", advice="add images")

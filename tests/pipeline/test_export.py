@@ -237,3 +237,9 @@ def test_a_file_of_the_user_s_stays(folder, tmp_path, capsys):
     assert sssd("export", folder, "--out", out) == 2
     assert "--overwrite" in one_line(capsys)
     assert out.read_text() == "mine"
+
+
+def test_images_to_calibrate_on_are_not_measured_on(folder, folder_of_images, tmp_path, capsys):
+    words = ["export", folder, "--output", "2", "--out", tmp_path / "x.onnx", "--int8", "--data", folder_of_images]
+    assert sssd(*words, "--unlabelled", "--split", "train[:20]", "--test_split", "train[10:30]") == 2
+    assert "10 images of the split train[10:30]" in one_line(capsys)
