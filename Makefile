@@ -44,7 +44,7 @@ $(VENV_MIN)/.installed: pyproject.toml tests/minimum_versions.py
 
 venv: $(VENV)/.installed-dev ## make .venv with the package and its development tools
 
-demo: $(VENV)/.installed ## run the whole pipeline on the shipped sample (10,000 images)
+demo: $(VENV)/.installed ## run the whole pipeline on the bundled sample (10,000 images)
 	$(BIN)/sssd fit --config train/recipes/demo.yaml --out runs/demo
 
 test: $(VENV)/.installed-dev ## run the fast tests

@@ -23,25 +23,19 @@ def model_table(cards: Path) -> str:
     for folder in sorted(path.parent for path in cards.glob("*/metrics.json")):
         results = read_json(folder / "metrics.json")
         ours = results["accuracy"][0]
-        # A network that was trained on from its own earlier weights keeps the records of those trainings beside it.
-        slices = [*map(read_json, sorted(folder.glob("slices/*/metrics.json"))), results]
-        time = duration(sum(step["seconds"] for part in slices for step in part["times"]))
-        if len(slices) > 1:
-            time += f" in {len(slices)} slices"
-        machines = dict.fromkeys(
-            part["machine"].split(", torch")[0].replace(", 1 threads", ", 1 thread") for part in slices
-        )
+        time = duration(sum(step["seconds"] for step in results["times"]))
+        machine = results["machine"].split(", torch")[0]
         rows.append(
             [
                 f"[`{folder.name}`](hub_cards/{folder.name}/README.md)",
                 f"{results['data']}, {results['images']:,} images at {results['image_size']} px"
                 + (f", from the features of `{results['encoder']}`" if "encoder" in results else ""),
                 *(f"{value:.2f}" for value in (*ours["exits"], ours["ensemble"])),
-                f"{time}, {', then '.join(machines)}",
+                f"{time}, {machine}",
             ]
         )
-    head = ["name", "trained without labels on", "exit 1", "exit 2", "exit 3", "exit 4", "ensemble", "training"]
-    return "\n".join(table(head, rows)) + "\n"
+    exits = ["exit 1", "exit 2", "exit 3", "exit 4", "ensemble"]
+    return "\n".join(table(["name", "trained without labels on", *exits, "last training run"], rows)) + "\n"
 
 
 def with_table(readme: str, rows: str) -> str:

@@ -12,7 +12,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
-PLACES = ("*", "docs/**/*", "hub_cards/**/*", "train/recipes/**/*", "sssd_zoo/data/sample/*")
+PLACES = ("*", "docs/**/*", "hub_cards/**/*", "train/recipes/**/*", "sssd_zoo/data/sample/*", "sssd_zoo/*/*.py")
 SUFFIXES = {".css", ".csv", ".ipynb", ".json", ".jsonl", ".md", ".png", ".py", ".svg", ".yaml"}
 NAMES = {"LICENSE", "CITATION.cff"}
 

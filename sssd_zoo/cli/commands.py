@@ -57,7 +57,7 @@ COMMANDS = {
     "embed": Command("EmbedArgs", "write the features of images into a parquet, CSV or .npy file", MODEL),
     "search": Command(
         "SearchArgs",
-        "find the images of such a file that are nearest to others",
+        "find the images nearest to a query in a file of `sssd embed`",
         (*MODEL, ("index", None), ("images", "+")),
     ),
     "clusters": Command("ClustersArgs", "copy or link a run's images into a folder per cluster", (("run", None),)),

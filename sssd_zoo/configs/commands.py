@@ -101,7 +101,8 @@ class DistillArgs(DataConfig, RuntimeConfig, AnchoredConfig):
             views of at most 40 px a stem that suits them (docs/backbones.md).
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
             224.
-        init: run folder whose weights the trunk starts from; by default random initialisation, as in the paper.
+        init: run folder or timm name of a network whose trunk weights training starts from; by default random
+            initialisation, as in the paper.
         encoder: network whose features every exit also predicts, see `anchor`: a run folder, or the name of any timm
             model.
         teacher_size: side in pixels that the views are resized to for `encoder`; by default its own input size.
@@ -231,10 +232,10 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
         probe: linear probes, if the data set has labels.
         baseline: also distil on random labels, as a baseline, if the data set has labels to measure by.
         budget: wall time of the whole run on this machine, such as 30m, 2h or 1h30m: the epochs of all stages are
-            chosen so that it is about kept, from a few measured steps.
-        more_epochs: go on with a finished run: train the distilled network for so many epochs more, from its weights,
-            by a new cosine schedule from the learning rate of `distill` to 0 (a warm restart). '[20, 10]' adds 10
-            epochs to a run that had 20 more.
+            chosen to fit it approximately, from a few timed steps.
+        more_epochs: train the distilled network of a finished run for this many more epochs, from its weights, by a new
+            cosine schedule from the learning rate of `distill` to 0 (a warm restart). '[20, 10]' adds 10 epochs to a
+            run that had 20 more.
         overwrite: redo what `out` holds from other settings or data; results that do not depend on them are reused.
         keep_checkpoints: keep the checkpoints of trainings that are complete. By default they are removed, as they take
             many times the space of the networks.
@@ -363,8 +364,8 @@ class EarlyExitArgs(DataConfig):
         points_lost: minimise the cost while losing at most this many percentage points of accuracy against the
             ensemble, with 95 percent confidence on other images of the same kind. Needs labels. The exits share a
             threshold.
-        answers_changed: minimise the cost while answering at most this many percent of the images otherwise than the
-            ensemble, with 95 percent confidence. Needs no labels. The exits share a threshold.
+        answers_changed: minimise the cost while changing at most this percentage of the ensemble's predictions, with 95
+            percent confidence. Needs no labels. The exits share a threshold.
         multiply_adds: maximise the accuracy (without labels the agreement with the ensemble) at an average cost of at
             most this many million MACs per image.
         latency: the same at an average latency of at most this many milliseconds per image, at batch size 1 on this

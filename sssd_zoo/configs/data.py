@@ -44,7 +44,8 @@ class DataConfig(Checked):
             is decoded at reduced resolution and counted at that size.
         in_memory: decode all images once and keep them in memory; by default if they need at most half of the free
             memory.
-        streaming: read the images as a stream without downloading the data set; for pretraining only.
+        streaming: read the images as a stream without downloading the data set; only for `sssd pretrain`, every
+            other command refuses it.
         workers: number of threads or processes that decode images.
         revision: commit, branch or tag of the data set on the Hub; by default the latest.
     """

@@ -45,8 +45,8 @@ class QualityConfig(Checked):
         quality_every: epochs between measurements of the network on at most 2,000 of the training images, for
             metrics.jsonl, the curves and the trackers; 0 for none. With labels, weighted kNN joins them (`sssd
             pretrain` reads labels only where --label_column names them).
-        best_by: what the checkpoints of --keep_best are chosen by: the lowest 'loss', or the highest of one of these
-            figures, among checkpoints of epochs that were measured.
+        best_by: what the checkpoints of --keep_best are chosen by: the lowest 'loss', or the highest value of one of
+            these metrics, among checkpoints of epochs that were measured.
     """
 
     quality_every: CountOrZero = 10

@@ -388,7 +388,7 @@ def _write(
             elif runs:
                 without_exits[title] = mean_of(run.exits[0] for run in runs)
         figures.accuracy_cost(means, drawn[0].macs, out / "accuracy.png", plain=without_exits)
-        lines += ["![Accuracy against multiply-adds](accuracy.png)", ""]
+        lines += ["![Accuracy against MACs](accuracy.png)", ""]
     lines += paper_tables([*results, *others])
     atomic_write_text(out / "report.md", "\n".join(lines))
     atomic_write_text(out / "results.csv", results_csv([*results, *others]))
