@@ -160,7 +160,8 @@ def write_report(args: argparse.Namespace, chosen: dict[str, Epochs | float], do
     from sssd_zoo.evaluation.reports.figures import families_cost
     from sssd_zoo.evaluation.reports.markdown import read_results
 
-    results = read_results(args.runs / done[0])
+    every = [read_results(args.runs / name) for name in done]
+    results, machines = every[0], dict.fromkeys(each["machine"] for each in every)
     trained = {name: epochs for name, epochs in chosen.items() if isinstance(epochs, Epochs)}
     comparison: Comparison = {
         "data": f"{results['data']}, split {results['split']}",
@@ -171,7 +172,7 @@ def write_report(args: argparse.Namespace, chosen: dict[str, Epochs | float], do
         "minutes": args.minutes,
         "moco": MOCO,
         "test": f"{results['test_images']:,} images, {results['test']}",
-        "machine": results["machine"],
+        "machine": "; ".join(machines),
         "families": [family(args.runs / name, trained[name]) for name in done],
         "left_out": {name: seconds for name, seconds in chosen.items() if not isinstance(seconds, Epochs)},
         "to_come": [name for name in trained if name not in done],
