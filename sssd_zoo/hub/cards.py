@@ -33,6 +33,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import code, markdown
 from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.evaluation.knn import knn
+from sssd_zoo.evaluation.reports.early_exit import network_source
 from sssd_zoo.evaluation.reports.markdown import AccuracyRow, Results, duration, read_results
 from sssd_zoo.evaluation.reports.paper import named_rows
 from sssd_zoo.files import (
@@ -253,11 +254,12 @@ def public_recipe(run: Path, data: str) -> dict[str, Any]:
     recipe: dict[str, Any] = read_yaml(run / "config.yaml")
     check_content(run / "config.yaml", recipe, Recipe)
     recipe["data"] = data
-    for key in ("features", "pretrain_data", "init"):  # what lies above a folder is nobody else's business
-        if recipe.get(key):
-            recipe[key] = short_name(recipe[key])
-    if recipe["pretrain"].get("init"):
-        recipe["pretrain"]["init"] = short_name(recipe["pretrain"]["init"])
+    # What lies above a folder is nobody else's business.
+    if recipe.get("pretrain_data"):
+        recipe["pretrain_data"] = short_name(recipe["pretrain_data"])
+    for settings, key in ((recipe, "features"), (recipe, "init"), (recipe["pretrain"], "init")):
+        if settings.get(key):
+            settings[key] = network_source(settings[key])
     recipe.pop("out")
     return recipe
 

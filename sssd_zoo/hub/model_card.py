@@ -114,7 +114,7 @@ def model_card(
         license=license_name,
         library_name="timm",
         pipeline_tag="image-classification" if classes else "image-feature-extraction",
-        datasets=[context["data"]] if on_the_hub(context) else None,
+        datasets=[dataset_of(context)[0]] if on_the_hub(context) else None,
         tags=[*TAGS, *(["transformers"] if transformers_source else [])],
         model_name=title,
         eval_results=_eval_results(metrics, context),
@@ -151,6 +151,12 @@ def on_the_hub(context: Results) -> bool:
     return "/" in context.get("data", "")
 
 
+def dataset_of(context: Results) -> tuple[str, str | None]:
+    """The data set's id and its configuration, which `data` has as `owner/name:configuration`; most have none."""
+    dataset, _, configuration = context["data"].partition(":")
+    return dataset, configuration or None
+
+
 def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[str, str]:
     """The accuracies as `.eval_results/*.yaml`, one file each: the Hub collects them on a data set's page.
 
@@ -165,12 +171,14 @@ def eval_result_files(metrics: Mapping[str, float], context: Results) -> dict[st
     """
     if not on_the_hub(context):
         return {}
+    dataset, configuration = dataset_of(context)
     entries = {
         name: EvalResultEntry(
-            dataset_id=context["data"],
+            dataset_id=dataset,
             task_id="default",
             value=round(value, 2),
             notes=f"top-1 accuracy in percent of a linear probe, {_exit_name(name)}"
+            + (f", configuration {plain(configuration)}" if configuration else "")
             + (f", {plain(context['test'])}" if "test" in context else ""),
         )
         for name, value in metrics.items()
@@ -208,11 +216,13 @@ def _eval_results(metrics: Mapping[str, float], context: Results) -> list[EvalRe
     if not metrics or "data" not in context:
         return None
     test = plain(context.get("test", ""))
+    dataset, configuration = dataset_of(context)
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type=context["data"],
-            dataset_name=context["data"],
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_config=configuration,
             dataset_split=test.removeprefix("split ") if test.startswith("split ") else None,
             metric_type="accuracy",
             metric_name=f"{'' if 'finetuned' in context else 'linear-probe '}accuracy, {_exit_name(name)} (%)",

@@ -6,6 +6,7 @@ compared. huggingface_hub checks only the size of a download, so downloads are c
 repository's metrics.json or pseudo_labels.json. Tokens are left to huggingface_hub: its login or HF_TOKEN.
 """
 
+import glob
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -109,7 +110,7 @@ def send(config: RepoConfig, folder: Path, repo_type: str, compare: Callable[[Pa
     where = f"{config.repo} at commit {done.oid[:12]}"
     with TemporaryDirectory() as back:
         with hub_errors(config.repo, f"commit {done.oid[:12]} was made, but not compared"):
-            fetch(config.repo, repo_type, done.oid, list(files), Path(back))
+            fetch(config.repo, repo_type, done.oid, [glob.escape(name) for name in files], Path(back))
         compare(Path(back), where)
     if config.tag is not None and tagged != done.oid:
         if tagged is not None:
@@ -298,7 +299,7 @@ def labels_card(meta: dict[str, Any], repo: str, license_name: str | None) -> st
         license=license_name,
         task_categories=["image-classification"],
         tags=["sssd", "pseudo-labels"],
-        source_datasets=[plain(meta["data"])] if "/" in meta["data"] else None,
+        source_datasets=[plain(meta["data"]).partition(":")[0]] if "/" in meta["data"] else None,
         pretty_name=f"Pseudo labels of {plain(meta['data'])}",
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "labels.parquet"}]}],
     )

@@ -5,6 +5,7 @@ requirements.txt and README.md of hub_cards/space/, and the few modules of this 
 Space needs no release of it.
 """
 
+import glob
 import io
 from collections.abc import Iterator
 from dataclasses import fields
@@ -108,7 +109,7 @@ def push(folder: Path, name: str, *, private: bool, dry_run: bool) -> None:
             repo_id=name,
             repo_type="space",
             folder_path=folder,
-            allow_patterns=list(files),
+            allow_patterns=[glob.escape(file) for file in files],
             commit_message="sssd space",
             # Nothing of a previous network stays.
             delete_patterns=["model/*", "examples/*", "clusters/*", "sssd_zoo/*"],

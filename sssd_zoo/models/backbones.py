@@ -26,13 +26,13 @@ KEPT = (
     "input_size",
     "fixed_input_size",
     "pool_size",
-    "crop_pct",
-    "interpolation",
     "mean",
     "std",
     "first_conv",
     "license",
 )
+# How networks of this package get their images, in timm's words: whole, by `data.augment.resize`.
+RESIZED = {"crop_pct": 1.0, "crop_mode": "center", "interpolation": "bilinear"}
 
 
 def _cfg(backbone: str, *, cifar_stem: bool) -> dict[str, Any]:
@@ -41,9 +41,9 @@ def _cfg(backbone: str, *, cifar_stem: bool) -> dict[str, Any]:
     classifier = known["classifier"]
     own = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
     cfg = {name: known[name] for name in KEPT if known[name] is not None}
-    cfg |= {"url": "", "classifier": (*own, "exit1.fc", "exit2.fc", "exit3.fc")}
+    cfg |= {**RESIZED, "url": "", "classifier": (*own, "exit1.fc", "exit2.fc", "exit3.fc")}
     if cifar_stem:
-        cfg |= {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": CIFAR_MEAN, "std": CIFAR_STD}
+        cfg |= {"num_classes": 10, "input_size": (3, 32, 32), "mean": CIFAR_MEAN, "std": CIFAR_STD}
     if not known["fixed_input_size"]:
         cfg["min_input_size"] = (3, 8, 8) if cifar_stem else (3, 32, 32)
     if cifar_stem and known["pool_size"]:

@@ -12,8 +12,9 @@ from timm.data import ImageNetInfo
 from timm.models._hub import save_config_for_hf  # its public `save_for_hf` writes the weights too
 from torch import nn
 
+from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes, disk_errors, read_json, sha256_of, write_json
-from sssd_zoo.models.backbones import stored_as
+from sssd_zoo.models.backbones import RESIZED, stored_as
 
 
 def save_network(
@@ -50,11 +51,21 @@ def save_network(
 
 
 def network_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> bytes:
-    """A network's state as safetensors, floating-point tensors in `dtype`."""
-    tensors = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    """A network's state as safetensors, floating-point tensors in `dtype`.
+
+    Raises:
+        UserError: if a number is too large for `dtype`.
+    """
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        stored = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if stored.dtype != tensor.dtype and (stored.isinf() & tensor.isfinite()).any():
+            largest = tensor[tensor.isfinite()].abs().max().item()
+            raise UserError(
+                f"{name} has numbers up to {largest:.3g}, too large for {str(dtype).removeprefix('torch.')}: keep the "
+                "weights in float32, as in the run's own model/, or train again with a lower learning rate"
+            )
+        tensors[name] = stored.detach().cpu().contiguous()
     return save(tensors, metadata={"format": "pt"})
 
 
@@ -66,8 +77,8 @@ def network_config(
     if label_names is not None:
         extra["label_names"] = list(label_names)
         extra["label_descriptions"] = class_descriptions(label_names)
-    # The probes see whole images, resized, so timm's transform is to crop nothing off.
-    data_config: dict[str, Any] = {"crop_pct": 1.0}
+    # Training and probes see whole images, resized by `data.augment.resize`: so is timm's transform to prepare them.
+    data_config: dict[str, Any] = {**RESIZED}
     if input_size is not None:
         data_config["img_size"] = input_size
     with TemporaryDirectory() as scratch:
@@ -88,7 +99,8 @@ def network_config(
         if getattr(model, name, None) is not None:
             config["model_args"][name] = getattr(model, name)
     # These describe the weights of the network's default configuration, not the ones saved.
-    for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes"):
+    of_others = ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes")
+    for name in (*of_others, "test_input_size", "test_pool_size"):
         config["pretrained_cfg"].pop(name, None)
     if label_names is None:
         config.pop("label_names", None)

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 import pyarrow.parquet as pq
 
 from sssd_zoo.configs import PublishLabelsArgs
+from sssd_zoo.evaluation.reports.early_exit import network_source
 from sssd_zoo.files import (
     atomic_write_text,
     disk_errors,
@@ -26,11 +27,10 @@ def publish_labels(args: PublishLabelsArgs) -> None:
         folder = Path(scratch)
         copy_files(source, ("labels.parquet", "centroids.safetensors"), folder)
         leave_out_paths(folder / "labels.parquet")
-        model = labels.meta["model"]
         meta = {
             **labels.meta,
             # A folder's path means nothing on another machine; hf-hub:ORG/NAME does.
-            "model": model if ":" in model else Path(model).name,
+            "model": network_source(labels.meta["model"]),
             "sha256": sha256_of(folder, folder.iterdir()),
         }
         write_json(folder / "pseudo_labels.json", meta)

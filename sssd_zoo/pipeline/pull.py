@@ -5,6 +5,7 @@ from huggingface_hub import (
 )
 
 from sssd_zoo.configs import PullArgs
+from sssd_zoo.errors import UserError
 from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.hub.publish import (
@@ -25,6 +26,8 @@ from sssd_zoo.models.networks import with_current_prefix
 def pull(args: PullArgs) -> None:
     """`sssd pull`."""
     name = with_current_prefix(args.name).removeprefix("hf-hub:")
+    if args.labels and "/" not in name:
+        raise UserError(f"--labels pulls ORG/NAME from the Hub, not '{name}': give ORG/NAME, or remove --labels")
     kind = "pulled-labels" if args.labels else "card"
     out = open_out(args, kind)
     with atomic_dir(out, kind) as folder:

@@ -14,8 +14,10 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.label_free import collapse_warning
 from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
+from sssd_zoo.evaluation.reports.markdown import can_be_pasted
 from sssd_zoo.evaluation.subset import Subset, figures_of, network_figures
 from sssd_zoo.evaluation.verdict import Commands, Verdict, command, judge
+from sssd_zoo.files import expand_home
 from sssd_zoo.models.bundled import bundled_name, bundled_weights
 from sssd_zoo.models.networks import config_for, input_spec, load_network
 
@@ -57,10 +59,10 @@ def data_words(args: DataConfig, extra: tuple[str, ...] = ()) -> list[str]:
 
 
 def image_of(data: str | list[str]) -> str | None:
-    """An image file of the data, where these are folders of them."""
-    folder = Path(data if isinstance(data, str) else data[0]).expanduser()
+    """An image file of the data whose name can be pasted, where these are folders of them."""
+    folder = Path(expand_home(data if isinstance(data, str) else data[0]))
     images = walk(folder).images if folder.is_dir() else []
-    return str(folder / images[0]) if images else None
+    return next((name for image in images if can_be_pasted(name := str(folder / image))), None)
 
 
 def use_commands(network: str, args: DataConfig) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.images import file_bytes, picture, write, write_parquet
-from sssd_zoo.configs import DataConfig
+from sssd_zoo.configs import DataConfig, SettingsError
 from sssd_zoo.data.loading import load_images, split_names
 from sssd_zoo.data.several import open_data
 from sssd_zoo.data.sources import short_name
@@ -108,7 +108,7 @@ class TestSeveral:
 
     @pytest.mark.parametrize("data", [["", "b"], ["nowhere/at/all", "b"]])
     def test_one_that_is_not_there(self, data):
-        with pytest.raises(UserError):
+        with pytest.raises((UserError, SettingsError)):
             load(*data)
 
     def test_names_say_nothing_of_other_folders(self, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from helpers.markdown import by_name, facts, sections, table, tables
 from sssd_zoo.evaluation.reports.figures import accuracy_cost, cluster_sheet, cluster_sizes, loss_curves
+from sssd_zoo.evaluation.reports.html.page import write_page
 from sssd_zoo.evaluation.reports.markdown import AccuracyRow, Results, write_report
 
 ROWS: list[AccuracyRow] = [
@@ -138,6 +139,26 @@ def test_report_of_nothing_is_still_a_report(tmp_path: Path) -> None:
 def test_a_bar_in_a_name_does_not_break_the_table(tmp_path: Path) -> None:
     write_report(tmp_path / "report.md", {"times": [{"step": "a|b", "seconds": 1.0}]})
     assert table((tmp_path / "report.md").read_text())[0] == ["a|b", "1.0 s", ""]
+
+
+def test_no_command_ends_its_block(tmp_path: Path) -> None:
+    odd = ["a\n```\n\n[click](javascript:x) <img src=x>\n```.png", "`id`", "a\u202eb", "a\x1b[2K", "a\rb"]
+    verdict: Any = {"level": "weak", "sentence": "Few.", "next": [*(f"sssd predict '{name}'" for name in odd)]}
+    write_report(tmp_path / "none.md", {"verdict": verdict})
+    assert "Next:" not in (tmp_path / "none.md").read_text()
+    verdict["next"].append(f"sssd embed '50% off #1' {'x' * 300}")
+    write_report(tmp_path / "one.md", {"verdict": verdict})
+    text = (tmp_path / "one.md").read_text()
+    assert re.findall(r"^```sh\n(.*?)\n```$", text, re.DOTALL | re.MULTILINE) == verdict["next"][-1:]
+    assert "click" not in text
+
+
+def test_a_page_of_little(tmp_path: Path) -> None:
+    shown: dict[str, Any] = {"nameable": False, "total": 0, "images": {"row": []}, "classes": []}
+    write_page(tmp_path / "bare.html", "RUN", {"data": "pictures"}, {}, shown)
+    assert '<p class="sub">0 images</p>' in (tmp_path / "bare.html").read_text()
+    write_page(tmp_path / "sized.html", "RUN", {"data": "pictures", "model": "m", "image_size": 8}, {}, shown)
+    assert '<p class="sub">0 images, m at 8 px</p>' in (tmp_path / "sized.html").read_text()
 
 
 def test_loss_curves(tmp_path: Path, drawn: list[Figure]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -340,6 +341,7 @@ def test_a_branch_a_pull_request_and_a_tag_that_stays(published, sssd, run, tmp_
         ("publish {run} --repo a/b/c", "ORG/NAME"),
         (f"publish {{run}} --repo {REPO} --include *.gif", "matches no further file"),
         ("pull resnet --out {tmp_path}/x", "no bundled weights 'resnet'"),
+        ("pull sssd_resnet18_cifar.cifar10 --labels --out {tmp_path}/x", "give ORG/NAME, or remove --labels"),
         (f"pull {REPO} --out {{tmp_path}} --overwrite", "holds mine;"),
     ],
 )
@@ -347,6 +349,7 @@ def test_mistakes_are_one_line(words, message, empty, sssd, run, tmp_path):
     (tmp_path / "mine").write_text("mine")
     assert message in sssd(*(word.format(run=run, tmp_path=tmp_path) for word in words.split())).error
     assert not writes(empty)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_token_is_never_uploaded_or_said(published, sssd, run, tmp_path):
@@ -453,6 +456,15 @@ def test_publish_by_xet(empty, sssd, run, tmp_path):
     assert not [line for line in empty.log if line.startswith("PUT") or "/objects/batch" in line]
     stored = sum(path.stat().st_size for path in Path(empty.cas).rglob("*") if path.is_file())
     assert stored > 200_000
+
+
+def test_a_file_whose_name_is_a_pattern_comes_back(empty, sssd, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "notes[1].md").write_text("mine\n")
+    done = sssd("publish", copy, "--repo", REPO, "--include", "notes*")
+    assert done.status == 0, done
+    fetched = {unquote(line.rsplit("/", 1)[1]) for line in empty.log if re.match("GET .*/resolve/", line)}
+    assert {"notes[1].md", "model.safetensors"} <= fetched & set(empty.files(REPO))
 
 
 def test_publish_says_when_what_came_back_is_damaged(empty, sssd, run):

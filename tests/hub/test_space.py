@@ -366,7 +366,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def test_push_makes_a_gradio_space_of_the_folder(hub, tmp_path, capsys):
-    for name in ("app.py", "README.md", "model/config.json", "sssd_zoo/hub/page.py"):
+    for name in ("app.py", "README.md", "model/config.json", "sssd_zoo/hub/page.py", "examples/cat [1].png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"{name}'s content")
     hub.private = True

@@ -12,7 +12,7 @@ from helpers.networks import save_tiny
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.configs import FitArgs, MoCoConfig, QualityArgs
 from sssd_zoo.evaluation.reports.markdown import read_results
-from sssd_zoo.pipeline.quality import data_words, run_verdict
+from sssd_zoo.pipeline.quality import data_words, image_of, run_verdict
 from sssd_zoo.training.runs import save_config
 
 
@@ -113,6 +113,14 @@ def test_command(photos, tmp_path, capsys):
     table = capsys.readouterr().out
     assert "network: weak." in table
     assert f"{answer['label_free']['std']:.3f}  std of the embeddings" in table
+
+
+def test_an_image_whose_name_cannot_be_pasted_is_not_proposed(tmp_path):
+    write(tmp_path / "a.png", picture(0))
+    (tmp_path / "a.png").rename(tmp_path / "a\n```\n.png")
+    assert image_of(str(tmp_path)) is None
+    write(tmp_path / "b c.png", picture(0))
+    assert image_of(str(tmp_path)) == str(tmp_path / "b c.png")
 
 
 def test_one_image_is_too_few(tmp_path, capsys):

@@ -307,7 +307,7 @@ def paper_row(run: Result) -> tuple[str | None, str, str | None, int | None, str
 
 def paper_data(name: str, images: int) -> str | None:
     """The paper's name for a data set, or None if it is another or a part of one."""
-    letters = re.sub(r"[^a-z0-9]", "", name.rsplit("/", 1)[-1].lower())
+    letters = re.sub(r"[^a-z0-9]", "", name.partition(":")[0].rsplit("/", 1)[-1].lower())
     return PAPER_DATA.get((letters, images))
 
 

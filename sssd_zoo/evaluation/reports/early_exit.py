@@ -1,5 +1,6 @@
 """The report of `sssd early-exit`."""
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,26 @@ BATCHES = ("1", "128")  # batch sizes that were timed
 
 
 def network_source(name: str) -> str:
-    """What to call where a network came from: a name as it is, a folder without those above its run."""
-    path = Path(name)
-    if not path.exists():
+    """What to call where a network came from: a name as it is, a folder without those above its run.
+
+    A folder need not exist any more: names of networks have no separator, but for those of the Hub with their prefix.
+    """
+    if name.startswith(("hf-hub:", "hf_hub:")):
         return name
-    path = path.resolve()
+    path = Path(name.removeprefix("local-dir:"))
+    if path.exists():
+        path = path.resolve()
     return f"{path.parent.name}/model" if path.name == "model" and path.parent.name else path.name
 
 
 def command_line(args: EarlyExitArgs) -> str:
     """The command with these arguments, without those at their defaults; paths without the folders above them."""
-    words = [f"sssd early-exit {network_source(args.model)}"]
-    words += [f"--data {short_name(args.data)}", "--out OUT"]
+    words = ["sssd", "early-exit", network_source(args.model), "--data", short_name(args.data), "--out", "OUT"]
     for field in fields(args):
         value = getattr(args, field.name)
         if field.name not in ("model", "data", "out", "overwrite") and value != field.default:
-            words.append(f"--{field.name} {value}")
-    return " ".join(words)
+            words += [f"--{field.name}", str(value)]
+    return shlex.join(words)
 
 
 def report(results: dict[str, Any]) -> str:
@@ -45,9 +49,9 @@ def report(results: dict[str, Any]) -> str:
         "",
         *_answers(results),
         "",
-        "An image that no exit is sure of is answered by the ensemble of the exits that were asked. Agreement is with "
-        "the ensemble of all exits. Time is for one image, as a fraction of the whole network's; exits 1 to 4 are "
-        "networks of their own (`output=1`...)."
+        "If no exit's confidence exceeds its threshold, the prediction is the ensemble of the exits that were "
+        "evaluated. Agreement is with the ensemble of all exits. Time is for one image, as a fraction of the whole "
+        "network's; exits 1 to 4 are networks of their own (`output=1`...)."
         + (
             f" ECE is the expected calibration error over {BINS} bins of confidence, before and after the "
             f"temperatures; the ensemble's accuracy was {results['ensemble_accuracy_before']:.2f} before."

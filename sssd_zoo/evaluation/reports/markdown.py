@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.text import code, markdown
+from sssd_zoo.errors.text import code, markdown, plain
 from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
 from sssd_zoo.evaluation.verdict import TRUST, Verdict
 from sssd_zoo.files import atomic_write_text, read_json
@@ -183,11 +183,18 @@ def _accuracy(results: Results) -> list[str]:
     return [*lines, *_figures(results, "accuracy")]
 
 
+def can_be_pasted(line: str) -> bool:
+    """Whether a line is safe to show as it is in a block of code: it has no backticks or invisible characters."""
+    return "`" not in line and plain(line, len(line)) == line
+
+
 def _verdict(results: Results) -> list[str]:
     if (verdict := results.get("verdict")) is None:
         return []
     lines = [f"**Verdict: {verdict['level']}.** {markdown(verdict['sentence'])}", ""]
-    return [*lines, "Next:", "", "```sh", *verdict["next"], "```", ""] if verdict["next"] else lines
+    # A name of a file could end the block and go on as Markdown.
+    commands = [line for line in verdict["next"] if can_be_pasted(line)]
+    return [*lines, "Next:", "", "```sh", *commands, "```", ""] if commands else lines
 
 
 def _label_free(results: Results) -> list[str]:
