@@ -16,6 +16,7 @@ from sssd_zoo.data.detection.annotations import (
     to_corners,
 )
 from sssd_zoo.errors import UserError
+from sssd_zoo.files import expand_home
 
 SAMPLED_FILES = 100  # images that are looked for in each candidate folder
 
@@ -85,7 +86,7 @@ def _by_id(entries: list[dict[str, Any]], field_name: str, path: Path, annotatio
 def _image_folder(path: Path, image_folder: str | None, files: list[str]) -> Path:
     """The folder of COCO's images: the one given, otherwise the JSON file's or one beside it with most of them."""
     if image_folder is not None:
-        return Path(image_folder).expanduser()
+        return Path(expand_home(image_folder))
     split = path.stem.removeprefix("instances_")
     candidates = [path.parent, path.parent.parent / split, path.parent / split]
     sampled = files[:: max(1, len(files) // SAMPLED_FILES)]

@@ -20,13 +20,14 @@ from sssd_zoo.data.detection.annotations import (
 from sssd_zoo.data.loading import open_encoded
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.files import expand_home
 
 
 def read_rows(source: str, config: DetectionDataConfig) -> Annotations:
     """Splits of `datasets` whose rows hold an image and a list of objects, or an object of lists."""
     splits = sources.open_splits(source, progress=rank() == 0)
     annotations, name = Annotations(), sources.short_name(source)
-    origin = str(Path(source).expanduser().resolve()) if sources.is_local(source) else source
+    origin = str(Path(expand_home(source)).resolve()) if sources.is_local(source) else source
     for part in config.split.split("+") if config.split else [None]:
         split = pick_split(splits, part, name)
         rows, column = splits[split], config.objects_column
