@@ -93,6 +93,9 @@ class Guard:
 @contextmanager
 def guarded() -> Iterator[Guard]:
     """Turns whatever the block raises, and the signals that it gets, into one line and an exit status; see `Guard`."""
+    for name in ("stdout", "stderr"):  # None where they were closed before Python began (`>&-`)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  for the whole process
     with watched_output() as problems, stop_signals() as signals:
         guard = Guard(problems, signals)
         with guard.told():

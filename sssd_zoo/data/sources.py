@@ -334,7 +334,8 @@ def _load(load: Callable[[], Any], origin: Path) -> Any:
             FileNotFoundError,
         ) as error:
             _reraise_disk_error(error)
-            raise UserError(f"cannot read {origin}: {_reason(error)}") from error
+            odd = "it has no rows, or not what `datasets` writes" if isinstance(error, LookupError) else None
+            raise UserError(f"cannot read {origin}: {odd or _reason(error)}") from error
 
 
 def _open_hub(name: str, configuration: str | None, revision: str | None, streaming: bool, progress: bool) -> Splits:

@@ -172,8 +172,11 @@ class EmbeddingFile:
         """The embeddings of one exit, in order: float32 [n, D] each, a copy.
 
         Raises:
-            UserError: if the file cannot be read.
+            UserError: if the file cannot be read, or has no such exit.
         """
+        if exit_name not in self.meta["exits"]:
+            exits = ", ".join(self.meta["exits"])
+            raise UserError(f"{self.path} has no exit {exit_name!r}: give one of {exits}")
         place = self.meta["exits"].index(exit_name)
         column, width = column_names(self.meta["exits"])[place], self.meta["dimension"]
         try:
@@ -262,7 +265,8 @@ def _write_parquet(parts: Iterable[Part], meta: Meta, path: Path) -> None:
     fields = [("row", pa.int64()), ("path", pa.string()), *((name, pa.list_(kind, width)) for name in names)]
     schema = pa.schema(fields, metadata={KEY: json.dumps(meta).encode()})
     # Embeddings are all but random: dictionaries and statistics of them would cost time and save nothing.
-    with pq.ParquetWriter(path, schema, use_dictionary=["path"], write_statistics=["row", "path"]) as file:
+    options = {"use_dictionary": ["path"], "write_statistics": ["row", "path"]}
+    with path.open("wb") as stream, pq.ParquetWriter(stream, schema, **options) as file:
         for rows, paths, values in parts:
             lists = [pa.FixedSizeListArray.from_arrays(values[:, place].ravel(), width) for place in range(len(names))]
             file.write_table(pa.table([pa.array(rows), pa.array(paths, pa.string()), *lists], schema))
@@ -294,7 +298,7 @@ def _written_to(file: BinaryIO, parts: Iterable[Part]) -> Iterator[Part]:
 def _csv_rows(path: Path, names: list[str], parts: Iterable[Part], numbers: Callable[[Part], FloatArray]) -> None:
     """Writes the rows and paths of parts as CSV, and so many numbers behind them."""
     schema = pa.schema([("row", pa.int64()), ("path", pa.string()), *((name, pa.float32()) for name in names)])
-    with pacsv.CSVWriter(path, schema) as file:
+    with path.open("wb") as stream, pacsv.CSVWriter(stream, schema) as file:
         for part in parts:
             columns = [pa.array(part.rows), pa.array(part.paths, pa.string()), *map(pa.array, numbers(part).T)]
             file.write_table(pa.table(columns, schema))

@@ -91,8 +91,6 @@ def evaluation_data(
     names = [name for name in splits if name != data.split.split("[")[0]]
     candidates = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
     for name in candidates:
-        if name == data.split:
-            continue
         refuse_shared_rows(splits, data, name)
         test = load_images(replace(config, split=name, storage_size=data.size), progress=rank() == 0)
         if test.labels is None:

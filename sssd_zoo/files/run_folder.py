@@ -237,20 +237,25 @@ def adopt(folder: Path, kind: str) -> None:
 
 
 def claim(folder: Path, kind: str) -> None:
-    """Creates, marks and locks a folder for this process until `release_all`, and tidies it up."""
+    """Creates, marks and locks a folder for this process until `release_all`, and tidies it up.
+
+    Raises:
+        UserError: if another command uses the folder, or nothing can be written into it.
+    """
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:  # of file systems that are no disks, such as /proc
         raise UserError(f"the folder {folder} cannot be made there: give another --out") from error
     marked = (folder / RUN_MARK).exists()
-    try:
-        lock.take(folder)
-        if not marked:
-            mark(folder, kind)
-    finally:
-        _at_exit.callback(_let_go, folder, made, marked)
-    tidy(folder)
+    with disk_errors(folder):
+        try:
+            lock.take(folder)
+            if not marked:
+                mark(folder, kind)
+        finally:
+            _at_exit.callback(_let_go, folder, made, marked)
+        tidy(folder)
 
 
 def _let_go(folder: Path, made: list[Path], marked: bool) -> None:

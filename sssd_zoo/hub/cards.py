@@ -124,6 +124,8 @@ def check_run(run: Path) -> None:
     ]
     if missing:
         raise UserError(f"{run} is not a finished run of `sssd fit`: {', '.join(missing)} missing")
+    read_results(run)
+    read_yaml(run / "config.yaml")
 
 
 def check_calibrated(run: Path, calibrated: str | None) -> Path | None:

@@ -25,7 +25,10 @@ def complete_stages(run: Path) -> list[Path]:
         folder = record.parent.parent / record.stem
         if record.name.startswith(".") or folder.is_symlink() or not folder.is_dir():
             continue
-        content = read_json(record)
+        try:
+            content = read_json(record)
+        except UserError:  # damaged: nobody knows whether the stage is complete
+            continue
         begun_anew = (record.parent / f".{record.name.removesuffix('.json')}.new.json").exists()
         if isinstance(content, dict) and content.get("result") is not None and kind_of(folder) and not begun_anew:
             found.append(folder)

@@ -123,7 +123,10 @@ def remove_figures(out: Path, kept: Iterable[str]) -> None:
     """Removes the figures that the earlier report in a folder has, and that the new one does not."""
     if not (out / "metrics.json").is_file():
         return
-    content = read_json(out / "metrics.json")
+    try:
+        content = read_json(out / "metrics.json")
+    except UserError:  # damaged: it is written anew, and the figures that it named stay
+        return
     there = content.get("figures") if isinstance(content, dict) else None
     for path in there if isinstance(there, dict) else {}:
         if path not in kept and re.fullmatch(r"figures/[\w-]+\.(png|svg)", str(path)):

@@ -385,7 +385,7 @@ def int8_images(args: ExportArgs, model: MultiExit) -> tuple[Images, Images, str
     splits = open_data(config, progress=False)
     others = [name for name in splits if name != data.split.split("[")[0]]
     test_split = args.test_split or next((name for name in ("test", "validation") if name in others), None)
-    if test_split is not None and test_split != data.split:
+    if test_split is not None:
         refuse_shared_rows(splits, data, test_split)
         test = load_images(replace(config, split=test_split, storage_size=data.size, unlabelled=True))
         return Images(data, torch.arange(len(data))), Images(test, torch.arange(len(test))), f"split {test.split}"

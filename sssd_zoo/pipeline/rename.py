@@ -14,7 +14,7 @@ from sssd_zoo.configs import RenameArgs
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed, plain
 from sssd_zoo.evaluation.reports.markdown import read_results
-from sssd_zoo.files import expand_home, read_json, sha256, write_json
+from sssd_zoo.files import damage, expand_home, read_json, recorded_sha256, sha256, write_json
 from sssd_zoo.files.run_folder import check_writable, claim, kind_of
 from sssd_zoo.models.checks import read_config
 from sssd_zoo.models.networks import check_folder
@@ -44,6 +44,8 @@ def rename(args: RenameArgs) -> None:
     before = config.get("label_names") or [f"cluster {number}" for number in range(classes)]
     given = read_names(Path(args.names), classes)
     names = [given.get(number, name) for number, name in enumerate(before)]
+    if run is not None:
+        check_labels(run / "labels")
     claim(run or folder, kind_of(run or folder) or "network")
     if run is not None:
         naming: Naming = {"labels": sha256(run / "labels" / "labels.parquet"), "names": names}
@@ -52,6 +54,14 @@ def rename(args: RenameArgs) -> None:
     print(f"{folder}: {classes} clusters, {len(set(names))} answers of different names")
     print(f"named: {listed([plain(name) for name in dict.fromkeys(given[number] for number in sorted(given))], 10)}")
     print(f"to use them: sssd predict {plain(args.model)} IMAGES")
+
+
+def check_labels(labels: Path) -> None:
+    """Raises `UserError` if the labels whose clusters are named are damaged: their names would not be found again."""
+    file = "labels.parquet"
+    recorded = recorded_sha256(read_json(labels / "pseudo_labels.json"), [file])
+    if wrong := damage(labels, recorded) if (labels / file).exists() else f"{file} is missing":
+        raise UserError(f"{labels} is damaged ({wrong}): run the command of this run again, which repairs it")
 
 
 def find(given: Path) -> tuple[Path | None, Path]:

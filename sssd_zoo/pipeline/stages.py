@@ -160,7 +160,7 @@ class Stages:
         """The optimiser steps that a training of these inputs resumes from."""
         for new in (False, True):
             folder, record = self._places(name, new=new)
-            if record.exists() and not _differences(read_json(record, Record)["inputs"], inputs):
+            if record.exists() and not _differences(_read_record(record)["inputs"], inputs):
                 return steps_done(folder / "checkpoints")
         return 0
 
@@ -222,7 +222,7 @@ class Stages:
         check_writable(folder)
         if not record.exists() or not folder.exists():
             return folder, None
-        before = read_json(record, Record)
+        before = _read_record(record)
         checkpoints = folder / "checkpoints"
         begun = before["result"] is not None or (any(checkpoints.glob("step-*")) and not diverged(checkpoints))
         return folder, before if begun else None
@@ -230,12 +230,25 @@ class Stages:
     def _finish_replacing(self, name: str) -> None:
         """Puts a step that was made beside the old one in its place, if it is complete; after a kill once more."""
         new, new_record = self._places(name, new=True)
-        if not new_record.exists() or read_json(new_record, Record)["result"] is None:
+        if not new_record.exists() or _read_record(new_record)["result"] is None:
             return
         folder, record = self._places(name)
         if new.exists():
             replace(new, folder, "step")
         new_record.replace(record)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """The record of a stage.
+
+    Raises:
+        UserError: if it is damaged, that says what to do.
+    """
+    try:
+        record: dict[str, Any] = read_json(path, Record)
+    except UserError as error:
+        raise UserError(f"{error}; remove this file to make the stage again") from error
+    return record
 
 
 def _read_later(folder: Path) -> list[Path]:
@@ -246,7 +259,7 @@ def _read_later(folder: Path) -> list[Path]:
 
 def _prepare(folder: Path, record: Path, inputs: dict[str, Any]) -> None:
     """Notes what a step is about to do; what is there of the same inputs is half done, and it resumes from that."""
-    if record.exists() and _differences(read_json(record, Record)["inputs"], inputs):
+    if record.exists() and _differences(_read_record(record)["inputs"], inputs):
         drop(folder, "step")
     if kind_of(folder) is None:
         mark(folder, "step")

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def start(*words: str, **kwargs) -> subprocess.Popen:
 
 def quiet(text: str) -> bool:
     return "Traceback" not in text and "ignored" not in text
+
+
+def test_closed_outputs_are_no_error():
+    shell = f"{shlex.quote(sys.executable)} -c {shlex.quote(GUARD + '    print(1)')} >&- 2>&-"
+    assert subprocess.run(shell, shell=True, cwd=ROOT, env=BUFFERED, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("environment", [BUFFERED, UNBUFFERED], ids=["buffered", "unbuffered"])

@@ -21,6 +21,7 @@ class TestSplitsShareNoRows:
             ("train[:200]", "train[150:300]", 50),
             ("train[150:300]", "train[:200]", 50),
             ("train[:200]", "train", 200),
+            ("train[:200]", "train[:200]", 200),
             ("train[:200]", "train[0:200]", 200),
             ("train[:200]", "training[199:201]", 1),
             ("train[:10%]", "train[1%:2%]", 100),

@@ -1,5 +1,6 @@
 """Nothing of the user's is replaced or removed: what the commands write into, and what of it they may take away."""
 
+import errno
 import json
 import os
 import shutil
@@ -21,9 +22,9 @@ from sssd_zoo.cli.arguments import PATHS
 from sssd_zoo.cli.commands import COMMANDS
 from sssd_zoo.configs import commands as arguments
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import RUN_MARK, expand_home
+from sssd_zoo.files import RUN_MARK, expand_home, lock
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.files.run_folder import CHECKPOINTS, KINDS, atomic_dir, drop, kind_of, mark, remove, tidy
+from sssd_zoo.files.run_folder import CHECKPOINTS, KINDS, atomic_dir, claim, drop, kind_of, mark, remove, tidy
 from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.export import is_graph, is_program
@@ -148,6 +149,19 @@ def test_a_folder_that_is_replaced_keeps_what_others_put_into_it(tmp_path):
     assert (folder / "notes" / "mine.txt").read_text() == (folder / ".hidden").read_text() == "mine"
     assert (folder / "link").is_symlink()
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.EROFS, "read-only"), (errno.ENOSPC, "disk is full"), (errno.EACCES, "permission denied")],
+)
+def test_a_folder_that_nothing_can_be_written_into_is_one_line(number, words, tmp_path, monkeypatch):
+    def fails(folder):
+        raise OSError(number, "no", str(folder / lock.LOCK))
+
+    monkeypatch.setattr(lock, "take", fails)
+    with pytest.raises(UserError, match=f"cannot write .*{words}"):
+        claim(tmp_path / "run", "training")
 
 
 def test_of_the_checkpoints_only_those_of_this_package_are_removed(tmp_path):

@@ -226,6 +226,22 @@ def test_no_other_file_is_read_because_a_file_names_it(network, photos, tmp_path
         EmbeddingFile(tmp_path / "e.csv")
 
 
+def test_an_exit_that_is_not_in_the_file(network, photos, tmp_path):
+    assert embed(network, photos, tmp_path / "e.npy") == 0
+    with pytest.raises(UserError, match="has no exit '9': give one of 4"):
+        next(EmbeddingFile(tmp_path / "e.npy").chunks("9"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ünï.csv", "ünï.parquet", "ünï.npy"])
+def test_names_in_a_locale_without_them(name, network, photos, tmp_path):
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["embed", network, "--data", photos, "--out", tmp_path / name, "--image_size", "32", *CPU]
+    done = command("-m", "sssd_zoo.cli", *map(str, words), environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert EmbeddingFile(tmp_path / name).meta["count"] == 17
+
+
 def test_an_image_that_is_too_large_is_told_once_and_plainly(network, tmp_path):
     write(tmp_path / "photos" / "a.png", picture(0))
     Image.new("L", (9500, 9500)).save(tmp_path / "photos" / "b.png", compress_level=1)

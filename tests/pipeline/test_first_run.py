@@ -136,6 +136,19 @@ def contents_but_times(out: Path) -> set[str]:
     return {str(path.relative_to(out)) for path in out.rglob("*")}
 
 
+class TestDamage:
+    def test_of_what_is_derived_is_repaired(self, run, folder_of_images):
+        (run / "metrics.json").write_text("{")
+        assert sssd("fit", "--data", folder_of_images, "--out", run, *QUICK) == 0
+        assert json.loads((run / "metrics.json").read_text())["images"] == 48
+
+    def test_of_a_record_names_what_to_do(self, run, folder_of_images, capsys):
+        (run / "steps" / "distill.json").write_text("")
+        assert sssd("fit", "--data", folder_of_images, "--out", run, *QUICK) == 2
+        assert "remove this file to make the stage again" in one_line(capsys)
+        assert sssd("clean", run) == 0
+
+
 class TestBudget:
     @pytest.mark.slow
     def test_it_chooses_the_epochs_once(self, folder_of_images, tmp_path, capsys):

@@ -178,3 +178,12 @@ def test_networks_that_are_not_renamed(run, network, folder_of_images, tmp_path,
     (labelled / "metrics.json").write_text(json.dumps({**results, "accuracy": accuracy}))
     assert sssd("rename", labelled, names) == 2
     assert "nothing to name" in one_line(capsys)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")], ids=["missing", "cut"])
+def test_clusters_of_damaged_labels_get_no_names(damage, run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    damage(copy / "labels" / "labels.parquet")
+    assert sssd("rename", copy, csv(tmp_path, GOOD)) == 2
+    assert "labels is damaged (labels.parquet is" in one_line(capsys)
+    assert not (copy / "cluster_names.json").exists()
