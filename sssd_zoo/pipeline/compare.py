@@ -62,6 +62,9 @@ TAUGHT = (*LABELLED, "seed", "pretext")  # the methods that need M_ssl; the othe
 def compare(args: CompareArgs) -> None:
     """`sssd compare`."""
     began = time.perf_counter()
+    folders = [Path(folder).resolve() for folder in (args.out, *args.also)]
+    if len(set(folders)) < len(folders):
+        raise UserError("--also names --out or a folder twice, whose results would count twice: name each once")
     others = [result for folder in args.also for result in read_results(Path(folder))]
     trained = ["distill", "seed_method"] if "seed" in args.methods else ["distill"]
     if unknown := sorted(set(args.epochs) - {*args.methods, *args.variants}):

@@ -108,6 +108,7 @@ def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):
         (("--methods", "[pretext]", "--epochs", "{pretext: 2}", "--features", "resnet18"), "is taken as it is"),
         (("--methods", "[sssd]", "--epochs", "{sssd: 0}"), "epochs"),
         (("--methods", "[sssd, magic]"), "magic"),
+        (("--also", "[a, ./a]"), "a folder twice, whose results would count twice"),
         (("--methods", "[]"), "methods is []"),
         (("--seed_method.queue_size", "999"), "queue_size 999"),
         (("--methods", "[sssd-soft]", "--soft", "0"), "soft is 0.0;"),
