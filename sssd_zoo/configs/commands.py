@@ -371,7 +371,7 @@ class EarlyExitArgs(DataConfig):
         latency: the same at an average latency of at most this many milliseconds per image, at batch size 1 on this
             machine.
         batch_size: images per forward pass where nothing is timed.
-        device: 'auto' uses a GPU if there is one; 'cpu' never does.
+        device: 'auto' uses a CUDA GPU if there is one; 'cpu' never does.
         runs: number of timed runs of each network, interleaved.
         seed: random seed of the calibration images and of the timed images.
         overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
@@ -405,7 +405,8 @@ class ExportArgs(Checked):
         format: 'onnx' or 'torch-export', both with a dynamic batch size; 'safetensors', which timm loads with this
             package; 'timm', exit 4 as timm's own network; or 'transformers', the whole network with its code, for
             trust_remote_code. All but 'safetensors' load without this package.
-        thresholds: thresholds of early exit at exits 1 to 3, 0 to 1; by default those stored with the network.
+        thresholds: thresholds of early exit at exits 1 to 3, 0 to 1, for what has all exits: --output early-exit, and
+            the formats safetensors and transformers; by default those stored with the network.
         int8: also write the ONNX graph quantised to int8, and measure both: their accuracy where the images have
             labels, otherwise how often they agree.
         data: images for --int8, given as for the other commands.
@@ -634,7 +635,7 @@ class DetectArgs(DetectionDataConfig, DetectorConfig, RuntimeConfig, OptimConfig
         sizes: progressive resizing: short sides of the images in pixels for successive equal parts of training, such as
             [160, 240]. By default all images have `short_side`.
         test_data: sources to measure on, given like `data`; by default those of `data`.
-        test_split: split to measure on; by default 'test' or 'val' if there is one.
+        test_split: split to measure on; by default 'test' or 'val', if there is one without images to train on.
         voc: also report the 11-point AP50 of VOC2007.
         resume: resume from the newest checkpoint in `out`.
         overwrite: discard the run in `out` and start again.

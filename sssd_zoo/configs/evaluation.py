@@ -61,7 +61,7 @@ class ForwardConfig(Checked):
         batch_size: images per forward pass.
         precision: precision of the forward pass; 'auto' uses bf16 where the hardware supports it, fp16 on older GPUs,
             and fp32 otherwise.
-        device: 'auto' uses a GPU if there is one; 'cpu' never does.
+        device: 'auto' uses a CUDA GPU if there is one; 'cpu' never does.
     """
 
     batch_size: Count = 256

@@ -103,7 +103,7 @@ class RuntimeConfig(Checked):
         compile: compile the network with torch.compile; worthwhile on GPUs, not on CPUs.
         cuda_graphs: with `compile` on one GPU, replay the kernels of a step as CUDA graphs, so that the GPU does not
             wait for the host to launch them; takes some more of its memory.
-        device: 'auto' uses a GPU if there is one; 'cpu' never does.
+        device: 'auto' uses a CUDA GPU if there is one; 'cpu' never does.
         checkpoint_every: steps between checkpoints within an epoch, in addition to those at the ends of epochs; 0 for
             none.
         checkpoint_epochs: epochs between checkpoints; raise it if an epoch has few steps.
