@@ -24,9 +24,9 @@ from sssd_zoo.models.networks import load_network
 def card(args: CardArgs) -> None:
     """`sssd card`."""
     run, out = Path(args.run), open_out(args, "card")
-    calibrated = check_calibrated(run, args.calibrated)
     if args.weights is not None:
         check_replaceable(Path(args.weights), args.overwrite, "a safetensors file", is_safetensors)
+    calibrated = check_calibrated(run, args.calibrated)
     with copy_sources(run, calibrated) as (copy, calibrated):
         network = load_network(str(calibrated or copy / "model")).eval()
         # The bundled weights are rounded: what follows is measured on those.

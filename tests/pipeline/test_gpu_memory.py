@@ -55,6 +55,12 @@ def test_a_batch_is_halved_until_it_fits(gpu, folder_of_images, tmp_path, capsys
     assert not list((tmp_path / "run").glob(".trial*"))
     assert not list((tmp_path / "run").glob("trial*"))
 
+    # The network is the one of a run in which nothing was tried.
+    given = ["--pretrain.accumulate", "2", "--pretrain.splits", "1", "--distill.accumulate", "1"]
+    assert fit(folder_of_images, tmp_path / "given", *given) == 0
+    one, other = ((tmp_path / name / "distill" / "model.safetensors").read_bytes() for name in ("run", "given"))
+    assert one == other
+
 
 def test_a_run_that_is_resumed_keeps_what_it_began_with(gpu, folder_of_images, tmp_path, capsys):
     limits, tried = gpu
@@ -86,13 +92,3 @@ def test_what_is_given_is_taken_and_what_does_not_fit_is_one_line(gpu, folder_of
     limits[MoCo] = 16
     assert fit(folder_of_images, tmp_path / "small", "--pretrain.splits", "32") == 2
     assert "splits 32 must be" in one_line(capsys)
-
-
-def test_a_network_is_trained_as_if_nothing_had_been_tried(gpu, folder_of_images, tmp_path):
-    limits, _ = gpu
-    assert fit(folder_of_images, tmp_path / "tried") == 0
-    limits[MoCo] = 32
-    words = ["--pretrain.accumulate", "2", "--pretrain.splits", "1", "--distill.accumulate", "1"]
-    assert fit(folder_of_images, tmp_path / "given", *words) == 0
-    one, other = ((tmp_path / name / "distill" / "model.safetensors").read_bytes() for name in ("tried", "given"))
-    assert one == other

@@ -21,7 +21,7 @@ def step(value: str, log: list[str] | None = None, dies: bool = False):
     def run(folder: Path) -> dict[str, Any]:
         if log is not None:
             log.append(folder.name)
-        (folder / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints" / "step-00000001").mkdir(parents=True, exist_ok=True)
         if dies:
             raise KeyboardInterrupt
         (folder / "metrics.json").write_text(value)
