@@ -39,7 +39,7 @@ def within_memory(setup: Setup, given: frozenset[str] | None) -> tuple[Setup, di
     single = setup.inputs["processes"] == 1
     if given is None or not single or compute_device(setup.runtime.device).type != "cuda":
         return setup, {}
-    chosen = _earlier(setup)
+    chosen = _earlier(setup, given)
     if chosen is None:
         chosen = {}
         for name in ("pretrain", "distill") if setup.pretext.source is not None else ("distill",):
@@ -52,16 +52,18 @@ def within_memory(setup: Setup, given: frozenset[str] | None) -> tuple[Setup, di
     return setup.with_args(args), chosen
 
 
-def _earlier(setup: Setup) -> dict[str, Any] | None:
-    """What the run in the folder began with, as far as it differs from one pass for each step; None for a new run."""
+def _earlier(setup: Setup, given: frozenset[str]) -> dict[str, Any] | None:
+    """What the run in the folder began with, where that is micro-batches and not given now; None for a new run."""
     path = setup.out / "config.yaml"
     if setup.args.overwrite or not path.is_file():
         return None
     content = read_yaml(path)
     settings = flat(content) if isinstance(content, dict) else {}
-    names = [f"{name}.accumulate" for name in ("pretrain", "distill") if settings.get(f"{name}.accumulate", 1) > 1]
+    names = [
+        f"{name}.accumulate" for name in ("pretrain", "distill") if settings.get(f"{name}.accumulate") not in (None, 1)
+    ]
     names += ["pretrain.splits"] if "pretrain.accumulate" in names else []
-    return {name: settings[name] for name in names}
+    return {name: settings[name] for name in names if name not in given}
 
 
 def _fitting(setup: Setup, name: str, *, keep_splits: bool) -> dict[str, Any]:

@@ -70,6 +70,8 @@ def test_a_run_that_is_resumed_keeps_what_it_began_with(gpu, folder_of_images, t
     assert fit(folder_of_images, tmp_path / "run") == 0
     assert "[pretrain] done before" in capsys.readouterr().out
     assert not tried[MoCo]
+    assert fit(folder_of_images, tmp_path / "run", "--pretrain.accumulate", "1") == 2
+    assert "pretrain.accumulate: 2 there, 1 now" in one_line(capsys)
     assert fit(folder_of_images, tmp_path / "run", "--overwrite") == 0
     used = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (used["pretrain"]["accumulate"], used["pretrain"]["splits"]) == (1, 2)
