@@ -78,7 +78,7 @@ def _join_rows(
     classes: Sequence[str],
 ) -> Any:
     """The rows of a split of all parts that have it: images, labels where all have them, and pages."""
-    from datasets import ClassLabel, Image, Value, concatenate_datasets
+    from datasets import ClassLabel, Image, concatenate_datasets
 
     target, label = config.image_column or "image", config.label_column or "label"
     having = {name: part for name, part in parts.items() if split in part}
@@ -89,12 +89,12 @@ def _join_rows(
         paged = PAGE in part[split].column_names
         rows = part[split].select_columns([column, PAGE] if paged else [column])
         rows = rows if column == target else rows.rename_column(column, target)
-        # Of these the first changes the schema alone: `cast` would copy all images into the cache once more.
+        # This changes the schema alone: `cast` would copy all images into the cache once more.
         rows = rows.cast_column(target, Image(decode=False))
         if labels is not None:
             values = labels[number].renumbered(number_of)
             rows = rows.add_column(label, values, feature=ClassLabel(names=list(classes)))
-        joined.append(rows.cast_column(PAGE, Value("int32")) if paged else rows)
+        joined.append(rows)
         files = [] if rows.cache_files else rows.with_format("arrow")[:][target].to_pylist()
         paths.append([image["path"] for image in files] if files else [None] * len(rows))
     return _told(concatenate_datasets(joined), paths, list(having), split)

@@ -52,22 +52,35 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         return output.to(input.dtype)
 
 
-class CPUSyncBatchNormAct(CPUSyncBatchNorm):
-    """The same for timm's norm with a dropout and an activation of its own."""
+class Activated(nn.BatchNorm2d):
+    """The dropout and the activation of timm's `BatchNormAct2d`, after the norm of the next class in line."""
 
     drop: nn.Module
     act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalises [B, C, H, W] as if the batches of all processes were one, and activates it."""
+        """[B, C, H, W] to the same, normalised and activated."""
         activated: Tensor = self.act(self.drop(super().forward(input)))
         return activated
 
 
-SYNCHRONISED: dict[type[nn.Module], type[CPUSyncBatchNorm]] = {
-    nn.BatchNorm2d: CPUSyncBatchNorm,
-    BatchNormAct2d: CPUSyncBatchNormAct,
-}
+class CPUSyncBatchNormAct(Activated, CPUSyncBatchNorm):
+    """`CPUSyncBatchNorm` for timm's norm with an activation."""
+
+
+def replace_batchnorms(
+    module: nn.Module, norm: type[nn.BatchNorm2d], with_activation: type[nn.BatchNorm2d]
+) -> list[nn.Module]:
+    """Gives every BatchNorm2d of `module`, and timm's with an activation, another class; parameters and buffers stay.
+
+    Returns:
+        The layers.
+    """
+    kinds: dict[type[nn.Module], type[nn.BatchNorm2d]] = {nn.BatchNorm2d: norm, BatchNormAct2d: with_activation}
+    replaced = [layer for layer in module.modules() if type(layer) in kinds]
+    for layer in replaced:
+        layer.__class__ = kinds[type(layer)]
+    return replaced
 
 
 def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
@@ -77,7 +90,5 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     if device.type != "cpu":
         converted: nn.Module = convert_sync_batchnorm(module)  # torch's own would lose timm's activations
         return converted
-    for layer in module.modules():
-        if type(layer) in SYNCHRONISED:
-            layer.__class__ = SYNCHRONISED[type(layer)]
+    replace_batchnorms(module, CPUSyncBatchNorm, CPUSyncBatchNormAct)
     return module

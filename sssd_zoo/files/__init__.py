@@ -195,7 +195,7 @@ def publish_dir(temporary: Path, path: Path) -> None:
     try:
         temporary.rename(path)
     except BaseException:
-        if old.exists():
+        if old.exists() and not path.exists():
             old.rename(path)
         raise
     _sync(path.parent)

@@ -13,7 +13,7 @@ from sssd_zoo.configs import FitArgs
 
 STEPS = 16  # steps that an epoch has at least, where the images allow batches of `SMALLEST`
 STEPS_BETWEEN = 50  # steps from one checkpoint to the next, about
-SMALLEST = 16  # images in a batch, or all of them
+SMALLEST = 16  # images in a batch, or all of them: the BatchNorm statistics of fewer are mostly noise
 EPOCHS = 10  # of a training at least
 # What a training may cost at most, all epochs together: MACs of the student's forward passes on a CPU (3,200 images of
 # 224 px through a ResNet-18; measured on one core of an EPYC with bf16: 8 minutes of MoCo v2, 3 of self distillation),
@@ -67,8 +67,10 @@ def epochs_for(images: int, scale: Scale) -> int:
 
 
 def splits_for(batch: int, processes: int) -> int:
-    """Equal parts that MoCo's BatchNorm sees a batch in: up to 8, of 16 images at least, as fewer are mostly noise."""
-    fitting = (splits for splits in range(processes, 9, processes) if batch % splits == 0 and batch // splits >= 16)
+    """Equal parts that MoCo's BatchNorm sees a batch in: up to 8, of `SMALLEST` images at least."""
+    fitting = (
+        splits for splits in range(processes, 9, processes) if batch % splits == 0 and batch // splits >= SMALLEST
+    )
     return max(fitting, default=processes)
 
 

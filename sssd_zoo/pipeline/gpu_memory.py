@@ -9,15 +9,13 @@ import torch
 from sssd_zoo.configs import MoCoConfig, SelfDistillationConfig
 from sssd_zoo.distributed.hardware import compute_device
 from sssd_zoo.files.untrusted import read_yaml
-from sssd_zoo.pipeline.defaults import splits_for
+from sssd_zoo.pipeline.defaults import SMALLEST, splits_for
 from sssd_zoo.pipeline.earlier import flat
 from sssd_zoo.pipeline.estimate import distill_step, encoder_of, pretrain_step
 from sssd_zoo.pipeline.pretext import Setup
 from sssd_zoo.pipeline.pretrain import check_splits
 from sssd_zoo.training.engine import OutOfMemory
 from sssd_zoo.training.trial import same_random_state
-
-SMALLEST = 16  # images of a part: the BatchNorm statistics of fewer are mostly noise
 
 
 def within_memory(setup: Setup, given: frozenset[str] | None) -> tuple[Setup, dict[str, Any]]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+
+from sssd_zoo.distributed.batchnorm import Activated, replace_batchnorms
 
 
 class _GhostBatchNorm(torch.autograd.Function):
@@ -111,27 +112,12 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         return output.flatten(0, 1).to(images.dtype)
 
 
-class GhostBatchNormAct2d(GhostBatchNorm2d):
-    """The same for timm's norm with a dropout and an activation of its own."""
-
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[B, C, H, W] to the same; B is a multiple of `splits` in training mode."""
-        activated: Tensor = self.act(self.drop(super().forward(input)))
-        return activated
-
-
-SPLIT: dict[type[nn.Module], type[GhostBatchNorm2d]] = {
-    nn.BatchNorm2d: GhostBatchNorm2d,
-    BatchNormAct2d: GhostBatchNormAct2d,
-}
+class GhostBatchNormAct2d(Activated, GhostBatchNorm2d):
+    """`GhostBatchNorm2d` for timm's norm with an activation."""
 
 
 def split_batchnorm(module: nn.Module, splits: int) -> None:
     """Makes every BatchNorm2d in `module` normalise `splits` parts of the batch apart; parameters and buffers stay."""
-    for layer in module.modules():
-        if type(layer) in SPLIT and splits > 1:
-            layer.__class__ = SPLIT[type(layer)]
+    if splits > 1:
+        for layer in replace_batchnorms(module, GhostBatchNorm2d, GhostBatchNormAct2d):
             layer.__dict__["splits"] = splits
