@@ -14,6 +14,7 @@ from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.models import classifier_names
+from sssd_zoo.models.maps import features_and_map
 from sssd_zoo.models.networks import input_spec
 
 T = TypeVar("T")
@@ -25,6 +26,11 @@ def pooled_features(model: Any, images: Tensor) -> Tensor:
         return torch.stack(model.forward_exits(images).features)
     pooled: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
     return pooled.unsqueeze(0)
+
+
+def features_with_map(side: int) -> Callable[[Any, Tensor], Tensor]:
+    """What `read_batches` reads to get `features_and_map`, [1, B, D and the map's numbers]."""
+    return lambda model, images: features_and_map(model, images, side).unsqueeze(0)
 
 
 def exit_logits(model: Any, images: Tensor) -> Tensor:
@@ -199,6 +205,25 @@ def stack_features(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tens
     if features is None or not seen.all():
         raise ValueError(f"the batches hold {int(seen.sum())} of {count} images")
     return features
+
+
+def feature_moments(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the last exit's features, float32 [D] each, without keeping the features.
+
+    Batch by batch, as Chan, Golub and LeVeque (1979) update them: a dimension that never moves has exactly 0.
+
+    Args:
+        batches: positions and features, as `read_batches` gives them; two images or more.
+    """
+    count, mean, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    for _, features in batches:
+        values = features[-1].double()
+        own = values.mean(0)
+        both, shift = count + len(values), own - mean
+        mean = mean + shift * len(values) / both
+        squares = squares + (values - own).square().sum(0) + shift.square() * (count * len(values) / both)
+        count = both
+    return mean.float(), (squares / (count - 1)).sqrt().float()
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> tuple[list[float], float]:

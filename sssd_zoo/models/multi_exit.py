@@ -136,6 +136,10 @@ class MultiExit(Module):
         Raises:
             UserError: if the network was not built with `output='ensemble'`.
         """
+        return self.exits_and_map(x)[0]
+
+    def exits_and_map(self, x: Tensor) -> tuple[Exits, Tensor]:
+        """As `forward_exits`, with the last stage's map as that gives it."""
         raise NotImplementedError
 
     def forward_early(self, x: Tensor, thresholds: Sequence[float] | None = None) -> EarlyExits:

@@ -290,7 +290,7 @@ class SSSDResNet(MultiExit, ResNet):
             return ensemble_logits(self.forward_exits(x).logits).to(x.dtype)
         return self.forward_head(self.forward_features(x))
 
-    def forward_exits(self, x: Tensor) -> Exits:
+    def exits_and_map(self, x: Tensor) -> tuple[Exits, Tensor]:
         """See `MultiExit`."""
         self.check_all_exits()
         x = self.maxpool(self.act1(self.bn1(self.conv1(x))))
@@ -302,7 +302,7 @@ class SSSDResNet(MultiExit, ResNet):
             f2 = self.global_pool(checkpoint_seq(self.exit2.blocks, x))
             x = checkpoint_seq(self.layer3, x)
             f3 = self.global_pool(checkpoint_seq(self.exit3.blocks, x))
-            f4 = self.global_pool(checkpoint_seq(self.layer4, x))
+            x = checkpoint_seq(self.layer4, x)
         else:
             x = self.layer1(x)
             f1 = self.global_pool(self.exit1(x))
@@ -310,14 +310,15 @@ class SSSDResNet(MultiExit, ResNet):
             f2 = self.global_pool(self.exit2(x))
             x = self.layer3(x)
             f3 = self.global_pool(self.exit3(x))
-            f4 = self.global_pool(self.layer4(x))
+            x = self.layer4(x)
+        f4 = self.global_pool(x)
         logits = [
             self.exit1.fc(self.dropped(f1)),
             self.exit2.fc(self.dropped(f2)),
             self.exit3.fc(self.dropped(f3)),
             self.fc(self.dropped(f4)),
         ]
-        return Exits(logits, [f1, f2, f3, f4])
+        return Exits(logits, [f1, f2, f3, f4]), x
 
     def stage(self, number: int, x: Tensor) -> Tensor:
         """See `MultiExit`."""

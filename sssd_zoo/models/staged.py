@@ -431,7 +431,7 @@ class StagedMultiExit(MultiExit):
             return ensemble_logits(self.forward_exits(x).logits).to(x.dtype)
         return self.forward_head(self.forward_features(x))
 
-    def forward_exits(self, x: Tensor) -> Exits:
+    def exits_and_map(self, x: Tensor) -> tuple[Exits, Tensor]:
         """See `MultiExit`."""
         self.check_all_exits()
         features = []
@@ -439,10 +439,11 @@ class StagedMultiExit(MultiExit):
         for number in (1, 2, 3):
             x = self.stage(number, x)
             features.append(self.pooled_exit(number, self.exit_map(number, x)))
-        features.append(self.last_features(self.stage(4, x)))
+        x = self.stage(4, x)
+        features.append(self.last_features(x))
         logits = [self.exit_classifier(number)(self.dropped(features[number - 1])) for number in (1, 2, 3)]
         logits.append(self.exit_classifier(4)(features[3]))
-        return Exits(logits, features)
+        return Exits(logits, features), x
 
     def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, **kwargs: Any) -> Any:
         """As in timm; the final map is what `forward_features` gives.

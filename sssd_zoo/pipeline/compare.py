@@ -120,6 +120,8 @@ def check_variants(args: CompareArgs) -> None:
         config = variant(args, name)
         if not config.clusters and changes["method"] not in ANCHORED:
             raise UserError(f"--variants {name}: clusters false leaves nothing to learn without an anchor")
+        if changes.get("dense") and changes["method"] not in ANCHORED:
+            raise UserError(f"--variants {name}: dense is of the anchor, which {changes['method']} lacks")
 
 
 def variant(args: CompareArgs, name: str) -> AnchoredConfig:

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
+from torch import nn
 
 from sssd_zoo.configs import (
     AnchoredConfig,
@@ -19,10 +20,11 @@ from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import ImageData, OpenedImages, load_images
 from sssd_zoo.data.views import CachedViewLoader
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.features import feature_batches
+from sssd_zoo.evaluation.features import feature_batches, feature_moments, features_with_map
 from sssd_zoo.labels.origin import Name, labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.models.maps import common_map
 from sssd_zoo.models.networks import (
     check_channels,
     input_spec,
@@ -104,14 +106,17 @@ def distill_network(
         task = SelfDistillation(model, config, views)
     if isinstance(config, AnchoredConfig) and config.anchor:
         forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
-        network, frozen = frozen_encoder(encoder, teacher_size, data, forward)
+        network, frozen = frozen_encoder(
+            encoder, teacher_size, data, forward, (model, views.size) if config.dense else None
+        )
         settings |= {"anchor": config.anchor, "encoder": weights_digest(network)}
         settings |= {} if config.clusters else {"clusters": False}
+        settings |= {"dense": True} if config.dense else {}
         settings |= {"cached_views": config.cached_views} if config.cached_views else {}
         settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
         if config.cached_views:
             cache = spec.out / "view_cache"
-            write = partial(write_view_cache, cache, network, data, config, forward, runtime.seed)
+            write = partial(write_view_cache, cache, network, data, config, forward, runtime.seed, frozen.map_side)
             loader = CachedViewLoader(cache, write, data, config.batch_size, runtime.seed)
             frozen = frozen._replace(network=None)
         anchored = AnchoredClusterFit if method == "clusterfit" else AnchoredSelfDistillation
@@ -134,7 +139,11 @@ def new_student(
 
 
 def frozen_encoder(
-    name: str | None, size: int | None, data: ImageData, forward: ForwardConfig
+    name: str | None,
+    size: int | None,
+    data: ImageData,
+    forward: ForwardConfig,
+    student: tuple[nn.Module, int] | None = None,
 ) -> tuple[Any, FrozenEncoder]:
     """A network, and as what is to be predicted: with its features' moments over at most 10,000 of the images.
 
@@ -143,18 +152,20 @@ def frozen_encoder(
         size: side of its views in pixels; by default what it was trained with.
         data: the images.
         forward: how to run it.
+        student: the network whose last map is to predict that of this one, and the side of its views in pixels.
 
     Raises:
-        UserError: if none is named, or it cannot be loaded.
+        UserError: if none is named, it cannot be loaded, or one of the two has no map.
     """
     if name is None:
         raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
     network = load_encoder(name, size)
     check_channels(name, network, data)
+    side, channels = (0, 0) if student is None else common_map(*student, network, input_spec(network).size)
     positions = torch.linspace(0, len(data) - 1, min(len(data), 10_000)).round().long()
-    batches = feature_batches(network, data, forward, positions.split(forward.batch_size))
-    features = torch.cat([pooled[-1] for _, pooled in batches])
-    return network, FrozenEncoder(network, input_spec(network), features.mean(0), features.std(0))
+    order = positions.split(forward.batch_size)
+    mean, std = feature_moments(feature_batches(network, data, forward, order, features_with_map(side)))
+    return network, FrozenEncoder(network, input_spec(network), mean, std, side, channels)
 
 
 def distill(args: DistillArgs) -> None:
@@ -203,7 +214,7 @@ def check_choices(args: DistillArgs, config: AnchoredConfig, *, named: bool) -> 
         raise UserError("--encoder is the network of the anchor, which --anchor 0 disables: remove one of them")
     if not config.clusters and not config.anchor:
         raise UserError("--clusters false leaves nothing to learn without --anchor: give that and --encoder")
-    for name in ("teacher_size", "cached_views"):
+    for name in ("teacher_size", "cached_views", "dense"):
         if getattr(args, name) and not config.anchor:
             raise UserError(f"--{name} is of the network of --encoder: give that too, or remove it")
     if named and args.soft is not None:

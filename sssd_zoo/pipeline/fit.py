@@ -157,8 +157,9 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
         mistakes.note("--warm_start and --init both say what the student starts from: remove one")
     if not args.distill.clusters and not args.distill.anchor:
         mistakes.note("--distill.clusters false leaves nothing to learn without --distill.anchor: give a weight")
-    if args.distill.cached_views and not args.distill.anchor:
-        mistakes.note("--distill.cached_views is of the anchor's network: give --distill.anchor too, or remove it")
+    for name in ("cached_views", "dense") if not args.distill.anchor else ():
+        if getattr(args.distill, name):
+            mistakes.note(f"--distill.{name} is of the anchor's network: give --distill.anchor too, or remove it")
     if args.soft is not None and args.cluster.nearest < 2:
         mistakes.note(
             "--soft needs the distances to several centroids: set --cluster.nearest to more than 1, such as 8"

@@ -10,6 +10,7 @@ from sssd_zoo.data.loading import ImageData, OpenedImages, open_images
 from sssd_zoo.data.sources import is_local
 from sssd_zoo.distributed import rank
 from sssd_zoo.models.cost import multiply_adds
+from sssd_zoo.models.maps import common_map
 from sssd_zoo.models.networks import (
     check_channels,
     check_sizes,
@@ -189,6 +190,14 @@ class Preflight:
                 check_trainable(getattr(args, name), processes, counts[0])
             with mistakes.noted(name):
                 check_sizes(networks.student, [size, *getattr(args, name).sizes])
+        if learns_maps(args):
+            with mistakes.noted("distill"):
+                own = args.features is None
+                encoder = (
+                    new_trunk(networks.pretext, data=data) if own else load_encoder(args.features, args.teacher_size)
+                )
+                seen = size if own else input_spec(encoder).size
+                common_map(new_network(networks.student, data), size, encoder, seen)
         if self.warm:
             with mistakes.noted():
                 named = args.features
@@ -209,6 +218,11 @@ class Preflight:
             blur = getattr(config, "blur", None)
             with self.mistakes.noted(name):
                 config.augment.resolved(contrastive=blur is not None, channels=data.channels, blur=blur or 0.0)
+
+
+def learns_maps(args: Any) -> bool:
+    """Whether a network of `sssd fit` or `sssd compare` is to learn an encoder's maps."""
+    return args.distill.dense or any(changes.get("dense") for changes in getattr(args, "variants", {}).values())
 
 
 def check_start(name: str, arch: str, data: ImageData | OpenedImages) -> str:

@@ -15,7 +15,7 @@ from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.views import FEATURES, RECORD, VIEWS
 from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
-from sssd_zoo.evaluation.features import read_batches
+from sssd_zoo.evaluation.features import features_with_map, read_batches
 from sssd_zoo.files import disk_errors, read_json, write_json
 from sssd_zoo.labels.feature_file import shard, write_features
 from sssd_zoo.models.networks import input_spec, weights_digest
@@ -24,7 +24,13 @@ BATCH = 64  # images per forward pass on a CPU: at 128 px, 1.5 times as fast as 
 
 
 def write_view_cache(
-    folder: Path, network: Any, data: ImageData, config: AnchoredConfig, forward: ForwardConfig, seed: int
+    folder: Path,
+    network: Any,
+    data: ImageData,
+    config: AnchoredConfig,
+    forward: ForwardConfig,
+    seed: int,
+    map_side: int = 0,
 ) -> None:
     """Draws `config.cached_views` views of every image, and writes them and the network's features of them.
 
@@ -37,6 +43,7 @@ def write_view_cache(
         config: how many views, and of what kind.
         forward: how to run the network.
         seed: of the views.
+        map_side: of the network's map that is kept with its features, see `features_and_map`; 0 for none.
     """
     spec = input_spec(network)
     record = {
@@ -51,6 +58,8 @@ def write_view_cache(
         "crop_scale": list(config.crop_scale),
         "seed": seed,
     }
+    if map_side:
+        record["map_side"] = map_side
     if config.augment != AugmentConfig():
         record["augment"] = asdict(config.augment)
     path = folder / RECORD
@@ -85,6 +94,7 @@ def write_view_cache(
         spec,
         total=config.cached_views * len(data) if rank() == 0 else None,
         autocast=DTYPES[resolve_precision(forward.precision, forward.device)],
+        read=features_with_map(map_side),
     )
     write_features(folder / FEATURES, config.cached_views * len(data), features, dtype=np.float16, unit=False)
     if rank() == 0:

@@ -37,6 +37,7 @@ ADDED: dict[str, tuple[Any, ...]] = {
     "anchor": (None, 0.0),
     "cached_views": (0,),
     "clusters": (True,),
+    "dense": (False,),
     "mix": ("none",),
     "ema": (0.0,),
     "augment": (asdict(AugmentConfig()),),

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import sssd_zoo  # noqa: F401  registers the models with timm
-from sssd_zoo.evaluation.features import float32_classifiers
+from sssd_zoo.evaluation.features import feature_moments, float32_classifiers
 
 
 @pytest.mark.parametrize("name", ["sssd_resnet18_cifar", "sssd_mobilenetv4_conv_small_cifar", "vit_tiny_patch16_224"])
@@ -25,3 +25,13 @@ def test_all_classifiers_compute_in_float32_under_autocast(name):
         network(images)
     assert seen == [torch.float32] * len(linear)
     torch.testing.assert_close(network(images), expected)
+
+
+def test_moments_of_batches_are_those_of_all_images():
+    features = torch.randn(3, 23, 7, generator=torch.Generator().manual_seed(0)) * 5 + 100
+    features[:, :, 2] = 100.1  # never moves
+    batches = [(index, features[:, index]) for index in torch.arange(23).split(5)]
+    mean, std = feature_moments(batches)
+    torch.testing.assert_close(mean, features[-1].double().mean(0).float())
+    torch.testing.assert_close(std, features[-1].double().std(0).float(), atol=1e-7, rtol=1e-6)
+    assert std[2] == 0

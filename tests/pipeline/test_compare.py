@@ -102,6 +102,7 @@ def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):
         (("--variants", "{sssd: {method: sssd}}"), "'sssd', which is a method's name"),
         (("--variants", "{../up: {method: sssd}}"), "cannot be that of a folder"),
         (("--variants", "{a: {mix: mixup}}"), "a needs a `method`, one of"),
+        (("--variants", "{a: {method: clusterfit, dense: true}}"), "a: dense is of the anchor, which clusterfit lacks"),
         (("--variants", "{a: {method: seed}}"), "a needs a `method`, one of"),
         (("--variants", "{a: {method: sssd, mixx: mixup}}"), "changes mixx; it may change"),
         (("--variants", "{a: {method: sssd, mix: blend}}"), "a: mix is 'blend'"),

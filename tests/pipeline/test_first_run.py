@@ -115,6 +115,20 @@ class TestForecast:
             pytest.param(
                 ["--distill.anchor", "1", "--distill.cached_views", "2"], id="cached views", marks=pytest.mark.slow
             ),
+            pytest.param(
+                [
+                    "--distill.anchor",
+                    "1",
+                    "--distill.cached_views",
+                    "2",
+                    "--distill.dense",
+                    "true",
+                    "--image_size",
+                    "64",
+                ],
+                id="cached views with maps",
+                marks=pytest.mark.slow,
+            ),
         ],
     )
     def test_measuring_changes_no_weight(self, more, folder_of_images, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -78,6 +79,17 @@ def test_features_are_those_of_the_views(crop, encoder, data, tmp_path):
     assert all(seen[0][position] == seen[3][position] for position in again)
 
 
+def test_a_map_is_kept_with_the_features(encoder, data, tmp_path):
+    config = AnchoredConfig(anchor=1.0, cached_views=1, dense=True)
+    write_view_cache(tmp_path, encoder, data, config, FP32, seed=4, map_side=2)
+    kept = np.load(tmp_path / FEATURES)
+    write_view_cache(tmp_path / "plain", encoder, data, replace(config, dense=False), FP32, seed=4)
+    assert kept.shape == (len(data), 64 + 64 * 4)
+    np.testing.assert_array_equal(kept[:, :64], np.load(tmp_path / "plain" / FEATURES))
+    places = kept[:, 64:].astype(np.float32).reshape(-1, 64, 2, 2)
+    np.testing.assert_allclose(places.mean((2, 3)), kept[:, :64].astype(np.float32), atol=0.01, rtol=0.01)
+
+
 def test_a_view_of_a_classifier_is_the_same_at_every_size():
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     views = torch.tensor([[-4.0, 2, 32, 32, 0], [3, -1, 32, 32, 1], [0, 0, 32, 32, 0], [4, 4, 32, 32, 1]])
@@ -131,25 +143,35 @@ def test_a_cache_of_the_same_views_is_kept_and_one_of_others_replaced(encoder, d
     assert json.loads((tmp_path / "views.json").read_text())["seed"] == 1
 
 
-def test_fit_with_a_public_encoder(folder_of_images, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [
+        pytest.param("sssd_resnet18", [], id="features"),
+        pytest.param(
+            "sssd_mobilenetv4_conv_small_cifar", ["--distill.dense", "true"], id="and map", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_fit_with_a_public_encoder(model, more, folder_of_images, tmp_path, capsys):
     torch.manual_seed(0)
     folder = tmp_path / "encoder"
     folder.mkdir()
     save_network(folder, timm.create_model("test_resnet", num_classes=0), "test_resnet", input_size=160)
     words = [
         *("fit", "--data", folder_of_images, "--features", folder, "--out", tmp_path / "run", "--baseline", "false"),
-        *("--model", "sssd_resnet18", "--image_size", "32", "--cluster.k", "4", "--distill.cached_views", "2"),
+        *("--model", model, "--image_size", "32", "--cluster.k", "4", "--distill.cached_views", "2"),
         *("--distill.anchor", "4", "--distill.epochs", "3", "--distill.batch_size", "16", "--log_every", "1"),
         *("--probe.probe_weight_decay", "0.01", "--device", "cpu"),
     ]
-    assert sssd(*words, "--teacher_size", "40") == 0
+    assert sssd(*words, "--teacher_size", "64", *more) == 0
     lines = read_metrics(tmp_path / "run" / "distill" / "metrics.jsonl")
     assert len(lines) == 9
-    assert lines[-1]["anchor"] < lines[0]["anchor"]
+    for loss in ["anchor", "dense"] if more else ["anchor"]:
+        assert lines[-1][loss] < lines[0][loss]
     assert not (tmp_path / "run" / "distill" / "view_cache").exists()
-    assert "as it is at 40 px" in (tmp_path / "run" / "report.md").read_text()
+    assert "as it is at 64 px" in (tmp_path / "run" / "report.md").read_text()
     capsys.readouterr()
-    assert sssd(*words, "--teacher_size", "48") != 0
+    assert sssd(*words, "--teacher_size", "48", *more) != 0
     assert "teacher_size" in one_line(capsys)
 
 
@@ -172,3 +194,23 @@ def test_an_encoder_that_cannot_take_the_size_is_refused_in_one_line(folder_of_i
     network = load_encoder(str(folder), 64)
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 64)
     assert input_spec(network).size == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--distill.dense", "true"], "--distill.dense is of the anchor's network: give --distill.anchor too"),
+        (
+            ["--distill.dense", "true", "--method", "anchored"],
+            "distill: dense needs maps of several places, and at these sizes the student's last map has 1 x 1, the "
+            "encoder's 1 x 1: give a larger --image_size",
+        ),
+    ],
+)
+def test_maps_that_cannot_be_learnt_are_told_before_anything_is_trained(
+    changes, message, folder_of_images, tmp_path, capsys
+):
+    words = ["fit", "--data", folder_of_images, "--out", tmp_path / "run", "--model", "sssd_resnet18"]
+    assert sssd(*words, "--image_size", "32", *changes) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "run").exists()

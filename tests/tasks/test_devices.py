@@ -46,6 +46,12 @@ def anchored_clusterfit() -> Task:
     return AnchoredClusterFit(model, encoder, AnchoredConfig(anchor=4.0), SPEC)
 
 
+def dense() -> Task:
+    moments = torch.zeros(64 + 64 * 4), torch.ones(64 + 64 * 4)
+    encoder = FrozenEncoder(trunk(), LARGER, *moments, map_side=2, map_channels=64)
+    return AnchoredSelfDistillation(student(), encoder, AnchoredConfig(anchor=4.0, dense=True), SPEC)
+
+
 def moco(**settings: Any) -> Task:
     return MoCo(trunk(), MoCoConfig(queue_size=32, splits=4, **settings), SPEC)
 
@@ -57,6 +63,7 @@ TASKS = {
     "sssd": lambda: SelfDistillation(student(), PLAIN, SPEC),
     "sssd, resized crops": lambda: SelfDistillation(student(), SelfDistillationConfig(crop="resized"), SPEC),
     "anchored": anchored,
+    "anchored, dense": dense,
     "clusterfit, anchored": anchored_clusterfit,
     "clusterfit": lambda: ClusterFit(timm.create_model("resnet18", num_classes=5, **SMALL), PLAIN, SPEC),
 }
