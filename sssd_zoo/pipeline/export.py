@@ -90,7 +90,7 @@ def metadata(model: Any, output: str) -> dict[str, Any]:
         "input_size": [channels(model), size, size],
         "mean": list(mean),
         "std": list(std),
-        **({} if getattr(model, "bits", None) is None else {"bits": model.bits}),
+        **{name: value for name in ("bits", "storage_size") if (value := getattr(model, name, None)) is not None},
         "class_names": None if names is None else list(names),
     }
 

@@ -88,6 +88,7 @@ def folder(tmp_path_factory):
         exits = model.forward_exits(random_images(8)).logits[:3]
     sorted_confidences = [logits.softmax(1).amax(1).sort().values for logits in exits]
     model.thresholds = [(own[3:5].sum() / 2).item() for own in sorted_confidences]  # rounding decides nothing
+    model.storage_size = 40
     save_network(path, model, "sssd_resnet18", input_size=32, label_names=CLASSES)
     return path
 
@@ -175,7 +176,8 @@ def test_torch_export_and_safetensors(folder, tmp_path):
     assert sssd("export", folder, "--output", "all", "--format", "torch-export", "--out", out) == 0
     files = {"metadata.json": ""}
     program = torch.export.load(out, extra_files=files)
-    assert json.loads(files["metadata.json"])["class_names"] == CLASSES
+    facts = json.loads(files["metadata.json"])
+    assert (facts["class_names"], facts["storage_size"]) == (CLASSES, 40)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images = random_images(5)
     with torch.no_grad():
