@@ -689,8 +689,8 @@ class SpaceArgs(Checked):
     Args:
         run: run folder of `sssd fit`, folder of a network, or its name: 'sssd_resnet18_cifar.cifar10', 'hf-hub:...'.
         port: port of the page on this machine; by default the first free one from 7860 on.
-        run_images: show images of the run's data set, as examples and beside their clusters; with --push they are
-            published too.
+        run_images: show images of the run's data set, as examples and beside their clusters. By default the page on
+            this machine shows them, and with --push they are not published.
         push: ORG/NAME of a Space on the Hugging Face Hub to publish, instead of serving the page here.
         private: make the Space private; an existing public Space of that name is refused.
         dry_run: list the files that would be published and their sizes, and stop.
@@ -698,7 +698,7 @@ class SpaceArgs(Checked):
 
     run: str
     port: Port | None = None
-    run_images: bool = True
+    run_images: bool | None = None
     push: str | None = None
     private: bool = False
     dry_run: bool = False

@@ -155,8 +155,8 @@ class AnchoredConfig(SelfDistillationConfig):
             By default each step computes the features of a new view.
         clusters: let the network learn the clusters beside the features. 'false' trains it on the features alone: the
             classifiers learn the clusters without changing what is below them.
-        dense: let the network's last map predict the last map of the other network, too, place by place. The views must
-            be large enough for maps of several pixels.
+        dense: let the network's last feature map predict that of the frozen network, too, position by position. Both
+            need at least 2 x 2 positions. The file of `cached_views` then holds these maps as well.
     """
 
     anchor: Weight | None = None
@@ -168,9 +168,7 @@ class AnchoredConfig(SelfDistillationConfig):
         """Raises `SettingsError` also where mixed images would have no map of the frozen network."""
         super().__post_init__()
         if self.dense and self.mix != "none":
-            raise SettingsError(
-                f"dense learns the maps of whole images, and mix {self.mix} mixes them: remove one of them"
-            )
+            raise SettingsError(f"dense needs images that are not mixed, and mix is {self.mix}: remove one of them")
 
     def resolved(self, *, encoder: bool, own: float = 0.0) -> Self:
         """The same with the default of `anchor` filled in: with a public `encoder`, or else that of `own` features."""

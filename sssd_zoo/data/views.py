@@ -25,7 +25,7 @@ class ViewBatch:
     Attributes:
         images: uint8 or uint16 [B, C, S, S].
         views: float32 [B, 5] or [B, 18], see `augment.draw_views`.
-        features: float16 [B, D].
+        features: float16 [B, D]; with the encoder's feature map at their end where that is learnt.
     """
 
     images: Tensor

@@ -14,7 +14,7 @@ from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.models import classifier_names
-from sssd_zoo.models.maps import features_and_map
+from sssd_zoo.models.maps import MapShape, features_and_map
 from sssd_zoo.models.networks import input_spec
 
 T = TypeVar("T")
@@ -28,8 +28,9 @@ def pooled_features(model: Any, images: Tensor) -> Tensor:
     return pooled.unsqueeze(0)
 
 
-def features_with_map(side: int) -> Callable[[Any, Tensor], Tensor]:
-    """What `read_batches` reads to get `features_and_map`, [1, B, D and the map's numbers]."""
+def features_with_map(shape: MapShape | None) -> Callable[[Any, Tensor], Tensor]:
+    """For `read_batches`: the pooled features [1, B, D], and with a `shape` the feature map behind them."""
+    side = 0 if shape is None else shape.side
     return lambda model, images: features_and_map(model, images, side).unsqueeze(0)
 
 
@@ -218,11 +219,11 @@ def feature_moments(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     count, mean, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for _, features in batches:
         values = features[-1].double()
-        own = values.mean(0)
-        both, shift = count + len(values), own - mean
-        mean = mean + shift * len(values) / both
-        squares = squares + (values - own).square().sum(0) + shift.square() * (count * len(values) / both)
-        count = both
+        batch_mean, total = values.mean(0), count + len(values)
+        shift = batch_mean - mean
+        mean = mean + shift * len(values) / total
+        squares = squares + (values - batch_mean).square().sum(0) + shift.square() * (count * len(values) / total)
+        count = total
     return mean.float(), (squares / (count - 1)).sqrt().float()
 
 

@@ -67,6 +67,8 @@ SHOWN = {  # the figures in the card's text, and their captions where the run ha
     "early_exit.png": "Accuracy against the cost of an early exit.",
 }
 
+PICTURES = "clusters.png"  # thumbnails of the run's images, which nobody publishes unasked
+
 THRESHOLDS = "**Early exit**: thresholds for `forward_early` are in `config.json`; "
 SCALED = (
     "temperatures are folded into the classifiers; `early_exit/report.md` has the results. The ensemble's accuracy in "
@@ -233,7 +235,9 @@ def write_card(
     atomic_write_text(folder / "README.md", text)
     write_json(folder / "config.json", config)
     # What the verdict proposes names folders of this machine.
-    public = {key: value for key, value in results.items() if key != "verdict"}
+    public: dict[str, Any] = {key: value for key, value in results.items() if key != "verdict"}
+    if "figures" in results:
+        public["figures"] = {path: text for path, text in results["figures"].items() if Path(path).name in figures}
     write_json(folder / "metrics.json", {**public, "weights": described})
     atomic_write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
     for file, entry in eval_result_files(metrics, results).items():
@@ -275,8 +279,11 @@ def measured_accuracies(results: Results) -> dict[str, float]:
 
 
 def figure_files(run: Path, results: Results, calibrated: Path | None) -> dict[str, Path]:
-    """The figures of a run's report and of its calibration, by file name; others in its folder are not its own."""
-    figures = {path.name: path for path in sorted((run / "figures").glob("*.png"))}
+    """The figures of a run's report and of its calibration, by file name, without those that show its images.
+
+    Others in its folder are not its own.
+    """
+    figures = {path.name: path for path in sorted((run / "figures").glob("*.png")) if path.name != PICTURES}
     if "figures" in results:
         figures = {name: path for name, path in figures.items() if f"figures/{name}" in results["figures"]}
     if calibrated is not None:
@@ -311,7 +318,8 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
     if recipe["pretrain"].get("init") and not recipe.get("features"):
         pretext += f", started from the weights of {code(recipe['pretrain']['init'])}"
     anchor = recipe["distill"].get("anchor")
-    distillation = f"anchored self distillation (weight {anchor:g})" if anchor else "self distillation"
+    dense = ", dense" if recipe["distill"].get("dense") else ""
+    distillation = f"anchored self distillation (weight {anchor:g}{dense})" if anchor else "self distillation"
     more = recipe.get("more_epochs")
     epochs = " and ".join(map(markdown, [recipe["distill"]["epochs"], *(more if isinstance(more, list) else [])]))
     return [

@@ -1,8 +1,8 @@
-"""The last map of a network, in one layout, and with its pooled features as one vector: what `--dense` predicts."""
+"""The last feature map of a network in one layout, alone or behind its pooled features: what a dense anchor learns."""
 
 import copy
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,59 +12,81 @@ from sssd_zoo.data.inputs import input_channels
 from sssd_zoo.errors import UserError
 
 
-def spatial_map(last: Tensor, network: Any) -> Tensor:
-    """The result of a network's `forward_features` as a map [B, C, h, w].
+class MapShape(NamedTuple):
+    """Of a square feature map."""
+
+    channels: int
+    side: int
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        return self.channels * self.side**2
+
+
+def feature_map(output: Any, network: Any) -> Tensor:
+    """What a network's `forward_features` gave, as a map [B, C, h, w].
 
     Args:
-        last: the result, of any layout: a map, or tokens [B, N, C].
-        network: it says how its maps lie, and how many tokens are of no place.
+        output: a map in the network's own layout, or tokens [B, N, C].
+        network: it knows how its maps lie, and how many of its tokens belong to no position.
 
     Raises:
-        UserError: if it has no places, or tokens that form no square.
+        UserError: if it is neither, or the tokens cannot be arranged as a square.
     """
-    if last.ndim == 4:
-        return last.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else last
-    if last.ndim == 3:
-        places = last[:, int(getattr(network, "num_prefix_tokens", 0)) :].transpose(1, 2)
-        side = math.isqrt(places.shape[2])
-        if side**2 == places.shape[2]:
-            return places.reshape(*places.shape[:2], side, side)
-    raise UserError(f"a {type(network).__name__} has features of shape {list(last.shape)}, no square map: remove dense")
+    if isinstance(output, Tensor) and output.ndim == 4:
+        return output.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else output
+    if isinstance(output, Tensor) and output.ndim == 3:
+        tokens = output[:, int(getattr(network, "num_prefix_tokens", 0)) :].transpose(1, 2)
+        side = math.isqrt(tokens.shape[2])
+        if side and side**2 == tokens.shape[2]:
+            return tokens.reshape(*tokens.shape[:2], side, side)
+    raise UserError(f"a {type(network).__name__} has no square feature map for dense: give another network")
+
+
+def averaged(maps: Tensor, side: int) -> Tensor:
+    """Maps [B, C, h, w] average-pooled to [B, C, side, side]."""
+    return maps if maps.shape[-1] == side else F.adaptive_avg_pool2d(maps, side)
 
 
 def features_and_map(network: Any, images: Tensor, side: int) -> Tensor:
-    """The pooled features of a network, and its last map averaged to `side` x `side` places.
+    """The pooled features of a network, followed by its last feature map.
 
     Args:
         network: a timm network with `num_classes=0`.
         images: [B, C, H, W], as it wants them.
-        side: of the map; 0 leaves it out.
+        side: that the map is average-pooled to; 0 leaves it out.
 
     Returns:
-        [B, D + side * side * channels of the map]; the map's part is [channels, side, side], flattened.
+        [B, D + channels * side * side]; the map's part is [channels, side, side], flattened.
     """
     if not side:
         pooled: Tensor = network(images)
         return pooled
-    last = network.forward_features(images)
-    averaged = F.adaptive_avg_pool2d(spatial_map(last, network), side)
-    return torch.cat([network.forward_head(last, pre_logits=True), averaged.flatten(1)], dim=1)
+    output = network.forward_features(images)
+    maps = averaged(feature_map(output, network), side)
+    return torch.cat([network.forward_head(output, pre_logits=True), maps.flatten(1)], dim=1)
 
 
-def map_shape(network: Any, size: int) -> tuple[int, int]:
-    """Channels and side of a network's last map, of images of `size` pixels.
+def map_shape(network: Any, size: int) -> MapShape:
+    """Of a network's last feature map, for images of `size` pixels.
 
     Raises:
-        UserError: see `spatial_map`.
+        UserError: if it has none, or cannot take such images.
     """
     shapes = copy.deepcopy(network).to("meta").eval()  # computes nothing
     images = torch.zeros(1, input_channels(network), size, size, device="meta")
-    found = spatial_map(shapes.forward_features(images), network)
-    return found.shape[1], found.shape[2]
+    try:
+        output = shapes.forward_features(images)
+    except Exception as error:  # every architecture refuses in its own way
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"a {type(network).__name__} gives no feature map of {size} px: {reason}") from error
+    found = feature_map(output, network)
+    return MapShape(found.shape[1], found.shape[2])
 
 
-def common_map(student: Any, size: int, encoder: Any, encoder_size: int) -> tuple[int, int]:
-    """Side of the smaller of two networks' last maps, and channels of the encoder's.
+def shared_map(student: Any, size: int, encoder: Any, encoder_size: int) -> MapShape:
+    """What a student learns of an encoder's last feature map: its channels, and the side of the smaller of their maps.
 
     Args:
         student: a network.
@@ -73,14 +95,15 @@ def common_map(student: Any, size: int, encoder: Any, encoder_size: int) -> tupl
         encoder_size: side of its images in pixels.
 
     Raises:
-        UserError: if that is a single place, which is no map; see also `spatial_map`.
+        UserError: if one of the maps has a single position; see also `map_shape`.
     """
-    _, mine = map_shape(student, size)
-    channels, theirs = map_shape(encoder, encoder_size)
-    if min(mine, theirs) < 2:
+    own, other = map_shape(student, size), map_shape(encoder, encoder_size)
+    too_small = "dense needs feature maps of at least 2 x 2 positions, and the"
+    if own.side < 2:
         raise UserError(
-            f"dense needs maps of several places, and at these sizes the student's last map has {mine} x {mine}, the "
-            f"encoder's {theirs} x {theirs}: give a larger --image_size or --teacher_size, or a network with the stem "
-            "for small images (one that ends in _cifar)"
+            f"{too_small} student has one at {size} px: give a larger --image_size, or a network with the stem for "
+            "small images (one that ends in _cifar)"
         )
-    return min(mine, theirs), channels
+    if other.side < 2:
+        raise UserError(f"{too_small} encoder has one at {encoder_size} px: give it larger images, or another encoder")
+    return MapShape(other.channels, min(own.side, other.side))

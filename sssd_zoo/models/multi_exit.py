@@ -139,7 +139,7 @@ class MultiExit(Module):
         return self.exits_and_map(x)[0]
 
     def exits_and_map(self, x: Tensor) -> tuple[Exits, Tensor]:
-        """As `forward_exits`, with the last stage's map as that gives it."""
+        """`forward_exits`, and the output of the last stage in the network's own layout."""
         raise NotImplementedError
 
     def forward_early(self, x: Tensor, thresholds: Sequence[float] | None = None) -> EarlyExits:

@@ -76,7 +76,7 @@ def compare(args: CompareArgs) -> None:
         raise UserError("--epochs of pretext are those of MoCo, but --features is taken as it is: remove one of them")
     args = with_augment(args, ("pretrain", "distill", "seed_method"))
     warm = bool(set(WARM) & {*args.methods, *(changes["method"] for changes in args.variants.values())})
-    setup = set_up(args, "compare", trained, warm=warm, require_labels=True)
+    setup = set_up(args, "compare", trained, warm=warm, anchored=anchored_settings(args), require_labels=True)
     out = setup.out
     if "seed" in args.methods:
         check_queue(args.seed_method.queue_size, len(setup.data))
@@ -118,15 +118,26 @@ def check_variants(args: CompareArgs) -> None:
         if unknown := sorted(set(changes) - {"method", *known}):
             raise UserError(f"--variants {name} changes {listed(unknown)}; it may change {', '.join(known)}")
         config = variant(args, name)
-        if not config.clusters and changes["method"] not in ANCHORED:
+        if changes["method"] in ANCHORED and config.anchor != 0:
+            continue
+        if not config.clusters:
             raise UserError(f"--variants {name}: clusters false leaves nothing to learn without an anchor")
-        if changes.get("dense") and changes["method"] not in ANCHORED:
-            raise UserError(f"--variants {name}: dense is of the anchor, which {changes['method']} lacks")
+        if changes.get("dense"):
+            raise UserError(f"--variants {name}: dense extends the anchor, and it has none: remove dense")
+
+
+def anchored_settings(args: CompareArgs) -> list[AnchoredConfig]:
+    """The settings of the methods and variants that have an anchor."""
+    variants = [variant(args, name) for name, changes in args.variants.items() if changes["method"] in ANCHORED]
+    configs = [args.distill, *variants] if set(ANCHORED) & set(args.methods) else variants
+    return [config for config in configs if config.anchor != 0]
 
 
 def variant(args: CompareArgs, name: str) -> AnchoredConfig:
     """How a variant's network is trained, before its epochs of `args.epochs`."""
     changes = {key: value for key, value in args.variants[name].items() if key != "method"}
+    if args.variants[name]["method"] not in ANCHORED:
+        changes = {"dense": False, **changes}  # that of `distill` is for methods with an anchor
     try:
         return replace(args.distill, **changes)
     except ValueError as error:

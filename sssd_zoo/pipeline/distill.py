@@ -24,7 +24,7 @@ from sssd_zoo.evaluation.features import feature_batches, feature_moments, featu
 from sssd_zoo.labels.origin import Name, labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
-from sssd_zoo.models.maps import common_map
+from sssd_zoo.models.maps import shared_map
 from sssd_zoo.models.networks import (
     check_channels,
     input_spec,
@@ -116,7 +116,7 @@ def distill_network(
         settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
         if config.cached_views:
             cache = spec.out / "view_cache"
-            write = partial(write_view_cache, cache, network, data, config, forward, runtime.seed, frozen.map_side)
+            write = partial(write_view_cache, cache, network, data, config, forward, runtime.seed, frozen.map_shape)
             loader = CachedViewLoader(cache, write, data, config.batch_size, runtime.seed)
             frozen = frozen._replace(network=None)
         anchored = AnchoredClusterFit if method == "clusterfit" else AnchoredSelfDistillation
@@ -152,20 +152,21 @@ def frozen_encoder(
         size: side of its views in pixels; by default what it was trained with.
         data: the images.
         forward: how to run it.
-        student: the network whose last map is to predict that of this one, and the side of its views in pixels.
+        student: the network whose last feature map is to predict that of this one, and the side of its views in pixels.
 
     Raises:
-        UserError: if none is named, it cannot be loaded, or one of the two has no map.
+        UserError: if none is named, it cannot be loaded, or one of the two has no map to learn.
     """
     if name is None:
         raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
     network = load_encoder(name, size)
     check_channels(name, network, data)
-    side, channels = (0, 0) if student is None else common_map(*student, network, input_spec(network).size)
+    spec = input_spec(network)
+    shape = None if student is None else shared_map(*student, network, spec.size)
     positions = torch.linspace(0, len(data) - 1, min(len(data), 10_000)).round().long()
     order = positions.split(forward.batch_size)
-    mean, std = feature_moments(feature_batches(network, data, forward, order, features_with_map(side)))
-    return network, FrozenEncoder(network, input_spec(network), mean, std, side, channels)
+    mean, std = feature_moments(feature_batches(network, data, forward, order, features_with_map(shape)))
+    return network, FrozenEncoder(network, spec, mean, std, shape)
 
 
 def distill(args: DistillArgs) -> None:

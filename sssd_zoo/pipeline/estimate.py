@@ -23,7 +23,7 @@ from sssd_zoo.evaluation.features import read_batches
 from sssd_zoo.files import temporary_name
 from sssd_zoo.labels.origin import labels_by_name
 from sssd_zoo.models import feature_width
-from sssd_zoo.models.maps import common_map
+from sssd_zoo.models.maps import shared_map
 from sssd_zoo.models.networks import input_spec, load_encoder, new_network, new_trunk
 from sssd_zoo.pipeline.distill import new_student
 from sssd_zoo.pipeline.forecast import rough
@@ -233,10 +233,10 @@ def distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any) -> 
     loader = EpochLoader(setup.data, config.batch_size, setup.runtime.seed)
     task: Task = SelfDistillation(model, config, views)
     if isinstance(config, AnchoredConfig) and config.anchor:
-        spec = input_spec(encoder)
-        side, channels = common_map(model, setup.size, encoder, spec.size) if config.dense else (0, 0)
-        width = feature_width(encoder) + channels * side**2
-        frozen = FrozenEncoder(encoder, spec, torch.zeros(width), torch.ones(width), side, channels)
+        spec = input_spec(encoder, None if setup.pretext.source is None else setup.size)
+        shape = shared_map(model, setup.size, encoder, spec.size) if config.dense else None
+        width = feature_width(encoder) + (0 if shape is None else shape.numbers)
+        frozen = FrozenEncoder(encoder, spec, torch.zeros(width), torch.ones(width), shape)
         if config.cached_views:
             loader = _CachedViews(setup, config, width)
             frozen = frozen._replace(network=None)

@@ -176,7 +176,10 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
         chosen.update(more)
         return completed
 
-    setup = set_up(args, "fit", ["distill"], warm=args.warm_start, complete=complete, mistakes=mistakes)
+    anchored = [args.distill] if args.distill.anchor else []
+    setup = set_up(
+        args, "fit", ["distill"], warm=args.warm_start, anchored=anchored, complete=complete, mistakes=mistakes
+    )
     return setup, chosen
 
 

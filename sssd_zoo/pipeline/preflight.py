@@ -1,16 +1,20 @@
 """What `sssd fit` and `sssd compare` check before they decode an image: all that would fail later, told at once."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from sssd_zoo.configs import DataConfig
+from sssd_zoo.configs import AnchoredConfig, DataConfig
 from sssd_zoo.data.inputs import storage_default
 from sssd_zoo.data.loading import ImageData, OpenedImages, open_images
 from sssd_zoo.data.sources import is_local
 from sssd_zoo.distributed import rank
+from sssd_zoo.errors import UserError
+from sssd_zoo.models import feature_width
 from sssd_zoo.models.cost import multiply_adds
-from sssd_zoo.models.maps import common_map
+from sssd_zoo.models.maps import shared_map
 from sssd_zoo.models.networks import (
     check_channels,
     check_sizes,
@@ -56,6 +60,7 @@ class Preflight:
         args: of `sssd fit` or `sssd compare`.
         trained: names of the arguments that hold the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
+        anchored: the settings of the trainings that have an anchor.
         complete: gives the arguments, where some of them depend on the images and on the device.
         mistakes: what is wrong already.
     """
@@ -66,10 +71,12 @@ class Preflight:
         trained: Sequence[str],
         *,
         warm: bool,
+        anchored: Sequence[AnchoredConfig],
         complete: Callable[[Scale], Any] | None,
         mistakes: Mistakes,
     ) -> None:
         self.args, self.trained, self.warm, self.complete, self.mistakes = args, trained, warm, complete, mistakes
+        self.anchored = anchored
         self._check_choices()
 
     def _check_choices(self) -> None:
@@ -190,14 +197,7 @@ class Preflight:
                 check_trainable(getattr(args, name), processes, counts[0])
             with mistakes.noted(name):
                 check_sizes(networks.student, [size, *getattr(args, name).sizes])
-        if learns_maps(args):
-            with mistakes.noted("distill"):
-                own = args.features is None
-                encoder = (
-                    new_trunk(networks.pretext, data=data) if own else load_encoder(args.features, args.teacher_size)
-                )
-                seen = size if own else input_spec(encoder).size
-                common_map(new_network(networks.student, data), size, encoder, seen)
+        self._check_anchors(args, networks, size, counts[0])
         if self.warm:
             with mistakes.noted():
                 named = args.features
@@ -211,6 +211,26 @@ class Preflight:
                 f"K = {args.cluster.k} clusters of {counts[0]} images; give --cluster.k from 2 to the number of images"
             )
 
+    def _check_anchors(self, args: Any, networks: Networks, size: int, images: int) -> None:
+        """Notes feature maps that cannot be learnt, and views that cannot be kept."""
+        encoder = None
+        if any(config.dense or config.cached_views for config in self.anchored):
+            with self.mistakes.noted():
+                if args.features is None:
+                    encoder = new_trunk(networks.pretext, data=self.opened.images)
+                else:
+                    encoder = load_encoder(args.features, args.teacher_size)
+        if encoder is None:
+            return
+        seen = size if args.features is None else input_spec(encoder).size
+        for config in self.anchored:
+            numbers = feature_width(encoder)
+            with self.mistakes.noted("distill"):
+                if config.dense:
+                    student = new_network(networks.student, self.opened.images)
+                    numbers += shared_map(student, size, encoder, seen).numbers
+                check_space(Path(args.out), config, images, numbers)
+
     def _check_augment(self, args: Any, data: OpenedImages) -> None:
         """Notes augmentations that have no meaning for these images."""
         for name in self.trained if args.features is not None else ["pretrain", *self.trained]:
@@ -220,9 +240,23 @@ class Preflight:
                 config.augment.resolved(contrastive=blur is not None, channels=data.channels, blur=blur or 0.0)
 
 
-def learns_maps(args: Any) -> bool:
-    """Whether a network of `sssd fit` or `sssd compare` is to learn an encoder's maps."""
-    return args.distill.dense or any(changes.get("dense") for changes in getattr(args, "variants", {}).values())
+def check_space(out: Path, config: AnchoredConfig, images: int, numbers: int) -> None:
+    """Refuses a new run whose cached views do not fit onto the disk.
+
+    Args:
+        out: its folder.
+        config: how many views.
+        images: number of them.
+        numbers: that are kept of each view, in 2 bytes each.
+    """
+    needed = 2 * numbers * images * config.cached_views
+    folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free and not (out / "config.yaml").exists():
+        raise UserError(
+            f"cached_views {config.cached_views} needs {needed / 1e9:.1f} GB, and {out} has {free / 1e9:.1f} GB free: "
+            "give fewer, or another --out"
+        )
 
 
 def check_start(name: str, arch: str, data: ImageData | OpenedImages) -> str:

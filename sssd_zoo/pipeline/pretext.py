@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from sssd_zoo.configs import (
+    AnchoredConfig,
     AugmentConfig,
     ClusterConfig,
     DataConfig,
@@ -201,6 +202,7 @@ def set_up(
     trained: Sequence[str],
     *,
     warm: bool,
+    anchored: Sequence[AnchoredConfig],
     require_labels: bool = False,
     complete: Callable[[Scale], Any] | None = None,
     mistakes: Mistakes | None = None,
@@ -214,6 +216,7 @@ def set_up(
         kind: of folder, that the command writes.
         trained: names of the arguments that hold the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
+        anchored: the settings of the trainings that have an anchor.
         require_labels: see `load_images`.
         complete: gives the arguments, where some of them depend on the images and on the device.
         mistakes: what is wrong already, to be told with the rest.
@@ -229,7 +232,7 @@ def set_up(
     out = Path(args.out)
     with mistakes.noted():
         out = open_out(args, kind)
-    preflight = Preflight(args, trained, warm=warm, complete=complete, mistakes=mistakes)
+    preflight = Preflight(args, trained, warm=warm, anchored=anchored, complete=complete, mistakes=mistakes)
     images, other, size = preflight.open(require_labels=require_labels)
     networks, args = preflight.settle(size, images=len(images), pretrain_images=len(other or images), **scale)
     data = images.load(progress=rank() == 0)

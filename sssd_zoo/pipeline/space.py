@@ -18,8 +18,11 @@ def space(args: SpaceArgs) -> None:
         raise UserError("the page needs gradio, which is not installed: pip install 'sssd-zoo[space]'")
     with TemporaryDirectory(prefix="sssd-space-") as scratch:
         folder = Path(scratch)
-        for note in assemble(args.run, folder, run_images=args.run_images):
+        run_images = args.push is None if args.run_images is None else args.run_images
+        for note in assemble(args.run, folder, run_images=run_images):
             print(note)
+        if args.run_images is None and args.push is not None and (Path(args.run) / "model/config.json").is_file():
+            print("the run's images stay here; --run_images true publishes thumbnails of them, too")
         if args.push is None:
             serve(folder, args.port)
         else:

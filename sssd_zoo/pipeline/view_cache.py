@@ -18,6 +18,7 @@ from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precis
 from sssd_zoo.evaluation.features import features_with_map, read_batches
 from sssd_zoo.files import disk_errors, read_json, write_json
 from sssd_zoo.labels.feature_file import shard, write_features
+from sssd_zoo.models.maps import MapShape
 from sssd_zoo.models.networks import input_spec, weights_digest
 
 BATCH = 64  # images per forward pass on a CPU: at 128 px, 1.5 times as fast as 256, whose activations leave its caches
@@ -30,7 +31,7 @@ def write_view_cache(
     config: AnchoredConfig,
     forward: ForwardConfig,
     seed: int,
-    map_side: int = 0,
+    map_shape: MapShape | None = None,
 ) -> None:
     """Draws `config.cached_views` views of every image, and writes them and the network's features of them.
 
@@ -43,7 +44,7 @@ def write_view_cache(
         config: how many views, and of what kind.
         forward: how to run the network.
         seed: of the views.
-        map_side: of the network's map that is kept with its features, see `features_and_map`; 0 for none.
+        map_shape: of the network's feature map that is kept with its features, if any.
     """
     spec = input_spec(network)
     record = {
@@ -58,8 +59,8 @@ def write_view_cache(
         "crop_scale": list(config.crop_scale),
         "seed": seed,
     }
-    if map_side:
-        record["map_side"] = map_side
+    if map_shape is not None:
+        record["map_side"] = map_shape.side
     if config.augment != AugmentConfig():
         record["augment"] = asdict(config.augment)
     path = folder / RECORD
@@ -94,7 +95,7 @@ def write_view_cache(
         spec,
         total=config.cached_views * len(data) if rank() == 0 else None,
         autocast=DTYPES[resolve_precision(forward.precision, forward.device)],
-        read=features_with_map(map_side),
+        read=features_with_map(map_shape),
     )
     write_features(folder / FEATURES, config.cached_views * len(data), features, dtype=np.float16, unit=False)
     if rank() == 0:

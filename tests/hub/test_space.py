@@ -306,7 +306,12 @@ def test_a_taken_port_is_one_line(capsys):
 
 
 def test_what_would_be_published_is_listed(page, fitted, capsys):
-    run("space", [str(fitted), "--push", "org/name", "--dry-run"])
+    words = [str(fitted), "--push", "org/name", "--dry-run"]
+    run("space", words)
+    out = capsys.readouterr().out
+    assert "clusters/" not in out, "images of the run are not published unasked"
+    assert "the run's images stay here; --run_images true publishes thumbnails" in out
+    run("space", [*words, "--run-images", "true"])
     out = capsys.readouterr().out
     listed = re.findall(r"^ +([\d,]+)  (.+)$", out, re.MULTILINE)
     expected = {str(path.relative_to(page)): path.stat().st_size for path in page.rglob("*") if path.is_file()}

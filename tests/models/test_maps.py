@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.errors import UserError
-from sssd_zoo.models.maps import common_map, features_and_map, map_shape, spatial_map
+from sssd_zoo.models.maps import MapShape, feature_map, features_and_map, map_shape, shared_map
 
 NAMES = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "test_mambaout"]
 
@@ -23,7 +23,7 @@ def test_a_map_of_any_layout_is_that_of_timm(network):
     with torch.no_grad():
         last = network.forward_features(images)
         _, (expected,) = network.forward_intermediates(images, indices=1, norm=True)
-    found = spatial_map(last, network)
+    found = feature_map(last, network)
     assert found.shape[2:] == expected.shape[2:]
     assert map_shape(network, 160) == (found.shape[1], found.shape[2])
     if found.shape[1] == expected.shape[1]:  # timm's intermediate map of an EfficientNet comes before its last layer
@@ -34,7 +34,7 @@ def test_features_and_a_smaller_map_lie_one_after_the_other(network):
     images = torch.rand(2, 3, 160, 160)
     with torch.no_grad():
         both = features_and_map(network, images, side=2)
-        pooled, last = network(images), spatial_map(network.forward_features(images), network)
+        pooled, last = network(images), feature_map(network.forward_features(images), network)
     places = both[:, pooled.shape[1] :].unflatten(1, (-1, 2, 2))
     torch.testing.assert_close(both[:, : pooled.shape[1]], pooled)
     torch.testing.assert_close(places, F.adaptive_avg_pool2d(last, 2))
@@ -57,19 +57,27 @@ def test_the_map_beside_the_exits_is_the_last_one(name):
     assert all(torch.equal(one, other) for one, other in zip(exits.logits, again.logits, strict=True))
 
 
-def test_two_networks_have_the_smaller_map_in_common():
+def test_what_is_learnt_is_as_large_as_the_smaller_map():
     student = timm.create_model("sssd_resnet18_cifar", num_classes=5)
     encoder = timm.create_model("test_vit", num_classes=0)
-    channels, side = map_shape(encoder, 160)
-    assert map_shape(student, 32) == (512, 4)
-    assert common_map(student, 32, encoder, 160) == (4, channels)
-    assert common_map(student, 160, encoder, 160) == (side, channels)
-    with pytest.raises(UserError, match="the student's last map has 1 x 1, the encoder's 10 x 10: give a larger"):
-        common_map(student, 8, encoder, 160)
+    shape = map_shape(encoder, 160)
+    assert map_shape(student, 32) == MapShape(channels=512, side=4)
+    assert shared_map(student, 32, encoder, 160) == MapShape(shape.channels, 4)
+    assert shared_map(student, 160, encoder, 160) == shape
+    assert shape.numbers == shape.channels * 100
+    with pytest.raises(UserError, match="the student has one at 8 px: give a larger --image_size"):
+        shared_map(student, 8, encoder, 160)
+    with pytest.raises(UserError, match="the encoder has one at 32 px: give it larger images"):
+        shared_map(student, 32, timm.create_model("test_resnet", num_classes=0), 32)
 
 
-def test_what_is_no_map_is_refused():
-    network = timm.create_model("test_vit", num_classes=0, global_pool="avg")
-    for shape in ((2, 7), (2, 7, 64)):
-        with pytest.raises(UserError, match="no square map: remove dense"):
-            spatial_map(torch.zeros(shape), network)
+def test_a_network_without_a_square_map_is_refused():
+    network = timm.create_model("test_vit", num_classes=0)
+    for output in (torch.zeros(2, 7), torch.zeros(2, 7, 64), [torch.zeros(2, 64, 4, 4)]):
+        with pytest.raises(UserError, match="a VisionTransformer has no square feature map for dense"):
+            feature_map(output, network)
+
+
+def test_images_that_a_network_cannot_take_are_one_line():
+    with pytest.raises(UserError, match="a VisionTransformer gives no feature map of 100 px: "):
+        map_shape(timm.create_model("test_vit", num_classes=0), 100)

@@ -136,7 +136,12 @@ class TestForecast:
         assert sssd(*words, "--out", tmp_path / "plain") == 0
         assert "step 1 of 4 ->" in capsys.readouterr().out, "so few steps are not worth measuring"
         monkeypatch.setattr(estimate, "WORTH", 0)
+        measured, tasks = estimate.measure_step, []
+        monkeypatch.setattr(
+            estimate, "measure_step", lambda task, *a, **kw: tasks.append(task) or measured(task, *a, **kw)
+        )
         assert sssd(*words, "--out", tmp_path / "measured") == 0
+        assert all(task.anchor.spec.size == task.size for task in tasks if hasattr(task, "anchor")), "the run's pretext"
         said = capsys.readouterr().out
         assert "by a few measured steps of each training" in said
         assert "[distill]: step 3 of 4, about " in said
@@ -249,8 +254,9 @@ class TestAFinishedRun:
         assert "red" not in (run / "model" / "config.json").read_text()
         assert sssd("card", "--run", run, "--out", tmp_path / "card", "--license", "mit") == 0
         assert sorted(path.name for path in (tmp_path / "card" / "figures").iterdir()) == [
-            *("cluster_sizes.png", "clusters.png", "curves.png")
+            *("cluster_sizes.png", "curves.png")  # clusters.png shows images
         ]
+        assert "clusters.png" not in (tmp_path / "card" / "metrics.json").read_text()
         assert sssd(*words[:-1]) == 0, "it is a finished run like any other"
 
 

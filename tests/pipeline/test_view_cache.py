@@ -3,6 +3,7 @@
 import errno
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from sssd_zoo.data.loading import load_images
 from sssd_zoo.data.views import FEATURES, CachedViewLoader, ViewBatch
 from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.models.maps import MapShape
 from sssd_zoo.models.networks import input_spec, load_encoder
 from sssd_zoo.models.saving import save_network
+from sssd_zoo.pipeline import preflight
 from sssd_zoo.pipeline.view_cache import write_view_cache
 from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder
 
@@ -81,7 +84,7 @@ def test_features_are_those_of_the_views(crop, encoder, data, tmp_path):
 
 def test_a_map_is_kept_with_the_features(encoder, data, tmp_path):
     config = AnchoredConfig(anchor=1.0, cached_views=1, dense=True)
-    write_view_cache(tmp_path, encoder, data, config, FP32, seed=4, map_side=2)
+    write_view_cache(tmp_path, encoder, data, config, FP32, seed=4, map_shape=MapShape(64, 2))
     kept = np.load(tmp_path / FEATURES)
     write_view_cache(tmp_path / "plain", encoder, data, replace(config, dense=False), FP32, seed=4)
     assert kept.shape == (len(data), 64 + 64 * 4)
@@ -202,8 +205,8 @@ def test_an_encoder_that_cannot_take_the_size_is_refused_in_one_line(folder_of_i
         (["--distill.dense", "true"], "--distill.dense is of the anchor's network: give --distill.anchor too"),
         (
             ["--distill.dense", "true", "--method", "anchored"],
-            "distill: dense needs maps of several places, and at these sizes the student's last map has 1 x 1, the "
-            "encoder's 1 x 1: give a larger --image_size",
+            "distill: dense needs feature maps of at least 2 x 2 positions, and the student has one at 32 px: give a "
+            "larger --image_size",
         ),
     ],
 )
@@ -214,3 +217,51 @@ def test_maps_that_cannot_be_learnt_are_told_before_anything_is_trained(
     assert sssd(*words, "--image_size", "32", *changes) == 2
     assert message in one_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_views_that_do_not_fit_on_the_disk_are_told_before_anything_is_trained(
+    folder_of_images, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: SimpleNamespace(free=400_000))
+    words = [
+        "fit",
+        "--data",
+        folder_of_images,
+        "--model",
+        "sssd_resnet18",
+        "--image_size",
+        "32",
+        "--method",
+        "anchored",
+    ]
+    # 48 images, 512 features of 2 bytes each: 49,152 bytes for every view
+    assert sssd(*words, "--out", tmp_path / "run", "--distill.cached_views", "9") == 2
+    assert "cached_views 9 needs 0.0 GB, and" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+    preflight.check_space(tmp_path / "run", AnchoredConfig(cached_views=8), images=48, numbers=512)
+    (tmp_path / "config.yaml").touch()
+    preflight.check_space(tmp_path, AnchoredConfig(cached_views=9), images=48, numbers=512)  # a run that goes on
+
+
+def test_distill_learns_the_map_and_resumes(folder_of_images, tmp_path):
+    torch.manual_seed(0)
+    save_network(tmp_path / "encoder", timm.create_model("test_resnet", num_classes=0), "test_resnet", input_size=64)
+    words = [
+        *(
+            "distill",
+            "--data",
+            folder_of_images,
+            "--labels",
+            "true",
+            "--encoder",
+            tmp_path / "encoder",
+            "--dense",
+            "true",
+        ),
+        *("--model", "sssd_mobilenetv3_small_100_cifar", "--image_size", "32", "--batch_size", "24", "--device", "cpu"),
+        *("--out", tmp_path / "run", "--epochs", "1", "--log_every", "1"),
+    ]
+    assert sssd(*words) == 0
+    assert all(line["dense"] > 0 for line in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert sssd(*words, "--resume") == 0
+    assert sssd(*words, "--resume", "--dense", "false") == 2, "another training"

@@ -9,6 +9,7 @@ import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.configs import AnchoredConfig, SelfDistillationConfig, SettingsError
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.models.maps import MapShape
 from sssd_zoo.models.multi_exit import classifiers
 from sssd_zoo.tasks import AnchoredClusterFit, AnchoredSelfDistillation, FrozenEncoder, SelfDistillation
 from sssd_zoo.tasks.anchored import anchor_loss, dense_loss
@@ -79,20 +80,22 @@ def test_clusterfit_is_anchored_by_its_own_features():
     assert float(parts["anchor"]) > 0.1
 
 
-def dense_task(kind: type = AnchoredSelfDistillation, size: int = 64) -> AnchoredSelfDistillation:
-    """Of a student and an encoder whose last maps of 64-px views are 2 x 2."""
+def task_of(kind: type, *, dense: bool) -> AnchoredSelfDistillation:
+    """Of a student and an encoder whose last maps of 64-px views are 2 x 2, with the same weights whether `dense`."""
     torch.manual_seed(0)
-    exits = kind is AnchoredSelfDistillation
-    model = timm.create_model("sssd_resnet18" if exits else "resnet18", num_classes=5, **SMALL)
+    name = "sssd_resnet18" if kind is AnchoredSelfDistillation else "resnet18"
+    model = timm.create_model(name, num_classes=5, **SMALL)
     network = timm.create_model("resnet18", num_classes=0, **SMALL)
-    spec = InputSpec(64, (0.4, 0.4, 0.4), (0.3, 0.3, 0.3))
-    encoder = FrozenEncoder(network, spec, torch.rand(320), torch.rand(320) + 0.1, map_side=2, map_channels=64)
-    return kind(model, encoder, AnchoredConfig(anchor=3.0, dense=True), InputSpec(size, *spec[1:]))
+    spec, shape = InputSpec(64, (0.4, 0.4, 0.4), (0.3, 0.3, 0.3)), MapShape(channels=64, side=2)
+    mean, std = torch.rand(64 + shape.numbers), torch.rand(64 + shape.numbers) + 0.1
+    numbers = 64 + shape.numbers if dense else 64
+    encoder = FrozenEncoder(network, spec, mean[:numbers], std[:numbers], shape if dense else None)
+    return kind(model, encoder, AnchoredConfig(anchor=3.0, dense=dense), spec)
 
 
 @pytest.mark.parametrize("kind", [AnchoredSelfDistillation, AnchoredClusterFit])
-def test_dense_adds_the_cosine_of_every_place(kind):
-    task = dense_task(kind).eval()  # BatchNorm of a batch would differ between the two passes below
+def test_dense_adds_the_cosine_of_every_position(kind):
+    task, plain = task_of(kind, dense=True).eval(), task_of(kind, dense=False).eval()
     batch = batch_of(task)
     parts = task(batch)
     known = task.anchor.encoder.forward_features(batch["encoder"]).flatten(1)
@@ -103,18 +106,15 @@ def test_dense_adds_the_cosine_of_every_place(kind):
     for row in range(2):
         for column in range(2):
             predicted = F.linear(last[:, :, row, column], weight, bias)
-            place = target.view(6, 64, 2, 2)[:, :, row, column]
-            slow += (1 - F.cosine_similarity(predicted, place)).mean() / 4
+            position = target.view(6, 64, 2, 2)[:, :, row, column]
+            slow += (1 - F.cosine_similarity(predicted, position)).mean() / 4
     torch.testing.assert_close(parts["dense"], slow.detach(), atol=1e-5, rtol=1e-4)
-    task.anchor.side = 0  # the same without it
-    task.anchor.pooled = 64
-    task.anchor.feature_mean, task.anchor.feature_std = task.anchor.feature_mean[:64], task.anchor.feature_std[:64]
-    torch.testing.assert_close(parts["loss"], task(batch)["loss"] + 3 * slow, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(parts["loss"], plain(batch)["loss"] + 3 * slow, atol=1e-4, rtol=1e-4)
     parts["loss"].backward()
     assert task.anchor.map_predictor.weight.grad.abs().sum() > 0
 
 
-def test_a_smaller_map_learns_the_mean_of_the_places():
+def test_a_smaller_map_learns_the_mean_of_the_positions():
     predict = torch.nn.Conv2d(3, 5, 1)
     target, last = torch.randn(2, 5, 4, 4), torch.randn(2, 3, 2, 2)
     averaged = target.view(2, 5, 2, 2, 2, 2).mean((3, 5))
@@ -125,9 +125,7 @@ def test_a_smaller_map_learns_the_mean_of_the_places():
 
 
 def test_mixed_images_have_no_map_to_learn():
-    with pytest.raises(
-        SettingsError, match="dense learns the maps of whole images, and mix cutmix mixes them: remove one"
-    ):
+    with pytest.raises(SettingsError, match="dense needs images that are not mixed, and mix is cutmix: remove one"):
         AnchoredConfig(dense=True, mix="cutmix")
 
 

@@ -10,6 +10,7 @@ import sssd_zoo  # noqa: F401  registers the models with timm
 from sssd_zoo.configs import AnchoredConfig, MoCoConfig, SEEDConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.models.maps import MapShape
 from sssd_zoo.tasks import (
     SEED,
     AnchoredClusterFit,
@@ -48,7 +49,7 @@ def anchored_clusterfit() -> Task:
 
 def dense() -> Task:
     moments = torch.zeros(64 + 64 * 4), torch.ones(64 + 64 * 4)
-    encoder = FrozenEncoder(trunk(), LARGER, *moments, map_side=2, map_channels=64)
+    encoder = FrozenEncoder(trunk(), LARGER, *moments, MapShape(64, 2))
     return AnchoredSelfDistillation(student(), encoder, AnchoredConfig(anchor=4.0, dense=True), SPEC)
 
 

@@ -25,6 +25,7 @@ MEANINGS = {
     "ce_students": "the same of exits 1 to 3, added up",
     "kl": "how much the answers of exits 1 to 3 differ from exit 4's",
     "anchor": "how much the exits' features differ from the pretrained network's",
+    "dense": "the same of the last feature maps, position by position",
     "feature": "squared distance of the features of exits 1 to 3 to exit 4's; its weight in the loss is small",
     "contrast_top1": "augmented images whose other view is found first among all in the queue",
     "label_top1": "augmented training images that exit 4 puts into their own cluster",
