@@ -15,12 +15,13 @@ from docstring_parser import parse as parse_docstring  # what jsonargparse reads
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from sssd_zoo import configs
-from sssd_zoo.cli.commands import COMMANDS
+from sssd_zoo.cli.commands import COMMANDS, COMPLETED
 from sssd_zoo.cli.guard import fail
 from sssd_zoo.configs.ranges import problems
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import expand_home
 from sssd_zoo.files.untrusted import check_recipe
+from sssd_zoo.pipeline.defaults import DERIVED
 
 # Arguments that are paths, or may be: a `~` in front of them is expanded, wherever they were given.
 PATHS = (
@@ -34,6 +35,14 @@ class HelpFormatter(DefaultHelpFormatter):
 
     def _expand_help(self, action: Any) -> str:
         return readable(super()._expand_help(action))
+
+
+class DerivedHelpFormatter(HelpFormatter):
+    """The help of a command that chooses some settings by the images and the device, which have no fixed default."""
+
+    def _expand_help(self, action: Any) -> str:
+        text = super()._expand_help(action)
+        return re.sub(r"default: \S+\)$", "default: derived)", text) if action.dest in DERIVED else text
 
 
 def readable(text: str) -> str:
@@ -62,15 +71,28 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _parser(name: str, prog: str) -> Parser:
-    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=HelpFormatter)
+    arguments, positional = getattr(configs, COMMANDS[name].arguments), dict(COMMANDS[name].positional)
+    document = parse_docstring(arguments.__doc__)
+    paragraphs = [document.short_description, document.long_description]
+    if name in COMPLETED:
+        paragraphs.append("Defaults marked 'derived' depend on the images and the device; a run first lists them.")
+    parser = Parser(
+        prog=prog,
+        allow_abbrev=False,
+        formatter_class=DerivedHelpFormatter if name in COMPLETED else HelpFormatter,
+        description=" ".join(filter(None, paragraphs)),
+    )
     parser.add_argument(
         "--config", action="config", help="Recipe: a YAML file of these arguments; later ones override it."
     )
-    arguments, positional = getattr(configs, COMMANDS[name].arguments), dict(COMMANDS[name].positional)
-    described = {argument.arg_name: argument.description for argument in parse_docstring(arguments.__doc__).params}
+    next(action for action in parser._actions if action.dest == "print_config").metavar = "[=FLAGS]"
+    described = {argument.arg_name: argument.description for argument in document.params}
     for argument, words in positional.items():
         parser.add_argument(argument, nargs=words, metavar=argument.upper(), help=described[argument])
     parser.add_class_arguments(arguments, skip=set(positional))
+    for group in parser._action_groups:
+        if group.title == (document.short_description or "").rstrip("."):  # the parser's description says it already
+            group.title = "arguments"
     return parser
 
 

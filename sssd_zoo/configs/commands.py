@@ -224,7 +224,8 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
         cluster: k-means.
         distill: self distillation.
         augment: augmentations of all trainings, in place of those of `pretrain` and `distill`.
-        warm_start: initialise the trunk of the distilled network from M_ssl, not at random as in the paper.
+        warm_start: initialise the distilled network's trunk from the network that was clustered, not at random as in
+            the paper.
         init: another network to initialise that trunk from: a run folder, or a timm name with weights, such as
             sssd_resnet18_cifar.cifar10.
         soft: temperature of soft labels, see `sssd distill`; needs `cluster.nearest` above 1, such as 8. By default

@@ -90,7 +90,8 @@ class PretextConfig(Checked):
     """M_ssl, the network whose features are clustered; by default the student architecture, pretrained on `data`.
 
     Args:
-        features: existing network to use as M_ssl, without pretraining: any timm name, hf-hub:NAME, or a run folder.
+        features: existing network whose features are clustered (the paper's M_ssl), instead of pretraining one: any
+            timm name, hf-hub:NAME, or a run folder.
         teacher_size: side in pixels that images are resized to for the network of `features`; by default its own input
             size. Smaller is faster.
         pretrain_model: timm name of the network to pretrain; by default the student architecture.

@@ -25,6 +25,12 @@ GPU_IMAGES = 100_000_000
 FEW = 20_000
 
 
+DERIVED = (  # the settings that `derive` may choose
+    *("pretrain.epochs", "pretrain.batch_size", "pretrain.lr", "pretrain.queue_size", "pretrain.splits"),
+    *("distill.epochs", "distill.batch_size", "distill.lr", "cluster.k", "checkpoint_epochs"),
+)
+
+
 @dataclass(frozen=True)
 class Scale:
     """What the settings depend on.

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 import sssd_zoo  # noqa: F401
 from helpers.commands import ROOT, TINY, command, one_line, sssd
 from helpers.disk import small_disk
+from sssd_zoo import configs
 from sssd_zoo.cli import COMMANDS, run
+from sssd_zoo.cli.commands import COMPLETED
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.augment import normalise, resize, to_float
 from sssd_zoo.data.loading import load_images
@@ -53,6 +55,10 @@ def test_help_lists_the_commands(capsys):
 def test_every_argument_has_help(name, capsys):
     assert sssd(name, "--help") == 0
     out = capsys.readouterr().out
+    assert "\\x" not in out
+    summary = " ".join((getattr(configs, COMMANDS[name].arguments).__doc__ or "").split("\n\n")[0].split())
+    assert " ".join(out.split()).count(summary.rstrip(".")) == 1
+    assert ("default: derived)" in " ".join(out.split())) == (name in COMPLETED)
     for option in out.split("\n  --")[1:]:
         words = option.split("\n\n")[0].replace("\n", " ").split()
         text = [word for word in words[1:] if not word.isupper()]

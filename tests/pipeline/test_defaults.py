@@ -5,7 +5,7 @@ import yaml
 
 from helpers.commands import one_line, sssd
 from sssd_zoo.configs import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig
-from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
+from sssd_zoo.pipeline.defaults import DERIVED, Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.pretrain import check_splits
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.runs import check_queue
@@ -78,6 +78,7 @@ def test_splits_divide_the_batch_that_is_given(batch, accumulate, splits):
 
 def test_each_choice_is_a_line_that_is_the_flag_that_changes_it(tmp_path):
     _, chosen = derive(ARGS, frozenset(), scale(300))
+    assert set(chosen) == set(DERIVED), "what the help marks"
     lines = describe_chosen(chosen, 300).split("\n")
     assert lines[0].startswith("chosen for 300 images")
     assert "  --pretrain.batch_size 16" in lines
