@@ -15,8 +15,8 @@ class ProbeConfig(Checked):
             before, when the loss stops falling.
         probe_weight_decay: weight decay of the probes; by default chosen for each exit on a tenth of the training
             images.
-        holdout: fraction of the images held out of training to measure the probes on, if the data set has no test or
-            validation split.
+        holdout: fraction of the images held out of the probes' training to measure them on, if the data set has no test
+            or validation split; `sssd fit` trains the network on these too, without their labels.
     """
 
     probe_epochs: Count = 500
@@ -46,7 +46,8 @@ class QualityConfig(Checked):
             metrics.jsonl, the curves and the trackers; 0 for none. With labels, weighted kNN joins them (`sssd
             pretrain` reads labels only where --label_column names them).
         best_by: what the checkpoints of --keep_best are chosen by: the lowest 'loss', or the highest value of one of
-            these metrics, among checkpoints of epochs that were measured.
+            these metrics, among checkpoints of epochs that were measured. The network that is written is always that of
+            the last epoch.
     """
 
     quality_every: CountOrZero = 10
