@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import ROOT, one_line, sssd
+from sssd_zoo.data.inputs import prepare
+from sssd_zoo.data.opening import Encoded
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.export import AllExits, Stage, onnx_bytes, quantise, run_onnx, session
 
@@ -133,12 +136,36 @@ def test_int8_is_near_fp32():
     assert small.get_modelmeta().custom_metadata_map["a"] == "1"
 
 
+def docs_code(start: str) -> str:
+    """The Python block of docs/deploy.md that starts so."""
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    (code,) = re.findall(rf"```python\n({start}.*?)```", text, flags=re.DOTALL)
+    return code
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png"])
+def test_preprocessing_of_the_docs_is_that_of_predict(name, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sssd("export", folder, "--output", "2", "--out", "exit2.onnx") == 0
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((900, 600), Image.Resampling.BICUBIC)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by a quarter
+    photo.save(name, exif=turned)
+    names = {}
+    exec(docs_code("# pip install onnxruntime pillow").replace("photo.jpg", name), names)
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    wanted = prepare(Encoded(name, tmp_path.joinpath(name).read_bytes(), None), model)
+    np.testing.assert_allclose(names["prepare"](name), wanted.numpy(), atol=1e-4)
+    with torch.no_grad():
+        answer = timm.create_model(f"local-dir:{folder}", pretrained=True, output=2).eval()(wanted)
+    assert names["logits"].argmax() == answer.argmax()
+
+
 def test_reference_loop_of_the_docs(folder, tmp_path):
     assert sssd("export", folder, "--output", "early-exit", "--out", tmp_path / "stages") == 0
-    text = (ROOT / "docs" / "deploy.md").read_text()
-    (code,) = re.findall(r"```python\n(import json.*?)```", text, flags=re.DOTALL)
     names = {}
-    exec(code.replace('Path("STAGES")', f"Path({str(tmp_path / 'stages')!r})"), names)
+    exec(docs_code("import json").replace('Path("STAGES")', f"Path({str(tmp_path / 'stages')!r})"), names)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images = random_images(8)
     with torch.no_grad():
