@@ -41,6 +41,7 @@ from sssd_zoo.data.walk import warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.memory import full_shared_memory
 from sssd_zoo.errors.text import listed
 from sssd_zoo.files import expand_home
 
@@ -464,7 +465,7 @@ def read_in_order(dataset: Dataset[Batch], order: Iterable[Tensor], workers: int
             batch_size=None,
             sampler=(positions.numpy() for positions in order),
             num_workers=workers,
-            collate_fn=_unchanged,
+            collate_fn=_shared if workers else _unchanged,
             generator=torch.Generator(),  # otherwise it would draw from, and so advance, the global generator
         )
     )
@@ -472,14 +473,35 @@ def read_in_order(dataset: Dataset[Batch], order: Iterable[Tensor], workers: int
 
 
 def _without_tracebacks(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches; a `UserError` of a worker, whose text torch replaces by its traceback, has its own text again."""
+    """The batches, with errors that say what to do.
+
+    A `UserError` of a worker, whose text torch replaces by its traceback, has its own text again.
+
+    Raises:
+        UserError: that, and for workers without enough shared memory.
+    """
     try:
         yield from batches
     except UserError as error:
         raise UserError(str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]) from error
+    except RuntimeError as error:
+        if (shared := full_shared_memory(error)) is None:
+            raise
+        raise shared from error
 
 
 def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def _shared(batch: Batch) -> Batch:
+    """A worker's batch, whose images are moved into shared memory where an error is the batch's.
+
+    torch would do so in the thread that sends it, whose errors the main process never hears of: it would wait for good.
+    """
+    for part in batch if isinstance(batch, tuple) else ():
+        for tensor in [part] if isinstance(part, Tensor) else getattr(part, "images", ()):
+            tensor.share_memory_()
     return batch
 
 

@@ -18,7 +18,7 @@ from sssd_zoo.data.formats import SHARDS
 from sssd_zoo.data.layout import image_layout, split_of_parquet
 from sssd_zoo.data.walk import FolderContent, refuse_pointers, walk, warn_once
 from sssd_zoo.distributed import rank
-from sssd_zoo.errors import UserError
+from sssd_zoo.errors import UserError, causes
 from sssd_zoo.errors.text import listed
 from sssd_zoo.files import disk_errors, expand_home
 
@@ -422,21 +422,14 @@ def _offline(offline: bool) -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
 def _reraise_disk_error(error: Exception) -> None:
     """Raises the disk error that `datasets` has wrapped, so that `disk_errors` recognises it."""
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, FileNotFoundError):
             raise cause from error
 
 
 def _reason(error: Exception) -> str:
     """The text of the innermost cause that has one, on one line."""
-    texts = [" ".join(str(cause).split()) for cause in _causes(error)]
+    texts = [" ".join(str(cause).split()) for cause in causes(error)]
     return next((text[:300] for text in reversed(texts) if text), type(error).__name__)

@@ -6,6 +6,7 @@ This is for pretraining, which needs neither labels nor row numbers; every other
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import count, islice
 from typing import Any
@@ -22,6 +23,7 @@ from sssd_zoo.data.pixels import Channelled, pixel_format
 from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.network import lost_connection
 
 BUFFER = 4096  # encoded images from which the next one is drawn
 SAMPLED_SIZES = 16  # first images, whose sizes decide the storage size
@@ -35,6 +37,7 @@ class StreamingImages(Channelled):
     Attributes:
         name: name of the data.
         split: the split's name.
+        revision: of the data set on the Hub, as it was given.
         size: side S of the images.
         count: number of rows if the data set states it, else None.
         pixels: channels and bits of the images; None for RGB of 8 bits.
@@ -42,7 +45,7 @@ class StreamingImages(Channelled):
     """
 
     def __init__(self, rows: Any, column: str, config: DataConfig, name: str, split: str, default_size: int) -> None:
-        self.name, self.split = name, split
+        self.name, self.split, self.revision = name, split, config.revision
         self._rows, self._column, self._workers = rows, column, max(1, config.workers)
         self._max_pixels = config.max_pixels
         self._tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
@@ -58,7 +61,8 @@ class StreamingImages(Channelled):
     def identity(self) -> dict[str, Any]:
         """What tells the images from others, for the check on resume."""
         how = {} if self.pixels is None else self.pixels.identity
-        return {"data": self.name, "images": self.count, "storage_size": self.size, **how}
+        where = {"data": self.name, "split": self.split, "revision": self.revision, "images": self.count}
+        return {**where, "storage_size": self.size, **how}
 
     @cached_property
     def statistics(self) -> Statistics | None:
@@ -99,7 +103,8 @@ class StreamingImages(Channelled):
             its batch.
 
         Raises:
-            UserError: if the batch size is not a multiple of the processes, or too many images are corrupt.
+            UserError: if the batch size is not a multiple of the processes, too many images are corrupt, or the
+                connection to the data is lost.
         """
         if batch_size < 1 or batch_size % world:
             raise UserError(f"batch_size {batch_size} must be a positive multiple of the {world} processes")
@@ -108,9 +113,9 @@ class StreamingImages(Channelled):
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(self._workers) as pool:
 
             def read() -> tuple[Tensor, Any, list[Corrupt]]:
-                return decode_batch(
-                    [_encoded(row) for row in islice(rows, part)], self.size, pool.map, self._max_pixels, self.pixels
-                )
+                with self._connected():
+                    images = [_encoded(row) for row in islice(rows, part)]
+                return decode_batch(images, self.size, pool.map, self._max_pixels, self.pixels)
 
             ahead = reader.submit(read)
             for step in count(start):
@@ -118,6 +123,19 @@ class StreamingImages(Channelled):
                 ahead = reader.submit(read)
                 self._tally.add(corrupt, part)
                 yield torch.from_numpy(places) + step * part, images
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Says what to do where the connection to the data is lost in the block."""
+        try:
+            yield
+        except Exception as error:  # of any client
+            if (reason := lost_connection(error)) is None:
+                raise
+            raise UserError(
+                f"the connection to {self._tally.origin} was lost ({reason}): run the same command with --resume to go "
+                "on from the last checkpoint"
+            ) from error
 
     def _endless(self, seed: int, epoch: int, rank: int, world: int) -> Iterator[Any]:
         from datasets.distributed import split_dataset_by_node

@@ -1,5 +1,7 @@
 """The exception for mistakes of the user."""
 
+from collections.abc import Iterator
+
 from sssd_zoo.errors.text import plain
 
 LONGEST = 10_000  # characters of a message, as names in it may have any length
@@ -18,3 +20,13 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(plain(" ".join(message.split()), longest=LONGEST))
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and those behind it, the outermost first."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        yield cause
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__

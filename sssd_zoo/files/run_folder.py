@@ -209,9 +209,14 @@ def kind_of(folder: Path) -> str | None:
         return "card"
     if network and (folder / "early_exit" / "report.json").is_file():
         return "early-exit"
-    if any(folder.glob("checkpoints/step-*/checkpoint.json")):
+    if any((path / "checkpoint.json").exists() for path in checkpoints_in(folder / "checkpoints")):
         return "training"
     return "network" if network.startswith("sssd_") else None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first; whatever else lies there, of similar names too, is the user's."""
+    return sorted(path for path in folder.glob(STEP) if path.is_dir())
 
 
 def _content(path: Path) -> dict[str, Any]:

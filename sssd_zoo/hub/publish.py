@@ -38,7 +38,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 
 from sssd_zoo.configs import RepoConfig
-from sssd_zoo.errors import UserError
+from sssd_zoo.errors import UserError, causes
 from sssd_zoo.errors.text import code, markdown, plain
 from sssd_zoo.files import (
     RUN_MARK,
@@ -359,9 +359,7 @@ def hub_errors(repo: str, state: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What went wrong and what to do, from an error or its cause."""
-    chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
-        chain.append(cause)
+    chain = list(causes(error))
     for each in chain:
         if isinstance(each, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set: unset it, or use a folder that was pulled before"

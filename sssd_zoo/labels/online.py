@@ -19,6 +19,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.files.run_folder import checkpoints_in
 from sssd_zoo.labels.kmeans import IntArray, kmeans, normalise
 from sssd_zoo.labels.pseudo_labels import match_labels
 
@@ -26,7 +27,7 @@ LOG = "own_labels.jsonl"
 
 
 def epochs_to_keep(runtime: RuntimeConfig) -> int:
-    """Epochs whose labels a resume may need: back to the oldest checkpoint that it may start at, and the one before."""
+    """Epochs whose labels a resume from one of the last checkpoints may need: back to the one before the oldest."""
     return max(1, runtime.checkpoint_epochs) * max(1, runtime.keep_last) + 1
 
 
@@ -45,9 +46,15 @@ class OnlineLabels:
         autocast: precision of the forward pass, or none.
         kept: epochs whose labels stay on disk, see `epochs_to_keep`.
 
+    Attributes:
+        steps_per_epoch: of the training, where it is known: labels that a checkpoint needs, such as one of the best,
+            then stay on disk as long as it does.
+
     Raises:
         UserError: if so many images do not make so many clusters.
     """
+
+    steps_per_epoch: int | None = None
 
     def __init__(
         self,
@@ -84,11 +91,11 @@ class OnlineLabels:
             step: the step in it that training is at; after the first the labels are those made before it.
 
         Raises:
-            UserError: if a resume in the middle of an epoch does not find them.
+            UserError: if a resume does not find those that it needs.
         """
         labels = torch.zeros(len(self.data), dtype=torch.long)
         if rank() == 0:
-            labels = torch.from_numpy(self._load(epoch) if step else self._make(epoch))
+            labels = torch.from_numpy(self._load(epoch, "in the middle") if step else self._make(epoch))
         if world_size() > 1:
             shared = labels.to(self._device)
             dist.broadcast(shared, 0)
@@ -102,7 +109,8 @@ class OnlineLabels:
     def _file(self, epoch: int) -> Path:
         return self.out / "own_labels" / f"epoch-{epoch:04}.npy"
 
-    def _load(self, epoch: int) -> IntArray:
+    def _load(self, epoch: int, place: str) -> IntArray:
+        """The labels of an epoch, which are needed at this place in the training."""
         try:
             content = self._file(epoch).read_bytes()
             recorded = next((line.get("sha256") for line in self._lines() if line["epoch"] == epoch), None)
@@ -111,8 +119,8 @@ class OnlineLabels:
             labels: IntArray = np.load(BytesIO(content))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"cannot resume in the middle of epoch {epoch} without its labels, {self._file(epoch)}: {error}; start "
-                "again with --overwrite"
+                f"cannot resume {place} of epoch {epoch} without its labels, {self._file(epoch)}: {error}; start again "
+                "with --overwrite"
             ) from error
         return labels
 
@@ -124,7 +132,7 @@ class OnlineLabels:
         labels = kmeans(normalise(features.numpy()), k, seed=seed, iterations=self.iterations).labels
         line: dict[str, Any] = {"epoch": epoch, "clusters": len(np.unique(labels))}
         if epoch:
-            last = self._load(epoch - 1)
+            last = self._load(epoch - 1, "at the end")
             labels = match_labels(labels, last, k)
             line["kept"] = float((labels == last).mean())
         if self.data.labels is not None:
@@ -139,10 +147,20 @@ class OnlineLabels:
         np.save(buffer, labels)
         content = buffer.getvalue()
         atomic_write_bytes(self._file(epoch), content)
-        self._file(epoch - self.kept).unlink(missing_ok=True)
+        self._remove_superseded(epoch)
         line["sha256"] = hashlib.sha256(content).hexdigest()
         lines = [kept for kept in self._lines() if kept["epoch"] < epoch]  # a resume may make an epoch's again
         atomic_write_text(self.out / LOG, "".join(json.dumps(kept) + "\n" for kept in [*lines, line]))
+
+    def _remove_superseded(self, epoch: int) -> None:
+        """Removes the labels that no resume needs, once those of an epoch are written."""
+        needed = set()
+        if self.steps_per_epoch is not None:
+            steps = [int(path.name.removeprefix("step-")) for path in checkpoints_in(self.out / "checkpoints")]
+            needed = {(step - 1) // self.steps_per_epoch for step in steps}  # at the end of an epoch they are still its
+        for number in range(epoch - self.kept + 1):
+            if number not in needed:
+                self._file(number).unlink(missing_ok=True)
 
     def _lines(self) -> list[dict[str, Any]]:
         """What own_labels.jsonl tells of each epoch so far."""

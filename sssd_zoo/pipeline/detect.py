@@ -29,7 +29,7 @@ from sssd_zoo.models.networks import channels, load_network
 from sssd_zoo.tasks.detection import Detection
 from sssd_zoo.training.engine import Trainer, check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import announce, prepare_run_folder
+from sssd_zoo.training.runs import announce, prepare_run_folder, save_config
 
 
 def detect(args: DetectArgs) -> None:
@@ -50,6 +50,8 @@ def detect(args: DetectArgs) -> None:
     loader = DetectionLoader(data, args.batch_size, runtime.seed)
     # Not `run_training`, whose run folder holds a classification network and whose images are squares of one size.
     trainer = Trainer(task, loader, optim=optim, runtime=runtime, out=out, identity=identity, title="detect")
+    if rank() == 0:
+        save_config(out, args)  # a resume with other settings has been refused by now
     measured = trainer.run()
     announce(out, f"Faster R-CNN on {args.model} trained on {len(data)} images of {data.name}", measured)
     if rank() == 0:

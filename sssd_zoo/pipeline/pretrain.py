@@ -67,6 +67,7 @@ def pretrain_network(
     start = None if config.init is None else load_trunk_of(config.init)
     torch.manual_seed(runtime.seed)
     trunk = new_trunk(spec.arch, data=data)
+    settings = method_settings(config, MoCoConfig)
     if start is not None:
         load_trunk(trunk, start)
     task = MoCo(trunk, config, input_spec(trunk, spec.size))
@@ -76,7 +77,7 @@ def pretrain_network(
             task.monitor = QualityMonitor(trunk, data, quality, runtime, input_spec(trunk, spec.size))
     else:
         loader = StreamLoader(data, config.batch_size, runtime.seed, steps_per_epoch)
-    settings = method_settings(config, MoCoConfig)
+        settings["steps_per_epoch"] = loader.steps_per_epoch
     return run_training(task, loader, trunk, spec, optim=optim, runtime=runtime, settings=settings)
 
 
@@ -92,10 +93,16 @@ def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes:
 
 def check_splits(config: MoCoConfig, processes: int) -> None:
     """Raises `UserError` unless the processes and the batch can be split as `config` says."""
-    if config.splits % processes or (config.batch_size // config.accumulate) % max(1, config.splits):
+    images, parts = config.batch_size // config.accumulate, max(1, config.splits)
+    if config.splits % processes or images % parts:
         raise UserError(
             f"splits {config.splits} must be a multiple of the {processes} processes and divide the batch of "
-            f"{config.batch_size // config.accumulate}; change splits or batch_size"
+            f"{images}; change splits or batch_size"
+        )
+    if images // parts < 2:
+        raise UserError(
+            f"splits {config.splits} must be at most {images // 2} for a batch of {images}, as BatchNorm needs at "
+            "least 2 images in each part: lower splits or raise batch_size"
         )
 
 

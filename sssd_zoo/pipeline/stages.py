@@ -11,7 +11,17 @@ from typing import Any, NamedTuple, TypedDict
 from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK, damage, read_json, sha256_of, write_json
-from sssd_zoo.files.run_folder import CHECKPOINTS, adopt, check_writable, drop, kind_of, mark, remove, replace
+from sssd_zoo.files.run_folder import (
+    CHECKPOINTS,
+    adopt,
+    check_writable,
+    checkpoints_in,
+    drop,
+    kind_of,
+    mark,
+    remove,
+    replace,
+)
 from sssd_zoo.pipeline.forecast import Forecast
 from sssd_zoo.training.checkpoints import diverged, steps_done
 
@@ -224,7 +234,7 @@ class Stages:
             return folder, None
         before = _read_record(record)
         checkpoints = folder / "checkpoints"
-        begun = before["result"] is not None or (any(checkpoints.glob("step-*")) and not diverged(checkpoints))
+        begun = before["result"] is not None or (bool(checkpoints_in(checkpoints)) and not diverged(checkpoints))
         return folder, before if begun else None
 
     def _finish_replacing(self, name: str) -> None:

@@ -15,9 +15,12 @@ from accelerate.utils import gather_object
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import damage, disk_errors, publish_dir, read_json, sha256_of, write_json
+from sssd_zoo.files.run_folder import STEP, checkpoints_in
 
 # What may be changed when a run that diverged is resumed: the settings that its message says to try.
 REMEDIES = ("optim.lr", "optim.warmup_epochs", "optim.clip_grad", "precision")
+# What checkpoints of earlier versions do not say of a stream: it is taken to be as it is now.
+LATER = {"split", "revision", "steps_per_epoch"}
 
 
 @dataclass
@@ -66,7 +69,7 @@ class Checkpoints:
 
     def saved(self) -> list[tuple[Path, dict[str, Any]]]:
         """All complete checkpoints whose records can be read, with those, oldest first."""
-        pairs = [(path, read_record(path)) for path in sorted(self.folder.glob("step-*"))]
+        pairs = [(path, read_record(path)) for path in checkpoints_in(self.folder)]
         return sorted(((path, record) for path, record in pairs if record), key=lambda pair: pair[1]["step"])
 
     def save(
@@ -143,7 +146,7 @@ class Checkpoints:
             measured = [pair for pair in saved if best_by in pair[1].get("figures", {})]
             best_first = sorted(measured, key=lambda pair: -pair[1]["figures"][best_by])
         kept = {path for path, _ in saved[-max(1, keep_last) :]} | {path for path, _ in best_first[:keep_best]}
-        for path in self.folder.glob("step-*"):
+        for path in checkpoints_in(self.folder):
             if path not in kept:
                 shutil.rmtree(path)
 
@@ -155,11 +158,11 @@ class Checkpoints:
         Raises:
             UserError: if it was written by a run of other settings, data or architecture, or all are damaged.
         """
-        for partial in self.folder.glob(".step-*.partial"):
+        for partial in self.folder.glob(f".{STEP}.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         changeable: tuple[str, ...] = ()
         any_damaged = False
-        for path in sorted(self.folder.glob("step-*"), reverse=True):
+        for path in reversed(checkpoints_in(self.folder)):
             record = read_record(path)
             problem = damage(path, record.get("sha256", {})) if record else "checkpoint.json cannot be read"
             if problem or not record:
@@ -182,7 +185,7 @@ class Checkpoints:
 
     def _check_identity(self, path: Path, saved: dict[str, Any], changeable: tuple[str, ...]) -> None:
         """Raises `UserError` if the identity saved at `path` differs from the run's in more than `changeable` keys."""
-        keys = (saved.keys() | self.identity.keys()) - set(changeable)
+        keys = (saved.keys() | self.identity.keys()) - set(changeable) - (LATER - saved.keys())
         different = sorted(key for key in keys if saved.get(key) != self.identity.get(key))
         if different:
             changes = "; ".join(
@@ -233,13 +236,13 @@ class Checkpoints:
 
 def diverged(folder: Path) -> bool:
     """Whether the training whose checkpoints lie in a folder ended in a loss that is not finite."""
-    records = [read_record(path) for path in sorted(folder.glob("step-*"))]
+    records = [read_record(path) for path in checkpoints_in(folder)]
     return bool(records) and "not_finite_at" in (records[-1] or {})
 
 
 def steps_done(folder: Path) -> int:
     """The optimiser steps of the newest checkpoint in a folder whose record can be read; 0 if there is none."""
-    records = [read_record(path) for path in folder.glob("step-*")]
+    records = [read_record(path) for path in checkpoints_in(folder)]
     return max((int(record["step"]) for record in records if record), default=0)
 
 

@@ -6,10 +6,11 @@ from functools import cache
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from sssd_zoo.configs import RuntimeConfig
+from sssd_zoo.distributed import world_size
 from sssd_zoo.distributed.hardware import compute_device, resolve_precision
 from sssd_zoo.errors import UserError
 from sssd_zoo.training.trackers import check_trackers
@@ -26,11 +27,15 @@ def make_accelerator(config: RuntimeConfig) -> Accelerator:
     """
     check_trackers(config.trackers)
     precision = resolve_precision(config.precision, config.device)
-    # Accelerate keeps the first precision of a process for good; a later run of the same process may want another.
-    AcceleratorState._reset_state()
+    wanted, kept = compute_device(config.device), PartialState._shared_state.get("device")
+    # Accelerate keeps the first precision and device of a process for good; a later run of the same process may want
+    # others. Of several processes each has its device from the launcher.
+    AcceleratorState._reset_state(
+        reset_partial_state=kept is not None and kept.type != wanted.type and world_size() == 1
+    )
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
-        cpu=compute_device(config.device).type == "cpu",  # Accelerate's own choice may be one that only it would use
+        cpu=wanted.type == "cpu",  # Accelerate's own choice may be one that only it would use
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),

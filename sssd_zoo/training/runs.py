@@ -21,6 +21,7 @@ from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import CORRUPT, VIEW_CACHE, drop, kind_of, mark, open_out, remove
+from sssd_zoo.labels.online import OnlineLabels
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.models import MultiExit
 from sssd_zoo.models.networks import check_sizes, choose_model, choose_size, input_spec
@@ -47,6 +48,8 @@ ADDED: dict[str, tuple[Any, ...]] = {
 def prepare_run_folder(folder: Path, config: Any) -> None:
     """Drops what `--overwrite` is to drop, once nothing can be wrong with the arguments, and writes them resolved.
 
+    Those of a run that is to be resumed stay as they are until it is known to be the same: the caller saves the new.
+
     Args:
         folder: of `open_out`.
         config: the arguments.
@@ -55,17 +58,27 @@ def prepare_run_folder(folder: Path, config: Any) -> None:
         kind = kind_of(folder)
         if config.overwrite and kind is not None:
             drop(folder, kind)
-        save_config(folder, config)
+        if not (getattr(config, "resume", False) and (folder / "config.yaml").exists()):
+            save_config(folder, config)
     barrier()
 
 
-def save_corrupt(folder: Path, corrupt: list[Corrupt]) -> None:
-    """Writes all images that were skipped, and why, as corrupt.tsv; where there are none, an older file goes."""
-    if not corrupt:
-        (folder / CORRUPT).unlink(missing_ok=True)
-        return
+def save_corrupt(folder: Path, corrupt: list[Corrupt], *, resumed: bool = False) -> None:
+    """Writes all images that were skipped, and why, as corrupt.tsv; where there are none, an older file goes.
+
+    Args:
+        folder: of the run.
+        corrupt: the images.
+        resumed: the images are those of the last part of a run: the older file's, of the parts before, stay.
+    """
+    path = folder / CORRUPT
     rows = [f"{plain(name, longest=4096)}\t{plain(reason, longest=4096)}" for name, reason in corrupt]
-    atomic_write_text(folder / CORRUPT, "\n".join(["image\treason", *rows, ""]))
+    if resumed and path.exists():
+        rows = list(dict.fromkeys([*path.read_text(encoding="utf-8", errors="replace").splitlines()[1:], *rows]))
+    if rows:
+        atomic_write_text(path, "\n".join(["image\treason", *rows, ""]))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_config(folder: Path, config: Any) -> None:
@@ -193,17 +206,24 @@ def run_training(
     if labels is not None:
         settings = {"labels": labels.identity, **settings}
         labels.attach(network, out, input_spec(network, spec.size))
+    if isinstance(labels, OnlineLabels):
+        labels.steps_per_epoch = loader.steps_per_epoch
     identity = {"arch": spec.arch, "image_size": spec.size, **loader.data.identity, **settings}
     trainer = Trainer(
         task, loader, optim=optim, runtime=runtime, out=out, identity=identity, labels=labels, title=spec.title
     )
-    measured = trainer.run()
+    resumed = trainer.progress.step > 0
+    if spec.arguments is not None and rank() == 0:
+        save_config(out, spec.arguments)  # a resume with other settings has been refused by now
+    try:
+        measured = trainer.run()
+    finally:
+        if spec.arguments is not None and rank() == 0 and out.exists():  # a run folder that was removed stays so
+            save_corrupt(out, loader.data.corrupt, resumed=resumed)
     if rank() == 0:
         remove(out, VIEW_CACHE)
         figures.loss_curves({spec.title: read_metrics(out / "metrics.jsonl")}, out / "curves.png")
         save_network(out, network, spec.arch, input_size=spec.size)
-        if spec.arguments is not None:
-            save_corrupt(out, loader.data.corrupt)
     return measured
 
 

@@ -174,7 +174,7 @@ def options_of(name: str, out: Path, home: Path, run: str, step: int, ids: dict[
     if name not in ID_OF:
         ids.setdefault(name, uuid.uuid4().hex[:21] if name == "swanlab" else uuid.uuid4().hex)
     if name == "tensorboard":
-        return {"purge_step": step + 1} if step else {}
+        return {"purge_step": step + 1 if step else 0}  # also what a training killed before its first checkpoint left
     if name == "trackio":  # it reads its folder when it is imported
         os.environ.setdefault("TRACKIO_DIR", str(home / "trackio"))
         return {"name": run, "resume": "allow" if earlier else "never", "embed": False}

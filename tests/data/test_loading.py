@@ -1,6 +1,8 @@
 """Images in memory and on disk: corrupt ones, equal batches, and the order in which processes see them."""
 
 import logging
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,3 +216,40 @@ class Mistaken(Dataset):
 def test_a_mistake_that_a_worker_finds_is_told_without_its_traceback(workers):
     with pytest.raises(UserError, match=r"^DICOM needs the package pydicom: pip install it$"):
         next(read_in_order(Mistaken(), [torch.arange(2)], workers))
+
+
+class Killed(Dataset):
+    """Its workers end as the system ends those for whose batches /dev/shm has no room."""
+
+    def __getitem__(self, positions):
+        os.kill(os.getpid(), signal.SIGBUS)
+
+
+class Refused(Dataset):
+    """Its workers are told so by torch, as on Linux."""
+
+    def __getitem__(self, positions):
+        def full(tensor):
+            raise RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_7>: No space left on device (28)"
+            )
+
+        torch.Tensor.share_memory_ = full  # in the worker, which is a process of its own
+        return torch.from_numpy(positions), []
+
+
+@pytest.mark.parametrize("dataset", [Killed, Refused])
+def test_workers_without_shared_memory_are_one_line(dataset):
+    with pytest.raises(UserError, match=r"not enough shared memory \(/dev/shm\): give --workers 0, or .*--shm-size 8g"):
+        next(read_in_order(dataset(), [torch.arange(2)], 1))
+
+
+class Broken(Dataset):
+    def __getitem__(self, positions):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_other_errors_of_workers_stay_what_they_are(workers):
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
+        next(read_in_order(Broken(), [torch.arange(2)], workers))

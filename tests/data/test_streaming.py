@@ -1,6 +1,8 @@
 """Images that are read as they are needed: their order, where a run resumes, and what each process sees."""
 
 import hashlib
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ from PIL import Image
 
 from helpers.images import file_bytes, picture, write, write_parquet
 from sssd_zoo.configs import DataConfig
-from sssd_zoo.data.streaming import load_streaming
+from sssd_zoo.data.streaming import StreamingImages, load_streaming
 from sssd_zoo.errors import UserError
+from sssd_zoo.files.hub_client import http
 
 
 class TestStreaming:
@@ -69,6 +72,40 @@ class TestStreaming:
         assert f"image {hashlib.sha256(b'x').hexdigest()[:12]}: it is not an image" in caplog.text
         with pytest.raises(UserError, match=r"1 images of .* more than max_corrupt 0"):
             self.numbers(file, 4)
+
+    def test_identity_tells_splits_and_revisions_apart(self, data):
+        config = DataConfig(data=str(data), streaming=True)
+        one, other = (load_streaming(replace(config, revision=revision)) for revision in (None, "v2"))
+        assert one.identity == {**other.identity, "revision": None}
+        assert (one.identity["split"], other.identity["revision"]) == ("train", "v2")
+
+    @pytest.mark.parametrize("kind", [ConnectionError, TimeoutError, http.ConnectError, http.ReadTimeout])
+    def test_a_lost_connection_is_one_line(self, data, kind, monkeypatch):
+        def rows(self, *args):
+            yield from islice(endless(self, *args), 10)
+            try:
+                raise kind("Server Disconnected")
+            except Exception as error:
+                raise OSError("cannot read the file") from error
+
+        endless = StreamingImages._endless
+        monkeypatch.setattr(StreamingImages, "_endless", rows)
+        with pytest.raises(UserError, match=r"connection to .*\(train\) was lost \(Server Disc.*--resume") as told:
+            self.numbers(data, 6)
+        assert "\n" not in str(told.value)
+
+    @pytest.mark.parametrize("status", [401, 404])
+    def test_other_errors_of_reading_stay_what_they_are(self, data, status, monkeypatch):
+        request = http.Request("GET", "https://huggingface.co")
+        refusal = http.HTTPStatusError("refused", request=request, response=http.Response(status, request=request))
+
+        def rows(self, *args):
+            raise refusal
+            yield
+
+        monkeypatch.setattr(StreamingImages, "_endless", rows)
+        with pytest.raises(http.HTTPStatusError, match="refused"):
+            self.numbers(data, 1)
 
     def test_bad_input(self, data, tmp_path):
         with pytest.raises(UserError, match="multiple of the 3 processes"):

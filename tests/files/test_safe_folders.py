@@ -251,6 +251,7 @@ OLD = [
     ("finetune", {"config.yaml": common(models=[], epochs=1)}),
     ("training", {"config.yaml": common(epochs=1), "metrics.jsonl": ""}),
     ("training", {"config.json": '{"architecture": "resnet18"}', "checkpoints/step-00000001/checkpoint.json": "{}"}),
+    (None, {"checkpoints/step-00000001-keep/checkpoint.json": "{}", "checkpoints/step-mine/checkpoint.json": "{}"}),
     ("detector", {"config.yaml": detection(frozen_stages=0, epochs=1), "detector.json": "{}"}),
     ("detections", {"config.yaml": detection()}),
     ("probe", {"config.yaml": common(probe_epochs=1), "config.json": NETWORK}),

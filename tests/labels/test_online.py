@@ -77,6 +77,29 @@ def test_a_resume_finds_the_labels_before_its_checkpoint(every, last):
     assert epochs_to_keep(RuntimeConfig(checkpoint_epochs=0, keep_last=0)) == 2
 
 
+def test_the_labels_that_a_checkpoint_needs_stay_as_long_as_it_does(online):
+    """A resume may start at one of the best, as where the newest is damaged."""
+
+    def kept() -> list[int]:
+        return sorted(int(path.stem.removeprefix("epoch-")) for path in (online.out / "own_labels").iterdir())
+
+    online.kept, online.steps_per_epoch = 2, 3
+    best = [online.out / "checkpoints" / f"step-{step:08}" for step in (3, 7)]  # after epoch 0, and in epoch 2
+    for path in best:
+        path.mkdir(parents=True)
+    (online.out / "checkpoints" / "step-00000004-mine").mkdir()
+    for epoch in range(5):
+        online.for_epoch(epoch)
+    assert kept() == [0, 2, 3, 4]
+    best[0].rmdir()
+    online.for_epoch(5)
+    assert kept() == [2, 4, 5]
+    online.for_epoch(2, 1)  # a resume from the best one
+    online.for_epoch(3)
+    with pytest.raises(UserError, match=r"cannot resume at the end of epoch 1 without its labels"):
+        online.for_epoch(2)
+
+
 def test_an_epoch_made_again_has_one_line(online):
     first = [online.for_epoch(epoch, 0) for epoch in range(3)]
     assert torch.equal(online.for_epoch(1, 0), first[1])

@@ -61,6 +61,22 @@ class TestMemory:
         with pytest.raises(OutOfMemory, match=r"not enough memory for 4 images of 8 px .*double accumulate.*allocate"):
             trainer.run()
 
+    def test_a_worker_without_shared_memory_is_told_in_the_middle_of_a_step(self, tmp_path):
+        """Where torch's handler of SIGCHLD finds the process."""
+
+        class Interrupted(Regression):
+            def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+                raise RuntimeError(
+                    "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's "
+                    "workers are out of shared memory. Please try to raise your shared memory limit."
+                )
+
+        trainer = Trainer(
+            Interrupted(), Tensors(8), optim=OptimConfig(), runtime=RuntimeConfig(), out=tmp_path, identity={}
+        )
+        with pytest.raises(UserError, match=r"not enough shared memory .*give --workers 0, or .*--shm-size"):
+            trainer.run()
+
     def test_other_errors_stay_what_they_are(self, tmp_path):
         class Broken(Regression):
             def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -186,6 +202,15 @@ def test_resume_of_another_run_is_refused(tmp_path):
         run(tmp_path, identity={"arch": "curve"})
     with pytest.raises(UserError, match=r"optim\.epochs: 3 there, 9 now"):
         run(tmp_path, epochs=9)
+
+
+def test_a_run_of_an_earlier_version_that_did_not_tell_streams_apart_is_resumed(tmp_path):
+    stream = {"arch": "line", "split": "train", "revision": None, "steps_per_epoch": 4}
+    run(tmp_path, identity={"arch": "line"})
+    run(tmp_path, identity=stream)
+    run(tmp_path / "new", identity=stream)
+    with pytest.raises(UserError, match=r"revision: None there, 'v2' now; .*epoch: 4 there, 5 now"):
+        run(tmp_path / "new", identity={**stream, "revision": "v2", "steps_per_epoch": 5})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

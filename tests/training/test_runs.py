@@ -5,10 +5,14 @@ from dataclasses import asdict
 import pytest
 import yaml
 
+from helpers.commands import one_line, sssd
+from helpers.images import file_bytes, picture, write_parquet
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.configs import DistillArgs, MoCoConfig, OptimConfig, SEEDConfig
 from sssd_zoo.errors import UserError
-from sssd_zoo.training.runs import check_queue, method_settings, save_config, settings_of
+from sssd_zoo.pipeline.pretrain import check_splits
+from sssd_zoo.training.engine import Trainer
+from sssd_zoo.training.runs import check_queue, method_settings, save_config, save_corrupt, settings_of
 
 
 def distill(**changes: object) -> DistillArgs:
@@ -54,3 +58,75 @@ def test_a_queue_may_be_as_large_as_the_data_and_no_larger():
     check_queue(10**6, None)
     with pytest.raises(UserError, match=r"queue_size 49 .* 48 images.*at most 24"):
         check_queue(49, 48)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "splits", "processes"), [(8, 1, 8, 1), (16, 2, 8, 1), (8, 1, 8, 4), (7, 1, 7, 1)]
+)
+def test_no_part_of_a_batch_may_be_a_single_image(batch, accumulate, splits, processes):
+    config = MoCoConfig(batch_size=batch, accumulate=accumulate, splits=splits)
+    with pytest.raises(UserError, match=rf"at most {splits // 2} for a batch of {splits}, .*lower splits or raise"):
+        check_splits(config, processes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "splits", "processes"), [(16, 1, 8, 1), (8, 2, 2, 2), (8, 1, 1, 1), (16, 1, 8, 4)]
+)
+def test_two_images_in_a_part_are_enough(batch, accumulate, splits, processes):
+    check_splits(MoCoConfig(batch_size=batch, accumulate=accumulate, splits=splits), processes)
+
+
+def test_a_resumed_run_adds_to_its_corrupt_images_and_a_new_one_replaces_them(tmp_path):
+    file = tmp_path / "corrupt.tsv"
+    save_corrupt(tmp_path, [("a.png", "cut"), (7, "no image")])
+    before = file.read_text()
+    save_corrupt(tmp_path, [], resumed=True)
+    assert file.read_text() == before == "image\treason\na.png\tcut\n7\tno image\n"
+    save_corrupt(tmp_path, [("c.png", "cut"), (7, "no image")], resumed=True)
+    assert file.read_text() == before + "c.png\tcut\n"
+    save_corrupt(tmp_path, [("c.png", "cut")])
+    assert file.read_text() == "image\treason\nc.png\tcut\n"
+    save_corrupt(tmp_path, [])
+    assert not file.exists()
+
+
+class TestResumedCommand:
+    """`sssd pretrain` on a stream of 8 images, the last of which is none."""
+
+    @pytest.fixture
+    def words(self, tmp_path) -> list[str]:
+        pictures = [file_bytes(picture(number)) for number in range(7)]
+        data = write_parquet(tmp_path / "my.parquet", [*pictures, b"x"])
+        words = ["pretrain", "--data", str(data), "--out", str(tmp_path / "run"), "--streaming", "true"]
+        words += ["--model", "test_resnet", "--image_size", "32", "--batch_size", "4", "--splits", "2"]
+        words += ["--queue_size", "8", "--max_corrupt", "1", "--epochs", "2", "--device", "cpu"]
+        return [*words, "--steps_per_epoch", "2"]
+
+    def test_one_that_is_refused_leaves_the_folder_as_it_was(self, words, tmp_path, capsys):
+        assert sssd(*words) == 0
+        config, corrupt = (tmp_path / "run" / name for name in ("config.yaml", "corrupt.tsv"))
+        before = config.read_bytes(), corrupt.read_bytes()
+        assert b"it is not an image" in before[1]
+        for changed, told in (
+            ("--lr", "optim.lr: 0.06 there, 0.5 now"),
+            ("--steps_per_epoch", "epoch: 2 there, 3 now"),
+        ):
+            capsys.readouterr()
+            assert sssd(*words, changed, "0.5" if changed == "--lr" else "3", "--resume") == 2
+            assert told in one_line(capsys)
+            assert (config.read_bytes(), corrupt.read_bytes()) == before
+
+        assert sssd(*words, "--workers", "1", "--resume") == 0
+        assert yaml.safe_load(config.read_text())["workers"] == 1, "it is the same run"
+        assert corrupt.read_bytes() == before[1], "nothing was read"
+
+    def test_one_that_is_stopped_keeps_the_corrupt_images_that_it_met(self, words, tmp_path, monkeypatch):
+        def stop(self, *args):
+            if self.progress.step == 3:
+                raise KeyboardInterrupt
+            step(self, *args)
+
+        step = Trainer.step
+        monkeypatch.setattr(Trainer, "step", stop)
+        assert sssd(*words) == 130
+        assert "it is not an image" in (tmp_path / "run" / "corrupt.tsv").read_text()

@@ -102,6 +102,27 @@ def test_tensorboard_has_numbers_settings_and_views_and_goes_on(tmp_path):
     assert b"| optim.lr | 0.05 |" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
 
 
+def test_tensorboard_forgets_what_came_before_the_first_checkpoint_of_a_training_that_was_killed(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class Stop(Tensors):
+        def epoch(self, epoch, start=0):
+            for number, batch in enumerate(super().epoch(epoch, start)):
+                if number == 3:
+                    raise KeyboardInterrupt
+                yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, trackers=["tensorboard"], loader=Stop(8))
+    assert not (tmp_path / "checkpoints").exists()
+    run(tmp_path, trackers=["tensorboard"])
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2, "both parts wrote"
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 13))
+    assert [event.step for event in events.Images("views")] == [0]
+
+
 def test_a_resumed_trackio_run_goes_on(tmp_path):
     pytest.importorskip("trackio")
     program = (

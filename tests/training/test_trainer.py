@@ -1,17 +1,20 @@
 """The parts of a training one by one: the trainer's steps, its labels, the schedule, checkpoint records and the log."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from torch import Tensor, nn
 
-from helpers.training import Regression, Tensors
+from helpers.training import Regression, Tensors, run
 from sssd_zoo.configs import OptimConfig, RuntimeConfig
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.training.checkpoints import Checkpoints, Progress, diverged, read_record, write_record
+from sssd_zoo.training.checkpoints import Checkpoints, Progress, diverged, read_record, steps_done, write_record
 from sssd_zoo.training.engine import Trainer, is_finite, uses_cuda_graphs
+from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.log import Log
 from sssd_zoo.training.schedule import make_scheduler
 
@@ -233,6 +236,54 @@ class TestRecords:
         assert diverged(tmp_path)
         self.folder(tmp_path, 8)
         assert not diverged(tmp_path)
+
+    def test_what_has_a_similar_name_is_the_users(self, tmp_path):
+        """It is not removed, and no run takes it for a checkpoint."""
+        folder = tmp_path / "checkpoints"
+        run(tmp_path, epochs=2)
+        (folder / "step-00000008").rename(folder / "step-00000010-keep")
+        shutil.rmtree(folder / "step-00000004")
+        write_record(folder / "step-00000010-keep", {**RECORD, "step": 10, "not_finite_at": 11})
+        (folder / "step-notes").mkdir()
+        (folder / ".step-mine.partial").mkdir()
+        (folder / "step-00000030.tar").write_text("packed")
+        (folder / "step-00000030").write_text("a file")
+        theirs = set(folder.iterdir())
+        checkpoints = Checkpoints(folder, {})
+        assert (checkpoints.saved(), checkpoints.newest(), diverged(folder), steps_done(folder)) == ([], None, False, 0)
+        loader = Tensors(8)
+        run(tmp_path, epochs=2, loader=loader, keep_last=1, keep_best=0)
+        assert loader.served[0] == (0, 0), "there is nothing to resume from"
+        assert set(folder.iterdir()) == theirs | {folder / "step-00000008"}
+
+
+class TestDevice:
+    """Accelerate keeps the first device of a process: here one is planted, as after a run on it."""
+
+    @pytest.fixture
+    def kept(self):
+        def plant(device: torch.device) -> None:
+            make_accelerator(RuntimeConfig(device="cpu"))
+            PartialState._shared_state["device"] = device
+
+        yield plant
+        PartialState._reset_state()
+
+    def test_a_run_on_the_cpu_after_one_on_a_gpu_is_on_the_cpu(self, kept, tmp_path):
+        kept(torch.device("cuda", 0))
+        assert trainer(Regression(), tmp_path).accelerator.device.type == "cpu"
+
+    def test_a_run_on_a_gpu_after_one_on_the_cpu_is_not_on_the_cpu(self, kept, monkeypatch):
+        kept(torch.device("cpu"))
+        monkeypatch.setattr("sssd_zoo.training.hardware.compute_device", lambda device: torch.device("cuda"))
+        monkeypatch.setattr(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cuda", 0)))
+        assert make_accelerator(RuntimeConfig(precision="bf16")).device == torch.device("cuda", 0)
+
+    def test_one_of_the_same_type_stays(self, kept, monkeypatch):
+        """Such as the second GPU, which the process was given."""
+        monkeypatch.setattr("sssd_zoo.training.hardware.compute_device", lambda device: torch.device("cuda"))
+        kept(torch.device("cuda", 1))
+        assert make_accelerator(RuntimeConfig(precision="bf16")).device == torch.device("cuda", 1)
 
 
 class TestLog:
