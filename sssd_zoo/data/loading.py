@@ -495,12 +495,13 @@ def _unchanged(batch: Batch) -> Batch:
 
 
 def _shared(batch: Batch) -> Batch:
-    """A worker's batch, whose images are moved into shared memory where an error is the batch's.
+    """Moves a batch into shared memory in its worker, so that an error is raised with the batch.
 
     torch would do so in the thread that sends it, whose errors the main process never hears of: it would wait for good.
     """
     for part in batch if isinstance(batch, tuple) else ():
-        for tensor in [part] if isinstance(part, Tensor) else getattr(part, "images", ()):
+        targets = [tensor for target in getattr(part, "targets", ()) for tensor in target.values()]
+        for tensor in [part] if isinstance(part, Tensor) else [*getattr(part, "images", ()), *targets]:
             tensor.share_memory_()
     return batch
 

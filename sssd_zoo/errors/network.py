@@ -16,7 +16,8 @@ def lost_connection(error: BaseException) -> str | None:
 def _of_connection(error: BaseException) -> bool:
     """Whether it is an error of a connection; a server's refusal, such as of an expired login, is none."""
     response: Any = getattr(error, "response", None)
-    if response is not None:
-        return bool(response.status_code == 429 or response.status_code >= 500)
+    status = getattr(error, "status", None) if response is None else response.status_code  # aiohttp's has its own
+    if isinstance(status, int):
+        return status == 429 or status >= 500
     clients = {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & _CLIENTS
     return isinstance(error, (ConnectionError, TimeoutError)) or bool(clients)

@@ -45,6 +45,7 @@ from sssd_zoo.files import (
 )
 from sssd_zoo.files.untrusted import copy_files, read_yaml
 from sssd_zoo.hub.model_card import EXITS, eval_result_files, model_card, with_costs
+from sssd_zoo.hub.publish import PICTURES
 from sssd_zoo.models import classifier_names, classifiers
 from sssd_zoo.models.networks import input_spec, load_network
 from sssd_zoo.models.saving import network_weights
@@ -66,8 +67,6 @@ SHOWN = {  # the figures in the card's text, and their captions where the run ha
     "accuracy.png": "Accuracy against cost, exit by exit.",
     "early_exit.png": "Accuracy against the cost of an early exit.",
 }
-
-PICTURES = "clusters.png"  # thumbnails of the run's images, which nobody publishes unasked
 
 THRESHOLDS = "**Early exit**: thresholds for `forward_early` are in `config.json`; "
 SCALED = (

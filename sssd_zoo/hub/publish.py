@@ -60,6 +60,8 @@ CARD_FILES = (
     *("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png"),
 )
 
+PICTURES = "clusters.png"  # a figure of thumbnails of the run's images, which nobody publishes unasked
+
 LABEL_FILES = ("README.md", "labels.parquet", "centroids.safetensors", "pseudo_labels.json")
 
 TIMEOUT = 10  # seconds until the Hub's first response
@@ -206,6 +208,7 @@ def fetch(repo: str, repo_type: str, commit_id: str, patterns: tuple[str, ...] |
 def copy_card(card: Path, folder: Path) -> None:
     """Copies a folder that `sssd card` wrote, with the bundled weights if it is about those."""
     copy_files(card, CARD_FILES, folder, follow_links=card.parent == cards_folder())
+    (folder / "figures" / PICTURES).unlink(missing_ok=True)  # of an earlier version
     if not (folder / "model.safetensors").exists() and (weights := bundled_weights(card.name)) is not None:
         if not weights.is_file():
             raise UserError(f"the weights of {card.name} are missing: reinstall sssd-zoo")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,25 +86,25 @@ def map_shape(network: Any, size: int) -> MapShape:
     return MapShape(found.shape[1], found.shape[2])
 
 
-def shared_map(student: Any, size: int, encoder: Any, encoder_size: int) -> MapShape:
+def shared_map(student: Any, sizes: Sequence[int], encoder: Any, encoder_size: int) -> MapShape:
     """What a student learns of an encoder's last feature map: its channels, and the side of the smaller of their maps.
 
     Args:
         student: a network.
-        size: side of its images in pixels.
+        sizes: sides of its images in pixels: first the one that counts, then those that training goes through.
         encoder: a network.
         encoder_size: side of its images in pixels.
 
     Raises:
         UserError: if one of the maps has a single position; see also `map_shape`.
     """
-    own, other = map_shape(student, size), map_shape(encoder, encoder_size)
+    own, other = [map_shape(student, size) for size in sizes], map_shape(encoder, encoder_size)
     too_small = "dense needs feature maps of at least 2 x 2 positions, and the"
-    if own.side < 2:
+    if min(own).side < 2:
         raise UserError(
-            f"{too_small} student has one at {size} px: give a larger --image_size, or a network with the stem for "
-            "small images (one that ends in _cifar)"
+            f"{too_small} student has one at {min(sizes)} px: give larger views, or a network with the stem for small "
+            "images (one that ends in _cifar)"
         )
     if other.side < 2:
         raise UserError(f"{too_small} encoder has one at {encoder_size} px: give it larger images, or another encoder")
-    return MapShape(other.channels, min(own.side, other.side))
+    return MapShape(other.channels, min(own[0].side, other.side))

@@ -53,6 +53,7 @@ LABELLED = {  # the methods that learn pseudo labels, and the stage that makes t
     "clusterfit-anchored": "labels",
 }
 ANCHORED = ("anchored", "anchored-warm", "clusterfit-anchored")
+EXTENSIONS = ("dense", "cached_views")  # settings of an anchor
 WARM = ("sssd-warm", "anchored-warm")  # start from M_ssl's weights
 NAMED: dict[str, Name] = {"random": "random", "true": "true", "dacsd": "own"}  # the other methods, and their labels
 NEAREST = 8  # centroids that soft labels are over
@@ -72,6 +73,8 @@ def compare(args: CompareArgs) -> None:
     check_variants(args)
     if args.distill.anchor == 0 and (anchored := sorted(set(ANCHORED) & set(args.methods))):
         raise UserError(f"--distill.anchor 0 leaves nothing of {', '.join(anchored)}: remove one of them")
+    if not anchored_settings(args) and (extensions := [each for each in EXTENSIONS if getattr(args.distill, each)]):
+        raise UserError(f"no method here has an anchor, which distill.{extensions[0]} would extend: remove it")
     if "pretext" in args.epochs and args.features is not None:
         raise UserError("--epochs of pretext are those of MoCo, but --features is taken as it is: remove one of them")
     args = with_augment(args, ("pretrain", "distill", "seed_method"))
@@ -118,26 +121,31 @@ def check_variants(args: CompareArgs) -> None:
         if unknown := sorted(set(changes) - {"method", *known}):
             raise UserError(f"--variants {name} changes {listed(unknown)}; it may change {', '.join(known)}")
         config = variant(args, name)
-        if changes["method"] in ANCHORED and config.anchor != 0:
+        if has_anchor(args, name):
             continue
         if not config.clusters:
             raise UserError(f"--variants {name}: clusters false leaves nothing to learn without an anchor")
-        if changes.get("dense"):
-            raise UserError(f"--variants {name}: dense extends the anchor, and it has none: remove dense")
+        if extensions := [each for each in EXTENSIONS if getattr(config, each)]:
+            raise UserError(f"--variants {name} has no anchor, which {listed(extensions)} would extend: remove it")
 
 
-def anchored_settings(args: CompareArgs) -> list[AnchoredConfig]:
-    """The settings of the methods and variants that have an anchor."""
-    variants = [variant(args, name) for name, changes in args.variants.items() if changes["method"] in ANCHORED]
-    configs = [args.distill, *variants] if set(ANCHORED) & set(args.methods) else variants
-    return [config for config in configs if config.anchor != 0]
+def has_anchor(args: CompareArgs, name: str) -> bool:
+    """Whether a variant's method has an anchor, of another weight than 0."""
+    changes = args.variants[name]
+    return changes["method"] in ANCHORED and changes.get("anchor", args.distill.anchor) != 0
+
+
+def anchored_settings(args: CompareArgs) -> dict[str, AnchoredConfig]:
+    """The settings of the methods and variants that have an anchor, by their names in the arguments."""
+    variants = {f"variants {name}": variant(args, name) for name in args.variants if has_anchor(args, name)}
+    return {"distill": args.distill, **variants} if set(ANCHORED) & set(args.methods) else variants
 
 
 def variant(args: CompareArgs, name: str) -> AnchoredConfig:
     """How a variant's network is trained, before its epochs of `args.epochs`."""
     changes = {key: value for key, value in args.variants[name].items() if key != "method"}
-    if args.variants[name]["method"] not in ANCHORED:
-        changes = {"dense": False, **changes}  # that of `distill` is for methods with an anchor
+    if not has_anchor(args, name):  # those of `distill` are for methods with one
+        changes = {"dense": False, "cached_views": 0, **changes}
     try:
         return replace(args.distill, **changes)
     except ValueError as error:

@@ -107,7 +107,7 @@ def distill_network(
     if isinstance(config, AnchoredConfig) and config.anchor:
         forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
         network, frozen = frozen_encoder(
-            encoder, teacher_size, data, forward, (model, views.size) if config.dense else None
+            encoder, teacher_size, data, forward, (model, [views.size, *config.sizes]) if config.dense else None
         )
         settings |= {"anchor": config.anchor, "encoder": weights_digest(network)}
         settings |= {} if config.clusters else {"clusters": False}
@@ -143,7 +143,7 @@ def frozen_encoder(
     size: int | None,
     data: ImageData,
     forward: ForwardConfig,
-    student: tuple[nn.Module, int] | None = None,
+    student: tuple[nn.Module, list[int]] | None = None,
 ) -> tuple[Any, FrozenEncoder]:
     """A network, and as what is to be predicted: with its features' moments over at most 10,000 of the images.
 
@@ -152,7 +152,8 @@ def frozen_encoder(
         size: side of its views in pixels; by default what it was trained with.
         data: the images.
         forward: how to run it.
-        student: the network whose last feature map is to predict that of this one, and the side of its views in pixels.
+        student: the network whose last feature map is to predict that of this one, and the sides of its views, see
+            `shared_map`.
 
     Raises:
         UserError: if none is named, it cannot be loaded, or one of the two has no map to learn.

@@ -234,7 +234,7 @@ def distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any) -> 
     task: Task = SelfDistillation(model, config, views)
     if isinstance(config, AnchoredConfig) and config.anchor:
         spec = input_spec(encoder, None if setup.pretext.source is None else setup.size)
-        shape = shared_map(model, setup.size, encoder, spec.size) if config.dense else None
+        shape = shared_map(model, [setup.size, *config.sizes], encoder, spec.size) if config.dense else None
         width = feature_width(encoder) + (0 if shape is None else shape.numbers)
         frozen = FrozenEncoder(encoder, spec, torch.zeros(width), torch.ones(width), shape)
         if config.cached_views:

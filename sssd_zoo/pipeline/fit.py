@@ -176,7 +176,7 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
         chosen.update(more)
         return completed
 
-    anchored = [args.distill] if args.distill.anchor else []
+    anchored = {"distill": args.distill} if args.distill.anchor else {}
     setup = set_up(
         args, "fit", ["distill"], warm=args.warm_start, anchored=anchored, complete=complete, mistakes=mistakes
     )

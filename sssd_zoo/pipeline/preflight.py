@@ -1,7 +1,7 @@
 """What `sssd fit` and `sssd compare` check before they decode an image: all that would fail later, told at once."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ class Preflight:
         args: of `sssd fit` or `sssd compare`.
         trained: names of the arguments that hold the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
-        anchored: the settings of the trainings that have an anchor.
+        anchored: the settings of the trainings that have an anchor, by their names in the arguments.
         complete: gives the arguments, where some of them depend on the images and on the device.
         mistakes: what is wrong already.
     """
@@ -71,7 +71,7 @@ class Preflight:
         trained: Sequence[str],
         *,
         warm: bool,
-        anchored: Sequence[AnchoredConfig],
+        anchored: Mapping[str, AnchoredConfig],
         complete: Callable[[Scale], Any] | None,
         mistakes: Mistakes,
     ) -> None:
@@ -214,7 +214,7 @@ class Preflight:
     def _check_anchors(self, args: Any, networks: Networks, size: int, images: int) -> None:
         """Notes feature maps that cannot be learnt, and views that cannot be kept."""
         encoder = None
-        if any(config.dense or config.cached_views for config in self.anchored):
+        if any(config.dense or config.cached_views for config in self.anchored.values()):
             with self.mistakes.noted():
                 if args.features is None:
                     encoder = new_trunk(networks.pretext, data=self.opened.images)
@@ -223,13 +223,14 @@ class Preflight:
         if encoder is None:
             return
         seen = size if args.features is None else input_spec(encoder).size
-        for config in self.anchored:
+        for name, config in self.anchored.items():
             numbers = feature_width(encoder)
-            with self.mistakes.noted("distill"):
+            with self.mistakes.noted(name):
                 if config.dense:
                     student = new_network(networks.student, self.opened.images)
-                    numbers += shared_map(student, size, encoder, seen).numbers
-                check_space(Path(args.out), config, images, numbers)
+                    numbers += shared_map(student, [size, *config.sizes], encoder, seen).numbers
+                if args.overwrite or not (Path(args.out) / "config.yaml").exists():  # the views may be there already
+                    check_space(Path(args.out), config, images, numbers)
 
     def _check_augment(self, args: Any, data: OpenedImages) -> None:
         """Notes augmentations that have no meaning for these images."""
@@ -241,10 +242,10 @@ class Preflight:
 
 
 def check_space(out: Path, config: AnchoredConfig, images: int, numbers: int) -> None:
-    """Refuses a new run whose cached views do not fit onto the disk.
+    """Refuses cached views that do not fit on the disk.
 
     Args:
-        out: its folder.
+        out: the run's folder.
         config: how many views.
         images: number of them.
         numbers: that are kept of each view, in 2 bytes each.
@@ -252,7 +253,7 @@ def check_space(out: Path, config: AnchoredConfig, images: int, numbers: int) ->
     needed = 2 * numbers * images * config.cached_views
     folder = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(folder).free
-    if needed > free and not (out / "config.yaml").exists():
+    if needed > free:
         raise UserError(
             f"cached_views {config.cached_views} needs {needed / 1e9:.1f} GB, and {out} has {free / 1e9:.1f} GB free: "
             "give fewer, or another --out"

@@ -4,7 +4,7 @@ It is pretrained by MoCo v2 (section 3.1 of the paper), on the images to distil 
 4.5), and may be of another size than the student; or it is any network that timm loads, and nothing is pretrained.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,7 @@ def set_up(
     trained: Sequence[str],
     *,
     warm: bool,
-    anchored: Sequence[AnchoredConfig],
+    anchored: Mapping[str, AnchoredConfig],
     require_labels: bool = False,
     complete: Callable[[Scale], Any] | None = None,
     mistakes: Mistakes | None = None,
@@ -216,7 +216,7 @@ def set_up(
         kind: of folder, that the command writes.
         trained: names of the arguments that hold the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
-        anchored: the settings of the trainings that have an anchor.
+        anchored: the settings of the trainings that have an anchor, by their names in the arguments.
         require_labels: see `load_images`.
         complete: gives the arguments, where some of them depend on the images and on the device.
         mistakes: what is wrong already, to be told with the rest.

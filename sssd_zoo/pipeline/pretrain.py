@@ -101,8 +101,8 @@ def check_splits(config: MoCoConfig, processes: int) -> None:
         )
     if images // parts < 2:
         raise UserError(
-            f"splits {config.splits} must be at most {images // 2} for a batch of {images}, as BatchNorm needs at "
-            "least 2 images in each part: lower splits or raise batch_size"
+            f"splits {config.splits} must be lower for a batch of {images}, as BatchNorm needs at least 2 images in "
+            "each part: lower splits or raise batch_size"
         )
 
 

@@ -32,6 +32,7 @@ from sssd_zoo.files import read_json, write_json
 from sssd_zoo.files.run_folder import mark, release_all
 from sssd_zoo.hub.cards import calibration_note
 from sssd_zoo.hub.model_card import save_model_folder
+from sssd_zoo.hub.publish import copy_card
 from sssd_zoo.labels.kmeans import Clustering
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.saving import save_network
@@ -256,6 +257,16 @@ def test_the_card_says_what_the_run_measured_and_no_more(published):
     assert "openaccess.thecvf.com" in text
     for words in ("NMI", "JPEG", "None", "random labels", "pip install sssd-zoo"):
         assert words not in text, words
+
+
+def test_thumbnails_in_a_card_of_an_earlier_version_are_not_copied(tmp_path):
+    card = tmp_path / "card"
+    (card / "figures").mkdir(parents=True)
+    for name in ("README.md", "model.safetensors", "figures/clusters.png", "figures/accuracy.png"):
+        (card / name).write_bytes(b"x")
+    copy_card(card, tmp_path / "copy")
+    assert [path.name for path in (tmp_path / "copy" / "figures").iterdir()] == ["accuracy.png"]
+    assert (card / "figures" / "clusters.png").exists()
 
 
 def test_a_calibrated_network_is_published_with_its_thresholds(empty, sssd, run, tmp_path):

@@ -62,13 +62,14 @@ def test_what_is_learnt_is_as_large_as_the_smaller_map():
     encoder = timm.create_model("test_vit", num_classes=0)
     shape = map_shape(encoder, 160)
     assert map_shape(student, 32) == MapShape(channels=512, side=4)
-    assert shared_map(student, 32, encoder, 160) == MapShape(shape.channels, 4)
-    assert shared_map(student, 160, encoder, 160) == shape
+    assert shared_map(student, [32], encoder, 160) == MapShape(shape.channels, 4)
+    assert shared_map(student, [32, 16, 32], encoder, 160) == MapShape(shape.channels, 4)
+    assert shared_map(student, [160], encoder, 160) == shape
     assert shape.numbers == shape.channels * 100
-    with pytest.raises(UserError, match="the student has one at 8 px: give a larger --image_size"):
-        shared_map(student, 8, encoder, 160)
+    with pytest.raises(UserError, match="the student has one at 8 px: give larger views"):
+        shared_map(student, [32, 8, 32], encoder, 160)
     with pytest.raises(UserError, match="the encoder has one at 32 px: give it larger images"):
-        shared_map(student, 32, timm.create_model("test_resnet", num_classes=0), 32)
+        shared_map(student, [32], timm.create_model("test_resnet", num_classes=0), 32)
 
 
 def test_a_network_without_a_square_map_is_refused():

@@ -65,7 +65,9 @@ def test_a_queue_may_be_as_large_as_the_data_and_no_larger():
 )
 def test_no_part_of_a_batch_may_be_a_single_image(batch, accumulate, splits, processes):
     config = MoCoConfig(batch_size=batch, accumulate=accumulate, splits=splits)
-    with pytest.raises(UserError, match=rf"at most {splits // 2} for a batch of {splits}, .*lower splits or raise"):
+    with pytest.raises(
+        UserError, match=rf"splits {splits} must be lower for a batch of {splits}, .*lower splits or raise"
+    ):
         check_splits(config, processes)
 
 
