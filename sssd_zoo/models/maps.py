@@ -100,7 +100,7 @@ def shared_map(student: Any, sizes: Sequence[int], encoder: Any, encoder_size: i
     """
     own, other = [map_shape(student, size) for size in sizes], map_shape(encoder, encoder_size)
     too_small = "dense needs feature maps of at least 2 x 2 positions, and the"
-    if min(own).side < 2:
+    if min(shape.side for shape in own) < 2:
         raise UserError(
             f"{too_small} student has one at {min(sizes)} px: give larger views, or a network with the stem for small "
             "images (one that ends in _cifar)"
