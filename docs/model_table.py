@@ -7,7 +7,7 @@ from typing import Any
 import timm
 
 import sssd_zoo  # noqa: F401  registers the models with timm
-from sssd_zoo.evaluation.reports.markdown import duration, table
+from sssd_zoo.evaluation.reports.markdown import exact_duration, table
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.backbones import ANY
@@ -23,7 +23,7 @@ def model_table(cards: Path) -> str:
     for folder in sorted(path.parent for path in cards.glob("*/metrics.json")):
         results = read_json(folder / "metrics.json")
         ours = results["accuracy"][0]
-        time = duration(sum(step["seconds"] for step in results["times"]))
+        time = exact_duration(sum(step["seconds"] for step in results["times"]))
         machine = results["machine"].split(", torch")[0]
         rows.append(
             [
@@ -35,7 +35,7 @@ def model_table(cards: Path) -> str:
             ]
         )
     exits = ["exit 1", "exit 2", "exit 3", "exit 4", "ensemble"]
-    return "\n".join(table(["name", "trained without labels on", *exits, "last training run"], rows)) + "\n"
+    return "\n".join(table(["name", "trained without labels on", *exits, "time and machine"], rows)) + "\n"
 
 
 def with_table(readme: str, rows: str) -> str:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sssd_zoo.configs import DataConfig, OptimConfig, RuntimeConfig
 from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise
-from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.data.inputs import InputSpec, input_spec
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import load_images
-from sssd_zoo.models.networks import input_spec, new_trunk
+from sssd_zoo.models.networks import new_trunk
 from sssd_zoo.tasks import Task
 from sssd_zoo.training.runs import RunSpec, run_training
 

@@ -28,7 +28,7 @@ class FixedLabels:
         self.num_classes = int(labels.max()) + 1
         self.identity = fingerprint(labels)
 
-    def attach(self, network: nn.Module, out: Path, spec: InputSpec) -> None:
+    def attach(self, network: nn.Module, out: Path, spec: InputSpec, steps_per_epoch: int) -> None:
         """Nothing: they do not come of the network."""
 
     def for_epoch(self, epoch: int, step: int = 0) -> Tensor:

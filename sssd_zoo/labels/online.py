@@ -46,15 +46,9 @@ class OnlineLabels:
         autocast: precision of the forward pass, or none.
         kept: epochs whose labels stay on disk, see `epochs_to_keep`.
 
-    Attributes:
-        steps_per_epoch: of the training, where it is known: labels that a checkpoint needs, such as one of the best,
-            then stay on disk as long as it does.
-
     Raises:
         UserError: if so many images do not make so many clusters.
     """
-
-    steps_per_epoch: int | None = None
 
     def __init__(
         self,
@@ -73,15 +67,16 @@ class OnlineLabels:
         self.num_classes = k
         self.identity = f"own, K = {k}"
 
-    def attach(self, network: nn.Module, out: Path, spec: InputSpec) -> None:
+    def attach(self, network: nn.Module, out: Path, spec: InputSpec, steps_per_epoch: int) -> None:
         """Says whose features are clustered, and where the labels are kept: own_labels/ and own_labels.jsonl of `out`.
 
         Args:
             network: the one in training, neither wrapped nor compiled.
             out: the run folder.
             spec: what it wants of its images.
+            steps_per_epoch: of the training; tells which labels a checkpoint needs.
         """
-        self.network, self.out, self.spec = network, out, spec
+        self.network, self.out, self.spec, self.steps_per_epoch = network, out, spec, steps_per_epoch
 
     def for_epoch(self, epoch: int, step: int = 0) -> Tensor:
         """The labels of an epoch, int64 [N] in 0..k-1, the same in every process.
@@ -154,10 +149,9 @@ class OnlineLabels:
 
     def _remove_superseded(self, epoch: int) -> None:
         """Removes the labels that no resume needs, once those of an epoch are written."""
-        needed = set()
-        if self.steps_per_epoch is not None:
-            steps = [int(path.name.removeprefix("step-")) for path in checkpoints_in(self.out / "checkpoints")]
-            needed = {(step - 1) // self.steps_per_epoch for step in steps}  # at the end of an epoch they are still its
+        # A checkpoint, such as one of the best, needs those of its epoch; at the end of an epoch they are still its.
+        steps = [int(path.name.removeprefix("step-")) for path in checkpoints_in(self.out / "checkpoints")]
+        needed = {(step - 1) // self.steps_per_epoch for step in steps}
         for number in range(epoch - self.kept + 1):
             if number not in needed:
                 self._file(number).unlink(missing_ok=True)

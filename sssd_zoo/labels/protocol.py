@@ -41,13 +41,14 @@ class Labels(Protocol):
         """A fingerprint, or a description where the labels are only made during the training."""
         ...
 
-    def attach(self, network: nn.Module, out: Path, spec: InputSpec) -> None:
+    def attach(self, network: nn.Module, out: Path, spec: InputSpec, steps_per_epoch: int) -> None:
         """Called once before the training with the network that is trained, for labels that come of it.
 
         Args:
             network: neither wrapped nor compiled.
             out: the run folder.
             spec: what the network wants of its images.
+            steps_per_epoch: of the training.
         """
         ...
 

@@ -79,7 +79,7 @@ class SoftLabels:
         dense = torch.zeros(len(positions), self.num_classes)
         return dense.scatter_(1, self.near[positions], self.memberships[positions])
 
-    def attach(self, network: nn.Module, out: Path, spec: InputSpec) -> None:
+    def attach(self, network: nn.Module, out: Path, spec: InputSpec, steps_per_epoch: int) -> None:
         """Nothing: they do not come of the network."""
 
     def for_epoch(self, epoch: int, step: int = 0) -> "SoftLabels":

@@ -10,6 +10,7 @@ from torch import nn
 
 from sssd_zoo.configs import AugmentConfig, OptimConfig, RuntimeConfig, SelfDistillationConfig
 from sssd_zoo.data.images import Corrupt
+from sssd_zoo.data.inputs import input_spec
 from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
@@ -21,10 +22,9 @@ from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import CORRUPT, VIEW_CACHE, drop, kind_of, mark, open_out, remove
-from sssd_zoo.labels.online import OnlineLabels
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.models import MultiExit
-from sssd_zoo.models.networks import check_sizes, choose_model, choose_size, input_spec
+from sssd_zoo.models.networks import check_sizes, choose_model, choose_size
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.tasks import Task
 from sssd_zoo.training.engine import Trainer
@@ -205,9 +205,7 @@ def run_training(
         loader.data.move(make_accelerator(runtime).device)
     if labels is not None:
         settings = {"labels": labels.identity, **settings}
-        labels.attach(network, out, input_spec(network, spec.size))
-    if isinstance(labels, OnlineLabels):
-        labels.steps_per_epoch = loader.steps_per_epoch
+        labels.attach(network, out, input_spec(network, spec.size), loader.steps_per_epoch)
     identity = {"arch": spec.arch, "image_size": spec.size, **loader.data.identity, **settings}
     trainer = Trainer(
         task, loader, optim=optim, runtime=runtime, out=out, identity=identity, labels=labels, title=spec.title

@@ -38,7 +38,7 @@ def online(folder_of_images: Path, tmp_path: Path) -> OnlineLabels:
     data = load_images(DataConfig(data=str(folder_of_images)), progress=False)
     model = timm.create_model("sssd_resnet18", num_classes=4)
     labels = OnlineLabels(data, 4, seed=0)
-    labels.attach(model, tmp_path, InputSpec(32, (0.5,) * 3, (0.25,) * 3))
+    labels.attach(model, tmp_path, InputSpec(32, (0.5,) * 3, (0.25,) * 3), steps_per_epoch=3)
     return labels
 
 
@@ -83,7 +83,7 @@ def test_the_labels_that_a_checkpoint_needs_stay_as_long_as_it_does(online):
     def kept() -> list[int]:
         return sorted(int(path.stem.removeprefix("epoch-")) for path in (online.out / "own_labels").iterdir())
 
-    online.kept, online.steps_per_epoch = 2, 3
+    online.kept = 2
     best = [online.out / "checkpoints" / f"step-{step:08}" for step in (3, 7)]  # after epoch 0, and in epoch 2
     for path in best:
         path.mkdir(parents=True)

@@ -283,7 +283,7 @@ class TestLabels:
         data = load_images(DataConfig(data=str(folder_of_images)), progress=False)
         model = timm.create_model("sssd_resnet18", num_classes=4)
         labels = OnlineLabels(data, 4, seed=0)
-        labels.attach(model, tmp_path, InputSpec(32, (0.5,) * 3, (0.25,) * 3))
+        labels.attach(model, tmp_path, InputSpec(32, (0.5,) * 3, (0.25,) * 3), steps_per_epoch=3)
         labels.for_epoch(0)
         damage(tmp_path / "own_labels" / "epoch-0000.npy")
         with pytest.raises(UserError, match="in the middle of epoch 0"):

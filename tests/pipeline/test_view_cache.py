@@ -2,6 +2,7 @@
 
 import errno
 import json
+from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,13 +15,13 @@ import sssd_zoo  # noqa: F401  registers the models with timm
 from helpers.commands import one_line, sssd
 from sssd_zoo.configs import AnchoredConfig, DataConfig, ForwardConfig
 from sssd_zoo.data.augment import normalise, resize, shifted, supervised_view
-from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.data.inputs import InputSpec, input_spec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.data.views import FEATURES, CachedViewLoader, ViewBatch
 from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.models.maps import MapShape
-from sssd_zoo.models.networks import input_spec, load_encoder
+from sssd_zoo.models.networks import load_encoder
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline import preflight
 from sssd_zoo.pipeline.view_cache import write_view_cache
@@ -57,6 +58,19 @@ def test_a_cache_that_was_half_replaced_is_written_again(encoder, data, tmp_path
 
 def full_disk(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [(1e7, r"features reach .*, and cached views hold at most 65504"), (float("nan"), "hold NaN")],
+)
+def test_features_that_float16_does_not_hold_are_refused(weight, message, encoder, data, tmp_path):
+    network = deepcopy(encoder)
+    with torch.no_grad():
+        network.layer4[-1].bn2.weight.fill_(weight)
+    with pytest.raises(UserError, match=message):
+        write_view_cache(tmp_path, network, data, AnchoredConfig(anchor=1.0, cached_views=1), FP32, seed=4)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("crop", ["pad", "resized"])
