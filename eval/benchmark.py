@@ -29,14 +29,13 @@ from PIL import Image
 from sssd_zoo.configs import AnchoredConfig, EmbedArgs, MoCoConfig, SEEDConfig, SelfDistillationConfig
 from sssd_zoo.cpus import SPINS, WAITING, available_cpus
 from sssd_zoo.data.augment import BatchRandom
-from sssd_zoo.data.inputs import InputSpec
-from sssd_zoo.distributed.hardware import DTYPES, resolve_precision, tune_cpu
+from sssd_zoo.data.inputs import InputSpec, input_channels, input_spec
+from sssd_zoo.distributed.hardware import autocast_dtype, resolve_precision, tune_cpu
 from sssd_zoo.distributed.threads import TrainingThreads
 from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
 from sssd_zoo.labels.kmeans import FloatArray, import_faiss, kmeans, normalise
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.cpu_convolutions import cpu_convolutions
-from sssd_zoo.models.networks import channels, input_spec
 from sssd_zoo.pipeline.embed import embed, load_exits
 from sssd_zoo.pipeline.export import onnx_bytes, run_onnx, session
 from sssd_zoo.tasks import (
@@ -604,10 +603,10 @@ def benchmark_embed(
         embed can reach no more where the forward pass alone keeps them busy. Medians over the rounds.
     """
     tune_cpu()
-    autocast = DTYPES[resolve_precision(precision, "cpu")]
+    autocast = autocast_dtype(precision, "cpu")
     network = load_exits(model, "final")[0].eval().to(memory_format=torch.channels_last)
     size = input_spec(network).size
-    batch = torch.randn(batch_size, channels(network), size, size).contiguous(memory_format=torch.channels_last)
+    batch = torch.randn(batch_size, input_channels(network), size, size).contiguous(memory_format=torch.channels_last)
 
     def forward() -> None:
         with torch.inference_mode(), torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):

@@ -21,12 +21,12 @@ from sssd_zoo.cli import run
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.cli.guard import guarded
 from sssd_zoo.cpus import set_up_openmp
+from sssd_zoo.distributed.progress import duration
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.reports.families import Comparison, Family, families_report
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.files.run_folder import release_all
-from sssd_zoo.pipeline.forecast import rough
 
 RECIPE = Path(__file__).parents[1] / "train" / "recipes" / "backbones-cifar10.yaml"
 MOCO = 2 / 3  # of the training time
@@ -127,7 +127,7 @@ def schedule(args: argparse.Namespace) -> dict[str, Epochs | float]:
         pretrain, distill = (statistics.median(measured[stage]) for stage in ("pretrain", "distill"))
         epochs = choose_epochs(pretrain, distill, 60 * args.minutes)
         chosen[name] = pretrain + distill if epochs is None else epochs
-        each = f"an epoch of MoCo v2 takes {rough(pretrain)}, of self distillation {rough(distill)}"
+        each = f"an epoch of MoCo v2 takes {duration(pretrain)}, of self distillation {duration(distill)}"
         print(f"{name}: {each}: {'left out' if epochs is None else f'{epochs.pretrain} and {epochs.distill}'}")
     if not any(isinstance(epochs, Epochs) for epochs in chosen.values()):
         raise UserError(f"--minutes {args.minutes:g} is too short for one epoch of each training of any network")

@@ -44,8 +44,8 @@ def fit(
         data: the images.
         out: run folder to write.
         epochs: of both trainings; `pretrain={"epochs": ...}` and `distill={"epochs": ...}` give them one by one.
-        model: timm name of the network, one of this package's; by default chosen by the image size.
-        image_size: side of the views in pixels; by default as the images are.
+        model: timm name of the student; any timm network that runs in stages; by default chosen by the image size.
+        image_size: side of the views in pixels; by default the images' own up to 40 px, otherwise 224.
         budget: wall time of the whole run, such as '30m', by which the epochs are chosen.
         overwrite: redo what `out` holds from other settings or data.
         **settings: any other argument of `sssd fit`, a field of `sssd_zoo.configs.FitArgs`, such as
@@ -133,7 +133,7 @@ def distill(
         labels: what `pseudo_label` returned or its folder, 'random', 'true', or 'own'.
         out: run folder to write.
         epochs: passes over the images.
-        model: timm name of the network, one of this package's; by default chosen by the image size.
+        model: timm name of the student; any timm network that runs in stages; by default chosen by the image size.
         resume: resume from the newest checkpoint in `out`.
         overwrite: discard the run in `out` and start again.
         **settings: any other argument of `sssd distill`, a field of `sssd_zoo.configs.DistillArgs`.
@@ -161,7 +161,7 @@ def embed(
     Args:
         model: what another function returned, folder of a network or of a run, any timm name, or hf-hub:NAME.
         data: the images.
-        out: file to write; its ending says how: .parquet, .csv or .npy.
+        out: file to write; its extension sets the format: .parquet, .csv or .npy.
         exits: an exit's number, 'final', or 'all'.
         normalise: divide every embedding by its L2 norm.
         overwrite: replace an older file.

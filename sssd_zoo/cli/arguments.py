@@ -4,6 +4,8 @@ jsonargparse's own `add_subcommands` would build the parsers of all twenty comma
 than reading the arguments of one; so a command's parser is built when the command is known.
 """
 
+import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
@@ -55,6 +57,12 @@ def readable(text: str) -> str:
 
 class Parser(ArgumentParser):
     """jsonargparse's parser, with errors of one line that suggest the flag that was meant."""
+
+    def __init__(self, **options: Any) -> None:
+        """Takes jsonargparse's options; it makes another parser of this class for `--augment.help`."""
+        nested = re.fullmatch(r"Help for (\S+)\.help=\S+", options.get("description") or "")
+        described = {"description": f"The settings of {nested[1]}."} if nested else {}
+        super().__init__(**{"formatter_class": HelpFormatter, **options, **described})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints `message` on one line and exits with status 2."""
@@ -127,6 +135,26 @@ def join_trackers(arguments: list[str]) -> list[str]:
     start = arguments.index("--trackers") + 1
     names = list(takewhile(lambda word: word[:1].isalpha(), arguments[start:]))
     return [*arguments[:start], *([f"[{','.join(names)}]"] if names else []), *arguments[start + len(names) :]]
+
+
+def keep_names(words: list[str], config: Any) -> list[str]:
+    """Writes `--data [photos]` as `--data ./[photos]` where a file or folder has that name, which is then no list.
+
+    Args:
+        words: what `spell_out` gives, in which every flag has one value.
+        config: the command's dataclass.
+    """
+    hints = get_type_hints(config)
+    lists = {f"--{name}": hints[name] for name in PATHS if list[str] in (hints.get(name), *get_args(hints.get(name)))}
+    kept, flag = [], ""
+    for word in words:
+        name, _, value = (flag, "", word) if flag in lists else word.partition("=")
+        flag = word
+        if name in lists and value.startswith("[") and os.path.lexists(value):
+            text = lists[name] != list[str] and str in get_args(lists[name])
+            word = word.removesuffix(value) + (f"./{value}" if text else json.dumps([value]))
+        kept.append(word)
+    return kept
 
 
 def name_network(words: list[str], argument: str, prog: str) -> list[str]:
@@ -216,7 +244,7 @@ def read_arguments(name: str, words: list[str], prog: str) -> tuple[Any, frozens
     """
     config = getattr(configs, COMMANDS[name].arguments)
     parser = _parser(name, prog)
-    words = spell_out(words, config)
+    words = keep_names(spell_out(words, config), config)
     if network := COMMANDS[name].network:
         words = name_network(words, network, prog)
     check_recipes(words)

@@ -42,7 +42,7 @@ COMMANDS = {
     ),
     "export": Command(
         "ExportArgs",
-        "export one exit, all exits or early-exit stages as ONNX, torch.export, or for timm or transformers",
+        "export a network, an exit or early-exit stages: ONNX, torch.export, safetensors, timm, transformers",
         MODEL,
     ),
     "predict": Command(
@@ -52,7 +52,7 @@ COMMANDS = {
         "ReportArgs", "write report.html of a run: its results, and its clusters to look at and name", RUN
     ),
     "rename": Command(
-        "RenameArgs", "name the clusters that a network answers, and merge them", (*MODEL, ("names", None))
+        "RenameArgs", "name the clusters that a network predicts, and merge them", (*MODEL, ("names", None))
     ),
     "embed": Command("EmbedArgs", "write the features of images into a parquet, CSV or .npy file", MODEL),
     "search": Command(

@@ -18,8 +18,10 @@ class AugmentConfig(Checked):
 
     Args:
         flip: probability of a horizontal flip.
-        vertical_flip: probability of a vertical flip, for images that have no up: of satellites, of microscopes.
-        quarter_turns: rotate by 0, 90, 180 or 270 degrees, all equally likely, for images that have no up.
+        vertical_flip: probability of a vertical flip, for images without a natural orientation, such as satellite or
+            microscope images.
+        quarter_turns: rotate by 0, 90, 180 or 270 degrees, all equally likely, for images without a natural
+            orientation.
         rotation: largest angle in degrees of a random rotation in either direction.
         jitter: probability of jittering the colours; by default 0.8 in MoCo and SEED, and 0 in methods that learn from
             labels.

@@ -474,7 +474,7 @@ class ReportArgs(ForwardConfig):
     Args:
         run: run folder of `sssd fit`.
         data: where the run's images are now, if they have moved.
-        images: number of images to show at most; of more, those shown are spread over each cluster.
+        images: maximum number of images to show; if there are more, a sample spread over each cluster is shown.
     """
 
     run: str
@@ -484,7 +484,9 @@ class ReportArgs(ForwardConfig):
 
 @dataclass(kw_only=True)
 class RenameArgs(Checked):
-    """Names the clusters that a network answers: `sssd rename RUN NAMES.csv`. Clusters of one name become one answer.
+    """Names the clusters that a network predicts: `sssd rename RUN NAMES.csv`.
+
+    Clusters with the same name become one class.
 
     Args:
         model: run folder of `sssd fit`, or folder of a network.
@@ -504,14 +506,14 @@ class EmbedArgs(DataConfig, ForwardConfig):
 
     Args:
         model: folder of a network or of a run, any timm name, or hf-hub:NAME.
-        out: file to write; its ending says how: .parquet, .csv or .npy (docs/features.md).
+        out: file to write; its extension sets the format: .parquet, .csv or .npy (docs/features.md).
         exits: an exit's number, 'final' (the last; of networks without exits, their pooled features), or 'all'.
         dtype: 'fp16' takes half the space of 'fp32'.
         normalise: divide every embedding by its L2 norm, so that a product of two is their cosine similarity.
         image_size: side in pixels that images are resized to for the network; by default its own input size.
         max_corrupt: number of undecodable images to leave out before giving up; by default any number of them are left
             out, named and counted.
-        overwrite: replace `out` if it is of this command, and discard an unfinished one of other settings.
+        overwrite: replace `out` if this command wrote it, and discard an unfinished file of other settings.
     """
 
     model: str
@@ -535,11 +537,11 @@ class SearchArgs(ForwardConfig):
         exit: exit whose embeddings are compared, if the file has several; by default the last of them.
         k: number of images to find for each.
         format: 'table', or 'jsonl' for one JSON object per image found.
-        out: CSV file to write what was found into, too.
+        out: CSV file to also write the results to.
         max_corrupt: number of undecodable images to skip before giving up; each one is named.
         max_pixels: largest number of pixels an image may have to be decoded: a small file can expand to gigabytes. JPEG
             is decoded at reduced resolution and counted at that size.
-        overwrite: replace `out` if it is of this command.
+        overwrite: replace `out` if this command wrote it.
     """
 
     model: str
@@ -561,7 +563,7 @@ class ClustersArgs(Checked):
     Args:
         run: run folder of `sssd fit`, or a folder of pseudo labels.
         out: folder to write.
-        link: 'hard' or 'symbolic' links instead of copies; images that are no files, such as rows of parquet, are
+        link: 'hard' or 'symbolic' links instead of copies; images that are not files, such as rows of parquet, are
             written as files.
         data: where the images are now, if not where the run found them; needed for a folder of pseudo labels.
         overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
@@ -589,7 +591,7 @@ class FinetuneArgs(DataConfig, RuntimeConfig, SelfDistillationConfig):
         per_class: numbers of labels per class, instead of fractions.
         seeds: random seeds of the subsets, the initialisation and the training. They replace --seed.
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
-            224.
+            224. A network's own size is not taken over: give it here.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
         holdout: fraction of the images held out of training to measure on, if the data set has no test or validation
             split.
@@ -636,7 +638,8 @@ class DetectArgs(DetectionDataConfig, DetectorConfig, RuntimeConfig, OptimConfig
         sizes: progressive resizing: short sides of the images in pixels for successive equal parts of training, such as
             [160, 240]. By default all images have `short_side`.
         test_data: sources to measure on, given like `data`; by default those of `data`.
-        test_split: split to measure on; by default 'test' or 'val', if there is one without images to train on.
+        test_split: split to measure on; by default 'test' or 'val', the first that exists and shares no images with
+            the training split.
         voc: also report the 11-point AP50 of VOC2007.
         resume: resume from the newest checkpoint in `out`.
         overwrite: discard the run in `out` and start again.

@@ -72,7 +72,9 @@ class DataConfig(Checked):
         if self.bits is not None and self.channels is None:
             raise SettingsError("bits are kept as they are only with channels: give --channels too, or remove --bits")
         if self.pages == "all" and self.streaming:
-            raise SettingsError("pages 'all' needs row numbers, which a stream has not: remove --pages or --streaming")
+            raise SettingsError(
+                "pages 'all' needs row numbers, which a stream does not have: remove --pages or --streaming"
+            )
 
 
 @dataclass(kw_only=True)

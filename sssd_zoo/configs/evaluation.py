@@ -11,8 +11,8 @@ class ProbeConfig(Checked):
     """Linear probes: one linear classifier per exit, fitted to frozen features until it converges.
 
     Args:
-        probe_epochs: most iterations of L-BFGS, each of which passes over all features once or a few times; it ends
-            before, when the loss stops falling.
+        probe_epochs: maximum number of L-BFGS iterations, each one or a few passes over all features; fitting ends
+            earlier once the loss stops falling.
         probe_weight_decay: weight decay of the probes; by default chosen for each exit on a tenth of the training
             images.
         holdout: fraction of the images held out of the probes' training to measure them on, if the data set has no test

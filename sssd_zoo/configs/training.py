@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sssd_zoo.configs.evaluation import ForwardConfig
 from sssd_zoo.configs.ranges import (
     Checked,
     Count,
@@ -125,3 +126,7 @@ class RuntimeConfig(Checked):
     keep_best: CountOrZero = 1
     log_every: Count = 10
     trackers: list[Tracker] = field(default_factory=list)
+
+    def forward(self) -> ForwardConfig:
+        """How a network is run on images where and as precisely as this run trains."""
+        return ForwardConfig(precision=self.precision, device=self.device)

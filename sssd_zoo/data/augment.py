@@ -86,7 +86,7 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Float [B, 3, S, S] to [B, 3, size, size], bilinear, with antialiasing where it shrinks."""
+    """Float [B, C, S, S] to [B, C, size, size], bilinear, with antialiasing where it shrinks."""
     if images.shape[-1] == size and images.shape[-2] == size:
         return images
     shrinks = images.shape[-1] > size
@@ -173,7 +173,7 @@ def grey(images: Tensor) -> Tensor:
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Float [B, 3, H, W] in [0, 1] times factor [B, 1, 1, 1], clamped."""
+    """Float [B, C, H, W] in [0, 1] times factor [B, 1, 1, 1], clamped."""
     return (images * factor).clamp_(0, 1)
 
 
@@ -218,8 +218,8 @@ def operations(channels: int) -> Sequence[Callable[[Tensor, Tensor], Tensor]]:
 def draw_jitter(
     random: BatchRandom,
     batch: int,
-    strength: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1),
-    probability: float = 0.8,
+    strength: tuple[float, float, float, float],
+    probability: float,
 ) -> tuple[Tensor, Tensor]:
     """The random numbers of torchvision's RandomApply([ColorJitter(*strength)], probability), drawn per image.
 
@@ -245,12 +245,12 @@ def colour_jitter(images: Tensor, amounts: Tensor, order: Tensor) -> Tensor:
     """Jitters each image with the operations in its order; computes only the chosen ones, which is fast on a CPU.
 
     Args:
-        images: float [B, 3, H, W] in [0, 1]; changed in place.
+        images: float [B, C, H, W] in [0, 1]; changed in place.
         amounts: float32 [B, 4], of `draw_jitter`.
         order: int64 [B, 4], of `draw_jitter`.
 
     Returns:
-        Float [B, 3, H, W] in [0, 1].
+        Float [B, C, H, W] in [0, 1].
     """
     for turn in range(4):
         for number, operation in enumerate(operations(images.shape[1])):
@@ -430,9 +430,6 @@ def _turned_steps(turns: Tensor, steps: Tensor, flip: Tensor) -> tuple[Tensor, T
     return orders[0], orders[1], quarters % 2 == 1
 
 
-SUPERVISED = AugmentConfig().resolved(contrastive=False)
-
-
 def draw_views(
     random: BatchRandom,
     batch: int,
@@ -440,7 +437,7 @@ def draw_views(
     *,
     crop: str,
     scale: tuple[float, float],
-    augment: AugmentConfig = SUPERVISED,
+    augment: AugmentConfig,
 ) -> Tensor:
     """The random numbers of a classifier's training view, a random crop and a flip, drawn per image.
 

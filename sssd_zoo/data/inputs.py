@@ -47,6 +47,22 @@ def input_channels(network: Any) -> int:
     return int(get_model_args(network).get("in_chans", 3))
 
 
+def input_spec(network: Any, size: int | None = None) -> InputSpec:
+    """What a timm network wants of its images.
+
+    For a network with one input channel, mean and std have one entry: `normalise` then makes the images grey.
+
+    Args:
+        network: it.
+        size: side in pixels that takes the place of the one that the network was trained with.
+    """
+    config = network.pretrained_cfg
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    if input_channels(network) == 1:  # its configuration may still be that of the RGB network it was made from
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+    return InputSpec(size or int(config["input_size"][-1]), mean, std)
+
+
 def network_input(stored: Tensor, spec: InputSpec) -> Tensor:
     """Stored images, uint8 or uint16 [B, C, S, S], resized and normalised: float32 [B, C, size, size], channels-last.
 
@@ -69,8 +85,7 @@ def network_input(stored: Tensor, spec: InputSpec) -> Tensor:
 
 def prepared(stored: Tensor, network: Any) -> Tensor:
     """Stored images, uint8 or uint16 [B, C, S, S], as a network's input, float32 [B, C, size, size], normalised."""
-    config = network.pretrained_cfg
-    return network_input(stored, InputSpec(int(config["input_size"][-1]), config["mean"], config["std"]))
+    return network_input(stored, input_spec(network))
 
 
 def prepare(image: Encoded, network: Any, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -83,7 +98,7 @@ def prepare(image: Encoded, network: Any, max_pixels: int = MAX_PIXELS) -> Tenso
     Raises:
         CorruptImageError: if it cannot be decoded, or its header states more than `max_pixels` pixels.
     """
-    default = storage_default(int(network.pretrained_cfg["input_size"][-1]))
+    default = storage_default(input_spec(network).size)
     side = getattr(network, "storage_size", None) or natural_size([image]) or default
     stored = torch.from_numpy(decode(image, side, max_pixels, pixels_of(network)).copy()).unsqueeze(0)
     return prepared(stored.to(next(network.parameters()).device), network)

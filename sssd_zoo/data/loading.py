@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sssd_zoo.configs import DataConfig
-from sssd_zoo.configs.data import MAX_PIXELS
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import (
     Corrupt,
@@ -241,6 +240,11 @@ class ImageData(Channelled):
             yield self.gather(index)
             bar.update(len(index))
 
+    @property
+    def count(self) -> int:
+        """The number of images; of a stream it may be unknown, see `StreamingImages`."""
+        return len(self)
+
     def move(self, device: torch.device) -> None:
         """Moves the decoded images to a GPU if they fit, for good."""
         if self._kept is not None and not self._kept.is_cuda and fits_on_gpu(self._kept, device):
@@ -333,7 +337,17 @@ def load_images(
 def open_images(
     config: DataConfig, *, default_size: int = 224, require_labels: bool = False, progress: bool = True
 ) -> OpenedImages:
-    """Opens a split, counts its images and reads its labels, and decodes nothing; see `load_images`."""
+    """Opens a split, counts its images and reads its labels, and decodes nothing; see `load_images`.
+
+    Args:
+        config: which images, and how to read them.
+        default_size: side of larger images as stored.
+        require_labels: refuse images without labels.
+        progress: show the bars of downloads.
+
+    Raises:
+        UserError: if the data cannot be opened, have no images, or lack labels that are required.
+    """
     if config.streaming:
         raise UserError("streaming is for pretraining only, as other steps need row numbers: drop --streaming")
     if config.unlabelled and (require_labels or config.label_column is not None):
@@ -380,8 +394,18 @@ def has_labels(config: DataConfig) -> bool:
     return columns.read_labels(splits, split, config.label_column, name, required=False) is not None
 
 
-def open_encoded(rows: Any, image_column: str | None, name: str, max_pixels: int = MAX_PIXELS) -> EncodedImages:
-    """The encoded images of a split, however its image column is stored."""
+def open_encoded(rows: Any, image_column: str | None, name: str, max_pixels: int) -> EncodedImages:
+    """The encoded images of a split, however its image column is stored.
+
+    Args:
+        rows: the split, a `datasets.Dataset`.
+        image_column: name of the column; by default the one of images.
+        name: of the data set, for errors.
+        max_pixels: largest number of pixels of a page of a file.
+
+    Raises:
+        UserError: if there is no such column, or several may be meant.
+    """
     from datasets import Image
 
     column = columns.image_column(rows.features, image_column, name)
@@ -391,48 +415,34 @@ def open_encoded(rows: Any, image_column: str | None, name: str, max_pixels: int
 class GlobalBatches:
     """The samples of each step: a function of (seed, epoch, step), independent of the number of processes.
 
+    Each epoch has an order of its own, and leaves out an incomplete last batch.
+
     Args:
         n: number of samples.
         batch_size: samples per step, over all processes.
         seed: random seed of the order.
         rank: number of this process, 0..world-1: it gets the rank-th contiguous part of every global batch.
         world: number of processes.
-        shuffle: draw a new order for each epoch; otherwise 0..n-1.
-        drop_last: leave out an incomplete last batch. If kept, the processes' parts of it may differ in length, down to
-            none.
 
     Raises:
         UserError: if the batch size is not a multiple of the processes, or exceeds the number of samples.
     """
 
-    def __init__(
-        self,
-        n: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        shuffle: bool = True,
-        drop_last: bool = True,
-    ) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         if batch_size < 1 or batch_size % world:
             raise UserError(f"batch_size {batch_size} must be a positive multiple of the {world} processes")
-        if drop_last and n < batch_size:
+        if n < batch_size:
             raise UserError(f"batch_size {batch_size} is larger than the data set, {n} images: choose a smaller one")
         self.n, self.batch_size, self.seed, self.rank, self.world = n, batch_size, seed, rank, world
-        self.shuffle = shuffle
-        self.steps_per_epoch = n // batch_size if drop_last else -(-n // batch_size)
+        self.steps_per_epoch = n // batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """Yields this process's positions, int64 [batch_size / world], for the steps from `start` on."""
-        if self.shuffle:
-            generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch * 0x85EBCA77) % 2**63)
-            order = torch.randperm(self.n, generator=generator)
-        else:
-            order = torch.arange(self.n)
+        generator = torch.Generator().manual_seed((self.seed * 0x9E3779B1 + epoch * 0x85EBCA77) % 2**63)
+        order = torch.randperm(self.n, generator=generator)
         for step in range(start, self.steps_per_epoch):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            part = -(-len(batch) // self.world)
+            part = self.batch_size // self.world
             yield batch[self.rank * part : (self.rank + 1) * part]
 
 
@@ -445,7 +455,7 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
         rows: NDArray[np.int64],
         size: int,
         max_pixels: int,
-        pixels: PixelFormat | None = None,
+        pixels: PixelFormat | None,
     ) -> None:
         self.encoded, self.rows, self.size, self.max_pixels, self.pixels = encoded, rows, size, max_pixels, pixels
 

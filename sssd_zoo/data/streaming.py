@@ -77,6 +77,9 @@ class StreamingImages(Channelled):
         self._tally.add(corrupt, len(images), shared=True)
         return batch
 
+    def move(self, device: torch.device) -> None:
+        """Nothing: a stream is never in memory."""
+
     @property
     def corrupt(self) -> list[Corrupt]:
         """The corrupt images found so far."""

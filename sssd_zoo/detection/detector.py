@@ -26,9 +26,10 @@ from sssd_zoo.configs import (
 from sssd_zoo.configs.ranges import Names
 from sssd_zoo.data.augment import grey, to_float
 from sssd_zoo.data.detection import DetectionData
+from sssd_zoo.data.inputs import input_channels, input_spec
 from sssd_zoo.detection.average_precision import coco_average_precision, voc_average_precision
 from sssd_zoo.distributed import rank
-from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
+from sssd_zoo.distributed.hardware import autocast_dtype, compute_device
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
@@ -36,7 +37,7 @@ from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_bytes, check_content, sha256_of, write_json
 from sssd_zoo.models.backbones import stored_as
 from sssd_zoo.models.checks import check_network, read_config
-from sssd_zoo.models.networks import channels, check_weights, input_spec, load_network
+from sssd_zoo.models.networks import check_weights, load_network
 from sssd_zoo.models.saving import network_weights
 from sssd_zoo.models.staged import StagedMultiExit
 
@@ -55,7 +56,7 @@ class Pyramid(nn.Module):
 
     def __init__(self, body: Any, out_channels: int) -> None:
         super().__init__()
-        self.body, self.out_channels, self.grey = body, out_channels, channels(body) == 1
+        self.body, self.out_channels, self.grey = body, out_channels, input_channels(body) == 1
         self.fpn = FeaturePyramidNetwork(body.feature_info.channels()[-4:], out_channels, LastLevelMaxPool())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -87,7 +88,7 @@ def build_detector(body: Any, num_classes: int, config: DetectorConfig) -> Faste
     # An unusual size separates networks that take any size from those built for a single one.
     try:
         with torch.no_grad():
-            maps = [tuple(each.shape) for each in body.eval()(torch.zeros(1, channels(body), 96, 160))[-4:]]
+            maps = [tuple(each.shape) for each in body.eval()(torch.zeros(1, input_channels(body), 96, 160))[-4:]]
     except (RuntimeError, AssertionError, ValueError):
         maps = []
     expected = [(1, count, 96 // step, 160 // step) for count, step in zip(widths, reductions, strict=True)]
@@ -150,7 +151,14 @@ class DetectorRecord(TypedDict):
 
 
 def save_detector(folder: Path, detector: FasterRCNN, config: DetectorConfig, class_names: Sequence[str]) -> None:
-    """Writes detector.json and model.safetensors, which `load_detector` reads."""
+    """Writes detector.json and model.safetensors, which `load_detector` reads.
+
+    Args:
+        folder: to write into.
+        detector: the trained one.
+        config: that it was built by.
+        class_names: of the classes 1..C.
+    """
     body: Any = detector.backbone.body
     skipped = ("features_only", "num_classes", "global_pool")
     arguments = {name: value for name, value in get_model_args(body).items() if name not in skipped}
@@ -207,7 +215,7 @@ def detect_objects(detector: FasterRCNN, data: DetectionData, config: ForwardCon
         1..C.
     """
     device = compute_device(config.device)
-    autocast = DTYPES[resolve_precision(config.precision, config.device)]
+    autocast = autocast_dtype(config.precision, config.device)
     detector.eval().to(device)
     detections: list[dict[str, Tensor]] = []
     order = torch.arange(len(data)).split(config.batch_size)

@@ -39,6 +39,11 @@ def resolve_precision(precision: str, device: Literal["auto", "cpu"] = "auto") -
     return "bf16" if any(torch.cpu.get_capabilities().get(name) for name in native) else "fp32"
 
 
+def autocast_dtype(precision: str, device: Literal["auto", "cpu"] = "auto") -> torch.dtype | None:
+    """What autocast computes in for a precision, resolved by `resolve_precision`; None for fp32, without autocast."""
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[resolve_precision(precision, device)]
+
+
 def machine() -> dict[str, Any]:
     """Describes the hardware and software of the run, for its records."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -49,9 +54,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_device(device: Literal["auto", "cpu"]) -> torch.device:

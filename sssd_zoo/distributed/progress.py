@@ -148,8 +148,8 @@ class ProgressLines:
 
 
 def duration(seconds: float) -> str:
-    """In words: '41 s', '4 min', '2 h 5 min'."""
+    """About how long, in words: '41 s', '4 min', '2 h 05 min'; of less than a second '1 s'."""
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -31,7 +31,7 @@ def full_shared_memory(error: BaseException) -> UserError | None:
     words = [str(cause) for cause in causes(error) if isinstance(cause, RuntimeError)]
     if any(sign in each for each in words for sign in _SHARED_SIGNS):
         return UserError(
-            "the workers that read the images have not enough shared memory (/dev/shm): give --workers 0, or the "
+            "the workers that read the images do not have enough shared memory (/dev/shm): give --workers 0, or the "
             "container more of it, such as `docker run --shm-size 8g`"
         )
     return None

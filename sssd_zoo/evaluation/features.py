@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from sssd_zoo.configs import ForwardConfig
-from sssd_zoo.data.inputs import InputSpec, network_input
+from sssd_zoo.data.inputs import InputSpec, input_spec, network_input
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank
-from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
+from sssd_zoo.distributed.hardware import autocast_dtype, compute_device
 from sssd_zoo.distributed.progress import progress_bar
+from sssd_zoo.errors import UserError
 from sssd_zoo.models import classifier_names
 from sssd_zoo.models.maps import MapShape, features_and_map
-from sssd_zoo.models.networks import input_spec
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def feature_batches(
     order: Sequence[Tensor],
     read: Callable[[Any, Tensor], Tensor] = pooled_features,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`read_batches` of images of a data set, the network brought to the device and run as `config` says.
+    """`run_network` on images of a data set, which are brought to the device where they are in memory.
 
     Args:
         model: the network.
@@ -58,17 +58,9 @@ def feature_batches(
         order: the positions of each batch, int64 [B].
         read: what to read, see `read_batches`.
     """
-    size, mean, std = input_spec(model)
-    device = compute_device(config.device)
-    data.move(device)
-    return read_batches(
-        model.to(device, memory_format=torch.channels_last),
-        data.batches(order),
-        InputSpec(size, mean, std),
-        total=sum(map(len, order)) if rank() == 0 else None,
-        autocast=DTYPES[resolve_precision(config.precision, config.device)],
-        read=read,
-    )
+    data.move(compute_device(config.device))
+    total = sum(map(len, order)) if rank() == 0 else None
+    return run_network(model, data.batches(order), config, total=total, read=read)
 
 
 class Float32Classifier(nn.Module):
@@ -113,6 +105,41 @@ def network_features(
     return stack_features(feature_batches(model, data, config, order, read), len(data))
 
 
+def run_network(
+    network: Any,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    config: ForwardConfig,
+    *,
+    spec: InputSpec | None = None,
+    total: int | None = None,
+    read: Callable[[Any, Tensor], Tensor] = pooled_features,
+    ahead: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`read_batches` with the network brought to the device and run as `config` says.
+
+    Args:
+        network: any timm network, or one of this package.
+        batches: see `read_batches`; `config.batch_size` has no part in them.
+        config: the device and the precision.
+        spec: of the network's inputs, where they are not its own.
+        total: see `read_batches`.
+        read: see `read_batches`.
+        ahead: see `read_batches`.
+
+    Returns:
+        What `read_batches` yields.
+    """
+    return read_batches(
+        network.to(compute_device(config.device), memory_format=torch.channels_last),
+        batches,
+        spec or input_spec(network),
+        total=total,
+        autocast=autocast_dtype(config.precision, config.device),
+        read=read,
+        ahead=ahead,
+    )
+
+
 def read_batches(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -130,7 +157,7 @@ def read_batches(
 
     Args:
         model: any timm network, or one of this package.
-        batches: pairs of positions, int64 [B], and images, uint8 [B, 3, S, S].
+        batches: pairs of positions, int64 [B], and images, uint8 or uint16 [B, C, S, S].
         spec: of the network's inputs.
         total: images in all batches, for a progress bar; None shows none.
         autocast: bfloat16 or float16 for mixed precision; None computes in the network's own.
@@ -166,7 +193,16 @@ def read_batches(
 def network_inputs(
     batches: Iterable[tuple[Tensor, Tensor]], spec: InputSpec, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions and stored images, uint8 [B, 3, S, S], to positions and a network's inputs, float32, on its device."""
+    """Positions and stored images, uint8 or uint16 [B, C, S, S], to positions and the network's inputs on its device.
+
+    Args:
+        batches: positions, int64 [B], and images.
+        spec: of the inputs.
+        device: of the network.
+
+    Yields:
+        The positions, and inputs, float32 [B, C, size, size].
+    """
     for index, stored in batches:
         with torch.inference_mode():
             images = network_input(stored.to(device, non_blocking=True), spec)
@@ -227,13 +263,28 @@ def feature_moments(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     return mean.float(), (squares / (count - 1)).sqrt().float()
 
 
+def check_finite(features: Tensor) -> None:
+    """Raises `UserError` if the features of an image, or its logits, float32 [exits, N, D], hold NaN or infinity."""
+    bad = ~features.isfinite().all(2)
+    if bad.any():
+        number = int(bad.any(1).nonzero()[0]) + 1
+        raise UserError(
+            f"what exit {number} of the network gives for {int(bad.any(0).sum())} of {bad.shape[1]} images holds NaN "
+            "or infinity: give --precision fp32, or check its weights"
+        )
+
+
 def accuracies(logits: Tensor, labels: Tensor) -> tuple[list[float], float]:
     """Accuracy in percent of every exit, and of the mean of their softmax outputs.
 
     Args:
         logits: float32 [E, N, C].
         labels: int64 [N].
+
+    Raises:
+        UserError: if a logit is not finite.
     """
+    check_finite(logits)
     exits = (logits.argmax(2) == labels).double().mean(1) * 100
     ensemble = (logits.softmax(2).mean(0).argmax(1) == labels).double().mean() * 100
     return exits.tolist(), float(ensemble)

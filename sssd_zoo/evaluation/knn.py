@@ -47,8 +47,9 @@ def knn(
     for start in range(0, len(test_y), BATCH):
         queries = F.normalize(test_x[start : start + BATCH].to(device), dim=1)
         similarity, nearest = (queries @ bank.T).topk(neighbours, dim=1, sorted=False)
-        # Cosines are at most 1: subtracting 1 first keeps exp within range at any temperature and changes no answer.
+        # Less the greatest, exp neither overflows nor becomes 0 for all neighbours, and no answer changes.
+        weights = ((similarity - similarity.amax(1, keepdim=True)) / temperature).exp()
         votes = queries.new_zeros(len(queries), num_classes)
-        votes.scatter_add_(1, train_y[nearest], ((similarity - 1) / temperature).exp())
+        votes.scatter_add_(1, train_y[nearest], weights)
         hits += int((votes.argmax(1) == test_y[start : start + BATCH]).sum())
     return 100 * hits / len(test_y)

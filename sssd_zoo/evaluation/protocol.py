@@ -20,7 +20,7 @@ from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import compute_device
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
-from sssd_zoo.evaluation.features import network_features
+from sssd_zoo.evaluation.features import check_finite, network_features
 from sssd_zoo.evaluation.knn import knn as knn_accuracy
 from sssd_zoo.evaluation.probe import Probe, check_labels, linear_probe
 from sssd_zoo.models import MultiExit, classifiers
@@ -82,6 +82,13 @@ def evaluation_data(
 ) -> Evaluation:
     """The split to measure on: the one asked for, else 'test' or 'validation', else images held out by class.
 
+    Args:
+        data: the images to train on, with labels.
+        config: how they were read; the others are read likewise.
+        test_split: the split asked for.
+        holdout: fraction of the images held out where there is no such split.
+        seed: of the draw.
+
     Raises:
         UserError: without labels, if the splits have different classes or share rows, or if a class has no image to
             train on.
@@ -106,7 +113,7 @@ def evaluation_data(
         return Evaluation(data, torch.arange(len(data)), test, torch.arange(len(test)), f"split {name}")
     advice = "add images, or give --unlabelled if these are no classes (but dates or cameras, say)"
     kept, held_out = hold_out(data, holdout, seed, purpose="measure on", advice=advice)
-    words = f"a part of split {data.split} held out from the probes (the network saw it, without labels)"
+    words = f"a part of split {data.split} held out from the probes only (the network may have been trained on it)"
     return Evaluation(data, kept, data, held_out, words)
 
 
@@ -195,12 +202,18 @@ class Features:
 
 
 def evaluation_features(model: Any, evaluation: Evaluation, config: ForwardConfig) -> Features:
-    """Runs a network over an evaluation's images; its features lie on the GPU where there is one and they fit."""
+    """Runs a network over an evaluation's images; its features lie on the GPU where there is one and they fit.
+
+    Raises:
+        UserError: if a feature is not finite.
+    """
     train, test = evaluation.train, evaluation.test
     assert train.class_names is not None
     train_x = network_features(model, train, config)
     test_x = train_x if test is train else network_features(model, test, config)
     train_x, test_x = train_x[:, evaluation.train_positions], test_x[:, evaluation.test_positions]
+    for features in (train_x, test_x):
+        check_finite(features)
     device = compute_device(config.device)
     if fits_on_gpu(train_x, device):
         train_x, test_x = train_x.to(device), test_x.to(device)
@@ -227,10 +240,15 @@ def probe_features(features: Features, config: ProbeConfig, seed: int) -> Probe:
     )
 
 
+def set_storage_size(network: Any, size: int) -> None:
+    """Notes on a network, which keeps it in config.json if it has exits, the side in pixels of images as stored."""
+    if isinstance(network, MultiExit):
+        network.storage_size = size
+
+
 def put_heads(model: Any, probe: Probe, storage_size: int) -> None:
     """Makes the probes, measured on images stored at this size, the network's classifiers."""
-    if isinstance(model, MultiExit):
-        model.storage_size = storage_size
+    set_storage_size(model, storage_size)
     classes = probe.weights.shape[1]
     model.reset_classifier(classes)
     with torch.no_grad():
@@ -261,7 +279,7 @@ def check_classes(data: ImageData, model: Any, name: str) -> None:
     Raises:
         UserError: naming both.
     """
-    assert data.class_names is not None  # callers load with require_labels
+    assert data.class_names is not None  # callers look
     known = [composed(name) for name in model.pretrained_cfg.get("label_names") or data.class_names]
     if len(data.class_names) != model.num_classes or known != data.class_names:
         raise UserError(

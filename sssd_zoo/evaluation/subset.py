@@ -6,19 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sssd_zoo.configs import ForwardConfig
+from sssd_zoo.configs import AugmentConfig, ForwardConfig
 from sssd_zoo.data.augment import BatchRandom, contrastive_view
-from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.data.inputs import InputSpec, input_spec
 from sssd_zoo.data.loading import ImageData
-from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
-from sssd_zoo.evaluation.features import exit_logits, pooled_features, read_batches
+from sssd_zoo.distributed.hardware import compute_device
+from sssd_zoo.evaluation.features import exit_logits, pooled_features, run_network
 from sssd_zoo.evaluation.label_free import (
     cluster_stability,
     embedding_figures,
     exit_agreement,
     neighbour_accuracy,
 )
-from sssd_zoo.models.networks import input_spec
 
 IMAGES = 2_000  # looked at, or all of fewer
 
@@ -69,19 +68,12 @@ class Subset:
         return self._read(model, input_spec(model), None, exit_logits)
 
     def _read(self, model: Any, spec: InputSpec, view: int | None, read: Any = pooled_features) -> Tensor:
-        device = compute_device(self.forward.device)
-        self.data.move(device)
+        self.data.move(compute_device(self.forward.device))
         batches: Iterable[tuple[Tensor, Tensor]] = self.data.batches(self.positions.split(self.forward.batch_size))
         if view is not None:
             batches = self._viewed(batches, spec.size, view)
-        values = read_batches(
-            model.to(device, memory_format=torch.channels_last),
-            batches,
-            spec,
-            total=len(self) if self.progress else None,
-            autocast=DTYPES[resolve_precision(self.forward.precision, self.forward.device)],
-            read=read,
-        )
+        total = len(self) if self.progress else None
+        values = run_network(model, batches, self.forward, spec=spec, total=total, read=read)
         read = list(values)
         self.positions = torch.cat([index for index, _ in read])  # another image stands for one that cannot be decoded
         return torch.cat([part for _, part in read], dim=1)
@@ -89,10 +81,11 @@ class Subset:
     def _viewed(
         self, batches: Iterable[tuple[Tensor, Tensor]], size: int, view: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, each image as one MoCo v2 view of it, uint8 [B, 3, size, size]."""
+        """The batches, each image as one MoCo v2 view of it, uint8 [B, C, size, size]."""
         for number, (index, images) in enumerate(batches):
             random = BatchRandom(self.seed, 2 * number + view)
-            pixels = contrastive_view(images, random, size)
+            augment = AugmentConfig().resolved(contrastive=True, channels=images.shape[1])
+            pixels = contrastive_view(images, random, size, augment=augment)
             yield index, (255 * pixels).round_().to(torch.uint8)
 
 

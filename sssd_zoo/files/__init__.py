@@ -4,8 +4,10 @@ So a reader sees the old content or the new, never a part of it, whatever kills 
 to fix, so it is a `UserError`, and nothing is left behind.
 """
 
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,8 +21,9 @@ from sssd_zoo.configs.ranges import problems
 from sssd_zoo.errors import UserError
 
 RUN_MARK = ".sssd-zoo.json"  # in every folder that a command creates; such folders are never read as data
-# What a killed writer leaves behind: an incomplete file or folder, the one being replaced, or its features.
-LITTER = re.compile(r"\.(?P<name>.+)\.((tmp|old)-(?P<pid>\d+)|features\.npy(\.partial)?)")
+# What a killed writer leaves behind: an incomplete file or folder, the one being replaced, or its features. The names
+# are such as no other program gives.
+LITTER = re.compile(r"\.(?P<name>.+)\.sssd-((tmp|old)-(?P<pid>\d+)|features\.npy(\.partial)?)")
 
 
 def expand_home(path: str) -> str:
@@ -84,7 +87,12 @@ def _file_elsewhere(error: Exception, path: Path) -> str | None:
 
 def temporary_name(path: Path) -> Path:
     """The temporary path at which this process writes `path`."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    return path.with_name(f".{path.name}.sssd-tmp-{os.getpid()}")
+
+
+def old_name(path: Path, process: int | str) -> Path:
+    """Where a process puts what it replaces at `path`, until the new is there."""
+    return path.with_name(f".{path.name}.sssd-old-{process}")
 
 
 def _sync(path: Path) -> None:
@@ -96,9 +104,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes `data` to `path`, completely or not at all; creates its parent folders."""
-    path = Path(path)
+def atomic_write_bytes(path: str | Path, data: bytes, *, follow_link: bool = False) -> None:
+    """Writes `data` to `path`, completely or not at all; creates its parent folders.
+
+    Args:
+        path: the file to write.
+        data: its content.
+        follow_link: of a link write the file that it names, as for a file that the user named; else replace the link.
+    """
+    path = Path(path).resolve() if follow_link else Path(path)
     temporary = temporary_name(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,14 +126,23 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` as UTF-8, completely or not at all; unencodable characters become escapes."""
-    atomic_write_bytes(path, text.encode(errors="backslashreplace"))
+def atomic_write_text(path: str | Path, text: str, *, follow_link: bool = False) -> None:
+    """Writes `text` as UTF-8, unencodable characters as escapes; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode(errors="backslashreplace"), follow_link=follow_link)
 
 
 def write_json(path: str | Path, content: Any) -> None:
     """Writes `content` as indented JSON, completely or not at all."""
     atomic_write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def csv_text(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table as CSV, its lines ended by a line feed alone; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def read_json(path: str | Path, kind: Any = Any) -> Any:
@@ -189,7 +212,7 @@ def publish_dir(temporary: Path, path: Path) -> None:
     for file in sorted(temporary.rglob("*")):
         if file.is_file():
             _sync(file)
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    old = old_name(path, os.getpid())
     if path.exists():
         path.rename(old)
     try:

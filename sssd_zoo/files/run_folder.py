@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from sssd_zoo.files import (
     disk_errors,
     expand_home,
     lock,
+    old_name,
     publish_dir,
     temporary_name,
     write_json,
@@ -51,7 +52,8 @@ TRAINING = (
     *("trackers.json", "views.png", "mlflow", "wandb", "comet", ".aim", "dvclive", "swanlog"),
 )
 NETWORK = ("config.json", "model.safetensors")
-LABELS = ("labels.parquet", "centroids.safetensors", "pseudo_labels.json")
+LABEL_ARRAYS = ("labels.parquet", "centroids.safetensors")  # their record, the JSON, holds the digests of these
+LABELS = (*LABEL_ARRAYS, "pseudo_labels.json")
 EARLY_EXIT = ("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png")
 # Of sssd_zoo/models: what a folder for transformers runs.
 TRANSFORMERS_CODE = (
@@ -80,7 +82,7 @@ KINDS = {
         ),
     ),
     "graphs": Kind("graphs of `sssd export`", ("stage[1-4].onnx", "early_exit.json")),
-    "clusters": Kind("images of `sssd clusters`", ("clusters.csv",)),  # the images are those that it lists
+    "clusters": Kind("images of `sssd clusters`", ("clusters.csv",)),  # its mark lists the images
     "embedding": Kind("an unfinished embedding of `sssd embed`", ("identity.json", "part-*.npz")),
     # A step of fit, compare or finetune whose folder is not marked more closely.
     "step": Kind(
@@ -104,7 +106,11 @@ RESULTS = (
     *("checkpoints", "config.json", "pseudo_labels.json", "metrics.json", "early_exit.json"),
     *("model.safetensors", "labels.parquet", "clusters.csv"),
 )
-SOURCES = ("data", "pretrain_data", "test_data", "image_folder")  # arguments that are only read, never written
+# Arguments that are only read, never written: images, and the folders of networks and labels.
+SOURCES = (
+    *("data", "pretrain_data", "test_data", "image_folder"),
+    *("model", "models", "init", "features", "encoder", "teacher", "labels"),
+)
 
 _at_exit = ExitStack()
 
@@ -141,7 +147,7 @@ def check_out(folder: Path, kind: str, args: Any) -> None:
         raise UserError(f"--out {folder} is a link to {folder.readlink()}, which does not exist: make that first")
     for name in SOURCES:
         value = getattr(args, name, None)
-        for source in [value] if isinstance(value, str) else value or []:
+        for source in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
             if contains(folder, source):
                 raise UserError(
                     f"--{name} {source} lies in --out {folder}, where it could be overwritten: give a separate "
@@ -156,9 +162,10 @@ def check_out(folder: Path, kind: str, args: Any) -> None:
 
 
 def contains(folder: Path, source: str) -> bool:
-    """Whether a source exists on this disk and is the folder or lies in it."""
-    path = Path(expand_home(source))
-    return path.exists() and path.resolve().is_relative_to(folder.resolve())
+    """Whether a source exists on this disk and is the folder or lies in it; of a run, its network counts."""
+    path = Path(expand_home(source).removeprefix("local-dir:"))
+    places = [path, path / "model"] if (path / "model.safetensors").exists() else [path]
+    return any(place.exists() and place.resolve().is_relative_to(folder.resolve()) for place in places)
 
 
 def occupants(folder: Path) -> list[str]:
@@ -229,9 +236,15 @@ def _content(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def mark(folder: Path, kind: str) -> None:
-    """Creates a folder if necessary, and marks it as one of this package, of `kind`."""
-    write_json(folder / RUN_MARK, {"package": "sssd-zoo", "kind": kind})
+def mark(folder: Path, kind: str, files: Sequence[str] = ()) -> None:
+    """Creates a folder if necessary, and marks it as one of this package, of `kind`.
+
+    Args:
+        folder: to mark.
+        kind: of `KINDS`.
+        files: the files in it, by their relative paths, whose names no pattern of the kind tells from the user's.
+    """
+    write_json(folder / RUN_MARK, {"package": "sssd-zoo", "kind": kind, **({"files": list(files)} if files else {})})
 
 
 def adopt(folder: Path, kind: str) -> None:
@@ -286,7 +299,7 @@ def restore(folder: Path) -> None:
     folder = folder.resolve()
     if folder.exists() or not folder.parent.is_dir():
         return
-    for path in folder.parent.glob(f".{_escaped(folder.name)}.old-*"):
+    for path in folder.parent.glob(old_name(Path(_escaped(folder.name)), "*").name):
         litter = LITTER.fullmatch(path.name)
         if litter and not lock.alive(int(litter["pid"])) and kind_of(path):
             path.rename(folder)
@@ -296,13 +309,15 @@ def restore(folder: Path) -> None:
 def tidy(out: Path) -> None:
     """Removes incomplete files of killed commands in a folder of this package, and beside it or a file."""
     out = out.resolve()
-    beside = [path for dots in (".", "..") for path in out.parent.glob(f"{dots}{_escaped(out.name)}.*")]
-    for path in [*(path for path in beside if path.is_file() or kind_of(path)), *out.rglob(".*")]:
+    # Not that of labels.v2, say, which may be in use, where this is of labels.
+    near = [path for dots in (".", "..") for path in out.parent.glob(f"{dots}{_escaped(out.name)}.sssd-*")]
+    beside = [path for path in near if path.name.startswith(f".{out.name}.") or path.name.endswith(".partial")]
+    for path in [*(path for path in beside if path.is_file() or kind_of(path)), *out.rglob(".*.sssd-*")]:
         litter = LITTER.fullmatch(path.name)
         if litter is None or not path.exists() or (litter["pid"] and lock.alive(int(litter["pid"]))):
             continue
         original = path.with_name(litter["name"])
-        if path.name.endswith(f".old-{litter['pid']}") and not original.exists():
+        if path == old_name(original, litter["pid"]) and not original.exists():
             path.rename(original)
         else:
             _remove(path)
@@ -346,20 +361,28 @@ def discard(folder: Path, kind: str) -> None:
         folder.rmdir()
 
 
-def replace(temporary: Path, folder: Path, kind: str) -> None:
+def replace(temporary: Path, folder: Path, kind: str, others: Collection[Path] = ()) -> None:
     """Replaces `folder` by the complete folder `temporary`, keeping files in it that are not of this kind.
+
+    Args:
+        temporary: the new folder.
+        folder: the old one, if there is one.
+        kind: of the new one, of `KINDS`.
+        others: see `atomic_dir`.
 
     Raises:
         UserError: if `folder` is not this package's.
     """
     check_writable(folder)
     if folder.is_dir():
-        replaced = set(_files_of(folder, kind))
+        replaced = {*_files_of(folder, kind), *others}
+        inner = {file.parent for file in replaced} - {folder}
+        left_out = replaced | {path for path in inner if replaced.issuperset(path.iterdir())}
 
         def skipped(directory: str, names: list[str]) -> list[str]:
             place = Path(directory)
             there = temporary / place.relative_to(folder)
-            return [name for name in names if place / name in replaced or (there / name).is_file()]
+            return [name for name in names if place / name in left_out or (there / name).is_file()]
 
         # Hard links, so that one of the two folders has all files whenever the command is killed.
         shutil.copytree(folder, temporary, ignore=skipped, copy_function=_link, symlinks=True, dirs_exist_ok=True)
@@ -374,7 +397,7 @@ def _link(source: str, target: str) -> None:
 
 
 @contextmanager
-def atomic_dir(path: str | Path, kind: str) -> Iterator[Path]:
+def atomic_dir(path: str | Path, kind: str, others: Collection[Path] = ()) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` if the block succeeds, and is removed otherwise.
 
     In an older folder of this package at `path` the files of the kind are replaced. Between two renames neither folder
@@ -383,6 +406,7 @@ def atomic_dir(path: str | Path, kind: str) -> Iterator[Path]:
     Args:
         path: the folder to write.
         kind: its kind, of `KINDS`.
+        others: further files of the older folder that are replaced, below `path` without its links.
 
     Raises:
         UserError: if `path` holds files that this package did not write.
@@ -395,7 +419,7 @@ def atomic_dir(path: str | Path, kind: str) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             mark(temporary, kind)
             yield temporary
-            replace(temporary, path, kind)
+            replace(temporary, path, kind, others)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -404,7 +428,7 @@ def check_replaceable(path: Path, overwrite: bool, words: str, known: Callable[[
     """Refuses to overwrite a file, except one of the kind with `overwrite`; removes an incomplete one.
 
     Args:
-        path: the file to write.
+        path: the file to write, or a link to it; see `follow_link` of `atomic_write_bytes`.
         overwrite: whether an existing file may be replaced.
         words: description of the kind, for messages.
         known: whether a file is of the kind.
@@ -414,6 +438,8 @@ def check_replaceable(path: Path, overwrite: bool, words: str, known: Callable[[
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; give a file")
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {path.readlink()}, which does not exist: make that first, or remove it")
     tidy(path)
     if not path.exists():
         return

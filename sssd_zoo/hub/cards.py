@@ -26,7 +26,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from sssd_zoo.configs import DataConfig, KNNConfig
-from sssd_zoo.data.inputs import InputSpec
+from sssd_zoo.data.inputs import input_spec
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.errors import UserError
@@ -34,34 +34,33 @@ from sssd_zoo.errors.text import code, markdown
 from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.evaluation.knn import knn
 from sssd_zoo.evaluation.reports.early_exit import network_source
-from sssd_zoo.evaluation.reports.markdown import AccuracyRow, Results, duration, read_results
+from sssd_zoo.evaluation.reports.markdown import AccuracyRow, Results, exact_duration, read_results
 from sssd_zoo.evaluation.reports.paper import named_rows
 from sssd_zoo.files import (
     atomic_write_text,
     check_content,
     disk_errors,
     read_json,
+    sha256,
     write_json,
 )
+from sssd_zoo.files.run_folder import EARLY_EXIT, KINDS, NETWORK, check_replaceable, kind_of
 from sssd_zoo.files.untrusted import copy_files, read_yaml
 from sssd_zoo.hub.model_card import EXITS, eval_result_files, model_card, with_costs
-from sssd_zoo.hub.publish import PICTURES
+from sssd_zoo.hub.publish import PICTURES, Metrics
 from sssd_zoo.models import classifier_names, classifiers
-from sssd_zoo.models.networks import input_spec, load_network
+from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import network_weights
 
 # The files of a run, and of a folder of `sssd early-exit`, that a card is made of. No others are read or copied.
-RUN_FILES = (
-    *("model/config.json", "model/model.safetensors", "metrics.json", "config.yaml"),
-    *("pretrain/metrics.jsonl", "distill/metrics.jsonl", "figures/*.png"),
-)
+RUN_NEEDED = (*(f"model/{name}" for name in NETWORK), "metrics.json", "config.yaml")
+RUN_FILES = (*RUN_NEEDED, "pretrain/metrics.jsonl", "distill/metrics.jsonl", "figures/*.png")
 
-CALIBRATED_FILES = (
-    *("config.json", "model.safetensors"),
-    *("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png"),
-)
+CALIBRATED_FILES = (*NETWORK, *EARLY_EXIT)
 
 CHECK_IMAGES = 1000  # of the bundled sample's test split, which no network was trained on
+
+WEIGHTS_MARK = {"package": "sssd-zoo", "kind": "card"}  # in the metadata of their safetensors file
 
 SHOWN = {  # the figures in the card's text, and their captions where the run has none
     "accuracy.png": "Accuracy against cost, exit by exit.",
@@ -84,11 +83,37 @@ class Recipe(TypedDict):
     pretrain: dict[str, Any]
 
 
-def is_safetensors(path: Path) -> bool:
-    """Whether a file holds tensors as safetensors."""
+def check_weights_file(path: Path, out: Path, *, overwrite: bool) -> None:
+    """Refuses a file for a card's weights that is something else, or belongs to another folder of this package.
+
+    Args:
+        path: the file to write.
+        out: the card's folder, in which it may lie.
+        overwrite: whether weights of an earlier card may be replaced.
+
+    Raises:
+        UserError: that says what is there.
+    """
+    for folder in path.resolve().parents:
+        if folder != out.resolve() and (kind := kind_of(folder)) is not None:
+            words = KINDS[kind].words if kind in KINDS else f"'{kind}' of another version"
+            raise UserError(f"--weights {path} lies in {folder}, which holds {words}: give a file outside of it")
+
+    def known(file: Path) -> bool:
+        if is_card_weights(file):
+            return True
+        # Those of an earlier version bear no mark, but the card knows them by their sha256.
+        record = out / "metrics.json"
+        return record.is_file() and read_json(record, Metrics).get("weights", {}).get("sha256") == sha256(file)
+
+    check_replaceable(path, overwrite, "weights of `sssd card`", known)
+
+
+def is_card_weights(path: Path) -> bool:
+    """Whether a file holds weights that `write_card` made."""
     try:
         with safe_open(path, framework="pt") as file:
-            return bool(file.keys())
+            return WEIGHTS_MARK.items() <= (file.metadata() or {}).items()
     except SafetensorError:
         return False
 
@@ -118,11 +143,7 @@ def check_run(run: Path) -> None:
     Raises:
         UserError: that names what is missing.
     """
-    missing = [
-        name
-        for name in ("model/config.json", "model/model.safetensors", "metrics.json", "config.yaml")
-        if not (run / name).is_file()
-    ]
+    missing = [name for name in RUN_NEEDED if not (run / name).is_file()]
     if missing:
         raise UserError(f"{run} is not a finished run of `sssd fit`: {', '.join(missing)} missing")
     read_results(run)
@@ -148,7 +169,9 @@ def check_calibrated(run: Path, calibrated: str | None) -> Path | None:
     theirs = load_network(str(folder)).state_dict()
     trunk = {name: value for name, value in ours.state_dict().items() if not name.startswith(heads)}
     if any(name not in theirs or not torch.equal(value, theirs[name]) for name, value in trunk.items()):
-        raise UserError(f"{folder} was not made from {run}: run `sssd early-exit {run} --out {folder} --overwrite`")
+        raise UserError(
+            f"{folder} was not made from {run}: run `sssd early-exit {run} --data DATA --out {folder} --overwrite`"
+        )
     return folder
 
 
@@ -204,7 +227,7 @@ def write_card(
     """
     source = calibrated or run / "model"
     network = load_network(str(source))
-    weights = network_weights(network, torch.float16)
+    weights = network_weights(network, torch.float16, metadata=WEIGHTS_MARK)
     digest = hashlib.sha256(weights).hexdigest()
     # transformers would compute in the precision of the file.
     config = {**read_json(source / "config.json"), "dtype": "float32", "sha256": {"model.safetensors": digest}}
@@ -308,7 +331,7 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
     if recipe.get("init"):
         start = f"the weights of {code(recipe['init'])}"
     times = results["times"]
-    parts = ", ".join(f"{markdown(entry['step'])} {duration(entry['seconds'])}" for entry in times)
+    parts = ", ".join(f"{markdown(entry['step'])} {exact_duration(entry['seconds'])}" for entry in times)
     pretext = f"MoCo v2 for {markdown(recipe['pretrain']['epochs'])} epochs"
     if recipe.get("features"):
         pretext = f"pseudo labels from the features of {code(recipe['features'])}"
@@ -324,7 +347,7 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
     return [
         f"**Training**: {pretext}, then {distillation} for {epochs} epochs, from {start}; "
         "`recipe.yaml` has all settings",
-        f"**Time**: {duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
+        f"**Time**: {exact_duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
     ]
 
 
@@ -352,7 +375,6 @@ def sample_accuracy(network: Any) -> dict[str, float]:
         otherwise "knn", the weighted 20-nearest-neighbour accuracy of the last features among the first 2,000
         training images.
     """
-    size, mean, std = input_spec(network)
     network = network.eval()
     splits = {
         name: load_images(DataConfig(data="cifar10-sample", split=name), progress=False) for name in ("test", "train")
@@ -361,7 +383,7 @@ def sample_accuracy(network: Any) -> dict[str, float]:
 
     def features(split: str, count: int) -> torch.Tensor:
         batches = splits[split].batches(torch.arange(count).split(250))
-        return stack_features(read_batches(network, batches, InputSpec(size, mean, std)), count)
+        return stack_features(read_batches(network, batches, input_spec(network)), count)
 
     test, truth = features("test", CHECK_IMAGES), labels["test"][:CHECK_IMAGES]
     if list(network.pretrained_cfg.get("label_names") or []) != splits["test"].class_names:

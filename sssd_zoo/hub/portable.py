@@ -15,13 +15,13 @@ import torch
 from timm.models._input import get_model_args
 from torch import nn
 
+from sssd_zoo.data.inputs import input_channels
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.files.run_folder import TRANSFORMERS_CODE
 from sssd_zoo.models import MultiExit, SSSDResNet
 from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.building import build, structure_of
-from sssd_zoo.models.networks import channels
 from sssd_zoo.models.saving import save_network
 
 # Arguments that timm's networks do not have.
@@ -94,7 +94,7 @@ def standalone(source: str) -> str:
 def _check_answers(model: MultiExit, other: nn.Module, arch: str) -> None:
     """Refuses a form of a network that answers otherwise."""
     _, height, width = model.pretrained_cfg["input_size"]
-    images = torch.randn(2, channels(model), height, width, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, input_channels(model), height, width, generator=torch.Generator().manual_seed(0))
     # Not bit-equal: where a weight lies in memory can decide how a convolution is computed.
     if not torch.allclose(model.eval()(images), other(images), rtol=1e-4, atol=1e-5):
         raise UserError(f"{arch} is built otherwise than its name says: give --format onnx or torch-export")

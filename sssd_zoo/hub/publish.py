@@ -11,7 +11,6 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
@@ -49,20 +48,22 @@ from sssd_zoo.files import (
 from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.hub_client import SilentHubError, limited_waiting
 from sssd_zoo.files.lock import LOCK
-from sssd_zoo.files.untrusted import copy_files, files_below, hidden, read_inside
+from sssd_zoo.files.run_folder import EARLY_EXIT, LABEL_ARRAYS, LABELS, NETWORK
+from sssd_zoo.files.untrusted import copy_files, files_below, fits, hidden, read_inside
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.bundled import bundled_weights
 from sssd_zoo.models.networks import load_network
 
 CARD_FILES = (
-    *("README.md", "config.json", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl"),
-    *("model.safetensors", "figures/*.png", ".eval_results/*.yaml"),
-    *("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png"),
+    *("README.md", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl", *NETWORK, "figures/*.png"),
+    *(".eval_results/*.yaml", *EARLY_EXIT),
 )
 
 PICTURES = "clusters.png"  # a figure of thumbnails of the run's images, which nobody publishes unasked
 
-LABEL_FILES = ("README.md", "labels.parquet", "centroids.safetensors", "pseudo_labels.json")
+IMAGES_SHOWN = (PICTURES, "report.html", "views.png", "detections.png")  # the files of a run that show its images
+
+LABEL_FILES = ("README.md", *LABELS)
 
 TIMEOUT = 10  # seconds until the Hub's first response
 
@@ -218,16 +219,21 @@ def copy_card(card: Path, folder: Path) -> None:
 def include(run: Path, folder: Path, patterns: list[str] | str) -> None:
     """Copies further files of a run that the user named, and prints how many were left out. Hidden files never go.
 
+    A `*` matches no '/'. Files that show the run's images, which may be private, go only if they are named exactly.
+
     Raises:
         UserError: if a pattern matches no such file, or a link.
     """
     recorded = (RUN_MARK, LOCK)
     others = [name for name in files_below(run) if Path(name).name not in recorded and not (folder / name).exists()]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        matching = [name for name in others if fnmatchcase(name, pattern) and not hidden(name)]
+        matching = [name for name in others if fits(name, pattern) and not hidden(name)]
         if not matching:
             raise UserError(f"--include {pattern} matches no further file of {run}; hidden files are never published")
-        for name in matching:
+        unnamed = [name for name in matching if Path(name).name in IMAGES_SHOWN and name != pattern]
+        if unnamed:
+            print(f"{', '.join(unnamed)}: shows images of the run, so --include {pattern} leaves it out; give its name")
+        for name in sorted({*matching} - {*unnamed}):
             atomic_write_bytes(folder / name, read_inside(run, name))
             others.remove(name)
     if others:
@@ -269,7 +275,7 @@ def verify_labels(folder: Path, where: str) -> None:
     recorded = {} if missing else read_json(folder / "pseudo_labels.json", LabelsMeta).get("sha256", {})
     if not recorded:
         raise UserError(f"{where} holds no labels of `sssd publish-labels`: {', '.join(missing) or 'sha256'} missing")
-    for name in ("labels.parquet", "centroids.safetensors"):
+    for name in LABEL_ARRAYS:
         check_sha256(folder / name, recorded.get(name), where)
     PseudoLabels.load(folder)
 

@@ -7,8 +7,8 @@ Space needs no release of it.
 
 import glob
 import io
+import shutil
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,21 @@ from PIL import Image
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.formats import CorruptImageError
-from sssd_zoo.data.images import EncodedImages, decode, fingerprint, natural_size, spaced
+from sssd_zoo.data.images import EncodedImages, decode, natural_size, spaced
 from sssd_zoo.data.loading import open_encoded
 from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.reports.markdown import read_results
+from sssd_zoo.evaluation.reports.markdown import config_of, read_results
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, write_json
-from sssd_zoo.files.bundled import cards_folder
-from sssd_zoo.files.untrusted import read_inside, read_yaml
+from sssd_zoo.files.bundled import PACKAGE, cards_folder
+from sssd_zoo.files.run_folder import NETWORK
+from sssd_zoo.files.untrusted import read_inside
 from sssd_zoo.hub.publish import announce, check_name, hub_errors
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.checks import check_network, read_config
-from sssd_zoo.models.networks import NETWORK_FILES, load_network
+from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
 
 EXAMPLES = 10
@@ -45,8 +46,6 @@ EXAMPLE_SIDE = 320  # pixels, of images that are larger
 NEAREST = 8  # images shown of a cluster
 
 THUMBNAIL_SIDE = 72
-
-PACKAGE = Path(__file__).parents[1]
 
 # What the page imports of this package, by pattern: a test runs the page with nothing else.
 PAGE_CODE = (
@@ -148,9 +147,11 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
         title = f"{architecture} on {read_results(run)['data']}"
         if run_images:
             try:
+                shown = copy_clusters(Path(run), folder / "clusters")  # first, as it refuses images of other data
                 examples = run_examples(Path(run))
-                notes.append(copy_clusters(Path(run), folder / "clusters"))
+                notes.append(shown)
             except UserError as error:
+                shutil.rmtree(folder / "clusters", ignore_errors=True)
                 notes.append(f"without the run's images and clusters: {error}")
     if examples is None:
         sample = DataConfig(data=sources.SAMPLE_NAME)
@@ -166,7 +167,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
 
 def copy_network(root: Path, source: str, folder: Path) -> None:
     """Copies the network in `source`, a folder in `root` or '.', as it is; not through links."""
-    for name in NETWORK_FILES:
+    for name in NETWORK:
         atomic_write_bytes(folder / name, read_inside(root, f"{source}/{name}"))
 
 
@@ -183,36 +184,22 @@ def copy_app(folder: Path, title: str) -> None:
         atomic_write_bytes(copy, path.read_bytes())
 
 
-def config_of(run: Path) -> tuple[dict[str, Any], DataConfig]:
-    """A run's arguments, and those of its data among them.
+def rgb_config(run: Path) -> tuple[dict[str, Any], DataConfig]:
+    """A run's arguments, and those of its data among them, where the page can show its images.
 
     Raises:
-        UserError: if they cannot be read.
-    """
-    recipe: dict[str, Any] = read_yaml(run / "config.yaml")
-    try:
-        config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from error
-    return recipe, config
-
-
-def data_of(run: Path) -> tuple[dict[str, Any], DataConfig, sources.Splits]:
-    """A run's arguments, and the splits of its data.
-
-    Raises:
-        UserError: if either cannot be read.
+        UserError: if they cannot be read, or the images are not read as RGB of 8 bits.
     """
     recipe, config = config_of(run)
     if config.channels is not None:
         raise UserError(f"{run} was trained with --channels {config.channels}, and the page shows RGB images only")
-    splits = open_data(config, progress=True)
-    return recipe, config, splits
+    return recipe, config
 
 
 def run_examples(run: Path) -> list[Any]:
     """Images of the split that a run was measured on, or of its training split."""
-    recipe, config, splits = data_of(run)
+    recipe, config = rgb_config(run)
+    splits = open_data(config, progress=True)
     split = next((name for name in (recipe["test_split"], "test", "validation") if name in splits), config.split)
     return pick_examples(*columns.take_split(splits, split, sources.short_name(config.data)), config)
 
@@ -224,7 +211,7 @@ def pick_examples(splits: sources.Splits, split: str, config: DataConfig) -> lis
         UserError: if none can be decoded.
     """
     name = sources.short_name(config.data)
-    encoded = open_encoded(splits[split], config.image_column, name)
+    encoded = open_encoded(splits[split], config.image_column, name, config.max_pixels)
     labels = columns.read_labels(splits, split, config.label_column, name, required=False)
     rows: Iterator[int] = iter(spaced(len(encoded), EXAMPLES).tolist())
     if labels is not None:
@@ -254,14 +241,11 @@ def copy_clusters(run: Path, folder: Path) -> str:
         UserError: if its pseudo labels, pretext network or images cannot be read, or the images do not fit the labels.
     """
     pseudo = PseudoLabels.load(run / "labels")
-    absent = [name for name in NETWORK_FILES if not (run / "pretrain" / name).is_file()]
+    absent = [name for name in NETWORK if not (run / "pretrain" / name).is_file()]
     if absent:
         raise UserError(f"{run / 'pretrain'} holds no network: {' and '.join(absent)} missing")
-    _, config, splits = data_of(run)
-    name = sources.short_name(config.data)
-    splits, split = columns.take_split(splits, pseudo.meta["split"], name)
-    encoded = open_encoded(splits[split], config.image_column, name)
-    pseudo.check(fingerprint(encoded, progress=True))
+    _, config = rgb_config(run)
+    encoded = pseudo.open_images(config)
     order = np.lexsort((pseudo.distances, pseudo.labels))
     starts = np.searchsorted(pseudo.labels[order], np.arange(len(pseudo.centroids)))
     sizes = np.bincount(pseudo.labels)
@@ -280,7 +264,7 @@ def copy_clusters(run: Path, folder: Path) -> str:
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table({"cluster": pseudo.labels[shown], "image": pa.array(images, pa.binary())}), buffer)
     atomic_write_bytes(folder / "nearest.parquet", buffer.getvalue().to_pybytes())
-    return f"{len(sizes)} clusters of {name}, {len(images)} thumbnails of its images"
+    return f"{len(sizes)} clusters of {sources.short_name(config.data)}, {len(images)} thumbnails of its images"
 
 
 def encode(image: Any, kind: str) -> bytes:

@@ -105,8 +105,33 @@ class Clustering:
         return cls(labels.astype(np.int64, copy=False), centroids[kept], distances, inertia, k_asked)
 
 
+def check_clusters(k: int, images: int, setting: str = "--k") -> None:
+    """Refuses a number of clusters that the images do not make.
+
+    Args:
+        k: the number of clusters.
+        images: number of them.
+        setting: what the user gives it by.
+
+    Raises:
+        UserError: unless it is from 2 to the number of images.
+    """
+    if not 2 <= k <= images:
+        raise UserError(f"K = {k} clusters of {images} images; give a {setting} from 2 to the number of images")
+
+
 def check_kmeans(n: int, k: int, iterations: int, redos: int) -> None:
-    """Raises `UserError` for numbers that k-means of `n` rows cannot work with."""
+    """Refuses numbers that k-means cannot work with.
+
+    Args:
+        n: number of rows.
+        k: number of clusters.
+        iterations: most passes over the rows.
+        redos: runs, of which the best is kept.
+
+    Raises:
+        UserError: if there are fewer than 2 clusters or more than rows, or nothing would be run.
+    """
     if k < 2:
         raise UserError(f"K = {k} clusters are no pseudo labels to learn: ask for at least 2")
     if k > n:

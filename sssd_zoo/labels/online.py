@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sssd_zoo.configs import ClusterConfig, RuntimeConfig
+from sssd_zoo.configs import RuntimeConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank, world_size
@@ -20,7 +20,7 @@ from sssd_zoo.evaluation.features import read_batches, stack_features
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import checkpoints_in
-from sssd_zoo.labels.kmeans import IntArray, kmeans, normalise
+from sssd_zoo.labels.kmeans import IntArray, check_clusters, kmeans, normalise
 from sssd_zoo.labels.pseudo_labels import match_labels
 
 LOG = "own_labels.jsonl"
@@ -42,7 +42,6 @@ class OnlineLabels:
         data: the images.
         k: number of clusters.
         seed: of k-means.
-        iterations: of k-means.
         autocast: precision of the forward pass, or none.
         kept: epochs whose labels stay on disk, see `epochs_to_keep`.
 
@@ -56,13 +55,11 @@ class OnlineLabels:
         k: int,
         seed: int,
         *,
-        iterations: int = ClusterConfig.iterations,
         autocast: torch.dtype | None = None,
         kept: int = 3,
     ) -> None:
-        if not 2 <= k <= len(data):
-            raise UserError(f"K = {k} clusters of {len(data)} images; give a --k from 2 to the number of images")
-        self.data, self.seed, self.iterations, self.autocast = data, seed, iterations, autocast
+        check_clusters(k, len(data))
+        self.data, self.seed, self.autocast = data, seed, autocast
         self.kept = kept
         self.num_classes = k
         self.identity = f"own, K = {k}"
@@ -124,7 +121,7 @@ class OnlineLabels:
         read = read_batches(self.network, batches, self.spec, autocast=self.autocast)
         features = stack_features(read, len(self.data))[-1]
         k, seed = self.num_classes, self.seed + epoch
-        labels = kmeans(normalise(features.numpy()), k, seed=seed, iterations=self.iterations).labels
+        labels = kmeans(normalise(features.numpy()), k, seed=seed).labels
         line: dict[str, Any] = {"epoch": epoch, "clusters": len(np.unique(labels))}
         if epoch:
             last = self._load(epoch - 1, "at the end")

@@ -4,7 +4,7 @@ from typing import Literal
 
 from sssd_zoo.configs import RuntimeConfig
 from sssd_zoo.data.loading import ImageData
-from sssd_zoo.distributed.hardware import DTYPES, resolve_precision
+from sssd_zoo.distributed.hardware import autocast_dtype
 from sssd_zoo.errors import UserError
 from sssd_zoo.labels.fixed import FixedLabels
 from sssd_zoo.labels.online import OnlineLabels, epochs_to_keep
@@ -40,8 +40,8 @@ def labels_by_name(name: Name, data: ImageData, k: int, runtime: RuntimeConfig) 
     if name == "random":
         return FixedLabels(random_labels(len(data), k, runtime.seed))
     if name == "own":
-        precision = resolve_precision(runtime.precision, runtime.device)
-        return OnlineLabels(data, k, runtime.seed, autocast=DTYPES[precision], kept=epochs_to_keep(runtime))
+        autocast = autocast_dtype(runtime.precision, runtime.device)
+        return OnlineLabels(data, k, runtime.seed, autocast=autocast, kept=epochs_to_keep(runtime))
     if data.labels is None:
         raise UserError(f"{data.name} has no true labels to train on")
     return FixedLabels(data.labels)

@@ -10,11 +10,14 @@ import pyarrow.parquet as pq
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from sssd_zoo.configs import ClusterConfig
-from sssd_zoo.data.loading import ImageData
+from sssd_zoo.configs import ClusterConfig, DataConfig
+from sssd_zoo.data import columns, sources
+from sssd_zoo.data.images import EncodedImages, fingerprint
+from sssd_zoo.data.loading import ImageData, open_encoded
+from sssd_zoo.data.several import open_data
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import atomic_write_bytes, damage, read_json, recorded_sha256, sha256_of, write_json
-from sssd_zoo.files.run_folder import atomic_dir
+from sssd_zoo.files.run_folder import LABEL_ARRAYS, LABELS, atomic_dir
 from sssd_zoo.labels.kmeans import Clustering, FloatArray, IntArray
 
 
@@ -179,7 +182,7 @@ class PseudoLabels:
             atomic_write_bytes(temporary / "labels.parquet", parquet.getvalue().to_pybytes())
             centroids = safetensors.numpy.save({"centroids": np.ascontiguousarray(self.centroids)})
             atomic_write_bytes(temporary / "centroids.safetensors", centroids)
-            sums = sha256_of(temporary, [temporary / "labels.parquet", temporary / "centroids.safetensors"])
+            sums = sha256_of(temporary, [temporary / name for name in LABEL_ARRAYS])
             write_json(temporary / "pseudo_labels.json", {**self.meta, "sha256": sums})
 
     @classmethod
@@ -190,13 +193,13 @@ class PseudoLabels:
             UserError: if a file is missing or unreadable, or the files do not fit one another.
         """
         folder = Path(folder)
-        for name in ("labels.parquet", "centroids.safetensors", "pseudo_labels.json"):
+        for name in LABELS:
             if not (folder / name).is_file():
                 raise UserError(
                     f"{folder} is not a folder of pseudo labels: {name} is missing; `sssd pseudo-label` writes one"
                 )
         meta = read_json(folder / "pseudo_labels.json", Meta)
-        if wrong := damage(folder, recorded_sha256(meta, ("labels.parquet", "centroids.safetensors"))):
+        if wrong := damage(folder, recorded_sha256(meta, LABEL_ARRAYS)):
             raise UserError(f"the pseudo labels in {folder} are damaged: {wrong}; make them again")
         try:
             table = pq.read_table(folder / "labels.parquet")
@@ -239,6 +242,21 @@ class PseudoLabels:
                 f"these pseudo labels belong to other data ({self.meta.get('data')}, split {self.meta.get('split')}; "
                 "the fingerprints differ): give that data, or run `sssd pseudo-label` on this"
             )
+
+    def open_images(self, config: DataConfig) -> EncodedImages:
+        """The images that the labels were made from, by the row numbers of their split.
+
+        Args:
+            config: where the images are, and how they are read; the split is that of the labels.
+
+        Raises:
+            UserError: if they cannot be read, or are others.
+        """
+        name = sources.short_name(config.data)
+        splits, split = columns.take_split(open_data(config, progress=True), self.meta["split"], name)
+        images = open_encoded(splits[split], config.image_column, name, config.max_pixels)
+        self.check(fingerprint(images, progress=True))
+        return images
 
     def labels_of(self, rows: IntArray) -> IntArray:
         """The labels of the images with these row numbers, int64 [len(rows)], in their order; see `places_of`."""

@@ -37,12 +37,6 @@ def nearest_centroids(chunks: Iterable[FloatArray], centroids: FloatArray, count
     return numbers, np.maximum(distances, 0)
 
 
-def check_soft(temperature: float) -> None:
-    """Raises `UserError` unless the temperature of soft labels is over 0."""
-    if temperature <= 0:
-        raise UserError(f"the temperature of soft labels is {temperature}; it must be over 0")
-
-
 class SoftLabels:
     """Memberships of images in clusters, made dense batch by batch: labels[positions] is float32 [B, K], rows sum to 1.
 
@@ -60,7 +54,8 @@ class SoftLabels:
     """
 
     def __init__(self, pseudo: PseudoLabels, rows: IntArray, temperature: float) -> None:
-        check_soft(temperature)
+        if temperature <= 0:
+            raise UserError(f"the temperature of soft labels is {temperature}; it must be over 0")
         if pseudo.near is None or pseudo.near_distances is None:
             raise UserError(
                 "these pseudo labels are hard only: run `sssd pseudo-label` with --nearest 8, say, for soft ones"

@@ -78,7 +78,7 @@ def exits_taken(confidences: Tensor, thresholds: Sequence[float]) -> Tensor:
 
 
 def early_logits(logits: Tensor, thresholds: Sequence[float]) -> EarlyExits:
-    """What `SSSDResNet.forward_early` gives, from the logits of exits that all ran: a slow but plain statement of it.
+    """What `MultiExit.forward_early` gives, from the logits of exits that all ran: a slow but plain statement of it.
 
     Args:
         logits: of all exits, float [4, N, C].

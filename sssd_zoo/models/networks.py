@@ -20,7 +20,7 @@ from torch import nn
 
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.configs.ranges import Count, Pixels, problems
-from sssd_zoo.data.inputs import InputSpec, input_channels, pixels_of
+from sssd_zoo.data.inputs import input_channels, input_spec, pixels_of
 from sssd_zoo.data.loading import ImageData, OpenedImages
 from sssd_zoo.data.sources import HUB_TIMEOUT
 from sssd_zoo.data.streaming import StreamingImages
@@ -31,6 +31,7 @@ from sssd_zoo.files import (
     recorded_sha256,
 )
 from sssd_zoo.files.hub_client import limited_waiting
+from sssd_zoo.files.run_folder import NETWORK, kind_of
 from sssd_zoo.models.backbones import has_network, named_backbone
 from sssd_zoo.models.bundled import bundled_weights, check_bundled
 from sssd_zoo.models.checks import check_network, read_config
@@ -38,9 +39,6 @@ from sssd_zoo.models.multi_exit import classifier_names
 
 MOST_CHANNELS = 16  # of images, see `--channels`
 SMALL_IMAGES = 40  # pixels: the largest views for which the stem for small images is the default
-
-# What a folder with a network holds.
-NETWORK_FILES = ("config.json", "model.safetensors")
 
 
 def choose_size(data: ImageData | OpenedImages | StreamingImages, image_size: int | None) -> int:
@@ -111,10 +109,10 @@ def load_network(name: str, **kwargs: Any) -> Any:
     except Exception as error:  # a config.json can ask for anything, of timm's code and of this
         raise UserError(f"cannot load the network '{name}': {type(error).__name__}: {str(error)[:300]}") from error
     check_facts(name, model, classes=None if kwargs.keys() & {"num_classes", "features_only"} else model.num_classes)
-    if channels(model) > MOST_CHANNELS:
+    if input_channels(model) > MOST_CHANNELS:
         raise UserError(
-            f"'{name}' takes images with {channels(model)} channels, and images have at most {MOST_CHANNELS}: give "
-            "another network"
+            f"'{name}' takes images with {input_channels(model)} channels, and images have at most {MOST_CHANNELS}: "
+            "give another network"
         )
     return model
 
@@ -133,8 +131,10 @@ def find_network(name: str) -> str:
     name = with_current_prefix(name)
     folder = Path(name.removeprefix("local-dir:"))
     if folder.is_dir():
-        if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
+        inner = folder / "model"
+        # A run's own files are links to those in `model`, or old copies where it was copied with links followed.
+        if (inner / "config.json").is_file() and (not (folder / "config.json").is_file() or kind_of(folder) == "fit"):
+            folder = inner
         check_folder(folder, name)
         return f"local-dir:{folder}"
     if name.startswith("local-dir:"):
@@ -154,7 +154,7 @@ def check_folder(folder: Path, name: str) -> None:
     Raises:
         UserError: if a file is missing, damaged, or asks for more than its weights.
     """
-    missing = [file for file in NETWORK_FILES if not (folder / file).is_file()]
+    missing = [file for file in NETWORK if not (folder / file).is_file()]
     if missing:
         raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run finish?")
     check_weights(folder, read_json(folder / "config.json"))
@@ -183,7 +183,7 @@ def check_published(name: str, cache_dir: str | Path | None) -> None:
     """Checks a network of the Hub, ORG/NAME or ORG/NAME@REVISION, which then lies in the cache; see `check_network`."""
     repo, _, revision = name.partition("@")
     config, weights = (
-        Path(hf_hub_download(repo, file, revision=revision or None, cache_dir=cache_dir)) for file in NETWORK_FILES
+        Path(hf_hub_download(repo, file, revision=revision or None, cache_dir=cache_dir)) for file in NETWORK
     )
     check_network(read_config(config), weights, f"hf-hub:{name}")
 
@@ -206,11 +206,11 @@ def load_encoder(name: str, size: int | None = None, **kwargs: Any) -> Any:
         if hasattr(network, "set_input_size"):  # a transformer's position embeddings are interpolated
             network.set_input_size(img_size=(size, size))
         with torch.inference_mode():
-            network.eval()(torch.zeros(1, channels(network), size, size))
+            network.eval()(torch.zeros(1, input_channels(network), size, size))
     except Exception as error:  # every architecture refuses in its own way
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"'{name}' cannot take images of {size} px: {reason}; give another size") from error
-    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (channels(network), size, size)}
+    network.pretrained_cfg = {**network.pretrained_cfg, "input_size": (input_channels(network), size, size)}
     return network
 
 
@@ -242,6 +242,16 @@ def check_facts(name: str, model: Any, classes: int | None) -> None:
         mistakes = [f"label_names has {len(labels)} names for {classes} classes"]
     if mistakes:
         raise UserError(f"cannot use the network '{name}', because of its configuration: {mistakes[0]}")
+
+
+def no_classifier(name: str) -> UserError:
+    """What to raise for a network, which the user called `name`, that is none of this package or has no classes."""
+    return UserError(f"'{name}' is not a network of this package with classes: train its heads first (sssd linear)")
+
+
+def no_thresholds(name: str) -> UserError:
+    """What to raise for early exit of a network, which the user called `name`, without thresholds."""
+    return UserError(f"'{name}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
 
 
 def load_trunk_of(name: str) -> Any:
@@ -320,21 +330,16 @@ def takes_one_size(arch: str) -> bool:
         return isinstance(timm.create_model(arch), VisionTransformer)
 
 
-def channels(model: Any) -> int:
-    """How many channels the images of a timm network have."""
-    return input_channels(model)
-
-
 def fits_channels(network: Any, images: int) -> bool:
     """Whether a network takes images of so many channels; one for grey images also takes RGB, which become grey."""
-    return channels(network) == images or (channels(network) == 1 and images == 3)
+    return input_channels(network) == images or (input_channels(network) == 1 and images == 3)
 
 
 def check_channels(name: str, network: Any, data: ImageData | OpenedImages) -> None:
     """Raises `UserError` unless a network, which the user called `name`, takes images of this data's channels."""
     if not fits_channels(network, data.channels):
         raise UserError(
-            f"'{name}' takes images with {channels(network)} channels, and those of {data.name} are read with "
+            f"'{name}' takes images with {input_channels(network)} channels, and those of {data.name} are read with "
             f"{data.channels}: give another network, or other --channels"
         )
 
@@ -355,26 +360,10 @@ def config_for(name: str, network: Any, config: DataConfig) -> DataConfig:
         return config if pixels is None else replace(config, channels=pixels.channels, bits=cast(Any, pixels.bits))
     if not fits_channels(network, config.channels):
         raise UserError(
-            f"'{name}' takes images with {channels(network)} channels, not {config.channels}: remove --channels, or "
-            "give another network"
+            f"'{name}' takes images with {input_channels(network)} channels, not {config.channels}: remove --channels, "
+            "or give another network"
         )
     return config if pixels is None else replace(config, bits=config.bits or cast(Any, pixels.bits))
-
-
-def input_spec(model: Any, size: int | None = None) -> InputSpec:
-    """What a timm network wants of its images.
-
-    For a network with one input channel, mean and std have one entry: `normalise` then makes the images grey.
-
-    Args:
-        model: the network.
-        size: side in pixels that takes the place of the one that the network was trained with.
-    """
-    config = model.pretrained_cfg
-    mean, std = tuple(config["mean"]), tuple(config["std"])
-    if channels(model) == 1:  # its configuration may still be that of the RGB network it was made from
-        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return InputSpec(size or int(config["input_size"][-1]), mean, std)
 
 
 def weights_digest(network: torch.nn.Module) -> str:

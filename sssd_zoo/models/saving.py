@@ -1,7 +1,7 @@
 """Networks as folders that timm and transformers load: config.json and model.safetensors."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,8 +50,10 @@ def save_network(
     write_json(folder / "config.json", {**config, "sha256": sha256_of(folder, [weights])})
 
 
-def network_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> bytes:
-    """A network's state as safetensors, floating-point tensors in `dtype`.
+def network_weights(
+    model: nn.Module, dtype: torch.dtype = torch.float32, *, metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """A network's state as safetensors, floating-point tensors in `dtype`, and `metadata` in the file's own.
 
     Raises:
         UserError: if a number is too large for `dtype`.
@@ -66,7 +68,7 @@ def network_weights(model: nn.Module, dtype: torch.dtype = torch.float32) -> byt
                 "weights in float32, as in the run's own model/, or train again with a lower learning rate"
             )
         tensors[name] = stored.detach().cpu().contiguous()
-    return save(tensors, metadata={"format": "pt"})
+    return save(tensors, metadata={"format": "pt", **(metadata or {})})
 
 
 def network_config(

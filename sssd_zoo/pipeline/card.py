@@ -8,12 +8,12 @@ from sssd_zoo.files import (
     atomic_write_bytes,
     read_json,
 )
-from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
+from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.hub.cards import (
     CardOptions,
     check_calibrated,
+    check_weights_file,
     copy_sources,
-    is_safetensors,
     sample_accuracy,
     write_card,
 )
@@ -25,7 +25,7 @@ def card(args: CardArgs) -> None:
     """`sssd card`."""
     run, out = Path(args.run), open_out(args, "card")
     if args.weights is not None:
-        check_replaceable(Path(args.weights), args.overwrite, "a safetensors file", is_safetensors)
+        check_weights_file(Path(args.weights), out, overwrite=args.overwrite)
     calibrated = check_calibrated(run, args.calibrated)
     with copy_sources(run, calibrated) as (copy, calibrated):
         network = load_network(str(calibrated or copy / "model")).eval()
@@ -38,6 +38,6 @@ def card(args: CardArgs) -> None:
             if args.weights is None:
                 atomic_write_bytes(folder / "model.safetensors", weights)
     if args.weights is not None:
-        atomic_write_bytes(args.weights, weights)
+        atomic_write_bytes(args.weights, weights, follow_link=True)
     model = architecture_in(read_json(out / "config.json"))
     print(f"{out}: card of {args.name or model}; weights {len(weights) / 1e6:.1f} MB in half precision")

@@ -5,36 +5,39 @@ OUT/
     clusters.csv                every image: cluster, name, rank, squared distance to the centroid, row, path, file here
 """
 
+import codecs
 import csv
 import io
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
 from sssd_zoo.configs import ClustersArgs, DataConfig
-from sssd_zoo.data import columns, sources
-from sssd_zoo.data.images import EncodedImages, fingerprint
-from sssd_zoo.data.loading import open_encoded
+from sssd_zoo.data.images import EncodedImages
 from sssd_zoo.data.opening import format_of
-from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.reports.markdown import read_results
-from sssd_zoo.files import atomic_write_text, disk_errors, read_json
-from sssd_zoo.files.run_folder import atomic_dir, open_out
-from sssd_zoo.hub.space import config_of
+from sssd_zoo.evaluation.reports.markdown import config_of, read_results
+from sssd_zoo.files import RUN_MARK, atomic_write_text, csv_text, disk_errors, read_json
+from sssd_zoo.files.run_folder import atomic_dir, mark, open_out
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
+from sssd_zoo.models.checks import read_config
 
 LISTING = "clusters.csv"
 COLUMNS = ("cluster", "name", "rank", "distance", "row", "path", "file")
 LONGEST = 80  # characters of a folder's or a file's own name
+
+
+class EarlierMark(TypedDict, total=False):
+    """What is read of the mark of a folder that is written again."""
+
+    files: list[str]
 
 
 class Member(NamedTuple):
@@ -58,13 +61,14 @@ def clusters(args: ClustersArgs) -> None:
     images = open_images(args, run if fitted else None, pseudo)
     names = given_names(run, len(pseudo.centroids)) if fitted else {}
     found = list(members(pseudo, images, names))
-    with atomic_dir(out, "clusters") as folder:
+    place_of = out.resolve()
+    with atomic_dir(place_of, "clusters", earlier_images(place_of)) as folder:
         with disk_errors(out), progress_bar(len(found), "images", "img") as bar:
             for member in found:
                 place(images, member, folder / member.file, args.link)
                 bar.update(1)
         atomic_write_text(folder / LISTING, as_csv(found))
-        remove_listed(out)
+        mark(folder, "clusters", [member.file for member in found])
     folders = len({member.file.split("/")[0] for member in found})
     print(f"{len(found):,} images in {folders} folders: {out}")
 
@@ -80,12 +84,7 @@ def open_images(args: ClustersArgs, run: Path | None, pseudo: PseudoLabels) -> E
     config = DataConfig(data=args.data or "") if run is None else config_of(run)[1]
     if args.data is not None:
         config = replace(config, data=args.data)
-    name = sources.short_name(config.data)
-    splits = open_data(config, progress=True)
-    splits, split = columns.take_split(splits, pseudo.meta["split"], name)
-    encoded = open_encoded(splits[split], config.image_column, name)
-    pseudo.check(fingerprint(encoded, progress=True))
-    return encoded
+    return pseudo.open_images(config)
 
 
 def given_names(run: Path, count: int) -> dict[int, str]:
@@ -95,8 +94,8 @@ def given_names(run: Path, count: int) -> dict[int, str]:
     """
     if not (run / "metrics.json").is_file() or read_results(run).get("accuracy"):  # unfinished, or labelled
         return {}
-    names = read_json(run / "model" / "config.json").get("label_names") or []
-    if len(names) != count:
+    names = read_config(run / "model" / "config.json").get("label_names")
+    if not isinstance(names, list) or len(names) != count:
         return {}
     return {number: str(name) for number, name in enumerate(names) if name != f"cluster {number}"}
 
@@ -194,24 +193,36 @@ def place(images: EncodedImages, member: Member, target: Path, link: str) -> Non
 
 def as_csv(found: list[Member]) -> str:
     """The listing of all images."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([*one[:3], f"{one.distance:.6g}", *one[4:]] for one in found)
-    return text.getvalue()
+    return csv_text(COLUMNS, ([*one[:3], f"{one.distance:.6g}", *one[4:]] for one in found))
 
 
-def remove_listed(out: Path) -> None:
-    """Removes the images that an earlier listing names, and their folders where nothing else is in them."""
-    if not (out / LISTING).is_file():
-        return
-    with (out / LISTING).open(encoding="utf-8", newline="") as file:
-        listed = [row["file"] for row in csv.DictReader(file) if row.get("file")]
+def earlier_images(out: Path) -> list[Path]:
+    """The images that an earlier command put into a folder: those of its mark, or of the listing of earlier versions.
+
+    The listing is not taken where there is a choice, as people edit it.
+    """
+    listed = read_json(out / RUN_MARK, EarlierMark).get("files") or listed_files(out / LISTING)
+    images = []
     for name in listed:
         folder, _, own = name.partition("/")
         inside = own and "/" not in own and folder not in (".", "..") and own not in (".", "..")
-        if inside and not (out / folder).is_symlink():
-            (out / folder / own).unlink(missing_ok=True)
-    for folder in {name.partition("/")[0] for name in listed} - {"", ".", ".."}:
-        with suppress(OSError):  # it holds other things
-            (out / folder).rmdir()
+        if inside and not (out / folder).is_symlink() and os.path.lexists(out / folder / own):
+            images.append(out / folder / own)
+    return images
+
+
+def listed_files(listing: Path) -> list[str]:
+    """The column 'file' of a listing, in whichever form a spreadsheet may have saved it; [] if there is none."""
+    if not listing.is_file():
+        return []
+    data = listing.read_bytes()
+    try:
+        text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("cp1252", errors="replace")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+    except csv.Error:
+        return []
+    return [row["file"] for row in rows if row.get("file")]

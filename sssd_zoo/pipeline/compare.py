@@ -4,13 +4,26 @@ OUT/seed-S/ holds, for each seed, the steps of every method (see `METHODS`), eac
 OUT/report.md, results.csv, results.json and accuracy.png what they gave.
 """
 
+import hashlib
+import json
 import re
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from sssd_zoo.configs import AnchoredConfig, CompareArgs, RuntimeConfig, SelfDistillationConfig
+from torch import Tensor
+
+from sssd_zoo.configs import (
+    AnchoredConfig,
+    ClusterConfig,
+    CompareArgs,
+    MoCoConfig,
+    OptimConfig,
+    RuntimeConfig,
+    SEEDConfig,
+    SelfDistillationConfig,
+)
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
@@ -35,12 +48,12 @@ from sssd_zoo.labels.origin import Name, labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
-from sssd_zoo.models.networks import load_encoder, load_network
+from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
 from sssd_zoo.pipeline.seed import seed_network
 from sssd_zoo.pipeline.stages import Stage, Stages
-from sssd_zoo.training.runs import check_queue, save_config, settings_of
+from sssd_zoo.training.runs import begin_config, check_queue, save_config, settings_of
 
 LABELLED = {  # the methods that learn pseudo labels, and the stage that makes these
     "sssd": "labels",
@@ -63,34 +76,32 @@ TAUGHT = (*LABELLED, "seed", "pretext")  # the methods that need M_ssl; the othe
 def compare(args: CompareArgs) -> None:
     """`sssd compare`."""
     began = time.perf_counter()
-    folders = [Path(folder).resolve() for folder in (args.out, *args.also)]
-    if len(set(folders)) < len(folders):
-        raise UserError("--also names --out or a folder twice, whose results would count twice: name each once")
+    check_arguments(args)
     others = [result for folder in args.also for result in read_results(Path(folder))]
     trained = ["distill", "seed_method"] if "seed" in args.methods else ["distill"]
-    if unknown := sorted(set(args.epochs) - {*args.methods, *args.variants}):
-        raise UserError(f"--epochs names {', '.join(unknown)}, which is not among --methods or --variants")
-    check_variants(args)
-    if args.distill.anchor == 0 and (anchored := sorted(set(ANCHORED) & set(args.methods))):
-        raise UserError(f"--distill.anchor 0 leaves nothing of {', '.join(anchored)}: remove one of them")
-    if not anchored_settings(args) and (extensions := [each for each in EXTENSIONS if getattr(args.distill, each)]):
-        raise UserError(f"no method here has an anchor, which distill.{extensions[0]} would extend: remove it")
-    if "pretext" in args.epochs and args.features is not None:
-        raise UserError("--epochs of pretext are those of MoCo, but --features is taken as it is: remove one of them")
     args = with_augment(args, ("pretrain", "distill", "seed_method"))
     warm = bool(set(WARM) & {*args.methods, *(changes["method"] for changes in args.variants.values())})
-    setup = set_up(args, "compare", trained, warm=warm, anchored=anchored_settings(args), require_labels=True)
+    taught = bool(set(TAUGHT) & {*args.methods, *(changes["method"] for changes in args.variants.values())})
+    setup = set_up(
+        args,
+        "compare",
+        trained,
+        warm=warm,
+        anchored=anchored_settings(args),
+        pretext=taught,
+        require_labels=True,
+    )
     out = setup.out
     if "seed" in args.methods:
         check_queue(args.seed_method.queue_size, len(setup.data))
     evaluation = evaluation_data(
         setup.data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seeds[0]
     )
-    if rank() == 0 and not (out / "config.yaml").exists():  # an older one describes what is there until the end
-        save_config(out, args)
+    begin_config(out, args)
     setting = describe_setting(args, setup)
     print_main(f"{setting.images} images of {setting.data}; {setup.arch} at {setup.size} px, {setting.machine}")
-    print_main(f"labels from {setup.pretext.description.replace('`', '')}")
+    if taught:
+        print_main(f"labels from {setup.pretext.description.replace('`', '')}")
     results: list[Result] = []
     for seed in args.seeds:
         plan = Plan(args, setup, evaluation, seed)
@@ -101,10 +112,33 @@ def compare(args: CompareArgs) -> None:
             stages.run(stage)
         results += [plan.result(method, stages, setting) for method in plan.methods]
     if rank() == 0:
-        _write(args, results, others, out, pretext=setup.pretext.description, test=evaluation.describe())
+        _write(
+            args,
+            results,
+            others,
+            out,
+            pretext=setup.pretext.description if taught else None,
+            test=evaluation.describe(),
+        )
         save_config(out, args)
         print_main(f"\nDone in {(time.perf_counter() - began) / 60:.1f} minutes. Report: {out / 'report.md'}")
     barrier()
+
+
+def check_arguments(args: CompareArgs) -> None:
+    """Raises `UserError` for arguments of `sssd compare` that exclude one another, or change nothing."""
+    folders = [Path(folder).resolve() for folder in (args.out, *args.also)]
+    if len(set(folders)) < len(folders):
+        raise UserError("--also names --out or a folder twice, whose results would count twice: name each once")
+    if unknown := sorted(set(args.epochs) - {*args.methods, *args.variants}):
+        raise UserError(f"--epochs names {', '.join(unknown)}, which is not among --methods or --variants")
+    check_variants(args)
+    if args.distill.anchor == 0 and (anchored := sorted(set(ANCHORED) & set(args.methods))):
+        raise UserError(f"--distill.anchor 0 leaves nothing of {', '.join(anchored)}: remove one of them")
+    if not anchored_settings(args) and (extensions := [each for each in EXTENSIONS if getattr(args.distill, each)]):
+        raise UserError(f"no method here has an anchor, which distill.{extensions[0]} would extend: remove it")
+    if "pretext" in args.epochs and args.features is not None:
+        raise UserError("--epochs of pretext are those of MoCo, but --features is taken as it is: remove one of them")
 
 
 def check_variants(args: CompareArgs) -> None:
@@ -142,7 +176,11 @@ def anchored_settings(args: CompareArgs) -> dict[str, AnchoredConfig]:
 
 
 def variant(args: CompareArgs, name: str) -> AnchoredConfig:
-    """How a variant's network is trained, before its epochs of `args.epochs`."""
+    """How a variant's network is trained, before its epochs of `args.epochs`.
+
+    Raises:
+        UserError: if its settings contradict one another.
+    """
     changes = {key: value for key, value in args.variants[name].items() if key != "method"}
     if not has_anchor(args, name):  # those of `distill` are for methods with one
         changes = {"dense": False, "cached_views": 0, **changes}
@@ -169,6 +207,7 @@ def describe_setting(args: CompareArgs, setup: Setup) -> Setting:
         epochs=args.distill.epochs,
         seed_epochs=args.epochs.get("seed", args.seed_method.epochs),
         machine=describe_machine(setup.inputs["precision"]),
+        pretrained=digest_of({**pretext.inputs(), **(settings_of(args.pretrain) if pretext.after else {})}),
     )
 
 
@@ -209,12 +248,7 @@ class Plan:
 
     def stages(self) -> list[Stage]:
         """All stages in turn."""
-        args, pretext = self.args, self.setup.pretext
-        clusterings = {
-            "labels": args.cluster,
-            "labels-redos": replace(args.cluster, redos=args.redos),
-            "labels-soft": replace(args.cluster, nearest=NEAREST),
-        }
+        args, pretext, clusterings = self.args, self.setup.pretext, self.clusterings
         bases = [self.base(method) for method in self.methods]
         clustered = dict.fromkeys(LABELLED[method] for method in bases if method in LABELLED)
         stages = [
@@ -232,6 +266,16 @@ class Plan:
         return stages
 
     @property
+    def clusterings(self) -> dict[str, ClusterConfig]:
+        """How each stage that makes labels clusters."""
+        cluster = self.args.cluster
+        return {
+            "labels": cluster,
+            "labels-redos": replace(cluster, redos=self.args.redos),
+            "labels-soft": replace(cluster, nearest=NEAREST),
+        }
+
+    @property
     def trains_pretext(self) -> bool:
         """Whether 'pretext' is trained for epochs of its own, and not the network that the others learn from."""
         return "pretext" in self.args.epochs and self.setup.pretext.source is not None
@@ -247,30 +291,53 @@ class Plan:
             usual = args.seed_method.epochs if method == "seed" else args.distill.epochs
         return args.epochs.get(method, usual)
 
+    def config(self, method: str) -> OptimConfig:
+        """How a method's network is trained, for its own epochs."""
+        args, base = self.args, self.base(method)
+        kinds: dict[str, OptimConfig] = {"seed": args.seed_method, "pretext": args.pretrain}
+        distill = variant(args, method) if method in args.variants else args.distill
+        config = kinds.get(method, distill)
+        if epochs := self.epochs(method):  # none of its own has M_ssl itself
+            config = replace(config, epochs=epochs)
+        if not isinstance(config, AnchoredConfig):
+            return config
+        return config.resolved(encoder=True) if base in ANCHORED else SelfDistillationConfig.of(config)
+
+    def trained(self, method: str) -> str:
+        """A digest of what decides a method's numbers, but M_ssl and the seed."""
+        base, evaluation = self.base(method), self.evaluation
+        return digest_of(
+            {
+                "base": base,
+                "data": [evaluation.train.fingerprint, evaluation.test.fingerprint, asdict(self.args.probe)],
+                "training": settings_of(self.config(method)),
+                "clusters": asdict(self.clusterings[LABELLED.get(base, "labels")]),
+                "soft": self.args.soft if base == "sssd-soft" else None,
+            }
+        )
+
     def pretext_stage(self) -> Stage:
         """M_ssl trained by itself, for as long as the other methods take in all."""
-        config = replace(self.args.pretrain, epochs=self.epochs("pretext"))
+        config = cast(MoCoConfig, self.config("pretext"))
         (stage,) = replace(self.setup.pretext, config=config).pretrain_stages(settings_of(config), self.runtime)
         return replace(stage, name="pretext")
 
     def seed_stage(self) -> Stage:
         """SEED, whose teacher is M_ssl."""
-        setup, config = self.setup, replace(self.args.seed_method, epochs=self.epochs("seed"))
+        setup, config = self.setup, cast(SEEDConfig, self.config("seed"))
         teacher = setup.pretext.network(self.out)
 
         def train(folder: Path) -> dict[str, Any]:
-            return dict(seed_network(setup.data, teacher, config, self.runtime, setup.spec(folder, "SEED")))
+            spec, size = setup.spec(folder, "SEED"), setup.pretext.teacher_size
+            return dict(seed_network(setup.data, teacher, config, self.runtime, spec, teacher_size=size))
 
-        settings = {**settings_of(config), **({} if setup.pretext.after else {"features": setup.pretext.digest})}
+        settings = {**settings_of(config), **({} if setup.pretext.after else setup.pretext.inputs())}
         return Stage(name="seed", action=train, settings=settings, after=setup.pretext.after, all_processes=True)
 
     def distill_stage(self, method: str) -> Stage:
         """A method that learns labels; a warm start is from M_ssl's weights."""
         setup, pretext, base = self.setup, self.setup.pretext, self.base(method)
-        distill = variant(self.args, method) if method in self.args.variants else self.args.distill
-        distill = replace(distill, epochs=self.epochs(method))
-        config = distill.resolved(encoder=True) if base in ANCHORED else SelfDistillationConfig.of(distill)
-        warm = base in WARM
+        config, warm = cast(SelfDistillationConfig, self.config(method)), base in WARM
 
         def train(folder: Path) -> dict[str, Any]:
             return distill_network(
@@ -283,6 +350,7 @@ class Plan:
                 init=pretext.network(self.out) if warm else None,
                 encoder=pretext.network(self.out) if base in ANCHORED else None,
                 teacher_size=pretext.teacher_size,
+                positions=self.positions(method),
             )
 
         return Stage(
@@ -292,10 +360,16 @@ class Plan:
                 **settings_of(config),
                 "labels": self.labels(method).identity,
                 **({"warm_start": True} if warm else {}),
+                **({} if self.positions(method) is None else {"held_out": self.evaluation.digest()}),
             },
             after=(LABELLED[base],) if base in LABELLED else (),
             all_processes=True,
         )
+
+    def positions(self, method: str) -> Tensor | None:
+        """The images to learn from, int64, or None for all: true labels must not be those that are measured."""
+        evaluation = self.evaluation
+        return evaluation.train_positions if method == "true" and evaluation.test is evaluation.train else None
 
     def labels(self, method: str) -> Labels:
         """What a method learns."""
@@ -311,12 +385,15 @@ class Plan:
 
         def measure(folder: Path) -> dict[str, Any]:
             if method == "pretext" and not self.trains_pretext:
-                network = load_encoder(self.setup.pretext.network(self.out), self.setup.pretext.teacher_size)
+                network = self.setup.pretext.load(self.out)
             else:
                 network = load_network(str(self.out / method))
             features = evaluation_features(network, self.evaluation, self.setup.forward)
             probe = probe_features(features, args.probe, self.seed)
-            macs = multiply_adds(network, (self.setup.data.channels, size, size)) if len(probe.exits) > 1 else {}
+            macs = {}
+            if len(probe.exits) > 1:  # with the probes as its heads, not those of the clusters
+                network.reset_classifier(features.classes)
+                macs = multiply_adds(network, (self.setup.data.channels, size, size))
             measured = {"exits": probe.exits, "ensemble": probe.ensemble if macs else None, "macs": macs}
             write_json(folder / "metrics.json", measured)
             return measured
@@ -351,7 +428,13 @@ class Plan:
             macs=probed["macs"],
             setting=setting,
             epochs=self.epochs(method),
+            trained=self.trained(method),
         )
+
+
+def digest_of(settings: dict[str, Any]) -> str:
+    """What tells settings from others: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_results(out: Path) -> list[Result]:
@@ -371,7 +454,7 @@ def read_results(out: Path) -> list[Result]:
 
 
 def _write(
-    args: CompareArgs, results: list[Result], others: list[Result], out: Path, *, pretext: str, test: str
+    args: CompareArgs, results: list[Result], others: list[Result], out: Path, *, pretext: str | None, test: str
 ) -> None:
     setting = results[0].setting
     lines = [
@@ -381,7 +464,7 @@ def _write(
         "only",
         f"- **Measured on**: {markdown(test)}",
         f"- **Network**: {code(setting.model)} at {setting.image_size} px",
-        f"- **Labels and SEED's teacher from**: {pretext}; K = {setting.k:,}",
+        f"- **Labels and SEED's teacher from**: {pretext or 'no network'}; K = {setting.k:,}",
         f"- **Training**: {args.distill.epochs} epochs of all that learn labels"
         + (f", {setting.seed_epochs} of SEED" if "seed" in args.methods else "")
         + ("; where a row of the table says otherwise, that many" if args.epochs else ""),

@@ -1,8 +1,9 @@
 """The settings of `sssd fit` that depend on the images and on the device: what is not given is chosen here, and said.
 
-At the paper's sizes the choices are the paper's: 50,000 images give batches of 512 and 128, a queue of 4,096, 1,000
-clusters and 200 epochs, 1.28 million images about 5,000 clusters. A CPU, which cannot train so long, has smaller
-batches and fewer epochs: so few that a training of up to 300 images of 224 px takes minutes.
+At the paper's sizes, what the paper gives is followed: 50,000 images give 1,000 clusters and 200 epochs of pretraining,
+1.28 million images about 5,000 clusters. The paper does not give the rest; 50,000 images give batches of 512 and 128, a
+queue of 4,096 and 200 epochs of distillation. A CPU, which cannot train so long, has smaller batches and fewer epochs:
+so few that a training of up to 300 images of 224 px takes minutes.
 """
 
 from dataclasses import dataclass, replace
@@ -67,7 +68,7 @@ def clusters_for(images: int) -> int:
 
 
 def epochs_for(images: int, scale: Scale) -> int:
-    """The paper's 200, twice as many of few images, fewer where these would cost too much on the device."""
+    """200, as in the paper's pretraining; 400 of few images, fewer where these would cost too much on the device."""
     affordable = CPU_MACS / scale.macs if scale.device == "cpu" else GPU_IMAGES
     return max(EPOCHS, min(200 if images >= 25_000 else 400, int(affordable / images)))
 
@@ -145,8 +146,8 @@ def advice(images: int, args: FitArgs) -> str | None:
     few = f"{images:,} images are few to learn from scratch"
     if args.channels not in (None, 3):
         return (
-            f"{few}: --init RUN --features RUN goes on from a run on more images of {args.channels} channels, if there "
-            "is one"
+            f"{few}: --init RUN --features RUN starts from a run on more images of {args.channels} channels, if you "
+            "have one"
         )
     return (
         f"{few}: --init NAME --features NAME starts from other weights (of a run, of timm, or the bundled "

@@ -11,21 +11,19 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from sssd_zoo.configs import ForwardConfig
+from sssd_zoo.data.inputs import input_channels
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import describe_machine
 from sssd_zoo.errors.text import code
 from sssd_zoo.evaluation.calibration import calibration_error, fit_temperatures, fold, useful_temperatures
-from sssd_zoo.evaluation.features import exit_logits, float32_classifiers, network_features
 from sssd_zoo.evaluation.reports.markdown import Results
 from sssd_zoo.files.run_folder import atomic_dir
 from sssd_zoo.hub.model_card import EXITS, save_model_folder
 from sssd_zoo.models import MultiExit, multiply_adds
 from sssd_zoo.models.backbones import architecture_of
-from sssd_zoo.models.networks import channels, load_network
+from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.stages import Stages
 
@@ -105,7 +103,7 @@ def write_network(plan: "Plan", folder: Path, name: str, labels: int, result: di
         "test_images": len(plan.evaluation.test_positions),
         "classes": plan.num_classes,
         "machine": describe_machine(plan.precision),
-        "macs": multiply_adds(network, (channels(network), plan.size, plan.size)),
+        "macs": multiply_adds(network, (input_channels(network), plan.size, plan.size)),
         "finetuned": f"from {start} by self distillation of all exits on {labels:,} labelled images",
         "notes": [calibrated],
     }
@@ -133,7 +131,7 @@ def calibrate(plan: "Plan", network: Any, folder: Path) -> str:
     calibrating, deciding = order[: len(order) // 2], order[len(order) // 2 :]
     if len(calibrating) < FEWEST:
         return f"**Calibration**: none, as {len(labels)} images to measure on are too few"
-    logits = measured_logits(plan, folder)
+    logits = plan.logits(folder)
     fitted = fit_temperatures(logits[:, calibrating], labels[calibrating])
     kept = useful_temperatures(fitted, logits[:, deciding], labels[deciding])
     errors = []
@@ -147,10 +145,3 @@ def calibrate(plan: "Plan", network: Any, folder: Path) -> str:
         f"calibration error on images that these were not fitted to: {'; '.join(errors)}. No exit's answers change by "
         "it; the ensemble's accuracy was measured before"
     )
-
-
-def measured_logits(plan: "Plan", folder: Path) -> Tensor:
-    """The logits of a run's network for the images to measure on, float32 [E, N, C]."""
-    forward = ForwardConfig(precision=plan.runtime.precision, device=plan.runtime.device)
-    network = float32_classifiers(load_network(str(folder)))
-    return network_features(network, plan.evaluation.test, forward, read=exit_logits)[:, plan.evaluation.test_positions]

@@ -8,7 +8,7 @@ from torchvision.models.detection import FasterRCNN
 
 from sssd_zoo.configs import DetectArgs, DetectionDataConfig, DetectorConfig, ForwardConfig, OptimConfig, RuntimeConfig
 from sssd_zoo.data.detection import DetectionData, DetectionLoader, default_test_splits, load_detection
-from sssd_zoo.data.inputs import pixels_of
+from sssd_zoo.data.inputs import input_channels, pixels_of
 from sssd_zoo.detection.average_precision import coco_backend
 from sssd_zoo.detection.detector import (
     build_detector,
@@ -17,7 +17,7 @@ from sssd_zoo.detection.detector import (
     save_detector,
     stage_modules,
 )
-from sssd_zoo.distributed import barrier, rank
+from sssd_zoo.distributed import barrier, rank, world_size
 from sssd_zoo.distributed.hardware import machine, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
@@ -25,11 +25,11 @@ from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import open_out
-from sssd_zoo.models.networks import channels, load_network
+from sssd_zoo.models.networks import load_network
 from sssd_zoo.tasks.detection import Detection
-from sssd_zoo.training.engine import Trainer, check_trainable
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import announce, prepare_run_folder, save_config
+from sssd_zoo.training.runs import announce, recorded_trainer
 
 
 def detect(args: DetectArgs) -> None:
@@ -45,13 +45,12 @@ def detect(args: DetectArgs) -> None:
     check_trainable(optim, processes, len(data))
     torch.manual_seed(runtime.seed)
     task = make_task(args, settings, len(data.class_names))
-    prepare_run_folder(out, args)
     identity = {"data": data.fingerprint, "images": len(data), "classes": data.class_names, **asdict(settings)}
     loader = DetectionLoader(data, args.batch_size, runtime.seed)
     # Not `run_training`, whose run folder holds a classification network and whose images are squares of one size.
-    trainer = Trainer(task, loader, optim=optim, runtime=runtime, out=out, identity=identity, title="detect")
-    if rank() == 0:
-        save_config(out, args)  # a resume with other settings has been refused by now
+    trainer = recorded_trainer(
+        task, loader, arguments=args, optim=optim, runtime=runtime, out=out, identity=identity, title="detect"
+    )
     measured = trainer.run()
     announce(out, f"Faster R-CNN on {args.model} trained on {len(data)} images of {data.name}", measured)
     if rank() == 0:
@@ -96,12 +95,16 @@ def load_test_data(
 
 
 def make_task(args: DetectArgs, settings: DetectorConfig, num_classes: int) -> Detection:
-    """A new detector on the trunk that the arguments name, ready to train."""
+    """A new detector on the trunk that the arguments name, ready to train.
+
+    Raises:
+        UserError: if the trunk cannot be loaded, or is not for RGB images of 8 bits.
+    """
     body = load_network(args.model, pretrained=args.pretrained, features_only=True)
     if pixels_of(body) is not None:
         raise UserError(
-            f"'{args.model}' takes images with {channels(body)} channels as they are stored, and detection reads RGB "
-            "of 8 bits: give a network for those"
+            f"'{args.model}' takes images with {input_channels(body)} channels as they are stored, and detection reads "
+            "RGB of 8 bits: give a network for those"
         )
     detector = build_detector(body, num_classes, settings)
     frozen = stage_modules(body, args.frozen_stages)
@@ -120,9 +123,8 @@ def write_metrics(
         test: images to measure on.
         measured: of the training, see `Trainer.run`.
     """
-    processes = make_accelerator(RuntimeConfig.of(args)).num_processes
     # Scores in half precision tie at the top, and average precision depends on their order.
-    forward = ForwardConfig(batch_size=max(1, args.batch_size // processes), precision="fp32", device=args.device)
+    forward = ForwardConfig(batch_size=max(1, args.batch_size // world_size()), precision="fp32", device=args.device)
     metrics = measure_detector(detector, test, forward, out, voc=args.voc)
     run = {"model": args.model, "pretrained": args.pretrained, "seed": args.seed, "machine": machine()}
     write_json(out / "metrics.json", {**metrics, **run, **measured})

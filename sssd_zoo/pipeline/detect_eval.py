@@ -1,5 +1,6 @@
 """`sssd detect-eval`: average precision of a trained detector."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,8 @@ from sssd_zoo.detection.detector import load_detector, measure_detector, metrics
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
-from sssd_zoo.files.run_folder import open_out
-from sssd_zoo.training.runs import prepare_run_folder
+from sssd_zoo.files.run_folder import atomic_dir, open_out
+from sssd_zoo.training.runs import save_config
 
 
 def check_classes(asked: list[str] | None, classes: list[str]) -> None:
@@ -47,8 +48,9 @@ def detect_eval(args: DetectEvalArgs) -> None:
     if not config.split:  # a COCO file has none: all of it is measured on
         config = replace(config, split=next(iter(default_test_splits(config)), None))
     data = load_detection(config, classes=classes)
-    if out is not None:
-        prepare_run_folder(out, args)
-    metrics = measure_detector(detector, data, ForwardConfig.of(args), out, voc=args.voc)
+    with nullcontext() if out is None else atomic_dir(out, "detections") as folder:
+        if folder is not None:
+            save_config(folder, args)
+        metrics = measure_detector(detector, data, ForwardConfig.of(args), folder, voc=args.voc)
     print(f"average precision of {args.model} in percent on {len(data)} images of {data.name}:")
     print(metrics_table(metrics))

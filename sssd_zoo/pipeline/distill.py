@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sssd_zoo.configs import (
     AnchoredConfig,
@@ -15,19 +15,19 @@ from sssd_zoo.configs import (
     RuntimeConfig,
     SelfDistillationConfig,
 )
-from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import ImageData, OpenedImages, load_images
 from sssd_zoo.data.views import CachedViewLoader
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import feature_batches, feature_moments, features_with_map
+from sssd_zoo.labels.fixed import fingerprint
 from sssd_zoo.labels.origin import Name, labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.maps import shared_map
 from sssd_zoo.models.networks import (
     check_channels,
-    input_spec,
     load_encoder,
     load_network,
     load_trunk,
@@ -72,6 +72,7 @@ def distill_network(
     init: str | None = None,
     encoder: str | None = None,
     teacher_size: int | None = None,
+    positions: Tensor | None = None,
 ) -> dict[str, float]:
     """Trains a network on labels by `method`, and writes it into the run folder, see `run_training`.
 
@@ -85,18 +86,21 @@ def distill_network(
         init: a network whose trunk's weights to start from.
         encoder: the network whose features the exits also predict, where `config` has an anchor.
         teacher_size: side in pixels of the encoder's views; by default what it was trained with.
+        positions: of the images to train on, int64; by default all. Not with cached views, which are of all images.
     """
     config.augment.resolved(contrastive=False, channels=data.channels)
     torch.manual_seed(runtime.seed)
     model = new_student(spec.arch, labels.num_classes, method, config.exits, data)
+    settings: dict[str, Any] = {"init": None}
     if init is not None:
-        load_trunk(model, load_trunk_of(init))
-    settings: dict[str, Any] = {"init": init}
+        start = load_trunk_of(init)
+        settings["init"] = weights_digest(start)  # the weights count, not where they lie
+        load_trunk(model, start)
     if spec.continues is not None:
         model = load_network(str(spec.continues))
         settings |= {"continues": weights_digest(model)}
     views = input_spec(model, spec.size)
-    loader = EpochLoader(data, config.batch_size, runtime.seed)
+    loader = EpochLoader(data, config.batch_size, runtime.seed, positions)
     if method == "clusterfit":
         settings |= {"method": method, **views._asdict(), "crop": config.crop, "scale": config.crop_scale}
         settings |= {**regularisation(config), **augment_settings(config.augment)}
@@ -105,32 +109,69 @@ def distill_network(
         settings |= method_settings(config, type(config))
         task = SelfDistillation(model, config, views)
     if isinstance(config, AnchoredConfig) and config.anchor:
-        forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
-        network, frozen = frozen_encoder(
-            encoder, teacher_size, data, forward, (model, [views.size, *config.sizes]) if config.dense else None
+        task, cached, anchor = anchored_task(
+            model, data, config, runtime, spec, method=method, encoder=encoder, teacher_size=teacher_size
         )
-        settings |= {"anchor": config.anchor, "encoder": weights_digest(network)}
-        settings |= {} if config.clusters else {"clusters": False}
-        settings |= {"dense": True} if config.dense else {}
-        settings |= {"cached_views": config.cached_views} if config.cached_views else {}
-        settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
-        if config.cached_views:
-            cache = spec.out / "view_cache"
-            write = partial(write_view_cache, cache, network, data, config, forward, runtime.seed, frozen.map_shape)
-            loader = CachedViewLoader(cache, write, data, config.batch_size, runtime.seed)
-            frozen = frozen._replace(network=None)
-        anchored = AnchoredClusterFit if method == "clusterfit" else AnchoredSelfDistillation
-        task = anchored(model, frozen, config, views)
+        loader = loader if cached is None else cached
+        settings |= anchor
     optim = OptimConfig.of(config)
-    check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
+    images = len(data) if positions is None else len(positions)
+    check_trainable(optim, make_accelerator(runtime).num_processes, images)
+    settings |= {} if positions is None else {"positions": fingerprint(positions.numpy())}
     return run_training(
         task, loader, task.trained, spec, optim=optim, runtime=runtime, settings=settings, labels=labels
     )
 
 
-def new_student(
-    arch: str, classes: int, method: Method, exits: str, data: ImageData | OpenedImages | None = None
-) -> Any:
+def anchored_task(
+    model: Any,
+    data: ImageData,
+    config: AnchoredConfig,
+    runtime: RuntimeConfig,
+    spec: RunSpec,
+    *,
+    method: Method,
+    encoder: str | None,
+    teacher_size: int | None,
+) -> tuple[LabelTask, EpochLoader | None, dict[str, Any]]:
+    """The task of a method with an anchor.
+
+    Args:
+        model: the network to train.
+        data: the images.
+        config: how to train.
+        runtime: where and how.
+        spec: the network.
+        method: 'sssd' or 'clusterfit'.
+        encoder: the network whose features the exits also predict.
+        teacher_size: side in pixels of the encoder's views; by default what it was trained with.
+
+    Returns:
+        The task; the loader of cached views, where there are any; and the settings that tell it from others.
+
+    Raises:
+        UserError: see `frozen_encoder`.
+    """
+    forward, views = runtime.forward(), input_spec(model, spec.size)
+    network, frozen = frozen_encoder(
+        encoder, teacher_size, data, forward, (model, [views.size, *config.sizes]) if config.dense else None
+    )
+    settings: dict[str, Any] = {"anchor": config.anchor, "encoder": weights_digest(network)}
+    settings |= {} if config.clusters else {"clusters": False}
+    settings |= {"dense": True} if config.dense else {}
+    settings |= {"cached_views": config.cached_views} if config.cached_views else {}
+    settings |= {} if teacher_size is None else {"teacher_size": teacher_size}
+    loader = None
+    if config.cached_views:
+        cache = spec.out / "view_cache"
+        write = partial(write_view_cache, cache, network, data, config, forward, runtime.seed, frozen.map_shape)
+        loader = CachedViewLoader(cache, write, data, config.batch_size, runtime.seed)
+        frozen = frozen._replace(network=None)
+    anchored = AnchoredClusterFit if method == "clusterfit" else AnchoredSelfDistillation
+    return anchored(model, frozen, config, views), loader, settings
+
+
+def new_student(arch: str, classes: int, method: Method, exits: str, data: ImageData | OpenedImages) -> Any:
     """A network with new weights: with exits for 'sssd', without for 'clusterfit'."""
     if method == "clusterfit":
         return new_trunk(arch, classes, data)
@@ -143,7 +184,7 @@ def frozen_encoder(
     size: int | None,
     data: ImageData,
     forward: ForwardConfig,
-    student: tuple[nn.Module, list[int]] | None = None,
+    student: tuple[nn.Module, list[int]] | None,
 ) -> tuple[Any, FrozenEncoder]:
     """A network, and as what is to be predicted: with its features' moments over at most 10,000 of the images.
 
@@ -218,6 +259,6 @@ def check_choices(args: DistillArgs, config: AnchoredConfig, *, named: bool) -> 
         raise UserError("--clusters false leaves nothing to learn without --anchor: give that and --encoder")
     for name in ("teacher_size", "cached_views", "dense"):
         if getattr(args, name) and not config.anchor:
-            raise UserError(f"--{name} is of the network of --encoder: give that too, or remove it")
+            raise UserError(f"--{name} needs --encoder: add --encoder, or drop --{name}")
     if named and args.soft is not None:
         raise UserError(f"--soft applies to pseudo labels with distances to centroids, not to labels '{args.labels}'")

@@ -6,7 +6,8 @@ thresholds are those of the agreement with the ensemble.
 OUT/
     model.safetensors   the network, each exit's classifier divided by its temperature
     config.json         thresholds, which timm hands to the network, and under `early_exit` how they were found
-    early_exit/         report.json, report.md, figure.png: accuracy against cost, on images that calibrated nothing
+    early_exit/         report.json, report.md, figure.png: accuracy against cost, on images that nothing was fitted to;
+                        they only decide which temperatures are kept
 
 A temperature divides an exit's logits (Guo et al. 2017, "On Calibration of Modern Neural Networks"). Dividing the
 weights and biases of its classifier does the same, so a calibrated network has no state of its own: an exit's answers
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sssd_zoo.configs import DataConfig, EarlyExitArgs, ForwardConfig
-from sssd_zoo.data.inputs import prepared, storage_default
+from sssd_zoo.data.inputs import input_channels, input_spec, prepared, storage_default
 from sssd_zoo.data.loading import ImageData, has_labels, load_images, split_names
 from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed.hardware import describe_machine, tune_cpu
@@ -55,10 +56,11 @@ from sssd_zoo.files import atomic_write_text, read_json, write_json
 from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.models import MultiExit, StageCosts, classifiers, ensemble_logits, stage_costs
 from sssd_zoo.models.backbones import architecture_of
-from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
+from sssd_zoo.models.networks import config_for, load_network
 from sssd_zoo.models.saving import save_network
 
 EXITS = ("1", "2", "3", "4")
+POINTS = 25  # of the curve of accuracy over multiply-adds
 
 
 def load_classifier(args: EarlyExitArgs) -> Any:
@@ -230,7 +232,7 @@ def early_exit(args: EarlyExitArgs) -> None:
 
     device = next(model.parameters()).device
     size = input_spec(model).size
-    macs = stage_costs(model, (channels(model), size, size))
+    macs = stage_costs(model, (input_channels(model), size, size))
     costs = macs
     if args.latency is not None:
         images = prepared(calibrating.data.gather(calibrating.positions[: 2 * ONE_BY_ONE]), model)
@@ -375,9 +377,7 @@ def write(out: Path, model: Any, measured: Sample, results: dict[str, Any], args
         atomic_write_text(folder / "early_exit" / "report.md", report(results))
 
 
-def curve(
-    rules: Rules, test: Tensor, test_labels: Tensor | None, macs: StageCosts, points: int = 25
-) -> list[dict[str, Any]]:
+def curve(rules: Rules, test: Tensor, test_labels: Tensor | None, macs: StageCosts) -> list[dict[str, Any]]:
     """Early exit at budgets between exit 1 and the whole network, the thresholds from one sample, measured on another.
 
     Args:
@@ -385,10 +385,9 @@ def curve(
         test: logits of the images to measure, [4, M, C].
         test_labels: theirs, int64 [M], if they have labels.
         macs: of the network's parts.
-        points: of the curve.
     """
     entries: list[dict[str, Any]] = []
-    for budget in np.linspace(macs.answer("1"), macs.answer("ensemble"), points):
+    for budget in np.linspace(macs.answer("1"), macs.answer("ensemble"), POINTS):
         thresholds = rules.most_accurate(float(budget))
         assert thresholds is not None  # exit 1 alone keeps every one of these
         answers, taken = early_answers(test, thresholds)

@@ -8,6 +8,7 @@ memory holds no more than a part. An image is decoded once, by the loader's work
 import io
 import json
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -21,11 +22,10 @@ from torch import Tensor
 
 from sssd_zoo.configs import DataConfig, EmbedArgs, RuntimeConfig
 from sssd_zoo.data.images import Corrupt
-from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.distributed import barrier, on_main, rank, world_size
-from sssd_zoo.distributed.hardware import DTYPES as AUTOCAST
-from sssd_zoo.distributed.hardware import compute_device, resolve_precision, tune_cpu
+from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.embeddings import (
@@ -39,11 +39,11 @@ from sssd_zoo.evaluation.embeddings import (
     sidecars,
     write_embeddings,
 )
-from sssd_zoo.evaluation.features import read_batches
+from sssd_zoo.evaluation.features import run_network
 from sssd_zoo.files import atomic_write_bytes, disk_errors, read_json, write_json
 from sssd_zoo.files.run_folder import check_replaceable, check_writable, claim, discard, drop
 from sssd_zoo.models import MultiExit
-from sssd_zoo.models.networks import config_for, input_spec, load_encoder, weights_digest
+from sssd_zoo.models.networks import config_for, load_encoder, weights_digest
 from sssd_zoo.training.hardware import make_accelerator
 
 PART = 1024  # images, about: what a kill can lose
@@ -84,6 +84,8 @@ def embed(args: EmbedArgs) -> None:
     tune_cpu()
     make_accelerator(RuntimeConfig(device=args.device))
     out = Path(args.out)
+    if out.is_symlink() and out.exists():
+        out = out.resolve()  # the file that is written, with what belongs beside it
     on_main(lambda: check_target(args, out))
     network, digest, exits = load_exits(args.model, args.exits, args.image_size)
     config = config_for(args.model, network, replace(DataConfig.of(args), in_memory=False))
@@ -125,7 +127,7 @@ def check_target(args: EmbedArgs, out: Path) -> None:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"--out {out} lies in --data {source}, where it would be read as data: give another place")
     check_replaceable(out, args.overwrite, "embeddings of `sssd embed`", is_embeddings)
-    foreign = [path for path in sidecars(out) if path.exists() and not is_ours(sidecars(out)[0])]
+    foreign = [path for path in sidecars(out) if os.path.lexists(path) and not is_ours(sidecars(out)[0])]
     if foreign:
         raise UserError(f"{foreign[0]} is not of `sssd embed`, so it is kept: give another --out")
 
@@ -236,7 +238,9 @@ def compute(args: EmbedArgs, network: Any, data: ImageData, parts: Parts, number
     left, told = list(numbers), len(data.corrupt)
     with ThreadPoolExecutor(1) as writer:
         writing: Future[None] | None = None
-        batches = feature_batches(args, network, data, order)
+        readable = (batch for batch in data.batches(order, leave_out=True) if len(batch[0]))
+        total = sum(map(len, order)) if rank() == 0 else None
+        batches = run_network(network, readable, args, total=total, ahead=True)
         for number, group in groupby(batches, key=lambda batch: int(batch[0][0]) // parts.size):
             positions, values = zip(*group, strict=True)
             if writing is not None:
@@ -253,22 +257,6 @@ def compute(args: EmbedArgs, network: Any, data: ImageData, parts: Parts, number
             writing.result()
     for number in left:  # none of its images can be read
         parts.write(number, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1, 1), data.corrupt[told:], args.dtype)
-
-
-def feature_batches(
-    args: EmbedArgs, network: Any, data: ImageData, order: list[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The positions, int64 [n], and features, float32 [E, n, D], of the images of each batch that can be read."""
-    device = compute_device(args.device)
-    readable = (batch for batch in data.batches(order, leave_out=True) if len(batch[0]))
-    return read_batches(
-        network.to(device, memory_format=torch.channels_last),
-        readable,
-        input_spec(network),
-        total=sum(map(len, order)) if rank() == 0 else None,
-        autocast=AUTOCAST[resolve_precision(args.precision, args.device)],
-        ahead=True,
-    )
 
 
 def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any], out: Path) -> Meta:

@@ -14,19 +14,19 @@ from torch import Tensor
 
 from sssd_zoo.configs import AnchoredConfig, MoCoConfig, OptimConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom, draw_views
+from sssd_zoo.data.inputs import InputSpec, input_spec
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.views import ViewBatch
 from sssd_zoo.distributed import on_main, world_size
-from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
+from sssd_zoo.distributed.progress import duration
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.features import read_batches
+from sssd_zoo.evaluation.features import run_network
 from sssd_zoo.files import temporary_name
 from sssd_zoo.labels.origin import labels_by_name
 from sssd_zoo.models import feature_width
 from sssd_zoo.models.maps import shared_map
-from sssd_zoo.models.networks import input_spec, load_encoder, new_network, new_trunk
+from sssd_zoo.models.networks import new_network, new_trunk
 from sssd_zoo.pipeline.distill import new_student
-from sssd_zoo.pipeline.forecast import rough
 from sssd_zoo.pipeline.pretext import Setup
 from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder, MoCo, SelfDistillation, Task
 from sssd_zoo.training.trial import TIMED, WARM_UP, StepTime, measure_step, same_random_state
@@ -116,7 +116,7 @@ def epochs_within(setup: Setup, work: Work, rates: Rates, seconds: float) -> int
     )
     if (seconds - fixed) < epoch:
         raise UserError(
-            f"--budget is too short: one epoch of each stage takes about {rough(fixed + epoch)} from here on this "
+            f"--budget is too short: one epoch of each stage takes about {duration(fixed + epoch)} from here on this "
             "machine; give more, or a smaller --image_size"
         )
     return min(LONGEST, int((seconds - fixed) / epoch))
@@ -126,9 +126,11 @@ def measure(setup: Setup, work: Work) -> Rates:
     """Measures what the stages that are to come take; every process calls it, and all get the main one's figures."""
     trainings: dict[str, StepTime] = {}
     with same_random_state():
-        encoder = encoder_of(setup)
-        per_image = forward_seconds(encoder, setup, None if setup.pretext.source is None else setup.size)
-        per_student = forward_seconds(new_network(setup.arch, setup.data), setup, setup.size)
+        encoder, spec = setup.pretext.encoder_like()
+        per_image = forward_seconds(encoder, setup, spec)
+        student = new_network(setup.arch, setup.data)
+        per_student = forward_seconds(student, setup, input_spec(student, setup.size))
+        del student  # its memory is for the trainings
         for name, config in work.trainings.items():
             if not work.steps_left(name):
                 continue
@@ -136,7 +138,7 @@ def measure(setup: Setup, work: Work) -> Rates:
             if alike is not None:
                 trainings[name] = trainings[alike]
             elif isinstance(config, SelfDistillationConfig):
-                trainings[name] = distill_step(setup, config, encoder)
+                trainings[name] = distill_step(setup, config, encoder, spec)
             elif isinstance(config, MoCoConfig):
                 trainings[name] = pretrain_step(setup, config)
     if torch.cuda.is_available():
@@ -153,29 +155,17 @@ def _alike(one: OptimConfig, other: OptimConfig) -> bool:
     return one.batch_size == other.batch_size
 
 
-def encoder_of(setup: Setup) -> Any:
-    """M_ssl, or, where it is yet to be trained, a network of its kind."""
-    pretext = setup.pretext
-    if pretext.source is None:
-        return load_encoder(pretext.arch, pretext.teacher_size)
-    return new_trunk(pretext.arch, data=pretext.source)
-
-
-def forward_seconds(network: Any, setup: Setup, size: int | None) -> float:
+def forward_seconds(network: Any, setup: Setup, spec: InputSpec) -> float:
     """Wall time of a network's forward pass of one image, where all processes take a part of the images.
 
     Args:
         network: the network.
         setup: the images, and how to run it.
-        size: side of its images in pixels; by default its own.
+        spec: of its inputs.
     """
     positions = torch.arange(min(FORWARD, len(setup.data)))
-    passes = read_batches(
-        network.to(compute_device(setup.forward.device), memory_format=torch.channels_last),
-        setup.data.batches([positions] * 2, workers=0),
-        input_spec(network, size),
-        autocast=DTYPES[resolve_precision(setup.forward.precision, setup.forward.device)],
-    )
+    batches = setup.data.batches([positions] * 2, workers=0)
+    passes = run_network(network, batches, setup.forward, spec=spec)
     next(passes)
     began = time.perf_counter()
     next(passes)
@@ -225,15 +215,21 @@ class _CachedViews(EpochLoader):
             yield positions, ViewBatch(images, views, torch.zeros(count, self.width, dtype=torch.float16))
 
 
-def distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any) -> StepTime:
-    """Of self distillation on labels of no meaning, with M_ssl as `encoder` where it has an anchor."""
+def distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any, spec: InputSpec) -> StepTime:
+    """Of self distillation on labels of no meaning.
+
+    Args:
+        setup: the images, and how to train.
+        config: of the training.
+        encoder: M_ssl, or a network of its kind, whose features the exits predict where `config` has an anchor.
+        spec: of its inputs.
+    """
     labels = labels_by_name("random", setup.data, setup.args.cluster.k, setup.runtime)
     model = new_student(setup.arch, labels.num_classes, "sssd", config.exits, setup.data)
     views = input_spec(model, setup.size)
     loader = EpochLoader(setup.data, config.batch_size, setup.runtime.seed)
     task: Task = SelfDistillation(model, config, views)
     if isinstance(config, AnchoredConfig) and config.anchor:
-        spec = input_spec(encoder, None if setup.pretext.source is None else setup.size)
         shape = shared_map(model, [setup.size, *config.sizes], encoder, spec.size) if config.dense else None
         width = feature_width(encoder) + (0 if shape is None else shape.numbers)
         frozen = FrozenEncoder(encoder, spec, torch.zeros(width), torch.ones(width), shape)

@@ -16,7 +16,9 @@ network for grey images; `input_size` in the metadata is [C, S, S].
 
 import io
 import json
+import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sssd_zoo.configs import DataConfig, ExportArgs
-from sssd_zoo.data.inputs import prepared, storage_default
+from sssd_zoo.configs import DataConfig, ExportArgs, ProbeConfig
+from sssd_zoo.data.inputs import input_channels, input_spec, prepared, storage_default
 from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.data.several import open_data
 from sssd_zoo.errors import UserError
@@ -40,11 +42,12 @@ from sssd_zoo.hub.portable import plain_network, save_for_transformers
 from sssd_zoo.models import MultiExit, stages_and_heads
 from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.multi_exit import check_thresholds
-from sssd_zoo.models.networks import channels, config_for, input_spec, load_network
+from sssd_zoo.models.networks import config_for, load_network, no_classifier, no_thresholds
 from sssd_zoo.models.saving import save_network
 
 FOLDERS = {"safetensors": "network", "timm": "network", "transformers": "transformers"}  # by format, the folder's kind
 WHOLE = ("ensemble", "all", "early-exit")  # outputs that need all exits
+MOST_FACTS = 10_000_000  # bytes of the metadata of a torch.export program, which has the names of all classes
 Arrays = list[NDArray[np.float32]]
 
 
@@ -87,7 +90,7 @@ def metadata(model: Any, output: str) -> dict[str, Any]:
     return {
         "architecture": architecture_of(model),
         "output": output,
-        "input_size": [channels(model), size, size],
+        "input_size": [input_channels(model), size, size],
         "mean": list(mean),
         "std": list(std),
         **{name: value for name in ("bits", "storage_size") if (value := getattr(model, name, None)) is not None},
@@ -205,9 +208,7 @@ def load_output(args: ExportArgs) -> MultiExit:
     output = asked_output(args)
     model = load_network(args.model, output="ensemble" if output in WHOLE else output)
     if not isinstance(model, MultiExit) or (model.num_classes < 1 and args.format != "timm"):
-        raise UserError(
-            f"'{args.model}' is not a network of this package with classes: train its heads first (sssd linear)"
-        )
+        raise no_classifier(args.model)
     return model.eval()
 
 
@@ -304,21 +305,24 @@ def export_file(model: MultiExit, args: ExportArgs, facts: dict[str, Any], examp
     """Writes one graph, of one output or of all exits, and with --int8 the quantised one beside it."""
     module: nn.Module = AllExits(model).eval() if args.output == "all" else model
     if args.format == "torch-export":
-        atomic_write_bytes(out, torch_export_bytes(module, example, facts))
+        atomic_write_bytes(out, torch_export_bytes(module, example, facts), follow_link=True)
         return
     outputs = [f"logits{number}" for number in range(1, 5)] if args.output == "all" else ["logits"]
     graph = onnx_bytes(module, example, ["images", *outputs], facts)
     if args.int8:
         export_int8(model, args, graph, outputs, out)
-    atomic_write_bytes(out, graph)
+    atomic_write_bytes(out, graph, follow_link=True)
 
 
 def is_program(path: Path) -> bool:
     """Whether a file is a torch.export program with the facts that `sssd export` puts into one."""
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if re.fullmatch(r"[^/]+/extra/metadata\.json", name)]
+            facts = [json.loads(archive.read(name)) for name in names if archive.getinfo(name).file_size <= MOST_FACTS]
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError):  # damaged, encrypted, or no JSON
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/metadata.json") for name in archive.namelist())
+    return any(isinstance(each, dict) and {"architecture", "output"} <= each.keys() for each in facts)
 
 
 def is_graph(path: Path) -> bool:
@@ -327,7 +331,8 @@ def is_graph(path: Path) -> bool:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        graph = onnx.load(path, load_external_data=False)
+        # As `export` writes it, whatever the name: of itself onnx would read a name in .json or .textproto as text.
+        graph = onnx.load(path, format="protobuf", load_external_data=False)
     except DecodeError:
         return False
     return {"architecture", "output"} <= {prop.key for prop in graph.metadata_props}
@@ -340,7 +345,7 @@ def export_stages(model: MultiExit, args: ExportArgs, facts: dict[str, Any], exa
         UserError: if there are no thresholds.
     """
     if model.thresholds is None:
-        raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
+        raise no_thresholds(args.model)
     files = []
     with atomic_dir(out, "graphs") as temporary:
         for number in range(1, 5):
@@ -379,7 +384,11 @@ def int8_images(args: ExportArgs, model: MultiExit) -> tuple[Images, Images, str
     data = load_images(config, default_size=storage_default(input_spec(model).size))
     if data.labels is not None:
         check_classes(data, model, args.model)
-        evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=0.5, seed=args.seed)
+        # Without a test split these are, with the same seed, the images that `sssd fit` held out from its probes.
+        holdout = ProbeConfig.holdout
+        evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=holdout, seed=args.seed)
+        if evaluation.test is data:
+            evaluation = replace(evaluation, words=f"a part of split {data.split} that is not calibrated on")
         measured = Images(evaluation.test, evaluation.test_positions)
         return Images(data, evaluation.train_positions), measured, evaluation.describe()
     splits = open_data(config, progress=False)
@@ -404,7 +413,7 @@ def export_int8(model: MultiExit, args: ExportArgs, graph: bytes, outputs: list[
     )
     small = quantise(graph, batches)
     target = out.with_suffix(".int8.onnx")
-    atomic_write_bytes(target, small)
+    atomic_write_bytes(target, small, follow_link=True)
     print(
         f"int8, calibrated on {len(positions)} images of {train.data.name} ({train.data.split}): {target}, "
         f"{len(small) / len(graph):.2f} of the size"

@@ -4,9 +4,7 @@ OUT/MODEL/LABELS/seed-S/ holds each trained network, done once and reused by lat
 accuracy.png what they gave; OUT/model the network to use, see `deploy`.
 """
 
-import csv
 import hashlib
-import io
 import math
 import re
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from sssd_zoo.configs import DataConfig, FinetuneArgs, ForwardConfig, OptimConfig, RuntimeConfig
-from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.configs import DataConfig, FinetuneArgs, OptimConfig, RuntimeConfig
+from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.data.sources import short_name
@@ -32,7 +31,7 @@ from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.comparison import mean_and_range
 from sssd_zoo.evaluation.reports.markdown import table
 from sssd_zoo.evaluation.reports.paper import TABLE_4
-from sssd_zoo.files import atomic_write_text
+from sssd_zoo.files import atomic_write_text, csv_text
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.fixed import FixedLabels
 from sssd_zoo.models.backbones import architecture_of
@@ -43,7 +42,6 @@ from sssd_zoo.models.networks import (
     choose_model,
     choose_size,
     config_for,
-    input_spec,
     load_network,
     load_trunk,
     weights_digest,
@@ -53,7 +51,7 @@ from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.tasks import ClusterFit, SelfDistillation
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
-from sssd_zoo.training.runs import RunSpec, augment_settings, regularisation, run_training, save_config
+from sssd_zoo.training.runs import RunSpec, augment_settings, begin_config, regularisation, run_training, save_config
 
 SCRATCH = "scratch"
 
@@ -116,6 +114,12 @@ def starting_network(name: str, like: str, method: str, classes: int) -> tuple[A
 def step_plan(args: FinetuneArgs, name: str, images: int, processes: int) -> OptimConfig:
     """How to train a network on so many labelled images: batches that they fill, and epochs enough for `min_steps`.
 
+    Args:
+        args: of the command.
+        name: the network to start from.
+        images: number of them.
+        processes: number of them.
+
     Raises:
         UserError: if they are too few for a batch.
     """
@@ -147,8 +151,7 @@ def finetune(args: FinetuneArgs) -> None:
         evaluation = replace(evaluation, words=f"a part of split {data.split} whose labels are kept from training")
     plan = Plan(args, runtime, evaluation, choose_size(data, args.image_size), processes, out)
     plan.check()
-    if rank() == 0 and not (out / "config.yaml").exists():  # an older one describes what is there until the end
-        save_config(out, args)
+    begin_config(out, args)
     print_main(plan.describe())
     rows = [row for name in args.models for row in plan.run(name)]
     deployed = deploy(plan, rows) if args.deploy else []
@@ -181,7 +184,7 @@ def check_models(args: FinetuneArgs) -> None:
     if len({folder_name(name) for name in args.models}) < len(args.models):
         raise UserError(f"--models must have different names: {', '.join(args.models)}")
     if unnamed := [name for name in args.models if folder_name(name) in ("", ".", "..")]:
-        raise UserError(f"--models {unnamed[0]} gives no name to a folder of its runs: give its absolute path")
+        raise UserError(f"--models {unnamed[0]} cannot name a folder: give its absolute path")
     if args.deploy and (taken := [name for name in args.models if folder_name(name) == "model"]):
         raise UserError(
             f"--models {taken[0]} would share OUT/model with the network to deploy: give its absolute path, or "
@@ -271,7 +274,6 @@ class Plan:
     def inputs(self, name: str) -> dict[str, Any]:
         """What all runs of a network depend on."""
         args, evaluation = self.args, self.evaluation
-        scratch = name == SCRATCH
         return {
             "data": evaluation.train.fingerprint,
             "test": evaluation.test.fingerprint,
@@ -289,8 +291,13 @@ class Plan:
             **regularisation(args),
             **augment_settings(args.augment),
             "model": name,
-            "start": first_model(args, self.size) if scratch else weights_digest(load_network(name, num_classes=0)),
+            "start": self.start(name),
         }
+
+    def start(self, name: str) -> str:
+        """What tells the weights that a network starts from, wherever they lie: from scratch, its architecture."""
+        scratch = name == SCRATCH
+        return first_model(self.args, self.size) if scratch else weights_digest(load_network(name, num_classes=0))
 
     def run(self, name: str) -> list[dict[str, Any]]:
         """Fine-tunes one network on every amount of labels with every seed; gives a row for each."""
@@ -338,7 +345,7 @@ class Plan:
             optim=optim,
             runtime=replace(self.runtime, seed=seed, checkpoint_epochs=max(1, optim.epochs // 10)),
             settings={
-                "start": name,
+                "start": self.start(name),
                 "method": args.method,
                 "labels": hashlib.sha256(positions.tobytes()).hexdigest(),
                 **regularisation(args),
@@ -347,17 +354,22 @@ class Plan:
         )
         if rank() != 0:
             return {}
-        exits, ensemble = self.measure(folder)
+        exits, ensemble = accuracies(self.logits(folder), self.evaluation.test_labels)
         steps = optim.epochs * (len(positions) // optim.batch_size)
         return {"exits": exits, "ensemble": ensemble, "loss": measured["loss"], "steps": steps}
 
-    def measure(self, folder: Path) -> tuple[list[float], float]:
-        """Accuracies in percent of a trained network's exits and their ensemble, as `sssd predict` answers."""
-        evaluation = self.evaluation
-        forward = ForwardConfig(precision=self.runtime.precision, device=self.runtime.device)
+    def logits(self, folder: Path) -> Tensor:
+        """What the exits of a trained network answer, as `sssd predict` computes it.
+
+        Args:
+            folder: of the run.
+
+        Returns:
+            Float32 [E, M, C], for the M images to measure on.
+        """
         network = float32_classifiers(load_network(str(folder)))
-        logits = network_features(network, evaluation.test, forward, read=exit_logits)[:, evaluation.test_positions]
-        return accuracies(logits, evaluation.test_labels)
+        logits = network_features(network, self.evaluation.test, self.runtime.forward(), read=exit_logits)
+        return logits[:, self.evaluation.test_positions]
 
 
 def write_results(plan: Plan, rows: list[dict[str, Any]], deployed: list[str]) -> None:
@@ -435,11 +447,7 @@ def report_lines(plan: Plan, rows: list[dict[str, Any]], curves: dict[str, dict[
 
 def results_csv(rows: list[dict[str, Any]]) -> str:
     """All rows as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     keys = ("model", "amount", "labels", "seed", "accuracy")
     exits = [f"exit {number}" for number in range(1, max(len(row["exits"]) for row in rows) + 1)]
-    writer.writerow([*keys, *exits, "steps", "seconds"])
-    for row in rows:
-        writer.writerow([*(row[key] for key in keys), *row["exits"], row["steps"], row["seconds"]])
-    return text.getvalue()
+    lines = ([*(row[key] for key in keys), *row["exits"], row["steps"], row["seconds"]] for row in rows)
+    return csv_text([*keys, *exits, "steps", "seconds"], lines)

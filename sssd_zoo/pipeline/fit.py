@@ -38,6 +38,7 @@ from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
+from sssd_zoo.distributed.progress import duration
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
 from sssd_zoo.evaluation.probe import Probe
@@ -60,7 +61,7 @@ from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.labels.origin import labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
-from sssd_zoo.models.networks import load_encoder, load_network
+from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.budget import BESIDE, MARGIN, chosen_before, describe_kept, keep, with_epochs
 from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.distill import distill_network
@@ -72,7 +73,7 @@ from sssd_zoo.pipeline.earlier import (
     remove_stages,
 )
 from sssd_zoo.pipeline.estimate import Rates, Work, epochs_within, expected, measure
-from sssd_zoo.pipeline.forecast import Forecast, rough
+from sssd_zoo.pipeline.forecast import Forecast
 from sssd_zoo.pipeline.gpu_memory import within_memory
 from sssd_zoo.pipeline.mistakes import Mistakes
 from sssd_zoo.pipeline.preflight import check_start
@@ -81,7 +82,10 @@ from sssd_zoo.pipeline.quality import run_figures, run_verdict
 from sssd_zoo.pipeline.rename import cluster_names
 from sssd_zoo.pipeline.report import write_run_page
 from sssd_zoo.pipeline.stages import Stage, Stages
-from sssd_zoo.training.runs import RunSpec, save_config, save_corrupt, settings_of
+from sssd_zoo.training.runs import RunSpec, begin_config, save_config, save_corrupt, settings_of
+
+SHOWN = 12  # clusters in the figure of them, and images of each
+SEED_STEP = 7919  # between the seeds of a run's trainings: --more_epochs sees new views, in another order
 
 
 def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
@@ -342,15 +346,14 @@ class Plan:
         )
         survey = stages.survey(declared)
         on_main(lambda: check_earlier(self.out, args, names, survey))
-        if rank() == 0 and not (self.out / "config.yaml").exists():
-            save_config(self.out, replace(args, budget=None))
+        begin_config(self.out, replace(args, budget=None))
         print_main(f"{len(names)} stages: {', '.join(names)}")
         work = self.work(survey.begun)
         seconds: dict[str, float] = {}
         if work.worth_measuring():
             rates = self.rates if self.rates and not args.extensions else measure(self.setup, work)
             seconds = expected(self.setup, work, rates)
-            print_main(f"about {rough(sum(seconds.values()))} from here, by a few measured steps of each training")
+            print_main(f"about {duration(sum(seconds.values()))} from here, by a few measured steps of each training")
         stages.forecast = Forecast(names, seconds)
         for stage in declared:
             stages.run(stage)
@@ -371,15 +374,17 @@ class Plan:
     def extend(self, before: str, name: str, folder: Path) -> dict[str, Any]:
         """Goes on with the network of the stage `before`."""
         spec = replace(self.setup.spec(folder, name), continues=self.out / before)
-        return self._distil(self.extensions[name], spec, None)
+        number = list(self.extensions).index(name) + 1
+        return self._distil(self.extensions[name], spec, None, number * SEED_STEP)
 
-    def _distil(self, config: AnchoredConfig, spec: RunSpec, start: str | None) -> dict[str, Any]:
+    def _distil(self, config: AnchoredConfig, spec: RunSpec, start: str | None, more_seed: int = 0) -> dict[str, Any]:
         setup = self.setup
+        runtime = replace(setup.runtime, seed=setup.runtime.seed + more_seed)
         measured = distill_network(
             setup.data,
             pseudo_labels_for(setup.data, self.pseudo_labels(), self.args.soft),
             config,
-            setup.runtime,
+            runtime,
             spec,
             init=start,
             encoder=setup.pretext.network(self.out) if config.anchor else None,
@@ -390,7 +395,7 @@ class Plan:
     def quality(self, folder: Path) -> dict[str, Any]:
         """Figures without labels, of the distilled network and of the one that was clustered."""
         setup = self.setup
-        clustered = load_encoder(setup.pretext.network(self.out), setup.pretext.teacher_size)
+        clustered = setup.pretext.load(self.out)
         distilled = load_network(str(self.out / self.student))
         return {"label_free": run_figures(distilled, clustered, setup.data, setup.forward, self.args.seed)}
 
@@ -417,7 +422,7 @@ class Plan:
                 save_model_folder(
                     folder / "network", network, arch=setup.arch, label_names=names, input_size=setup.size
                 )
-        trunk = load_encoder(setup.pretext.network(self.out), setup.pretext.teacher_size)
+        trunk = setup.pretext.load(self.out)
         features = evaluation_features(trunk, evaluation, setup.forward)
         knn = KNNConfig(neighbours=min(KNNConfig.neighbours, len(features.train_y)))
         return {
@@ -485,6 +490,8 @@ def write_results(plan: Plan, stages: Stages) -> Results:
     remove_figures(out, results["figures"])
     write_report(out / "report.md", results)
     write_json(out / "metrics.json", results)
+    if (out / "model").is_dir():
+        link_network(out)  # before a copy of this network by the run's name differs from it
     save_model_folder(
         out / "model",
         network,
@@ -545,25 +552,24 @@ def describe_labelling(data: ImageData) -> str:
     )
 
 
-def nearest_images(
-    data: ImageData, pseudo: PseudoLabels, clusters: int = 12, columns: int = 12
-) -> tuple[Any, list[str]]:
+def nearest_images(data: ImageData, pseudo: PseudoLabels) -> tuple[Any, list[str]]:
     """The images nearest to the centres of some clusters, from the largest cluster to the smallest.
 
     Returns:
-        Uint8 [clusters, columns, 3, S, S], filled up with white, and a title for each cluster.
+        Uint8 [SHOWN, SHOWN, 3, S, S], clusters by images, of fewer clusters where there are fewer, filled up with
+        white; and a title for each cluster.
     """
     sizes = np.array(pseudo.meta["sizes"])
     order = np.argsort(-sizes, kind="stable")
-    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(clusters, len(order))).round().astype(int))]
+    chosen = order[np.unique(np.linspace(0, len(order) - 1, min(SHOWN, len(order))).round().astype(int))]
     labels = pseudo.labels_of(data.rows)
     position_of = {row: position for position, row in enumerate(data.rows)}
-    images = np.full((len(chosen), columns, 3, data.size, data.size), 255, dtype=np.uint8)
+    images = np.full((len(chosen), SHOWN, 3, data.size, data.size), 255, dtype=np.uint8)
     titles = []
     for place, cluster in enumerate(chosen):
         members = np.flatnonzero(pseudo.labels == cluster)
         nearest = pseudo.rows[members[np.argsort(pseudo.distances[members], kind="stable")]]
-        positions = [position_of[row] for row in nearest if row in position_of][:columns]
+        positions = [position_of[row] for row in nearest if row in position_of][:SHOWN]
         images[place, : len(positions)] = data.shown(torch.tensor(positions)).numpy()
         title = f"cluster {cluster}: {sizes[cluster]} images"
         if data.labels is not None and data.class_names is not None:

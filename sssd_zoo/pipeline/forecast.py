@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from sssd_zoo.distributed.progress import duration
+
 
 class Forecast:
     """The stages of a run in turn, and how long those to come take.
@@ -11,8 +13,8 @@ class Forecast:
         seconds: that stages are expected to take, by their names; those without an entry are not counted.
     """
 
-    def __init__(self, names: Sequence[str], seconds: Mapping[str, float] | None = None) -> None:
-        self.names, self.seconds = list(names), dict(seconds or {})
+    def __init__(self, names: Sequence[str], seconds: Mapping[str, float]) -> None:
+        self.names, self.seconds = list(names), dict(seconds)
         self.expected = self.took = 0.0  # of the stages that are finished
 
     def left(self, name: str) -> float:
@@ -23,18 +25,10 @@ class Forecast:
     def describe(self, name: str) -> str:
         """Which step a stage is, and about how long it and the rest take, as far as that is known."""
         step = f"step {self.names.index(name) + 1} of {len(self.names)}"
-        return f"{step}, about {rough(self.left(name))} left" if self.left(name) > 0 else step
+        return f"{step}, about {duration(self.left(name))} left" if self.left(name) > 0 else step
 
     def finished(self, name: str, seconds: float) -> None:
         """Notes how long a stage took."""
         if name in self.seconds:
             self.expected += self.seconds[name]
             self.took += seconds
-
-
-def rough(seconds: float) -> str:
-    """A time as nobody measured it: seconds, minutes, or hours and minutes."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -11,7 +11,7 @@ from sssd_zoo.distributed.hardware import compute_device
 from sssd_zoo.files.untrusted import read_yaml
 from sssd_zoo.pipeline.defaults import SMALLEST, splits_for
 from sssd_zoo.pipeline.earlier import flat
-from sssd_zoo.pipeline.estimate import distill_step, encoder_of, pretrain_step
+from sssd_zoo.pipeline.estimate import distill_step, pretrain_step
 from sssd_zoo.pipeline.pretext import Setup
 from sssd_zoo.pipeline.pretrain import check_splits
 from sssd_zoo.training.engine import OutOfMemory
@@ -90,7 +90,7 @@ def _problem(setup: Setup, config: MoCoConfig | SelfDistillationConfig) -> OutOf
             if isinstance(config, MoCoConfig):
                 pretrain_step(uncompiled, config)
             else:
-                distill_step(uncompiled, config, encoder_of(uncompiled))
+                distill_step(uncompiled, config, *uncompiled.pretext.encoder_like())
         return None
     except OutOfMemory as error:
         return OutOfMemory(str(error))  # another one: the traceback of this holds the tensors of the step

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sssd_zoo.configs import DataConfig, ForwardConfig, KNNArgs, LinearArgs, ProbeConfig
-from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.evaluation.protocol import (
@@ -15,11 +15,11 @@ from sssd_zoo.evaluation.protocol import (
     put_heads,
 )
 from sssd_zoo.files import write_json
-from sssd_zoo.files.run_folder import open_out
+from sssd_zoo.files.run_folder import atomic_dir, open_out
 from sssd_zoo.models.backbones import architecture_of
-from sssd_zoo.models.networks import config_for, input_spec, load_network
+from sssd_zoo.models.networks import config_for, load_network
 from sssd_zoo.models.saving import save_network
-from sssd_zoo.training.runs import prepare_run_folder
+from sssd_zoo.training.runs import save_config
 
 
 def accuracy_table(exits: list[float], ensemble: float | None) -> str:
@@ -60,9 +60,10 @@ def linear(args: LinearArgs) -> dict[str, Any]:
         "ensemble": probe.ensemble,
     }
     if out is not None:
-        prepare_run_folder(out, args)
         put_heads(model, probe, evaluation.train.size)
-        save_network(out, model, architecture_of(model), label_names=evaluation.train.class_names)
-        write_json(out / "metrics.json", metrics)
+        with atomic_dir(out, "probe") as temporary:
+            save_config(temporary, args)
+            save_network(temporary, model, architecture_of(model), label_names=evaluation.train.class_names)
+            write_json(temporary / "metrics.json", metrics)
         print(f"the network with the probes as its heads is in {out}")
     return metrics

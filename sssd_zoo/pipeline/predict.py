@@ -15,7 +15,7 @@ from sssd_zoo.data.inputs import pixels_of, prepare
 from sssd_zoo.data.loading import CorruptTally
 from sssd_zoo.data.opening import encoded
 from sssd_zoo.data.walk import printable, walk
-from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision, tune_cpu
+from sssd_zoo.distributed.hardware import autocast_dtype, compute_device, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.features import float32_classifiers
@@ -23,7 +23,7 @@ from sssd_zoo.evaluation.prediction import Prediction
 from sssd_zoo.files import expand_home
 from sssd_zoo.models import MultiExit
 from sssd_zoo.models.merged import Answers
-from sssd_zoo.models.networks import load_network
+from sssd_zoo.models.networks import load_network, no_classifier, no_thresholds
 from sssd_zoo.models.saving import class_descriptions
 
 
@@ -65,15 +65,13 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
     kwargs = {} if args.output == "auto" else {"output": "ensemble" if whole else args.output}
     model = load_network(args.model, **kwargs)
     if not isinstance(model, MultiExit) or model.num_classes < 1:
-        raise UserError(
-            f"'{args.model}' is not a network of this package with classes: train its heads first (sssd linear)"
-        )
+        raise no_classifier(args.model)
     thresholds = args.thresholds if args.thresholds is not None else model.thresholds
     output: str = args.output
     if output == "auto":
         output = "early-exit" if thresholds is not None else model.output
     if output == "early-exit" and thresholds is None:
-        raise UserError(f"'{args.model}' has no thresholds: calibrate it by `sssd early-exit`, or give --thresholds")
+        raise no_thresholds(args.model)
     if args.thresholds is not None and output != "early-exit":
         raise UserError(f"--thresholds apply to early exit only, not to --output {output}")
     return float32_classifiers(model).eval(), "4" if output == "final" else output
@@ -111,7 +109,7 @@ def answers(
     model.to(device, memory_format=torch.channels_last)
     # Early exit is calibrated and measured in fp32, all else in the precision that 'auto' stands for.
     fp32 = output == "early-exit" and args.precision == "auto"
-    autocast = None if fp32 else DTYPES[resolve_precision(args.precision, args.device)]
+    autocast = None if fp32 else autocast_dtype(args.precision, args.device)
     corrupt: list[Corrupt] = []
     for start in range(0, len(files), args.batch_size):
         good, pixels = read_batch(files[start : start + args.batch_size], model, args.max_pixels, corrupt)

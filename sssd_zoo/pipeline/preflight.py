@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sssd_zoo.configs import AnchoredConfig, DataConfig
-from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.inputs import InputSpec, input_spec, storage_default
 from sssd_zoo.data.loading import ImageData, OpenedImages, open_images
 from sssd_zoo.data.sources import is_local
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.labels.kmeans import check_clusters
 from sssd_zoo.models import feature_width
 from sssd_zoo.models.cost import multiply_adds
 from sssd_zoo.models.maps import shared_map
@@ -20,7 +21,6 @@ from sssd_zoo.models.networks import (
     check_sizes,
     choose_model,
     choose_size,
-    input_spec,
     load_encoder,
     load_network,
     load_trunk,
@@ -61,6 +61,7 @@ class Preflight:
         trained: names of the arguments that hold the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
         anchored: the settings of the trainings that have an anchor, by their names in the arguments.
+        pretext: whether a training needs M_ssl.
         complete: gives the arguments, where some of them depend on the images and on the device.
         mistakes: what is wrong already.
     """
@@ -72,11 +73,12 @@ class Preflight:
         *,
         warm: bool,
         anchored: Mapping[str, AnchoredConfig],
+        pretext: bool,
         complete: Callable[[Scale], Any] | None,
         mistakes: Mistakes,
     ) -> None:
         self.args, self.trained, self.warm, self.complete, self.mistakes = args, trained, warm, complete, mistakes
-        self.anchored = anchored
+        self.anchored, self.pretext = anchored, pretext
         self._check_choices()
 
     def _check_choices(self) -> None:
@@ -84,7 +86,7 @@ class Preflight:
         args, mistakes = self.args, self.mistakes
         if args.features is None:
             if args.teacher_size is not None:
-                mistakes.note("--teacher_size is of the network of --features: give that too, or remove it")
+                mistakes.note("--teacher_size needs --features: add --features, or drop --teacher_size")
             if args.pretrain_split is not None and args.pretrain_data is None:
                 mistakes.note("--pretrain_split selects a split of --pretrain_data: give that too, or use --split")
             return
@@ -183,7 +185,7 @@ class Preflight:
         if args.features is not None:
             with mistakes.noted():
                 check_channels(args.features, load_network(args.features, num_classes=0), data)
-        else:
+        elif self.pretext:
             with mistakes.noted("pretrain"):
                 check_sizes(networks.pretext, [size, *moco.sizes])
             with mistakes.noted("pretrain"):
@@ -206,39 +208,61 @@ class Preflight:
         if getattr(args, "init", None) is not None:
             with mistakes.noted():
                 check_start(args.init, networks.student, data)
-        if not 2 <= args.cluster.k <= counts[0]:
-            mistakes.note(
-                f"K = {args.cluster.k} clusters of {counts[0]} images; give --cluster.k from 2 to the number of images"
-            )
+        with mistakes.noted():
+            check_clusters(args.cluster.k, counts[0], "--cluster.k")
 
     def _check_anchors(self, args: Any, networks: Networks, size: int, images: int) -> None:
         """Notes feature maps that cannot be learnt, and views that cannot be kept."""
         encoder = None
         if any(config.dense or config.cached_views for config in self.anchored.values()):
             with self.mistakes.noted():
-                if args.features is None:
-                    encoder = new_trunk(networks.pretext, data=self.opened.images)
-                else:
-                    encoder = load_encoder(args.features, args.teacher_size)
+                encoder, spec = encoder_like(
+                    args.features, args.teacher_size, networks.pretext, self.opened.images, size
+                )
         if encoder is None:
             return
-        seen = size if args.features is None else input_spec(encoder).size
         for name, config in self.anchored.items():
             numbers = feature_width(encoder)
             with self.mistakes.noted(name):
                 if config.dense:
                     student = new_network(networks.student, self.opened.images)
-                    numbers += shared_map(student, [size, *config.sizes], encoder, seen).numbers
+                    numbers += shared_map(student, [size, *config.sizes], encoder, spec.size).numbers
                 if args.overwrite or not (Path(args.out) / "config.yaml").exists():  # the views may be there already
                     check_space(Path(args.out), config, images, numbers)
 
     def _check_augment(self, args: Any, data: OpenedImages) -> None:
         """Notes augmentations that have no meaning for these images."""
-        for name in self.trained if args.features is not None else ["pretrain", *self.trained]:
+        pretrained = ["pretrain"] if self.pretext and args.features is None else []
+        for name in [*pretrained, *self.trained]:
             config = getattr(args, name)
             blur = getattr(config, "blur", None)
             with self.mistakes.noted(name):
                 config.augment.resolved(contrastive=blur is not None, channels=data.channels, blur=blur or 0.0)
+
+
+def encoder_like(
+    features: str | None, teacher_size: int | None, arch: str, data: ImageData | OpenedImages | None, size: int
+) -> tuple[Any, InputSpec]:
+    """M_ssl, or, where it is yet to be pretrained, a network of its kind with new weights.
+
+    Args:
+        features: run folder or timm name of M_ssl; None where it is pretrained.
+        teacher_size: side in pixels of the images that `features` looks at, where it is not the network's own.
+        arch: timm name of the network to pretrain.
+        data: the images that it is made for.
+        size: side in pixels of its images.
+
+    Returns:
+        The network, without a classifier, and the spec of its inputs.
+
+    Raises:
+        UserError: if `features` cannot be loaded, or does not take images of that size.
+    """
+    if features is not None:
+        network = load_encoder(features, teacher_size)
+        return network, input_spec(network)
+    network = new_trunk(arch, data=data)
+    return network, input_spec(network, size)
 
 
 def check_space(out: Path, config: AnchoredConfig, images: int, numbers: int) -> None:

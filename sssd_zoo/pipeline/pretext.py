@@ -21,19 +21,20 @@ from sssd_zoo.configs import (
     QualityConfig,
     RuntimeConfig,
 )
+from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import code
-from sssd_zoo.files import write_json
+from sssd_zoo.files import read_json, write_json
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.pseudo_labels import PseudoLabels, quality
 from sssd_zoo.models.networks import load_encoder, load_network, weights_digest
 from sssd_zoo.pipeline.defaults import Scale
 from sssd_zoo.pipeline.mistakes import Mistakes
-from sssd_zoo.pipeline.preflight import Preflight
+from sssd_zoo.pipeline.preflight import Preflight, encoder_like
 from sssd_zoo.pipeline.pretrain import pretrain_network
 from sssd_zoo.pipeline.pseudo_label import cluster_images, describe_labels
 from sssd_zoo.pipeline.stages import Stage
@@ -82,6 +83,15 @@ class Pretext:
         """What `load_network` loads it by, in a run folder."""
         return str(out / "pretrain") if self.source is not None else self.arch
 
+    def load(self, out: Path) -> Any:
+        """The network, without a classifier, which a run folder holds if it was pretrained; see `load_encoder`."""
+        return load_encoder(self.network(out), self.teacher_size)
+
+    def encoder_like(self) -> tuple[Any, InputSpec]:
+        """The network or, where it is yet to be pretrained, one of its kind; see `preflight.encoder_like`."""
+        features = self.arch if self.source is None else None
+        return encoder_like(features, self.teacher_size, self.arch, self.source, self.size)
+
     def inputs(self) -> dict[str, Any]:
         """What decides it, for the inputs of the stages that use it."""
         if self.source is None:
@@ -119,7 +129,7 @@ class Pretext:
         model, data = self.network(out), setup.data
 
         def label(folder: Path) -> dict[str, Any]:
-            network = load_encoder(model, self.teacher_size)
+            network = self.load(out)
             labels = cluster_images(network, data, config, setup.forward, model=model, seed=seed, out=folder)
             if labels is None:
                 return {}
@@ -203,6 +213,7 @@ def set_up(
     *,
     warm: bool,
     anchored: Mapping[str, AnchoredConfig],
+    pretext: bool = True,
     require_labels: bool = False,
     complete: Callable[[Scale], Any] | None = None,
     mistakes: Mistakes | None = None,
@@ -217,6 +228,7 @@ def set_up(
         trained: names of the arguments that hold the trainings on D_tar after the pretext.
         warm: whether a student is to start from M_ssl's weights.
         anchored: the settings of the trainings that have an anchor, by their names in the arguments.
+        pretext: whether a training needs M_ssl.
         require_labels: see `load_images`.
         complete: gives the arguments, where some of them depend on the images and on the device.
         mistakes: what is wrong already, to be told with the rest.
@@ -232,7 +244,9 @@ def set_up(
     out = Path(args.out)
     with mistakes.noted():
         out = open_out(args, kind)
-    preflight = Preflight(args, trained, warm=warm, anchored=anchored, complete=complete, mistakes=mistakes)
+    preflight = Preflight(
+        args, trained, warm=warm, anchored=anchored, pretext=pretext, complete=complete, mistakes=mistakes
+    )
     images, other, size = preflight.open(require_labels=require_labels)
     networks, args = preflight.settle(size, images=len(images), pretrain_images=len(other or images), **scale)
     data = images.load(progress=rank() == 0)
@@ -240,10 +254,10 @@ def set_up(
     if (len(data), len(source)) != (len(images), len(other or images)):  # what cannot be decoded is left out
         networks, args = preflight.settle(size, images=len(data), pretrain_images=len(source), **scale)
     if args.features is None:
-        pretext = Pretext(networks.pretext, source, source is data, size, args.pretrain, networks.start)
+        network = Pretext(networks.pretext, source, source is data, size, args.pretrain, networks.start)
     else:
         weights = weights_digest(load_network(args.features, num_classes=0))
-        pretext = Pretext(args.features, None, True, size, args.pretrain, weights, args.teacher_size)
+        network = Pretext(args.features, None, True, size, args.pretrain, weights, args.teacher_size)
     inputs = {
         **data.identity,
         "arch": networks.student,
@@ -251,9 +265,9 @@ def set_up(
         "precision": resolve_precision(runtime.precision, runtime.device),
         "processes": accelerator.num_processes,
     }
-    forward = ForwardConfig(precision=runtime.precision, device=runtime.device)
+    forward = runtime.forward()
     runtime = RuntimeConfig.of(args)
-    return Setup(args, out, runtime, DataConfig.of(args), data, size, networks.student, pretext, forward, inputs)
+    return Setup(args, out, runtime, DataConfig.of(args), data, size, networks.student, network, forward, inputs)
 
 
 def usable_accelerator(runtime: RuntimeConfig, mistakes: Mistakes) -> Accelerator:
@@ -263,9 +277,15 @@ def usable_accelerator(runtime: RuntimeConfig, mistakes: Mistakes) -> Accelerato
     return make_accelerator(replace(runtime, precision="auto", compile=False))
 
 
-def update_quality(folder: Path, data: ImageData) -> None:
-    """Compares clusters with the true labels as they are now: they may have changed since, and the images not."""
-    pseudo = PseudoLabels.load(folder)
+def update_quality(folder: Path, data: ImageData) -> bool:
+    """Compares clusters with the true labels as they are now: they may have changed since, and the images not.
+
+    Returns:
+        Whether the file was written anew.
+    """
+    pseudo, path = PseudoLabels.load(folder), folder / "pseudo_labels.json"
     now = None if data.labels is None else quality(pseudo.labels_of(data.rows), data.labels)
-    if now != pseudo.meta["quality"]:
-        write_json(folder / "pseudo_labels.json", {**pseudo.meta, "quality": now})
+    if now == pseudo.meta["quality"]:
+        return False
+    write_json(path, {**read_json(path), "quality": now})
+    return True

@@ -12,18 +12,13 @@ from sssd_zoo.configs import (
     QualityConfig,
     RuntimeConfig,
 )
-from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.data.streaming import StreamingImages, load_streaming
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
-from sssd_zoo.models.networks import (
-    input_spec,
-    load_trunk,
-    load_trunk_of,
-    new_trunk,
-)
+from sssd_zoo.models.networks import load_trunk, load_trunk_of, new_trunk, weights_digest
 from sssd_zoo.tasks import MoCo
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
@@ -69,6 +64,7 @@ def pretrain_network(
     trunk = new_trunk(spec.arch, data=data)
     settings = method_settings(config, MoCoConfig)
     if start is not None:
+        settings["init"] = weights_digest(start)  # the weights count, not where they lie
         load_trunk(trunk, start)
     task = MoCo(trunk, config, input_spec(trunk, spec.size))
     if isinstance(data, ImageData):
@@ -83,7 +79,7 @@ def pretrain_network(
 
 def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes: int) -> None:
     """Raises `UserError` for settings that MoCo cannot work with on these images and so many processes."""
-    images = len(data) if isinstance(data, ImageData) else data.count
+    images = data.count
     if images is not None and images < 2:
         raise UserError(f"{data.name} has {images} image; contrastive learning needs at least 2")
     check_queue(config.queue_size, images)

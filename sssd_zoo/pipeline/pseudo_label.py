@@ -10,20 +10,19 @@ import numpy as np
 import torch
 
 from sssd_zoo.configs import ClusterConfig, DataConfig, ForwardConfig, PseudoLabelArgs, RuntimeConfig
-from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loading import ImageData, fits_in_memory, load_images
 from sssd_zoo.distributed import barrier, rank, world_size
 from sssd_zoo.distributed.hardware import tune_cpu
-from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import feature_batches, network_features
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.chunked_kmeans import CHUNK, kmeans_from_file
 from sssd_zoo.labels.feature_file import FeatureFile, remove_features, shard, write_features
-from sssd_zoo.labels.kmeans import Clustering, kmeans, normalise
+from sssd_zoo.labels.kmeans import Clustering, check_clusters, kmeans, normalise
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.labels.soft import Near, nearest_centroids
 from sssd_zoo.models import feature_width
-from sssd_zoo.models.networks import config_for, input_spec, load_encoder
+from sssd_zoo.models.networks import config_for, load_encoder
 from sssd_zoo.training.hardware import make_accelerator
 
 
@@ -54,7 +53,7 @@ def cluster_images(
         clustering = kmeans(features, config.k, **kmeans_settings(config, seed))
         near = nearest_centroids([features], clustering.centroids, config.nearest) if config.nearest > 1 else None
     else:
-        file = out.with_name(f".{out.name}.features.npy")
+        file = out.with_name(f".{out.name}.sssd-features.npy")
         with feature_file(file, network, data, forward):
             if rank() != 0:
                 return None
@@ -108,8 +107,7 @@ def pseudo_label(args: PseudoLabelArgs) -> None:
     data = load_images(
         config_for(args.model, model, DataConfig.of(args)), default_size=storage_default(input_spec(model).size)
     )
-    if args.k > len(data) or args.k < 2:
-        raise UserError(f"K = {args.k} clusters of {len(data)} images; give a --k from 2 to the number of images")
+    check_clusters(args.k, len(data))
     config, forward = ClusterConfig.of(args), ForwardConfig.of(args)
     labels = cluster_images(model, data, config, forward, model=args.model, seed=args.seed, out=out)
     if labels is not None:

@@ -13,6 +13,7 @@ from sssd_zoo.files import (
     sha256_of,
     write_json,
 )
+from sssd_zoo.files.run_folder import LABEL_ARRAYS
 from sssd_zoo.files.untrusted import copy_files
 from sssd_zoo.hub.publish import check_repo, labels_card, send, verify_labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
@@ -25,7 +26,7 @@ def publish_labels(args: PublishLabelsArgs) -> None:
     labels = PseudoLabels.load(source)
     with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)
-        copy_files(source, ("labels.parquet", "centroids.safetensors"), folder)
+        copy_files(source, LABEL_ARRAYS, folder)
         leave_out_paths(folder / "labels.parquet")
         meta = {
             **labels.meta,

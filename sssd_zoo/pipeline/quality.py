@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sssd_zoo.configs import DataConfig, FitArgs, ForwardConfig, QualityArgs
-from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.data.walk import walk
 from sssd_zoo.distributed.hardware import tune_cpu
@@ -19,7 +19,7 @@ from sssd_zoo.evaluation.subset import Subset, figures_of, network_figures
 from sssd_zoo.evaluation.verdict import Commands, Verdict, command, judge
 from sssd_zoo.files import expand_home
 from sssd_zoo.models.bundled import bundled_name, bundled_weights
-from sssd_zoo.models.networks import config_for, input_spec, load_network
+from sssd_zoo.models.networks import config_for, load_network
 
 ENCODER = "tf_efficientnet_lite0.in1k"  # a public encoder that a CPU can run
 

@@ -1,7 +1,7 @@
-"""`sssd rename`: gives the clusters that a network answers the names in a CSV file.
+"""`sssd rename`: gives the clusters that a network predicts the names in a CSV file.
 
 The names go into the network's config.json, which `predict`, `export`, `space`, `card` and transformers read. Clusters
-of one name become one answer, see `models.merged`. Of a run they are also kept in RUN/cluster_names.json, so that
+of one name become one class, see `models.merged`. Of a run they are also kept in RUN/cluster_names.json, so that
 `sssd fit` and `sssd report` find them again.
 """
 
@@ -15,6 +15,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed, plain
 from sssd_zoo.evaluation.reports.markdown import read_results
 from sssd_zoo.files import damage, expand_home, read_json, recorded_sha256, sha256, write_json
+from sssd_zoo.files.network_link import link_network
 from sssd_zoo.files.run_folder import check_writable, claim, kind_of
 from sssd_zoo.models.checks import read_config
 from sssd_zoo.models.networks import check_folder
@@ -50,6 +51,7 @@ def rename(args: RenameArgs) -> None:
     if run is not None:
         naming: Naming = {"labels": sha256(run / "labels" / "labels.parquet"), "names": names}
         write_json(run / "cluster_names.json", naming)
+        link_network(run)  # before a copy of the network by the run's name differs from it
     write_json(folder / "config.json", renamed(config, names))
     print(f"{folder}: {classes} clusters, {len(set(names))} answers of different names")
     print(f"named: {listed([plain(name) for name in dict.fromkeys(given[number] for number in sorted(given))], 10)}")
@@ -68,19 +70,20 @@ def find(given: Path) -> tuple[Path | None, Path]:
     """The run, if it is one, and the folder of the network to rename.
 
     Raises:
-        UserError: if there is none whose answers are clusters.
+        UserError: if there is none that predicts clusters.
     """
     if not given.is_dir():
         raise UserError(f"there is no folder '{given}': give the run folder of `sssd fit`, or the folder of a network")
+    named, given = given, given.resolve()  # '.' and a link do not say what the folder is called, and where it lies
     if (given.parent / "steps" / f"{given.name}.json").is_file():
-        raise UserError(f"{given} is a step of a run, whose files are checked: give the run, {given.parent}")
+        raise UserError(f"{named} is a step of a run, whose files are checked: give the run, {given.parent}")
     run = given.parent if given.name == "model" else given
     if kind_of(run) != "fit":
         return None, given
     if read_results(run).get("accuracy"):
         raise UserError(
-            f"the network of {run} answers the classes of its data, not clusters, so there is nothing to name; "
-            "`sssd fit --unlabelled` trains one that answers clusters"
+            f"the network of {run} predicts the classes of its data, not clusters, so there is nothing to name; "
+            "`sssd fit --unlabelled` trains one that predicts clusters"
         )
     return run, run / "model"
 

@@ -9,12 +9,11 @@ from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.evaluation.reports.html.gallery import Clusters, gallery
 from sssd_zoo.evaluation.reports.html.page import TRAININGS, write_page
-from sssd_zoo.evaluation.reports.markdown import read_results
+from sssd_zoo.evaluation.reports.markdown import config_of, read_results
 from sssd_zoo.files import sha256
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import check_writable, claim
 from sssd_zoo.hub.cards import check_run
-from sssd_zoo.hub.space import config_of
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.rename import cluster_names

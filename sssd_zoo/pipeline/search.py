@@ -1,7 +1,5 @@
 """`sssd search`: the images of a file of embeddings that are nearest to others, by cosine similarity."""
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,15 +15,14 @@ from sssd_zoo.data.images import Corrupt, decode, quiet_pillow
 from sssd_zoo.data.inputs import pixels_of
 from sssd_zoo.data.loading import CorruptTally
 from sssd_zoo.data.opening import encoded
-from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision, tune_cpu
+from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.embeddings import EmbeddingFile, FloatArray
-from sssd_zoo.evaluation.features import read_batches
-from sssd_zoo.files import atomic_write_text
+from sssd_zoo.evaluation.features import run_network
+from sssd_zoo.files import atomic_write_text, csv_text
 from sssd_zoo.files.run_folder import check_replaceable
 from sssd_zoo.labels.kmeans import IntArray, import_faiss, normalise
-from sssd_zoo.models.networks import input_spec
 from sssd_zoo.pipeline.embed import load_exits
 from sssd_zoo.pipeline.predict import find_images
 
@@ -65,7 +62,7 @@ def search(args: SearchArgs) -> None:
         found = list(described(good, similarities, places, index))
         show(found, args.format)
         if args.out is not None:
-            atomic_write_text(args.out, as_csv(found))
+            atomic_write_text(args.out, as_csv(found), follow_link=True)
     if corrupt:
         CorruptTally("those given", args.max_corrupt).add(corrupt, len(files))
 
@@ -126,9 +123,7 @@ def embed_queries(
             if pixels:
                 yield torch.arange(len(pixels)), torch.stack(pixels)
 
-    network.to(compute_device(args.device), memory_format=torch.channels_last)
-    autocast = DTYPES[resolve_precision(args.precision, args.device)]
-    values = [read[-1].numpy() for _, read in read_batches(network, batches(), input_spec(network), autocast=autocast)]
+    values = [read[-1].numpy() for _, read in run_network(network, batches(), args)]
     return good, normalise(np.concatenate(values)) if values else np.empty((0, 0), np.float32), corrupt
 
 
@@ -181,11 +176,7 @@ def show(found: list[Found], form: str) -> None:
 
 def as_csv(found: list[Found]) -> str:
     """What was found as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([*one[:2], f"{one.similarity:.6f}", one.row, one.path or ""] for one in found)
-    return text.getvalue()
+    return csv_text(COLUMNS, ([*one[:2], f"{one.similarity:.6f}", one.row, one.path or ""] for one in found))
 
 
 def is_found(path: Path) -> bool:

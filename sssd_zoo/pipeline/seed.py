@@ -11,15 +11,10 @@ from sssd_zoo.configs import (
     SEEDArgs,
     SEEDConfig,
 )
-from sssd_zoo.data.inputs import storage_default
+from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import ImageData, load_images
-from sssd_zoo.models.networks import (
-    check_channels,
-    input_spec,
-    load_encoder,
-    new_trunk,
-)
+from sssd_zoo.models.networks import check_channels, load_encoder, new_trunk, weights_digest
 from sssd_zoo.tasks import SEED
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
@@ -64,7 +59,8 @@ def seed_network(
     trunk = new_trunk(spec.arch, data=data)
     task = SEED(trunk, frozen_teacher, config, input_spec(trunk, spec.size), teacher_spec)
     loader = EpochLoader(data, config.batch_size, runtime.seed)
-    settings = {**method_settings(config, SEEDConfig), "teacher": teacher, "teacher_size": teacher_spec.size}
+    taught_by = {"teacher": weights_digest(frozen_teacher), "teacher_size": teacher_spec.size}
+    settings = {**method_settings(config, SEEDConfig), **taught_by}
     return run_training(task, loader, trunk, spec, optim=optim, runtime=runtime, settings=settings)
 
 

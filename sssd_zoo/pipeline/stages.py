@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.errors import UserError
@@ -23,7 +23,7 @@ from sssd_zoo.files.run_folder import (
     replace,
 )
 from sssd_zoo.pipeline.forecast import Forecast
-from sssd_zoo.training.checkpoints import diverged, steps_done
+from sssd_zoo.training.checkpoints import OtherRun, diverged, steps_done
 
 # Inputs that came after the first release: of a step done before there were any, they are as they are now.
 LATER = ("true_labels",)
@@ -32,10 +32,11 @@ ARGUMENTS = {"labels": "cluster"}  # stages whose settings are arguments of anot
 
 
 class Record(TypedDict):
-    """What steps/ keeps of a step: what it was made of, and what it gave; None while it runs."""
+    """What steps/ keeps of a step: what it was made of, what it gave (None while it runs), and its files' digests."""
 
     inputs: dict[str, Any]
     result: dict[str, Any] | None
+    sha256: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Stage:
         measured_on: of a stage that measures, the digest of the true labels: for others of the same images it is
             repeated without being asked to, as its figures would be wrong.
         unasked: it is repeated where its inputs differ without being asked to.
-        then: called in the main process after it, also where it was done before.
+        then: called in the main process after it, also where it was done before; returns whether it changed a file.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Stage:
     all_processes: bool = False
     measured_on: str | None = None
     unasked: bool = False
-    then: Callable[[], None] | None = None
+    then: Callable[[], bool] | None = None
 
 
 class Survey(NamedTuple):
@@ -127,8 +128,9 @@ class Stages:
             self._announce(stage, folder, before, inputs, wrong)
             self._perform(stage, inputs, new=bool(changed))
             self.results[stage.name] = read_json(self._places(stage.name)[1], Record)["result"]
-        if stage.then is not None and rank() == 0:
-            stage.then()
+        if stage.then is not None and rank() == 0 and stage.then():
+            record = self._places(stage.name)[1]
+            write_json(record, {**_read_record(record), "sha256": sha256_of(folder, _read_later(folder))})
         return self.results[stage.name]
 
     def _inputs(self, stage: Stage) -> dict[str, Any]:
@@ -197,7 +199,7 @@ class Stages:
             _prepare(folder, record, inputs)
         barrier()
         began = time.perf_counter()
-        result = stage.action(folder) if stage.all_processes or rank() == 0 else {}
+        result = self._act(stage, folder)
         barrier()
         if rank() == 0:
             if not record.exists():
@@ -213,6 +215,22 @@ class Stages:
             if not self.keep_checkpoints:
                 remove(self._places(stage.name)[0], CHECKPOINTS)
         barrier()
+
+    def _act(self, stage: Stage, folder: Path) -> dict[str, Any]:
+        """Does a stage; with `overwrite` once more from the beginning, where its checkpoints are another run's."""
+        if not stage.all_processes and rank():
+            return {}
+        try:
+            return stage.action(folder)
+        except OtherRun:
+            if not self.overwrite:
+                raise
+        print_main(f"[{stage.name}] begun anew, as its checkpoints are of another run")
+        if rank() == 0:
+            remove(folder, CHECKPOINTS)
+        if stage.all_processes:
+            barrier()
+        return stage.action(folder)
 
     def _places(self, name: str, *, new: bool = False) -> tuple[Path, Path]:
         """The folder and the record of a step; of `new`, those beside, which are to take their place."""

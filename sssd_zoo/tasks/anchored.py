@@ -104,7 +104,7 @@ class Anchor(nn.Module):
         return self
 
     def views(self, task: LabelTask, images: Tensor | ViewBatch, random: BatchRandom) -> dict[str, Any]:
-        """One view as the task's network wants it, and as the encoder does, float32 [B, 3, side, side] each.
+        """One view as the task's network wants it, and as the encoder does, float32 [B, C, side, side] each.
 
         Of images whose features are known, `features` instead of the latter, float16 [B, D], see `target`. The encoder
         never sees mixed images: its features of two are mixed instead, as their labels are.

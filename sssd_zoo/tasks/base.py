@@ -10,7 +10,7 @@ from sssd_zoo.configs import AugmentConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom, draw_views, normalise, put, supervised_view
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.mixing import blend, blend_labels, draw_mixing
-from sssd_zoo.models.multi_exit import classifier_names
+from sssd_zoo.models.multi_exit import MultiExit, classifier_names
 
 
 class Monitor(Protocol):
@@ -66,7 +66,8 @@ class Task(nn.Module):
         """Augments a batch on its device.
 
         Args:
-            images: uint8 [B, 3, S, S], or a batch of the loader's own kind: this process's part of the global batch.
+            images: uint8 or uint16 [B, C, S, S], or a batch of the loader's own kind: this process's part of the
+                global batch.
             random: the step's random numbers.
 
         Returns:
@@ -119,7 +120,7 @@ class LabelTask(Task):
         model: a timm network with one class per label.
         config: of the views and, for methods that have weights, of the loss.
         spec: see `Task`.
-        trunk_scale: learning rate of all but the classifiers, as a fraction of the run's.
+        trunk_scale: learning rate of all but the classifiers and the exits, as a fraction of the run's.
 
     Attributes:
         averaged: the moving average of the network, where `config.ema` asks for one.
@@ -159,10 +160,11 @@ class LabelTask(Task):
         self.steps += 1
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """The classifiers, and the rest at its own rate."""
+        """The classifiers and the exits, which may be new, and the rest at its own rate."""
         if self.trunk_scale == 1:
             return super().parameter_groups()
-        heads = tuple(f"{name}." for name in classifier_names(self.model))
+        exits = ("exit1", "exit2", "exit3") if isinstance(self.model, MultiExit) else ()
+        heads = tuple(f"{name}." for name in (*classifier_names(self.model), *exits))
         named = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
         return [
             {"params": [value for name, value in named if name.startswith(heads)]},
@@ -173,7 +175,7 @@ class LabelTask(Task):
         ]
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
-        """One view, float32 [B, 3, size, size]; see `mixed`."""
+        """One view, float32 [B, C, size, size]; see `mixed`."""
         return self.mixed({"images": self.inputs(images, self.draw_views(images, random))}, random)
 
     def mixed(self, batch: dict[str, Any], random: BatchRandom) -> dict[str, Any]:
@@ -204,5 +206,5 @@ class LabelTask(Task):
         )
 
     def inputs(self, images: Tensor, views: Tensor) -> Tensor:
-        """The network's inputs of images, uint8 [B, 3, S, S], and views of them: float32 [B, 3, size, size]."""
+        """The network's inputs of images, uint8 or uint16 [B, C, S, S], and views: float32 [B, C, size, size]."""
         return normalise(supervised_view(images, views, self.size, crop=self.config.crop), self.mean, self.std)

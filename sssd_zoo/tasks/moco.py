@@ -21,7 +21,7 @@ class Encoder(nn.Module):
     """A trunk and MoCo v2's two-layer projector; embeddings [B, dim] of unit length.
 
     Args:
-        trunk: a timm model built with `num_classes=0`: [B, 3, H, W] to [B, D].
+        trunk: a timm model built with `num_classes=0`: [B, C, H, W] to [B, D].
         dim: length of an embedding.
     """
 
@@ -32,7 +32,7 @@ class Encoder(nn.Module):
         self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeds [B, 3, H, W]; float32 [B, dim]."""
+        """Embeds [B, C, H, W]; float32 [B, dim]."""
         return F.normalize(self.projector(self.trunk(images)).float(), dim=1)
 
 
@@ -83,7 +83,7 @@ class MoCo(Task):
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
-        """Two views, float32 [B, 3, size, size], and the shuffles of the keys, int64 [global batch] each."""
+        """Two views, float32 [B, C, size, size], and the shuffles of the keys, int64 [global batch] each."""
         settings: dict[str, Any] = {
             "scale": self.config.crop_scale,
             "augment": self.resolve(self.config.augment, images, self.config.blur),
@@ -107,7 +107,7 @@ class MoCo(Task):
         """Embeds the keys of the GLOBAL batch, shuffled over parts and processes, and puts them back in order.
 
         Args:
-            images: float32 [B, 3, size, size], this process's.
+            images: float32 [B, C, size, size], this process's.
             shuffle: int64 [B * world], a permutation, the same in every process; on the images' device.
 
         Returns:

@@ -76,7 +76,7 @@ class SEED(Task):
         return self
 
     def views(self, images: Tensor, random: BatchRandom) -> dict[str, Any]:
-        """The view as the student and as the teacher wants it, float32 [B, 3, side, side] each."""
+        """The view as the student and as the teacher wants it, float32 [B, C, side, side] each."""
         settings: dict[str, Any] = {
             "scale": self.config.crop_scale,
             "augment": self.resolve(self.config.augment, images, self.config.blur),

@@ -23,6 +23,10 @@ REMEDIES = ("optim.lr", "optim.warmup_epochs", "optim.clip_grad", "precision")
 LATER = {"split", "revision", "steps_per_epoch"}
 
 
+class OtherRun(UserError):
+    """A checkpoint was written by a run of other settings, data or architecture."""
+
+
 @dataclass
 class Progress:
     """How far a training has come.
@@ -184,14 +188,14 @@ class Checkpoints:
         return None
 
     def _check_identity(self, path: Path, saved: dict[str, Any], changeable: tuple[str, ...]) -> None:
-        """Raises `UserError` if the identity saved at `path` differs from the run's in more than `changeable` keys."""
+        """Raises `OtherRun` if the identity saved at `path` differs from the run's in more than `changeable` keys."""
         keys = (saved.keys() | self.identity.keys()) - set(changeable) - (LATER - saved.keys())
         different = sorted(key for key in keys if saved.get(key) != self.identity.get(key))
         if different:
             changes = "; ".join(
                 f"{key}: {saved.get(key)!r} there, {self.identity.get(key)!r} now" for key in different[:4]
             )
-            raise UserError(
+            raise OtherRun(
                 f"cannot resume from {path}: it was written by another run ({changes}); use a new --out, or --overwrite"
             )
 

@@ -55,7 +55,7 @@ class Loader(Protocol):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Batch]]:
         """Yields positions, int64 [b], and their images, this process's part of each global batch.
 
-        The images are uint8 [b, 3, S, S], or of a kind of their own that the task's `views` takes.
+        The images are uint8 or uint16 [b, C, S, S], or of a kind of their own that the task's `views` takes.
         """
         ...
 
@@ -99,6 +99,12 @@ def uses_cuda_graphs(runtime: RuntimeConfig, optim: OptimConfig, device: torch.d
     """Whether a compiled training replays CUDA graphs: on a GPU, by one process, and with one pass for each step.
 
     Gradients that accumulate, or are reduced over processes, live on from one replay to the next.
+
+    Args:
+        runtime: says whether graphs are wanted.
+        optim: says how many passes a step takes.
+        device: that the training runs on.
+        processes: number of them.
     """
     return runtime.cuda_graphs and device.type == "cuda" and processes == 1 and optim.accumulate == 1
 
@@ -269,9 +275,9 @@ class Trainer:
             where = f"{gpu.name} with {gpu.total_memory / 2**30:.0f} GiB"
         parts = self.accelerator.num_processes * optim.accumulate
         return OutOfMemory(
-            f"{where} has not enough memory for {optim.batch_size // parts} images of {self.task.size} px at a time "
-            f"(batch_size {optim.batch_size}, accumulate {optim.accumulate}): double accumulate, which computes the "
-            f"batch in parts, give a smaller batch_size, or stop other programs that use this memory ({reason})"
+            f"{where} does not have enough memory for {optim.batch_size // parts} images of {self.task.size} px at a "
+            f"time (batch_size {optim.batch_size}, accumulate {optim.accumulate}): double accumulate, which computes "
+            f"the batch in parts, give a smaller batch_size, or stop other programs that use this memory ({reason})"
         )
 
     def run_epoch(self) -> None:

@@ -25,9 +25,7 @@ class Log:
         settings: of the training, for the trackers.
     """
 
-    def __init__(
-        self, out: Path, config: RuntimeConfig, step: int, is_main: bool, settings: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, out: Path, config: RuntimeConfig, step: int, is_main: bool, settings: dict[str, Any]) -> None:
         self.path, self.is_main = out / "metrics.jsonl", is_main
         self.trackers: Trackers | None = None
         if not is_main:
@@ -35,7 +33,7 @@ class Log:
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         atomic_write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         if config.trackers:
-            self.trackers = Trackers(config.trackers, out, step, settings or {})
+            self.trackers = Trackers(config.trackers, out, step, settings)
 
     def write(self, values: dict[str, float]) -> None:
         """Appends a line of numbers, one of which is `step`; any names, which the trackers get, too."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sssd_zoo.configs import ForwardConfig, QualityConfig, RuntimeConfig
+from sssd_zoo.configs import QualityConfig, RuntimeConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.errors import UserError
@@ -36,10 +36,13 @@ class QualityMonitor:
         if config.best_by != "loss" and config.quality_every == 0:
             raise UserError(f"--best_by {config.best_by} needs that figure: give --quality_every above 0")
         if config.best_by == "knn" and data.labels is None:
-            raise UserError("--best_by knn needs labels, which the images have not, or were not read: give another")
+            raise UserError(
+                "--best_by knn needs labels: the images have none, or they were not read (--label_column); choose "
+                "another --best_by"
+            )
         self.network, self.every, self.spec = network, config.quality_every, spec
         self.best_by: str = config.best_by
-        self.subset = Subset(data, ForwardConfig(precision=runtime.precision, device=runtime.device), runtime.seed)
+        self.subset = Subset(data, runtime.forward(), runtime.seed)
 
     def due(self, epoch: int, epochs: int) -> bool:
         """After every `quality_every` epochs, and after the last."""

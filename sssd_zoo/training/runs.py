@@ -14,20 +14,29 @@ from sssd_zoo.data.inputs import input_spec
 from sssd_zoo.data.loaders import EpochLoader, StreamLoader
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
-from sssd_zoo.distributed import barrier, rank
+from sssd_zoo.distributed import barrier, on_main, rank
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
+from sssd_zoo.evaluation.protocol import set_storage_size
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.files.run_folder import CORRUPT, VIEW_CACHE, drop, kind_of, mark, open_out, remove
+from sssd_zoo.files.run_folder import (
+    CORRUPT,
+    VIEW_CACHE,
+    checkpoints_in,
+    drop,
+    kind_of,
+    mark,
+    open_out,
+    remove,
+)
 from sssd_zoo.labels.protocol import Labels
-from sssd_zoo.models import MultiExit
 from sssd_zoo.models.networks import check_sizes, choose_model, choose_size
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.tasks import Task
-from sssd_zoo.training.engine import Trainer
+from sssd_zoo.training.engine import Loader, Trainer
 from sssd_zoo.training.hardware import make_accelerator
 
 # Settings that came after the first release, with what they were before: earlier runs can be resumed, and are not
@@ -53,14 +62,32 @@ def prepare_run_folder(folder: Path, config: Any) -> None:
     Args:
         folder: of `open_out`.
         config: the arguments.
+
+    Raises:
+        UserError: if nothing is left to resume.
     """
+    if getattr(config, "resume", False):
+        on_main(lambda: check_resumable(folder))
     if rank() == 0:
         kind = kind_of(folder)
         if config.overwrite and kind is not None:
             drop(folder, kind)
-        if not (getattr(config, "resume", False) and (folder / "config.yaml").exists()):
-            save_config(folder, config)
+        write = begin_config if getattr(config, "resume", False) else save_config
+        write(folder, config)
     barrier()
+
+
+def check_resumable(folder: Path) -> None:
+    """Refuses to resume what is complete and has no checkpoints: it would be trained again, from the beginning.
+
+    Raises:
+        UserError: that says what to do.
+    """
+    if (folder / "model.safetensors").exists() and not checkpoints_in(folder / "checkpoints"):
+        raise UserError(
+            f"{folder} holds a complete network and no checkpoint to resume from, so nothing is done: to train it "
+            "again, give --overwrite in place of --resume"
+        )
 
 
 def save_corrupt(folder: Path, corrupt: list[Corrupt], *, resumed: bool = False) -> None:
@@ -82,9 +109,24 @@ def save_corrupt(folder: Path, corrupt: list[Corrupt], *, resumed: bool = False)
 
 
 def save_config(folder: Path, config: Any) -> None:
-    """Writes the resolved arguments as config.yaml, a recipe: --resume and --overwrite are no part of it."""
+    """Writes the resolved arguments as config.yaml, a recipe: --resume and --overwrite are no part of it.
+
+    The main process alone writes.
+
+    Args:
+        folder: of the run.
+        config: the arguments, a dataclass.
+    """
+    if rank() != 0:
+        return
     settings = {name: value for name, value in asdict(config).items() if name not in ("resume", "overwrite")}
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(json.loads(json.dumps(settings)), sort_keys=False))
+
+
+def begin_config(folder: Path, config: Any) -> None:
+    """`save_config` at a run's beginning: an older config.yaml describes what the folder holds until the run's end."""
+    if rank() == 0 and not (folder / "config.yaml").exists():
+        save_config(folder, config)
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -167,6 +209,29 @@ def command_spec(
     return RunSpec(arch=arch, size=size, out=out, title=title, arguments=args)
 
 
+def recorded_trainer(task: Task, loader: Loader, *, arguments: Any, out: Path, **kwargs: Any) -> Trainer:
+    """A trainer whose run folder is ready, with the arguments as config.yaml.
+
+    Args:
+        task: the method with its network.
+        loader: the data.
+        arguments: of the command, where the training is one of its own.
+        out: the run folder.
+        kwargs: what else `Trainer` takes.
+
+    Raises:
+        UserError: for a checkpoint of another run, whose config.yaml stays.
+    """
+    if arguments is not None:
+        prepare_run_folder(out, arguments)
+    elif rank() == 0:
+        mark(out, "training")
+    trainer = Trainer(task, loader, out=out, **kwargs)
+    if arguments is not None:
+        save_config(out, arguments)  # a resume with other settings has been refused by now
+    return trainer
+
+
 def run_training(
     task: Task,
     loader: EpochLoader | StreamLoader,
@@ -195,24 +260,24 @@ def run_training(
     """
     out = spec.out
     check_sizes(spec.arch, [spec.size, *optim.sizes])
-    if isinstance(network, MultiExit):
-        network.storage_size = loader.data.size
-    if spec.arguments is not None:
-        prepare_run_folder(out, spec.arguments)
-    elif rank() == 0:
-        mark(out, "training")
-    if isinstance(loader.data, ImageData):
-        loader.data.move(make_accelerator(runtime).device)
+    set_storage_size(network, loader.data.size)
+    loader.data.move(make_accelerator(runtime).device)
     if labels is not None:
         settings = {"labels": labels.identity, **settings}
         labels.attach(network, out, input_spec(network, spec.size), loader.steps_per_epoch)
     identity = {"arch": spec.arch, "image_size": spec.size, **loader.data.identity, **settings}
-    trainer = Trainer(
-        task, loader, optim=optim, runtime=runtime, out=out, identity=identity, labels=labels, title=spec.title
+    trainer = recorded_trainer(
+        task,
+        loader,
+        arguments=spec.arguments,
+        optim=optim,
+        runtime=runtime,
+        out=out,
+        identity=identity,
+        labels=labels,
+        title=spec.title,
     )
     resumed = trainer.progress.step > 0
-    if spec.arguments is not None and rank() == 0:
-        save_config(out, spec.arguments)  # a resume with other settings has been refused by now
     try:
         measured = trainer.run()
     finally:

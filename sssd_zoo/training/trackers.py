@@ -37,6 +37,7 @@ ID_OF = {  # of trackers that name their runs themselves
     "clearml": lambda tracker: tracker.tracker.id,
 }
 FILE = "trackers.json"
+COLUMNS = 8  # images in the picture of views, at most
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -239,19 +240,17 @@ def png(image: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def grid_of_views(
-    batch: dict[str, Any], mean: Sequence[float], std: Sequence[float], columns: int = 8
-) -> NDArray[np.uint8] | None:
+def grid_of_views(batch: dict[str, Any], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8] | None:
     """What the network sees of the first images of a batch, one below another each view of an image.
 
     Args:
         batch: of `Task.views`.
         mean: that the views were normalised by.
         std: likewise.
-        columns: images, at most.
 
     Returns:
-        Uint8 [views * size, columns * size, 3]; None where the views are not squares of one size, as in detection.
+        Uint8 [views * size, n * size, 3], for n = COLUMNS images or all of fewer; None where the views are not squares
+        of one size, as in detection.
     """
     views = next((batch[name] for name in ("views", "images", "student") if name in batch), None)
     views = [views] if isinstance(views, Tensor) else views
@@ -259,7 +258,7 @@ def grid_of_views(
         return None
     rows = []
     for view in views:
-        images = view[:columns].detach().float().cpu()
+        images = view[:COLUMNS].detach().float().cpu()
         scale, shift = (images.new_tensor(values).view(1, -1, 1, 1) for values in (std, mean))
         images = (images * scale + shift).clamp(0, 1)
         shown = (

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from sssd_zoo.configs import OptimConfig, RuntimeConfig
-from sssd_zoo.data.loading import ImageData
+from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.distributed import on_main, rank
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.tasks import Task
-from sssd_zoo.training.engine import Loader, Trainer
+from sssd_zoo.training.engine import Trainer
 
 WARM_UP, TIMED = 1, 3  # steps: the first one allocates, chooses kernels and compiles
 
@@ -52,7 +52,7 @@ class StepTime(NamedTuple):
 
 def measure_step(
     task: Task,
-    loader: Loader,
+    loader: EpochLoader,
     scratch: Path,
     *,
     optim: OptimConfig,
@@ -87,6 +87,7 @@ def measure_step(
         )
         try:
             with trainer.computing():
+                loader.data.move(trainer.accelerator.device)
                 seconds = scale * _step_seconds(trainer)
             began = time.perf_counter()
             trainer.checkpoints.save(trainer.accelerator, trainer.progress, 1, 0)
@@ -101,8 +102,6 @@ def measure_step(
 
 def _step_seconds(trainer: Trainer) -> float:
     loader, device = trainer.loader, trainer.accelerator.device
-    if isinstance(data := getattr(loader, "data", None), ImageData):
-        data.move(device)
     targets = None if trainer.labels is None else trainer.labels.for_epoch(0)
     batches = itertools.chain.from_iterable(map(loader.epoch, itertools.count()))
     trainer.task.train()

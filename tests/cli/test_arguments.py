@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from sssd_zoo.cli.arguments import spell_out, switches
+from sssd_zoo.cli.arguments import read_arguments, spell_out, switches
 
 
 @dataclass
@@ -69,3 +69,21 @@ def test_switches_are_found_in_stages_too():
 )
 def test_switches_and_hyphens_are_spelled_out(words, spelled):
     assert spell_out(words.split(), Settings) == spelled.split()
+
+
+def test_a_folder_with_brackets_is_no_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--out", "run"]
+
+    def data(*given: str) -> object:
+        return read_arguments("pretrain", [*words, *given], "sssd pretrain")[0].data
+
+    assert data("--data", "[private]") == data("--data=[private]") == ["private"]
+    for name in ("[private]", "[a, b]"):
+        (tmp_path / name).mkdir()
+        assert data("--data", name) == data(f"--data={name}") == f"./{name}"
+        detect = ["--model", "sssd_resnet18", *words, "--data", name, "--test_data", name]
+        args = read_arguments("detect", detect, "sssd detect")[0]
+        assert args.data == args.test_data == [name]
+    assert data("--data", "[public]") == ["public"], "a list all the same"
+    assert data("--data", '["[private]", "public"]') == ["[private]", "public"]

@@ -65,6 +65,15 @@ def test_every_argument_has_help(name, capsys):
         assert len(text) > 3, f"--{option[:40]} of {name} says nothing"
 
 
+def test_help_of_settings_within_an_argument_is_in_words_too(capsys):
+    assert sssd("fit", "--augment.help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "The settings of --augment." in out
+    assert "(type: float from 0 to 1, default: 0.5)" in out
+    assert "Annotated" not in out
+    assert "sssd_zoo.configs" not in out
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_start(script):
     done = command(script, "--help")
@@ -213,7 +222,7 @@ def test_fit_leaves_all_that_it_promises(finished):
     assert [row["name"] for row in metrics["accuracy"]] == ["SSSD", "random labels"]
     assert all(len(row["exits"]) == 4 for row in metrics["accuracy"])
     assert (finished / "model" / "README.md").read_text().startswith("---")
-    assert not list(finished.rglob(".*.tmp-*"))
+    assert not list(finished.rglob(".*.sssd-tmp-*"))
 
 
 def test_timm_loads_the_result_and_one_exit_of_it(finished):

@@ -186,7 +186,7 @@ def test_a_signal_at_any_stage_of_a_run(stage, number, folder_of_images, tmp_pat
     assert quiet(out), out
     assert "run the same command again to resume" in out
     assert process.returncode == 128 + number
-    assert not list(tmp_path.rglob(".*.tmp-*"))
+    assert not list(tmp_path.rglob(".*.sssd-tmp-*"))
 
 
 def test_names_that_the_console_cannot_show(monkeypatch):

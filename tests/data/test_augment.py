@@ -6,8 +6,12 @@ import torchvision.transforms.v2.functional as tv
 from torch import Tensor
 
 from sssd_zoo.configs import AugmentConfig
+from sssd_zoo.configs.augment import STRENGTHS
 from sssd_zoo.data import augment
 from sssd_zoo.data.augment import BatchRandom
+
+JITTER = (tuple(STRENGTHS.values()), 0.8)
+PLAIN = AugmentConfig().resolved(contrastive=False)
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def test_hue_keeps_greys_and_full_turns():
 
 def test_jitter_draws_per_image_and_in_every_order():
     image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)).repeat(64, 1, 1, 1)
-    jittered = augment.colour_jitter(image.clone(), *augment.draw_jitter(BatchRandom(0, 0), 64))
+    jittered = augment.colour_jitter(image.clone(), *augment.draw_jitter(BatchRandom(0, 0), 64, *JITTER))
     changed = (jittered != image).flatten(1).any(1)
     assert 0.6 < changed.float().mean() < 0.97, "p = 0.8 of the images change"
     assert len(torch.unique(jittered[changed].flatten(1), dim=0)) == changed.sum(), "one draw per image, not per batch"
@@ -100,7 +104,7 @@ def test_boxes_that_never_fit_take_the_whole_image():
 
 def test_shifts_and_flips_move_whole_pixels():
     images = torch.randint(1, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    views = augment.draw_views(BatchRandom(5, 6), 64, 16, crop="pad", scale=(1.0, 1.0))
+    views = augment.draw_views(BatchRandom(5, 6), 64, 16, crop="pad", scale=(1.0, 1.0), augment=PLAIN)
     crops = augment.shifted(images, views[:, [1, 0]].long(), views[:, 4] > 0, padding=2)
     padded = torch.nn.functional.pad(images, (2,) * 4)
     seen = set()
@@ -149,7 +153,7 @@ def test_two_processes_draw_what_one_would():
 @pytest.mark.parametrize("crop", ["pad", "resized"])
 def test_supervised_view_has_the_asked_size(crop):
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    views = augment.draw_views(BatchRandom(0, 0), 4, 32, crop=crop, scale=(0.3, 1.0))
+    views = augment.draw_views(BatchRandom(0, 0), 4, 32, crop=crop, scale=(0.3, 1.0), augment=PLAIN)
     view = augment.supervised_view(images, views, 64, crop=crop)
     assert view.shape == (4, 3, 64, 64)
     assert 0 <= view.min() <= view.max() <= 1
@@ -157,7 +161,7 @@ def test_supervised_view_has_the_asked_size(crop):
 
 def test_dense_jitter_of_accelerators_equals_that_of_cpus():
     images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    numbers = augment.draw_jitter(BatchRandom(3, 1), 64)
+    numbers = augment.draw_jitter(BatchRandom(3, 1), 64, *JITTER)
     sparse = augment.colour_jitter(images.clone(), *numbers)
     assert torch.equal(augment.colour_jitter_dense(images, *numbers), sparse)
     assert not torch.equal(sparse, images)

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from sssd_zoo.configs import AugmentConfig, MoCoConfig, SEEDConfig, SelfDistillationConfig, SettingsError
+from sssd_zoo.configs.augment import STRENGTHS
 from sssd_zoo.data import augment
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.training.runs import settings_of
 
 CROPS = ["pad", "resized"]
+JITTER = (tuple(STRENGTHS.values()), 0.8)
 
 
 def batch(count=64, channels=3, side=16, dtype=torch.uint8):
@@ -134,8 +136,8 @@ class TestColours:
         changed = ((view - plain).abs().flatten(1).max(1).values > 1e-3).float().mean()
         assert 0.7 < changed < 0.9
         assert view.shape == plain.shape
-        dense = augment.colour_jitter_dense(plain.clone(), *augment.draw_jitter(BatchRandom(0, 0), 256))
-        sparse = augment.colour_jitter(plain.clone(), *augment.draw_jitter(BatchRandom(0, 0), 256))
+        dense = augment.colour_jitter_dense(plain.clone(), *augment.draw_jitter(BatchRandom(0, 0), 256, *JITTER))
+        sparse = augment.colour_jitter(plain.clone(), *augment.draw_jitter(BatchRandom(0, 0), 256, *JITTER))
         torch.testing.assert_close(dense, sparse)
 
 
@@ -146,7 +148,7 @@ class TestDefaults:
         view = augment.contrastive_view(images, BatchRandom(3, 5), 8)
         random = BatchRandom(3, 5)
         boxes, flip = augment.crop_boxes(random, 4, 8, (0.2, 1.0)), random.uniform(4) < 0.5
-        amounts, order = augment.draw_jitter(random, 4)
+        amounts, order = augment.draw_jitter(random, 4, *JITTER)
         to_grey = random.uniform(4) < 0.2
         expected = augment.colour_jitter(augment.crop_resize(augment.to_float(images), boxes, flip, 8), amounts, order)
         expected[to_grey] = augment.grey(expected[to_grey]).expand(-1, 3, -1, -1)

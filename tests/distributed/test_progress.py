@@ -70,11 +70,11 @@ def test_an_unknown_total_and_one_that_is_not_to_stay(capsys):
 
 def test_durations():
     assert [duration(seconds) for seconds in (0.4, 89, 90, 5000, 7500)] == [
-        "0 s",
+        "1 s",
         "89 s",
         "2 min",
         "83 min",
-        "2 h 5 min",
+        "2 h 05 min",
     ]
 
 

@@ -41,7 +41,6 @@ from sssd_zoo.models import (
     stage_costs,
     stages_and_heads,
 )
-from sssd_zoo.models.saving import save_network
 
 COSTS = StageCosts((100.0, 80.0, 70.0, 60.0), (9.0, 7.0, 5.0, 1.0))
 
@@ -299,10 +298,7 @@ def test_few_images_show_nothing():
 def folder(tmp_path_factory):
     """A network that saw nothing, with three classes by name."""
     torch.manual_seed(0)
-    model = timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1))
-    path = tmp_path_factory.mktemp("network")
-    save_network(path, model, "sssd_resnet18", input_size=32, label_names=["blue", "green", "red"])
-    return path
+    return save_tiny(tmp_path_factory.mktemp("network"), 3, input_size=32, label_names=["blue", "green", "red"])
 
 
 def test_early_exit(folder, folder_of_images, tmp_path, capsys):

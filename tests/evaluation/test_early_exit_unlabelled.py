@@ -20,7 +20,6 @@ from sssd_zoo.evaluation.calibration import (
     useful_temperatures,
 )
 from sssd_zoo.models import StageCosts, ensemble_logits
-from sssd_zoo.models.saving import save_network
 
 COSTS = StageCosts((100.0, 80.0, 70.0, 60.0), (9.0, 7.0, 5.0, 1.0))
 BEFORE = [0.3, 1.0, 4.0, 2.0]
@@ -66,10 +65,8 @@ def test_only_temperatures_that_help_stay():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(0)
-    model = timm.create_model("sssd_resnet18", num_classes=3, layers=(1, 1, 1, 1))
     path = tmp_path_factory.mktemp("runs") / "mine" / "model"
-    save_network(path, model, "sssd_resnet18", input_size=32, label_names=["blue", "green", "red"])
-    return path
+    return save_tiny(path, 3, input_size=32, label_names=["blue", "green", "red"])
 
 
 @pytest.fixture(scope="module")

@@ -148,6 +148,12 @@ class TestSubset:
         assert not torch.equal(first, second)
         assert torch.equal(index, subset.positions[:6])
 
+    def test_views_of_other_channels_are_never_grey(self, data):
+        subset = Subset(data, ForwardConfig(precision="fp32", device="cpu"), seed=0)
+        images = torch.arange(5, dtype=torch.uint8).mul(50).view(1, 5, 1, 1).expand(200, 5, 16, 16)
+        ((_, views),) = subset._viewed([(torch.arange(200), images)], 16, 0)
+        assert (views.amax(1) > views.amin(1)).all()
+
 
 COMMANDS = Commands(improve=["more"], use=["predict", "embed"])
 

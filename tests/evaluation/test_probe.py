@@ -261,6 +261,17 @@ def test_knn_at_a_temperature_that_overflows_exp():
     assert accuracy == 100
 
 
+def test_knn_at_a_temperature_at_which_exp_is_zero():
+    # exp((0.4 - 1) / 0.001) is 0 in float32: no class would have a vote, and class 0 would win.
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    features = torch.eye(3, 40)[labels] + 0.3 * torch.randn(60, 40, generator=random)
+    data = features[:30], labels[:30], features[30:], labels[30:]
+    nearest = knn(*data, num_classes=3, neighbours=1, temperature=1.0)
+    assert nearest > 50
+    assert knn(*data, num_classes=3, neighbours=5, temperature=1e-5) == nearest
+
+
 @pytest.mark.parametrize("k", [0, 301])
 def test_knn_refuses_k(k):
     train_x, train_y, test_x, test_y = groups()

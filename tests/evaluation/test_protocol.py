@@ -1,17 +1,41 @@
 """Which images probes are trained and measured on."""
 
 import pytest
+import timm
+import torch
 
-from sssd_zoo.configs import DataConfig
+import sssd_zoo  # noqa: F401  registers the models with timm
+from sssd_zoo.configs import DataConfig, ForwardConfig
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.errors import UserError
-from sssd_zoo.evaluation.protocol import Evaluation, evaluation_data, shared_rows
+from sssd_zoo.evaluation.features import check_finite
+from sssd_zoo.evaluation.protocol import Evaluation, evaluation_data, evaluation_features, shared_rows
 
 
 def evaluate(split: str, test_split: str | None, data: str = "cifar10-sample") -> Evaluation:
     config = DataConfig(data=data, split=split, workers=0)
     images = load_images(config, require_labels=True, progress=False)
     return evaluation_data(images, config, test_split=test_split, holdout=0.2, seed=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(value):
+    features = torch.zeros(4, 9, 3)
+    check_finite(features)
+    features[2, [1, 5]] = value
+    with pytest.raises(UserError, match="exit 3 of the network gives for 2 of 9 images holds NaN or infinity"):
+        check_finite(features)
+
+
+def test_a_network_that_gives_nan_is_not_measured():
+    model = timm.create_model("sssd_resnet18", layers=(1, 1, 1, 1), channels=(8, 16, 32, 64), num_classes=3)
+    evaluation = evaluate("train[:80]", "train[80:200]")
+    config = ForwardConfig(precision="fp32", device="cpu")
+    evaluation_features(model, evaluation, config)
+    with torch.no_grad():
+        model.layer4[0].bn2.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="exit 4 of the network gives for 80 of 80 images"):
+        evaluation_features(model, evaluation, config)
 
 
 class TestSplitsShareNoRows:

@@ -84,6 +84,17 @@ def test_changes_are_differences_seed_by_seed():
     assert changes_table([result("sssd-soft")], []) == changes_table([result()], []) == []
 
 
+def test_runs_of_other_settings_are_neither_seeds_of_one_row_nor_a_change_of_the_pretext():
+    ours, shorter = result(accuracy=80.0), result(seed=1, accuracy=60.0)._replace(epochs=5)
+    tuned = result(seed=1, accuracy=70.0)._replace(trained="another learning rate")
+    other_pretext = result(seed=1, accuracy=75.0, pretrained="another learning rate")
+    rows = [row for row in paper_table(paper_tables([ours, shorter, tuned, other_pretext]), 1) if row[2] == "SSSD"]
+    measured = [(row[6], row[-4], row[-3]) for row in rows if row[0] == "ours" and row[6] != "not run"]
+    assert measured == [("80.00", "1", "4"), ("60.00", "1", "5"), ("70.00", "1", "4"), ("75.00", "1", "4")]
+    assert changes_table([ours], [shorter._replace(seed=0), tuned._replace(seed=0)]) == []
+    assert changes_table([ours], [other_pretext._replace(seed=0)])
+
+
 def test_every_row_of_the_paper_has_ours_below_it_and_what_was_not_run_has_no_number():
     lines = paper_tables([result(pretext_epochs=3, data="photos")])
     for number, rows in TABLES.items():
@@ -102,7 +113,7 @@ def test_runs_of_the_papers_setting_stand_under_its_row_and_others_after():
         place for place, row in enumerate(rows) if row[:5] == ["paper", "CIFAR-10", "SSSD", "ResNet-18", "200"]
     )
     assert rows[place + 1][6] == "80.50 (80.00, 81.00)"
-    assert rows[place + 1][-3:] == ["2", "1 min 00 s", "r1"]
+    assert rows[place + 1][-4:] == ["2", "4", "1 min 00 s", "r1"]
     assert rows[-1][:8] == [
         "ours",
         "uoft-cs/cifar10",

@@ -53,7 +53,7 @@ def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     before, rename = contents(tmp_path), Path.rename
 
     def fails(path: Path, target: Path) -> Path:
-        if ".tmp-" in path.name:
+        if ".sssd-tmp-" in path.name:
             raise OSError(errno.EIO, "Input/output error")
         return rename(path, target)
 

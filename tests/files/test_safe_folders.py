@@ -3,10 +3,12 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -15,6 +17,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from helpers.commands import ROOT, TINY, command, dead, one_line, sssd
 from helpers.disk import contents
@@ -22,11 +25,23 @@ from sssd_zoo.cli.arguments import PATHS
 from sssd_zoo.cli.commands import COMMANDS
 from sssd_zoo.configs import commands as arguments
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import RUN_MARK, expand_home, lock
+from sssd_zoo.files import RUN_MARK, atomic_write_text, expand_home, lock, sha256, write_json
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.files.run_folder import CHECKPOINTS, KINDS, atomic_dir, claim, drop, kind_of, mark, remove, tidy
+from sssd_zoo.files.run_folder import (
+    CHECKPOINTS,
+    KINDS,
+    atomic_dir,
+    check_replaceable,
+    claim,
+    drop,
+    kind_of,
+    mark,
+    remove,
+    tidy,
+)
+from sssd_zoo.hub.cards import WEIGHTS_MARK, check_weights_file
 from sssd_zoo.hub.model_card import save_model_folder
-from sssd_zoo.models.saving import save_network
+from sssd_zoo.models.saving import network_weights, save_network
 from sssd_zoo.pipeline.export import is_graph, is_program
 
 SMALL = ["--model", "sssd_resnet18", "--image_size", "32", "--epochs", "1", "--batch_size", "16", "--device", "cpu"]
@@ -206,11 +221,18 @@ def test_export_replaces_only_an_export(suffix, tmp_path, capsys):
     assert "so it is kept" in one_line(capsys)
     assert out.read_text() == "a photo"
     out.unlink()
-    half = tmp_path / f".{out.name}.tmp-{dead()}"
+    half = tmp_path / f".{out.name}.sssd-tmp-{dead()}"
     half.write_text("half an export")
     assert sssd(*words) == 0
     assert not half.exists()
     assert (is_graph if suffix == "onnx" else is_program)(out), "which may be replaced"
+    kept = out.rename(tmp_path / "kept")
+    out.symlink_to(kept)
+    before = kept.stat().st_ino
+    assert sssd(*words) == 0
+    assert out.readlink() == kept, "a link stays one, and what it names is written"
+    assert kept.stat().st_ino != before
+    kept.rename(out)
     (tmp_path / "photo.int8.onnx").write_text("mine")
     if suffix == "onnx":
         assert sssd(*words, "--int8", "--data", "cifar10-sample") == 2
@@ -230,6 +252,81 @@ def test_the_weights_of_a_card_replace_no_other_file(tmp_path, capsys):
         assert f"weights.safetensors {reason}" in one_line(capsys)
     assert weights.read_text() == "mine"
     assert not (tmp_path / "card").exists()
+
+
+def test_an_output_that_is_a_link(tmp_path):
+    real, link, broken = tmp_path / "kept" / "v1.csv", tmp_path / "latest.csv", tmp_path / "broken.csv"
+    real.parent.mkdir()
+    real.write_text("old")
+    link.symlink_to(real)
+    broken.symlink_to(tmp_path / "nowhere" / "x.csv")
+    check_replaceable(link, True, "a listing", lambda path: path.read_text() == "old")
+    atomic_write_text(link, "new", follow_link=True)
+    assert link.readlink() == real
+    assert real.read_text() == "new"
+    assert [path.name for path in real.parent.iterdir()] == [real.name]
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match=re.escape(f"broken.csv is a link to {tmp_path / 'nowhere' / 'x.csv'}")):
+            check_replaceable(broken, overwrite, "a listing", lambda _: True)
+    assert broken.is_symlink()
+    # What this package links itself it replaces.
+    atomic_write_text(link, "own")
+    assert (link.is_symlink(), real.read_text()) == (False, "new")
+
+
+def test_the_weights_of_a_card_replace_only_such_weights(tmp_path, capsys):
+    foreign, card = tmp_path / "llm.safetensors", tmp_path / "card"
+    save_file({"conv1.weight": torch.zeros(2)}, foreign, metadata={"format": "pt"})
+    run = tmp_path / "run"
+    save_model_folder(run / "model", timm.create_model("sssd_resnet18", num_classes=3), arch="sssd_resnet18")
+    mark(run, "fit")
+    before = contents(tmp_path)
+    own, new = run / "model" / "model.safetensors", run / "new.safetensors"
+    for path, reason in (
+        (foreign, "is not weights of `sssd card`, so it is kept"),
+        (own, f"lies in {run / 'model'}, which holds a network"),
+        (new, f"lies in {run}, which holds a run of `sssd fit`"),
+    ):
+        with pytest.raises(UserError, match=re.escape(reason)):
+            check_weights_file(path, card, overwrite=True)
+    assert contents(tmp_path) == before
+    network, weights = timm.create_model("sssd_resnet18", num_classes=3), tmp_path / "weights.safetensors"
+    weights.write_bytes(network_weights(network, torch.float16, metadata=WEIGHTS_MARK))
+    check_weights_file(weights, card, overwrite=True)
+    # Those of an earlier version have no mark; the card that they belong to knows them.
+    weights.write_bytes(network_weights(network, torch.float16))
+    with pytest.raises(UserError, match="is not weights of"):
+        check_weights_file(weights, card, overwrite=True)
+    mark(card, "card")
+    write_json(card / "metrics.json", {"weights": {"sha256": sha256(weights)}})
+    check_weights_file(weights, card, overwrite=True)
+    check_weights_file(card / "weights.safetensors", card, overwrite=False)
+
+
+def test_an_export_replaces_no_archive_of_the_user_s(tmp_path):
+    archive = tmp_path / "takeout.zip"
+    for name, content in (
+        ("Takeout/Photos/2019/metadata.json", '{"architecture": "", "output": ""}'),
+        ("Takeout/extra/metadata.json", '{"title": "2019"}'),
+        ("Takeout/extra/metadata.json", "["),
+    ):
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr(name, content)
+        assert not is_program(archive), name
+    archive.write_bytes(archive.read_bytes()[:40])
+    assert not is_program(archive)
+
+
+@pytest.mark.parametrize("suffix", ["json", "textproto", "onnxtxt"])
+def test_an_export_replaces_no_text_of_the_user_s(suffix, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    out = tmp_path / f"x.{suffix}"
+    out.write_text('{"mine": true}')
+    assert not is_graph(out)
+    graph = onnx.ModelProto()
+    onnx.helper.set_model_props(graph, {"architecture": '"sssd_resnet18"', "output": '"4"'})
+    out.write_bytes(graph.SerializeToString())
+    assert is_graph(out), "an export is one by any name"
 
 
 # Folders of version 0.1, which wrote no marks.
@@ -285,24 +382,37 @@ def test_folders_from_before_marks_are_told_by_their_files(kind, files, tmp_path
 
 def test_litter_of_dead_processes_goes_and_what_one_had_put_aside_returns(tmp_path, folder_of_images, capsys):
     out, gone, alive = tmp_path / "run", dead(), os.getppid()
-    for name in ("labels", f".labels.tmp-{gone}", f".model.old-{gone}", f"sub/.x.json.tmp-{gone}", f".a.tmp-{alive}"):
+    names = ["labels", f".labels.sssd-tmp-{gone}", f".model.sssd-old-{gone}", f"sub/.x.json.sssd-tmp-{gone}"]
+    for name in [*names, f".a.sssd-tmp-{alive}"]:
         (out / name).mkdir(parents=True)
         (out / name / "file").write_text(name)
-    (out / ".labels.features.npy").write_text("")
-    (out / "..labels.features.npy.partial").write_text("")
-    mark(tmp_path / f".run.tmp-{gone}", "labels")
-    (tmp_path / f".run.tmp-of-mine-{gone}").mkdir()
-    (tmp_path / f".other.tmp-{gone}").mkdir()
-    (tmp_path / f".run.old-{gone}").mkdir()
-    (tmp_path / f".run.old-{gone}" / "photo").write_text("no mark: who knows whose")
+    (out / ".labels.sssd-features.npy").write_text("")
+    (out / "..labels.sssd-features.npy.partial").write_text("")
+    mark(tmp_path / f".run.sssd-tmp-{gone}", "labels")
+    (tmp_path / f".run.sssd-tmp-of-mine-{gone}").mkdir()
+    (tmp_path / f".other.sssd-tmp-{gone}").mkdir()
+    (tmp_path / f".run.sssd-old-{gone}").mkdir()
+    (tmp_path / f".run.sssd-old-{gone}" / "photo").write_text("no mark: who knows whose")
     tidy(out)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {"run/labels/file", "run/model/file", f"run/.a.tmp-{alive}/file", f".run.old-{gone}/photo"}
-    assert (tmp_path / f".other.tmp-{gone}").exists()
+    assert left == {"run/labels/file", "run/model/file", f"run/.a.sssd-tmp-{alive}/file", f".run.sssd-old-{gone}/photo"}
+    assert (tmp_path / f".other.sssd-tmp-{gone}").exists()
+
+
+def test_what_is_of_another_folder_or_of_the_user_is_no_litter(tmp_path):
+    out, gone = tmp_path / "labels", dead()
+    mark(out, "labels")
+    others = [".labels.v2.sssd-features.npy", "..labels.v2.sssd-features.npy.partial", f".labels.v2.sssd-tmp-{gone}"]
+    mine = ["labels/notes", f"labels/.notes.old-{gone}", f"labels/.draft.tmp-{gone}", "labels/.a.features.npy"]
+    for name in [*others, *mine, "labels/.x.sssd-tmp-of-mine"]:
+        (tmp_path / name).write_text(name)
+    before = contents(tmp_path)
+    tidy(out)
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_that_was_lost_between_two_renames_returns(tmp_path, folder_of_images, capsys):
-    aside = tmp_path / f".labels.old-{dead()}"
+    aside = tmp_path / f".labels.sssd-old-{dead()}"
     mark(aside, "labels")
     (aside / "pseudo_labels.json").write_text(LABELS)
     words = ["pseudo-label", "--data", folder_of_images, "--model", "sssd_resnet18_cifar", "--out", tmp_path / "labels"]

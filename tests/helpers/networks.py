@@ -36,7 +36,10 @@ def _created(name, **kwargs):
     return model.eval()
 
 
-def save_tiny(folder: Path, classes: int) -> Path:
-    """A folder with a network of one block a stage and new weights, with so many classes and no thresholds."""
-    save_network(folder, timm.create_model("sssd_resnet18", num_classes=classes, **SHORT), "sssd_resnet18")
+def save_tiny(folder: Path, classes: int, **kwargs) -> Path:
+    """A folder with a network of one block a stage and new weights, with so many classes and no thresholds.
+
+    `kwargs` are those of `save_network`.
+    """
+    save_network(folder, timm.create_model("sssd_resnet18", num_classes=classes, **SHORT), "sssd_resnet18", **kwargs)
     return folder

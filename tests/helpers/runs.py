@@ -1,5 +1,6 @@
-"""A finished run of `sssd fit`, made up in a second: a tiny network, and clusters that are given."""
+"""A finished run of `sssd fit`, made up in a second of a tiny network and given clusters; the results of others."""
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,12 @@ from helpers.networks import save_tiny
 from sssd_zoo.files import write_json
 from sssd_zoo.files.run_folder import mark
 from sssd_zoo.labels.kmeans import Clustering
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    """The rows of results.csv of `sssd compare` or `sssd finetune`."""
+    with (out / "results.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def made_run(out: Path, source: Path | str, clusters: int = 4, *, unlabelled: bool = True, **results) -> Path:

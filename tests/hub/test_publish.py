@@ -23,8 +23,8 @@ from safetensors.torch import load
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import ROOT
+from helpers.hub_server import Fault, Hub
 from helpers.labels import pseudo_labels
-from hub_server import Fault, Hub
 from sssd_zoo.configs import PullArgs
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.calibration import fold
@@ -476,6 +476,34 @@ def test_a_file_whose_name_is_a_pattern_comes_back(empty, sssd, run, tmp_path):
     assert done.status == 0, done
     fetched = {unquote(line.rsplit("/", 1)[1]) for line in empty.log if re.match("GET .*/resolve/", line)}
     assert {"notes[1].md", "model.safetensors"} <= fetched & set(empty.files(REPO))
+
+
+def test_pictures_of_the_run_go_only_when_they_are_named(empty, sssd, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    shown = {"figures/clusters.png", "distill/views.png", "report.html", "seen/detections.png"}
+    for name in (*shown, "own.png", "figures/own.png", "distill/own.png"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"pixels")
+
+    def sent(pattern: str) -> tuple[set[str], str]:
+        done = sssd("publish", copy, "--repo", REPO, "--include", pattern, "--dry_run")
+        assert done.status == 0, done
+        return {line.split()[-1] for line in done.out.splitlines() if line.startswith(" ")}, done.out
+
+    usual = FILES - {".gitattributes"}
+    assert sent("*.png")[0] == usual | {"own.png"}, "'*' stays in its folder"
+    for pattern, others, left in (
+        ("*/*.png", {"figures/own.png", "figures/early_exit.png", "distill/own.png"}, shown - {"report.html"}),
+        ("figures/clusters*", set(), {"figures/clusters.png"}),
+        ("report.*", set(), {"report.html"}),
+    ):
+        files, said = sent(pattern)
+        assert files == usual | others
+        assert f"{', '.join(sorted(left))}: shows images of the run, so --include {pattern} leaves it out" in said
+    for name in shown:
+        files, said = sent(name)
+        assert files == usual | {name}
+        assert "shows images" not in said
 
 
 def test_publish_says_when_what_came_back_is_damaged(empty, sssd, run):

@@ -253,7 +253,16 @@ def test_photographs_of_any_kind_and_files_that_are_none(demo):
         demo.analyse(b"<svg/>")
 
 
-def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path):
+def pictures(page: Path) -> list[bytes]:
+    """The pixels of a page's examples."""
+    return [Image.open(path).tobytes() for path in sorted((page / "examples").iterdir())]
+
+
+def no_image(*_: Any) -> None:
+    raise UserError("no image of images (test) can be decoded")
+
+
+def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path, monkeypatch):
     assemble(str(fitted), tmp_path / "asked", run_images=False)
     moved = tmp_path / "moved"
     shutil.copytree(fitted, moved, ignore=shutil.ignore_patterns("checkpoints", "distill", "probe"))
@@ -269,9 +278,15 @@ def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path):
     (moved / "config.yaml").write_text(config)
     (moved / "pretrain/model.safetensors").unlink()
     assert "holds no network: model.safetensors missing" in assemble(str(moved), tmp_path / "bare")[1]
-    for folder in ("asked", "lost", "other", "bare"):
+    # The clusters can be shown, and an image of the split that the examples are taken from cannot.
+    shutil.copy(fitted / "pretrain/model.safetensors", moved / "pretrain")
+    monkeypatch.setattr("sssd_zoo.hub.space.run_examples", no_image)
+    assert "without the run's images and clusters: no image" in assemble(str(moved), tmp_path / "undecodable")[1]
+    bundled = pictures(tmp_path / "asked")
+    assert len(bundled) == 10
+    for folder in ("asked", "lost", "other", "bare", "undecodable"):
         assert Demo(tmp_path / folder).clusters is None
-        assert len(list((tmp_path / folder / "examples").iterdir())) == 10
+        assert pictures(tmp_path / folder) == bundled, "only the bundled images are shown"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What works as for timm's own resnet18: `feature_cfg`, `checkpoint_path`, `hf_hub:`, `local-dir:RUN`, its scripts."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ from safetensors.torch import save_file
 
 from helpers.commands import ROOT
 from helpers.networks import SHORT, create
+from sssd_zoo.files import read_json, write_json
 from sssd_zoo.files.network_link import link_network
+from sssd_zoo.files.run_folder import mark
 from sssd_zoo.models import activations
-from sssd_zoo.models.networks import find_network, hub_repository, with_current_prefix
+from sssd_zoo.models.networks import find_network, hub_repository, load_network, with_current_prefix
 from sssd_zoo.models.saving import save_network
 
 
@@ -90,6 +93,36 @@ def test_local_dir_of_a_run(tmp_path, capsys):
     link_network(other)
     assert (other / "config.json").read_text() == "mine"
     assert not (other / "model.safetensors").is_file()
+
+
+def test_a_run_copied_with_links_followed_has_no_stale_network(tmp_path, capsys):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    save_network(run / "model", create(**SHORT), "sssd_resnet18", input_size=32)
+    mark(run, "fit")
+    link_network(run)
+    shutil.copytree(run, copy)
+    assert not (copy / "config.json").is_symlink()
+    # Its classes were named meanwhile: the copy of config.json differs, and is of this network all the same.
+    config = read_json(copy / "model" / "config.json")
+    write_json(copy / "model" / "config.json", {**config, "label_names": list("abcdefg")})
+    assert load_network(str(copy)).pretrained_cfg["label_names"] == list("abcdefg")
+    link_network(copy)
+    for name in ("config.json", "model.safetensors"):
+        assert (copy / name).readlink() == Path("model") / name
+    assert capsys.readouterr().out == ""
+
+    # Copies of a network that is no longer there, and a file of the user's, stay, and are not what the run answers by.
+    shutil.copytree(run, tmp_path / "late")
+    late = tmp_path / "late"
+    old = (late / "model.safetensors").read_bytes()
+    (late / "config.json").write_text("mine")
+    save_network(late / "model", create(num_classes=2, **SHORT), "sssd_resnet18", input_size=32)
+    link_network(late)
+    said = capsys.readouterr().out
+    for name in ("config.json", "model.safetensors"):
+        assert f"{late / name} is not the network of this run, so it is kept" in said
+    assert ((late / "config.json").read_text(), (late / "model.safetensors").read_bytes()) == ("mine", old)
+    assert load_network(str(late)).num_classes == 2
 
 
 def test_no_links_on_this_file_system(tmp_path, capsys, monkeypatch):

@@ -15,8 +15,9 @@ from helpers.commands import TINY_DETECTION, one_line, sssd
 from helpers.images import write_voc
 from sssd_zoo.data.augment import LUMA, normalise
 from sssd_zoo.data.images import decode
+from sssd_zoo.data.inputs import input_spec, network_input, prepared
 from sssd_zoo.data.opening import Encoded
-from sssd_zoo.models.networks import input_spec, load_network
+from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
 
 CLASSES = ["blue", "green", "red"]
@@ -64,6 +65,16 @@ def test_a_grey_network_made_of_an_rgb_one_has_one_mean():
     _, (mean,), (std,) = input_spec(network)
     assert mean == pytest.approx(sum(whole.pretrained_cfg["mean"]) / 3)
     assert std == pytest.approx(sum(whole.pretrained_cfg["std"]) / 3)
+
+
+def test_images_are_prepared_for_a_grey_network_made_of_an_rgb_one():
+    network = timm.create_model("sssd_resnet18_cifar", pretrained=True, in_chans=1).eval()
+    stored = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    images = prepared(stored, network)
+    torch.testing.assert_close(images, network_input(stored, input_spec(network)))
+    assert images.shape == (2, 1, 32, 32)
+    with torch.no_grad():
+        assert network(images).shape == (2, 10)
 
 
 def test_predict_answers_as_the_network_does(grey, tmp_path, capsys):

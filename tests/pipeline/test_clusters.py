@@ -1,18 +1,22 @@
 """`sssd clusters`: every image in the folder of its cluster, nearest first, and nothing of the user's replaced."""
 
 import csv
+import errno
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from helpers.commands import one_line, sssd
+from helpers.disk import contents
 from helpers.images import file_bytes, picture, write, write_parquet
 from sssd_zoo.configs import DataConfig
-from sssd_zoo.files import write_json
+from sssd_zoo.files import run_folder, write_json
+from sssd_zoo.files.run_folder import mark
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.pipeline.clusters import folder_names, safe_name
 from sssd_zoo.training.runs import save_config
@@ -69,6 +73,21 @@ def test_every_image_lies_in_its_cluster_the_nearest_first(run, photos, tmp_path
         assert next(row["rank"] for row in rows if row["cluster"] == str(cluster)) == "1"
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert {row["file"] for row in rows} == files - {"clusters.csv", ".sssd-zoo.json"}
+
+
+def test_pages_are_read_as_the_run_read_them(tmp_path, capsys):
+    pytest.importorskip("tifffile")
+    data, run = tmp_path / "scans", tmp_path / "run"
+    data.mkdir()
+    for side, count in ((16, 12), (32, 2)):
+        first, *others = (picture(number, side).convert("L") for number in range(count))
+        first.save(data / f"{side}.tif", save_all=True, append_images=others)
+    how = {"pages": "all", "max_pixels": 300}  # the larger pages are left out
+    settings = [f"--{name}={value}" for name, value in how.items()]
+    assert sssd("pseudo-label", "--data", data, "--out", run / "labels", *WORDS, *settings, "--max_corrupt", "2") == 0
+    save_config(run, DataConfig(data=str(data), unlabelled=True, **how))
+    assert sssd("clusters", run, "--out", tmp_path / "out") == 0
+    assert "12 images in 3 folders" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("link", ["hard", "symbolic"])
@@ -163,6 +182,56 @@ def test_a_listing_that_was_changed_removes_nothing_elsewhere(run, tmp_path):
     (out / "clusters.csv").write_text("\n".join(lines) + "\n")
     assert sssd("clusters", run, "--out", out, "--overwrite") == 0
     assert (tmp_path / "thesis.txt").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8-sig"])
+def test_a_listing_that_a_spreadsheet_saved(encoding, marked, run, tmp_path):
+    out = tmp_path / "out"
+    assert sssd("clusters", run, "--out", out) == 0
+    before = {row["file"] for row in listing(out)}
+    text = (out / "clusters.csv").read_text().replace(",", ";").replace("\n", "\r\n")
+    (out / "clusters.csv").write_bytes((text + "café;;;;;;\r\n").encode(encoding))
+    if not marked:  # as earlier versions left it: the files are those of the listing
+        mark(out, "clusters")
+    name(run, ["beach", "wood", "street"])
+    try:
+        assert sssd("clusters", run, "--out", out, "--overwrite") == 0
+    finally:
+        name(run, [f"cluster {number}" for number in range(3)])
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {"beach", "wood", "street"}
+    assert not any((out / file).exists() for file in before)
+    assert all((out / row["file"]).is_file() for row in listing(out))
+
+
+def test_a_command_that_is_stopped_keeps_the_earlier_images(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert sssd("clusters", run, "--out", out) == 0
+    before = contents(out)
+    name(run, ["beach", "wood", "street"])
+    full = OSError(errno.ENOSPC, "No space left on device")
+    try:
+        for stop in (KeyboardInterrupt(), full):
+            with monkeypatch.context() as patch:
+                patch.setattr(run_folder, "publish_dir", Mock(side_effect=stop))
+                assert sssd("clusters", run, "--out", out, "--overwrite") != 0
+            assert contents(out) == before
+    finally:
+        name(run, [f"cluster {number}" for number in range(3)])
+
+
+@pytest.mark.parametrize("content", ["[]", '{"label_names": 3}'])
+def test_names_that_are_none(content, run, tmp_path, capsys):
+    (run / "model" / "config.json").write_text(content)
+    try:
+        status = sssd("clusters", run, "--out", tmp_path / "out")
+    finally:
+        name(run, [f"cluster {number}" for number in range(3)])
+    if content == "[]":
+        assert status == 2
+        assert "is no config.json of a network" in one_line(capsys)
+    else:
+        assert status == 0
 
 
 @pytest.mark.parametrize(

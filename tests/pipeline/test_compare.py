@@ -1,16 +1,19 @@
 """`sssd compare` on tiny data: what it runs, what it reuses, and what its report says of what was not run."""
 
-import csv
 import json
 
 import pytest
+import timm
 from PIL import Image
 
 from helpers.commands import TINY_COMPARE as TINY
 from helpers.commands import one_line, sssd
 from helpers.markdown import by_name, sections, table
+from helpers.runs import rows_of
 from sssd_zoo.evaluation.reports.comparison import METHODS, PAPER, VARIANTS
 from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.models import multiply_adds
+from sssd_zoo.models.saving import save_network
 
 
 def report(out):
@@ -19,11 +22,6 @@ def report(out):
     methods, changes = parts["Methods compared"], parts.get("One thing changed", "")
     paper = [row for title, text in parts.items() if title.startswith("Table ") for row in table(text)]
     return by_name(table(methods)), by_name(table(changes)) if changes else {}, paper
-
-
-def rows_of(out):
-    with (out / "results.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow
@@ -64,6 +62,33 @@ def test_all_methods_then_more_seeds_reuse_what_is_there(folder_of_images, tmp_p
 
 
 @pytest.mark.slow
+def test_true_labels_are_not_learnt_of_the_images_that_are_measured(folder_of_images, tmp_path):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--probe.holdout", "0.5"]
+    words += ["--pretrain.batch_size", "512"]  # more than there are images, which does not matter here
+    assert sssd(*words, "--seeds", "[0]", "--methods", '["true", random]') == 0
+    steps = {
+        name: read_metrics(tmp_path / "seed-0" / name / "metrics.jsonl")[-1]["step"] for name in ("true", "random")
+    }
+    assert not (tmp_path / "seed-0" / "pretrain").exists(), "nothing learns from M_ssl"
+    assert steps["true"] == steps["random"] // 2, "half of the images are measured"
+    assert "held out from the probes only" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_seeds_teacher_sees_its_images_at_teacher_size_and_macs_are_of_the_probes(folder_of_images, tmp_path):
+    teacher = tmp_path / "teacher"
+    save_network(teacher, timm.create_model("resnet18", num_classes=0), "resnet18", input_size=32)
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path / "out", *TINY, "--seeds", "[0]"]
+    words += ["--features", teacher, "--teacher_size", "40", "--methods", "[sssd, seed]", "--keep_checkpoints", "true"]
+    assert sssd(*words) == 0
+    checkpoints = tmp_path / "out" / "seed-0" / "seed" / "checkpoints"
+    identity = json.loads(next(checkpoints.glob("step-*/*.json")).read_text())["identity"]
+    assert identity["teacher_size"] == 40
+    network = timm.create_model("sssd_resnet18", num_classes=3)
+    results = {row["method"]: row for row in json.loads((tmp_path / "out" / "results.json").read_text())}
+    assert results["sssd"]["macs"] == multiply_adds(network, (3, 32, 32))
+
+
 def test_epochs_of_single_methods_and_the_pretext_itself(folder_of_images, tmp_path, capsys):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
     assert sssd(*words, "--methods", "[sssd, clusterfit, pretext]") == 0

@@ -39,7 +39,7 @@ def network(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """22 files in two folders, of which three are no images: one batch of four has none."""
+    """22 files in two folders, of which five are no images: one batch of four has none."""
     root = tmp_path_factory.mktemp("data") / "photos"
     for number in range(22):
         write(root / ("a" if number < 12 else "b") / f"{number:02}.png", picture(number))
@@ -207,6 +207,23 @@ def test_nothing_of_the_users_is_replaced(network, photos, tmp_path, capsys):
     (tmp_path / ".other.npy.parts" / "mine.txt").write_text("mine")
     assert embed(network, photos, tmp_path / "other.npy", "--overwrite") == 2
     assert "was not made by sssd-zoo" in one_line(capsys)
+
+
+def test_a_link_is_followed(network, photos, tmp_path, capsys):
+    real, link = tmp_path / "v1.npy", tmp_path / "latest.npy"
+    assert embed(network, photos, real) == 0
+    before = real.stat().st_ino
+    link.symlink_to(real)
+    assert embed(network, photos, link, "--overwrite") == 0
+    assert link.readlink() == real
+    assert real.stat().st_ino != before
+    names = {path.name for path in tmp_path.iterdir() if "latest" in path.name or "v1" in path.name}
+    assert names == {"latest.npy", "v1.npy", "v1.npy.json", "v1.npy.csv"}
+    for name, out in (("broken.npy", "broken.npy"), ("new.npy.json", "new.npy")):
+        (tmp_path / name).symlink_to(tmp_path / "none")
+        assert embed(network, photos, tmp_path / out) == 2
+        assert name in one_line(capsys)
+        assert (tmp_path / name).is_symlink()
 
 
 def test_a_folder_that_is_yet_to_be_made_in_the_data_is_refused(network, photos, tmp_path, capsys):

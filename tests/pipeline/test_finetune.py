@@ -1,6 +1,5 @@
 """`sssd finetune`: the subsets, what is trained at which rate, that no label leaks, and the sweep."""
 
-import csv
 import json
 from itertools import pairwise
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 
 import sssd_zoo  # noqa: F401
 from helpers.commands import one_line, sssd
+from helpers.runs import rows_of
 from sssd_zoo.configs import FinetuneArgs, SelfDistillationConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.errors import UserError
@@ -84,7 +84,7 @@ class TestRates:
                 for value in group["params"]:
                     name = names[id(value)]
                     seen.add(name)
-                    head = name.startswith("fc.") or ".fc." in name
+                    head = name.startswith(("fc.", "exit1.", "exit2.", "exit3."))
                     height = 0.5 if step == 0 else 0.25  # half way down the cosine
                     assert group["lr"] == pytest.approx(height * (1 if head else 0.1)), name
             assert seen == set(names.values())
@@ -141,11 +141,6 @@ def test_steps_at_least_and_batches_that_fit():
 def test_accuracies_by_hand():
     logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]], [[0.0, 9.0], [0.0, 1.0], [0.0, 0.5]]])
     assert accuracies(logits, torch.tensor([0, 1, 0])) == ([100.0, pytest.approx(100 / 3)], pytest.approx(200 / 3))
-
-
-def rows_of(out):
-    with (out / "results.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +223,7 @@ def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, t
         (("--models", "[scratch]", "--per_class", "[99]"), "fewer than 99"),
         (("--models", "[scratch, scratch]"), "distinct"),
         (("--models", "[nothing]"), "no model of that name"),
-        (("--models", "[..]"), "gives no name to a folder of its runs"),
+        (("--models", "[..]"), "cannot name a folder"),
         (("--models", "[scratch]", "--lr", "0"), "lr is 0.0; it must be a number above 0"),
         (("--models", "[scratch]", "--fractions", "[0.01]", "--accumulate", "2"), "too few"),
     ],

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from helpers.commands import TINY, one_line, sssd
 from helpers.disk import contents
+from sssd_zoo.distributed.progress import duration
 from sssd_zoo.files import RUN_MARK
 from sssd_zoo.pipeline import estimate
-from sssd_zoo.pipeline.forecast import Forecast, rough
+from sssd_zoo.pipeline.distill import distill_network
+from sssd_zoo.pipeline.forecast import Forecast
 from sssd_zoo.pipeline.mistakes import Mistakes
 from sssd_zoo.tasks import AnchoredSelfDistillation
 
@@ -99,7 +101,7 @@ class TestForecast:
         assert forecast.describe("probe") == "step 4 of 4"
 
     def test_times_in_words(self):
-        assert [rough(seconds) for seconds in (0.2, 89, 91, 3600, 7260)] == [
+        assert [duration(seconds) for seconds in (0.2, 89, 91, 3600, 7260)] == [
             "1 s",
             "89 s",
             "2 min",
@@ -264,10 +266,23 @@ class TestAFinishedRun:
 
 class TestMoreEpochs:
     @pytest.mark.slow
-    def test_a_finished_run_goes_on(self, run, folder_of_images, capsys):
+    def test_a_finished_run_goes_on(self, run, folder_of_images, capsys, monkeypatch):
+        seeds = []
+
+        def recorded(data, labels, config, runtime, spec, **kwargs):
+            seeds.append((spec.out.name, runtime.seed))
+            return distill_network(data, labels, config, runtime, spec, **kwargs)
+
+        monkeypatch.setattr("sssd_zoo.pipeline.fit.distill_network", recorded)
         words = ["fit", "--data", folder_of_images, "--out", run, *QUICK]
         before = weights(run)
+        for link in (run / "config.json", run / "model.safetensors"):  # as where a run is copied with links followed
+            content = link.read_bytes()
+            link.unlink()
+            link.write_bytes(content)
         assert sssd(*words, "--more_epochs", "2") == 0
+        assert (run / "config.json").is_symlink()
+        assert (run / "model.safetensors").is_symlink()
         said = capsys.readouterr().out
         assert said.count("done before") == 4
         assert "[more-1]" in said
@@ -285,6 +300,8 @@ class TestMoreEpochs:
         assert "more_epochs: [2] there, [] now" in one_line(capsys)
         assert sssd(*words, "--more_epochs", "[2, 1]") == 0
         assert capsys.readouterr().out.count("done before") == 5
+        assert [name for name, _ in seeds] == ["more-1", "more-2"]
+        assert len({0, *(seed for _, seed in seeds)}) == 3, "each sees new views, in another order"
         assert not same(once, load_file(run / "model" / "model.safetensors"))
         assert sssd(*words, "--overwrite") == 0
         assert not (run / "more-1").exists()

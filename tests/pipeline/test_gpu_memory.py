@@ -82,14 +82,14 @@ def test_what_is_given_is_taken_and_what_does_not_fit_is_one_line(gpu, folder_of
     given = ["--pretrain.accumulate", "1"]
     assert fit(folder_of_images, tmp_path / "run", *given) == 2
     line = one_line(capsys)
-    assert "has not enough memory for 32 images of 32 px at a time (batch_size 32, accumulate 1)" in line
+    assert "does not have enough memory for 32 images of 32 px at a time (batch_size 32, accumulate 1)" in line
     assert "double accumulate" in line
     assert line.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
     assert fit(folder_of_images, tmp_path / "run", "--pretrain.accumulate", "2") == 0, "nothing had been trained"
 
     limits[MoCo] = 8
     assert fit(folder_of_images, tmp_path / "small") == 2
-    assert "has not enough memory for 16 images" in one_line(capsys)
+    assert "does not have enough memory for 16 images" in one_line(capsys)
 
     limits[MoCo] = 16
     assert fit(folder_of_images, tmp_path / "small", "--pretrain.splits", "32") == 2

@@ -157,6 +157,34 @@ def test_a_wrong_file_is_one_line_and_changes_nothing(content, words, network, t
     assert contents(network) == before
 
 
+def test_a_folder_is_known_by_any_name(run, tmp_path, capsys, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run")
+    save_tiny(copy / "distill", classes=4)
+    (copy / "steps").mkdir()
+    (copy / "steps" / "distill.json").write_text("{}")
+    names = csv(tmp_path, GOOD)
+    before = contents(copy)
+    for step in (".", "./", "link"):
+        monkeypatch.chdir(copy / "distill" if step != "link" else tmp_path)
+        if step == "link":
+            Path("link").symlink_to(copy / "distill")
+        assert sssd("rename", step, names) == 2
+        assert f"{step.rstrip('/')} is a step of a run" in one_line(capsys)
+    assert contents(copy) == before
+    # The network of a run is renamed with the run.
+    (tmp_path / "network of the run").symlink_to(copy / "model")
+    for folder, given, name in (
+        (copy / "model", ".", "owls"),
+        (copy / "model", "./", "cows"),
+        (copy, ".", "bees"),
+        (tmp_path, "network of the run", "bats"),
+    ):
+        monkeypatch.chdir(folder)
+        assert sssd("rename", given, csv(tmp_path, f"cluster,name\n1,{name}\n")) == 0
+        assert cluster_names(copy)[1] == name
+        assert load_network(str(copy)).pretrained_cfg["label_names"][1] == name
+
+
 def test_networks_that_are_not_renamed(run, network, folder_of_images, tmp_path, capsys):
     names = csv(tmp_path, GOOD)
     (run / "steps").mkdir(exist_ok=True)

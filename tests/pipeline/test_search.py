@@ -91,6 +91,13 @@ def test_table_and_csv(place, tmp_path, capsys):
     assert search(place, "e.parquet", photos[0], "--out", tmp_path / "found.csv") == 2
     assert "give --overwrite" in one_line(capsys)
     assert search(place, "e.parquet", photos[0], "--out", tmp_path / "found.csv", "--overwrite") == 0
+    (tmp_path / "latest.csv").symlink_to("found.csv")
+    assert search(place, "e.parquet", photos[1], "--out", tmp_path / "latest.csv", "--overwrite") == 0
+    assert (tmp_path / "latest.csv").readlink() == Path("found.csv")
+    assert str(photos[1]) in (tmp_path / "found.csv").read_text().splitlines()[1]
+    (tmp_path / "broken.csv").symlink_to("none.csv")
+    assert search(place, "e.parquet", photos[0], "--out", tmp_path / "broken.csv") == 2
+    assert "is a link to none.csv, which does not exist" in one_line(capsys)
     (tmp_path / "mine.csv").write_text("name,age\n")
     assert search(place, "e.parquet", photos[0], "--out", tmp_path / "mine.csv", "--overwrite") == 2
     assert "is not what `sssd search` found, so it is kept" in one_line(capsys)

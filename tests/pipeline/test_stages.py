@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 
 from helpers.disk import DAMAGE, contents, flip
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import RUN_MARK, atomic_write_text
+from sssd_zoo.files import RUN_MARK, atomic_write_text, read_json, write_json
 from sssd_zoo.pipeline.stages import Stage, Stages
+from sssd_zoo.training.checkpoints import OtherRun
 
 
 def run_stage(stages: Stages, name: str, action: Any, settings: Any, **more: Any) -> dict[str, Any]:
@@ -94,6 +96,35 @@ def test_other_true_labels_are_measured_again_unasked(tmp_path, capsys):
     assert "repeated, for other true labels" in capsys.readouterr().out
     with pytest.raises(UserError, match="--overwrite"):
         run_stage(stages, "probe", step("never"), {"epochs": 9}, measured_on="c")
+
+
+def test_checkpoints_of_another_run_are_discarded_where_that_is_asked_for(tmp_path):
+    def train(folder: Path) -> dict[str, Any]:
+        if (folder / "checkpoints" / "step-00000001").exists():
+            raise OtherRun("written by another run; use a new --out, or --overwrite")
+        return {"value": "trained"}
+
+    (tmp_path / "train" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(OtherRun):
+        run_stage(Stages(tmp_path, {}), "train", train, {})
+    assert run_stage(Stages(tmp_path, {}, overwrite=True), "train", train, {})["value"] == "trained"
+
+
+def test_what_changes_a_file_afterwards_does_not_damage_it(tmp_path, capsys):
+    """As where the true labels that clusters are compared with have changed."""
+
+    def label(folder: Path) -> dict[str, Any]:
+        write_json(folder / "pseudo_labels.json", {"quality": "of the old labels"})
+        return {}
+
+    def compare(quality: str) -> bool:
+        write_json(tmp_path / "labels" / "pseudo_labels.json", {"quality": quality})
+        return True
+
+    for quality in ("of the old labels", "of the new ones", "of the new ones"):
+        Stages(tmp_path, {}).run(Stage(name="labels", action=label, settings={}, then=partial(compare, quality)))
+    assert "damaged" not in capsys.readouterr().out
+    assert read_json(tmp_path / "labels" / "pseudo_labels.json")["quality"] == "of the new ones"
 
 
 def test_a_step_does_not_take_a_folder_of_the_users(tmp_path):

@@ -10,8 +10,9 @@ import torch
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import TINY, one_line, sssd
 from sssd_zoo.data.augment import normalise
+from sssd_zoo.data.inputs import input_spec
 from sssd_zoo.files.run_folder import CORRUPT
-from sssd_zoo.models.networks import input_spec, load_network
+from sssd_zoo.models.networks import load_network
 
 CPU = ["--device", "cpu", "--precision", "fp32"]
 SIDE, CHANNELS = 16, 4
@@ -155,7 +156,7 @@ def test_the_estimate_and_the_verdict_know_the_channels(images, tmp_path, capsys
     assert sssd(*words, "--augment.quarter_turns") == 0
     said = capsys.readouterr().out
     assert "by a few measured steps of each training" in said
-    assert "--init RUN --features RUN goes on from a run on more images of 4 channels" in said
+    assert "--init RUN --features RUN starts from a run on more images of 4 channels" in said
     proposed = json.loads((tmp_path / "run" / "metrics.json").read_text())["verdict"]["next"]
     assert proposed
     assert all(any(has in line for has in ("--channels 4", "--config", "sssd predict")) for line in proposed)

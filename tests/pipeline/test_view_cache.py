@@ -198,7 +198,7 @@ def test_teacher_size_is_refused_where_nothing_would_read_it(folder_of_images, t
         ("distill", "--data", folder_of_images, "--labels", "random", "--teacher_size", "64", "--out", tmp_path / "b"),
     ):
         assert sssd(*words) != 0
-        assert "is of the network of --" in one_line(capsys)
+        assert "--teacher_size needs --" in one_line(capsys)
 
 
 def test_an_encoder_that_cannot_take_the_size_is_refused_in_one_line(folder_of_images, tmp_path, capsys):

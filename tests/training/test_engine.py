@@ -58,7 +58,8 @@ class TestMemory:
 
         optim = OptimConfig(epochs=1, batch_size=8, accumulate=2)
         trainer = Trainer(Large(), Tensors(8), optim=optim, runtime=RuntimeConfig(), out=tmp_path, identity={})
-        with pytest.raises(OutOfMemory, match=r"not enough memory for 4 images of 8 px .*double accumulate.*allocate"):
+        said = r"not have enough memory for 4 images of 8 px .*double accumulate.*allocate"
+        with pytest.raises(OutOfMemory, match=said):
             trainer.run()
 
     def test_a_worker_without_shared_memory_is_told_in_the_middle_of_a_step(self, tmp_path):
@@ -74,7 +75,7 @@ class TestMemory:
         trainer = Trainer(
             Interrupted(), Tensors(8), optim=OptimConfig(), runtime=RuntimeConfig(), out=tmp_path, identity={}
         )
-        with pytest.raises(UserError, match=r"not enough shared memory .*give --workers 0, or .*--shm-size"):
+        with pytest.raises(UserError, match=r"not have enough shared memory .*give --workers 0, or .*--shm-size"):
             trainer.run()
 
     def test_other_errors_stay_what_they_are(self, tmp_path):

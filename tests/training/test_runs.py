@@ -1,15 +1,17 @@
 """What tells runs apart, and what a run folder says of itself."""
 
-from dataclasses import asdict
-
 import pytest
+import timm
 import yaml
 
+import sssd_zoo  # noqa: F401  registers the models with timm
 from helpers.commands import one_line, sssd
+from helpers.disk import contents, files_up_to
 from helpers.images import file_bytes, picture, write_parquet
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.configs import DistillArgs, MoCoConfig, OptimConfig, SEEDConfig
 from sssd_zoo.errors import UserError
+from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.pretrain import check_splits
 from sssd_zoo.training.engine import Trainer
 from sssd_zoo.training.runs import check_queue, method_settings, save_config, save_corrupt, settings_of
@@ -19,8 +21,7 @@ def distill(**changes: object) -> DistillArgs:
     return DistillArgs(**{"data": "photos", "labels": "random", "k": 4, "out": "run", **changes})
 
 
-def test_settings_are_the_fields_with_their_values():
-    assert settings_of(OptimConfig(epochs=3)) == asdict(OptimConfig(epochs=3))
+def test_settings_tell_values_apart():
     assert settings_of(OptimConfig(epochs=3)) != settings_of(OptimConfig(epochs=4))
 
 
@@ -132,3 +133,66 @@ class TestResumedCommand:
         monkeypatch.setattr(Trainer, "step", stop)
         assert sssd(*words) == 130
         assert "it is not an image" in (tmp_path / "run" / "corrupt.tsv").read_text()
+
+
+PRETRAIN = [
+    *("pretrain", "--model", "sssd_resnet18", "--image_size", "32", "--batch_size", "16", "--queue_size", "16"),
+    *("--splits", "2", "--workers", "0", "--device", "cpu", "--epochs", "1"),
+]
+
+
+class TestNothingIsLost:
+    def test_a_complete_network_without_checkpoints_is_not_trained_again(self, folder_of_images, tmp_path, capsys):
+        words = [*PRETRAIN, "--data", folder_of_images, "--out", tmp_path / "run"]
+        assert sssd(*words) == 0
+        assert sssd("clean", tmp_path / "run") == 0
+        before = contents(tmp_path / "run")
+        capsys.readouterr()
+        for more in ([], ["--lr", "0.5", "--epochs", "2"]):
+            assert sssd(*words, *more, "--resume") == 2
+            assert "holds a complete network and no checkpoint" in one_line(capsys)
+        assert contents(tmp_path / "run") == before
+
+    @pytest.mark.parametrize("given", ["run", "local-dir:run", "run/../run"])
+    def test_the_weights_to_start_from_are_not_replaced_by_those_of_the_run(
+        self, given, folder_of_images, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.chdir(tmp_path)
+        save_network(tmp_path / "run", timm.create_model("resnet18", num_classes=0), "resnet18", input_size=32)
+        before = contents(tmp_path / "run")
+        assert sssd(*PRETRAIN, "--data", folder_of_images, "--out", "run", "--init", given, "--overwrite") == 2
+        assert f"--init {given} lies in --out run, where it could be overwritten" in one_line(capsys)
+        assert contents(tmp_path / "run") == before
+
+    def test_a_runs_network_is_not_replaced_by_its_export(self, folder_of_images, tmp_path, capsys):
+        save_network(tmp_path / "run" / "model", timm.create_model("sssd_resnet18"), "sssd_resnet18", input_size=32)
+        (tmp_path / "run" / "model.safetensors").symlink_to("model/model.safetensors")
+        (tmp_path / "run" / "config.json").symlink_to("model/config.json")
+        before = contents(tmp_path / "run" / "model")
+        words = ["--format", "timm", "--out", tmp_path / "run" / "model", "--overwrite"]
+        for given in (tmp_path / "run", tmp_path / "run" / "model"):
+            assert sssd("export", given, *words) == 2
+            assert "where it could be overwritten" in one_line(capsys)
+        assert contents(tmp_path / "run" / "model") == before
+
+    def test_probes_replace_older_ones_whole_or_not_at_all(self, folder_of_images, tmp_path, monkeypatch, capsys):
+        save_network(tmp_path / "net", timm.create_model("resnet18", num_classes=0), "resnet18", input_size=32)
+        words = ["linear", tmp_path / "net", "--data", folder_of_images, "--out", tmp_path / "probes"]
+        words += ["--device", "cpu", "--probe_weight_decay", "0.01", "--workers", "0", "--probe_epochs", "2"]
+        assert sssd(*words) == 0
+        before = contents(tmp_path / "probes")
+        capsys.readouterr()
+        with files_up_to(20_000_000):
+            assert sssd(*words, "--overwrite") == 2
+        assert "file-size limit" in one_line(capsys)
+        assert contents(tmp_path / "probes") == before
+        assert sssd(*words, "--overwrite") == 0
+
+    def test_a_run_is_resumed_wherever_the_weights_that_it_began_from_lie(
+        self, folder_of_images, tmp_path, monkeypatch
+    ):
+        save_network(tmp_path / "here", timm.create_model("resnet18", num_classes=0), "resnet18", input_size=32)
+        words = [*PRETRAIN, "--data", folder_of_images, "--out", tmp_path / "run", "--model", "resnet18"]
+        assert sssd(*words, "--init", tmp_path / "here") == 0
+        (tmp_path / "here").rename(tmp_path / "there")
+        assert sssd(*words, "--init", tmp_path / "there", "--resume") == 0

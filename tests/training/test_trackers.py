@@ -167,7 +167,7 @@ def test_others_run_offline_where_they_are_installed(tmp_path, monkeypatch, name
 
 def test_one_that_fails_is_left_out_and_the_training_goes_on(tmp_path, capsys):
     pytest.importorskip("tensorboard")
-    log = Log(tmp_path, RuntimeConfig(trackers=["tensorboard"]), 0, is_main=True)
+    log = Log(tmp_path, RuntimeConfig(trackers=["tensorboard"]), 0, is_main=True, settings={})
 
     def fail(*_, **__):
         raise ConnectionError("the server\nis down")
@@ -184,7 +184,7 @@ def test_one_that_cannot_start_is_an_error_of_one_line(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").write_text("a file")
     with pytest.raises(UserError, match=r"^tracker tensorboard cannot start: "):
-        Log(tmp_path, RuntimeConfig(trackers=["tensorboard"]), 0, is_main=True)
+        Log(tmp_path, RuntimeConfig(trackers=["tensorboard"]), 0, is_main=True, settings={})
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])

@@ -288,16 +288,16 @@ class TestDevice:
 
 class TestLog:
     def test_a_resumed_one_drops_what_came_after_its_checkpoint(self, tmp_path):
-        log = Log(tmp_path, RuntimeConfig(), 0, is_main=True)
+        log = Log(tmp_path, RuntimeConfig(), 0, is_main=True, settings={})
         for step in (1, 2, 3):
             log.write({"step": step, "loss": 0.5})
         log.close()
-        log = Log(tmp_path, RuntimeConfig(), 2, is_main=True)
+        log = Log(tmp_path, RuntimeConfig(), 2, is_main=True, settings={})
         log.write({"step": 3, "loss": 0.25})
         assert [(line["step"], line["loss"]) for line in read_metrics(log.path)] == [(1, 0.5), (2, 0.5), (3, 0.25)]
 
     def test_only_the_main_process_writes(self, tmp_path):
-        log = Log(tmp_path, RuntimeConfig(trackers=["tensorboard", "trackio"]), 0, is_main=False)
+        log = Log(tmp_path, RuntimeConfig(trackers=["tensorboard", "trackio"]), 0, is_main=False, settings={})
         log.write({"step": 1, "loss": 0.5})
         log.close()
         assert not list(tmp_path.iterdir())

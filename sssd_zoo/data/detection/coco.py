@@ -27,7 +27,15 @@ def is_coco(path: Path) -> bool:
 
 
 def read_coco(path: Path, image_folder: str | None) -> Annotations:
-    """COCO's JSON (Lin et al. 2014); a crowd is kept as a difficult object, which is neither trained on nor counted."""
+    """COCO's JSON (Lin et al. 2014); a crowd is kept as a difficult object, which is neither trained on nor counted.
+
+    Args:
+        path: the JSON file.
+        image_folder: that its file names are relative to; by default it is looked for beside the file.
+
+    Raises:
+        UserError: if it cannot be read, or is not COCO's JSON.
+    """
     try:
         content = json.loads(decoded_text(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:

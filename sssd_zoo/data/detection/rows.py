@@ -24,7 +24,11 @@ from sssd_zoo.files import expand_home
 
 
 def read_rows(source: str, config: DetectionDataConfig) -> Annotations:
-    """Splits of `datasets` whose rows hold an image and a list of objects, or an object of lists."""
+    """Splits of `datasets` whose rows hold an image and a list of objects, or an object of lists.
+
+    Raises:
+        UserError: if there is no such split or column, or it holds no boxes and categories.
+    """
     splits = sources.open_splits(source, progress=rank() == 0)
     annotations, name = Annotations(), sources.short_name(source)
     origin = str(Path(expand_home(source)).resolve()) if sources.is_local(source) else source
@@ -41,7 +45,7 @@ def read_rows(source: str, config: DetectionDataConfig) -> Annotations:
         if label is None or "bbox" not in feature:
             raise UserError(f"column '{column}' of {name} needs bbox and category; it has {', '.join(feature)}")
         names: list[str] | None = getattr(_inner(feature[label]), "names", None)
-        images = open_encoded(rows, None, name)
+        images = open_encoded(rows, None, name, config.max_pixels)
         files = images.files(np.arange(len(rows)))
         read = [column, *(size for size in ("width", "height") if size in rows.features)]
         for row, values in enumerate(rows.select_columns(read)):

@@ -24,7 +24,11 @@ def is_voc(path: Path) -> bool:
 
 
 def read_voc(root: Path, split: str) -> Annotations:
-    """A Pascal VOC tree (Everingham et al. 2010): ImageSets/Main/SPLIT.txt names the images."""
+    """A Pascal VOC tree (Everingham et al. 2010): ImageSets/Main/SPLIT.txt names the images.
+
+    Raises:
+        UserError: if it has no such split, or an annotation is missing or cannot be read.
+    """
     annotations, names = Annotations(), set()
     for part in split.split("+"):
         listed = root / "ImageSets" / "Main" / f"{part}.txt"

@@ -1,14 +1,13 @@
 """The report of `sssd compare`: its methods side by side, and its rows in the paper's tables 1, 2, 3 and 6."""
 
-import csv
-import io
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from sssd_zoo.errors.text import code, markdown
-from sssd_zoo.evaluation.reports.markdown import duration, table
+from sssd_zoo.evaluation.reports.markdown import exact_duration, table
 from sssd_zoo.evaluation.reports.paper import TABLES
+from sssd_zoo.files import csv_text
 
 # Name on the command line: what it is called in reports. In the order of the reports.
 METHODS = {
@@ -47,7 +46,7 @@ PAPER_DATA = {
 
 
 class Setting(NamedTuple):
-    """What the rows of one comparison have in common; runs of equal settings are seeds of one row.
+    """What the rows of one comparison have in common.
 
     Attributes:
         data: D_tar.
@@ -62,6 +61,7 @@ class Setting(NamedTuple):
         epochs: of all that learn labels.
         seed_epochs: of SEED.
         machine: in words.
+        pretrained: digest of all settings of M_ssl.
     """
 
     data: str
@@ -76,10 +76,11 @@ class Setting(NamedTuple):
     epochs: int
     seed_epochs: int
     machine: str
+    pretrained: str = ""  # of versions that did not record it
 
     @property
     def without_pretext(self) -> tuple[str, int, str, int, int, int]:
-        """What two runs of SSSD have in common that differ in the pretext, or the machine, alone."""
+        """What two runs of equal `Result.trained` have in common that differ in the pretext, or the machine, alone."""
         return self.data, self.images, self.model, self.image_size, self.k, self.epochs
 
 
@@ -96,6 +97,7 @@ class Result(NamedTuple):
         macs: by exit; {} of a network without exits.
         setting: of the comparison.
         epochs: of its training.
+        trained: digest of all settings of its training and of its labels; equal ones are seeds of one row.
     """
 
     method: str
@@ -107,6 +109,7 @@ class Result(NamedTuple):
     macs: dict[str, int]
     setting: Setting
     epochs: int
+    trained: str = ""  # of versions that did not record it
 
     def as_json(self) -> dict[str, Any]:
         """For results.json."""
@@ -154,9 +157,9 @@ def comparison_table(results: list[Result]) -> list[str]:
             continue
         cells = accuracy_cells(runs) if runs else [NOT_RUN, *[""] * (len(COLUMNS) - 1)]
         before = mean_of(run.seconds_before for run in runs) if runs else 0
-        training = duration(mean_of(run.seconds for run in runs)) if runs else ""
+        training = exact_duration(mean_of(run.seconds for run in runs)) if runs else ""
         epochs = str(runs[0].epochs or "") if runs else ""
-        lines.append([title, *cells, str(len(runs)), duration(before) if before else "", epochs, training])
+        lines.append([title, *cells, str(len(runs)), exact_duration(before) if before else "", epochs, training])
     return table(["method", *COLUMNS, "seeds", "pretext and labels", "epochs", "training"], lines)
 
 
@@ -173,13 +176,14 @@ def changes_table(results: list[Result], others: list[Result]) -> list[str]:
     plain = {run.seed: run for run in results if run.method == "sssd"}
     if not plain:
         return []
-    ours = next(iter(plain.values())).setting.without_pretext
+    ours = next(iter(plain.values()))
     groups: dict[str, list[Result]] = {}
     for run in results:
         if run.method in VARIANTS:
             groups.setdefault(METHODS[run.method], []).append(run)
     for run in others:
-        if run.method == "sssd" and run.setting.without_pretext == ours:
+        same = (run.epochs, run.trained) == (ours.epochs, ours.trained)
+        if run.method == "sssd" and same and run.setting.without_pretext == ours.setting.without_pretext:
             where = "" if run.setting.pretext_data is None else f" on {code(run.setting.pretext_data)}"
             name = f"SSSD, labels from {code(run.setting.pretext)}, {_pretext_epochs(run.setting)}{where}"
             groups.setdefault(name, []).append(run)
@@ -256,19 +260,19 @@ def _paper_table(number: int, results: list[Result], settings: list[Setting]) ->
     def ours(runs: list[Result]) -> list[str]:
         cells = accuracy_cells(runs)
         letter = dict(zip(settings, _letters(), strict=False))[runs[0].setting]
-        time = duration(mean_of(run.seconds for run in runs))
-        return [*(cells[3:4] if single else cells), str(len(runs)), time, letter]
+        time = exact_duration(mean_of(run.seconds for run in runs))
+        return [*(cells[3:4] if single else cells), str(len(runs)), str(runs[0].epochs), time, letter]
 
     groups = _groups(run for run in results if run.method in SHOWN[number])
     for row in TABLES[number]:
         key = [row.data, METHODS[row.method], row.network or "", str(row.epochs or ""), row.pretext_data or "the same"]
-        lines.append(["paper", *key, *(f"{value:.2f}" for value in row.values), "", "", ""])
+        lines.append(["paper", *key, *(f"{value:.2f}" for value in row.values), "", "", "", ""])
         same = [(group, runs) for group, runs in groups.items() if paper_row(runs[0]) == row[:5]]
         for group, runs in same:
             shown.add(group)
             lines.append(["ours", *key, *ours(runs)])
         if not same:
-            lines.append(["ours", *key, NOT_RUN, *[""] * (len(columns) - 1), "", "", ""])
+            lines.append(["ours", *key, NOT_RUN, *[""] * (len(columns) - 1), "", "", "", ""])
     for group, runs in groups.items():
         setting = runs[0].setting
         if group in shown or (number in (1, 2, 3) and setting.pretext_data is not None):
@@ -278,15 +282,15 @@ def _paper_table(number: int, results: list[Result], settings: list[Setting]) ->
             pretext = ["", ""]
         pre = markdown(setting.pretext_data or "the same")
         lines.append(["ours", code(setting.data), METHODS[runs[0].method], *pretext, pre, *ours(runs)])
-    head = ["", "data", "method", "M_ssl", "its epochs", "D_pre", *columns, "seeds", "time", "run"]
+    head = ["", "data", "method", "M_ssl", "its epochs", "D_pre", *columns, "seeds", "epochs", "time", "run"]
     return table(head, lines)
 
 
-def _groups(results: Iterable[Result]) -> dict[tuple[Setting, str], list[Result]]:
+def _groups(results: Iterable[Result]) -> dict[tuple[Setting, str, int, str], list[Result]]:
     """Runs that differ in the seed alone."""
-    groups: dict[tuple[Setting, str], list[Result]] = {}
+    groups: dict[tuple[Setting, str, int, str], list[Result]] = {}
     for run in results:
-        groups.setdefault((run.setting, run.method), []).append(run)
+        groups.setdefault((run.setting, run.method, run.epochs, run.trained), []).append(run)
     return groups
 
 
@@ -321,9 +325,5 @@ def _letters() -> Iterable[str]:
 
 def results_csv(results: list[Result]) -> str:
     """A line for each run, with its setting."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "seed", *COLUMNS, "seconds", "seconds_before", *Setting._fields])
-    for run in results:
-        writer.writerow([run.method, run.seed, *run.cells, run.seconds, run.seconds_before, *run.setting])
-    return text.getvalue()
+    lines = ([run.method, run.seed, *run.cells, run.seconds, run.seconds_before, *run.setting] for run in results)
+    return csv_text(["method", "seed", *COLUMNS, "seconds", "seconds_before", *Setting._fields], lines)

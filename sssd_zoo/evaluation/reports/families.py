@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypedDict
 
 from sssd_zoo.errors.text import code, markdown
-from sssd_zoo.evaluation.reports.markdown import duration, table
+from sssd_zoo.evaluation.reports.markdown import exact_duration, table
 from sssd_zoo.models.cost import ANSWERS
 
 
@@ -130,7 +130,7 @@ def families_report(comparison: Comparison) -> str:
         "",
     ]
     if comparison["left_out"]:
-        slow = [f"{code(name)} ({duration(seconds)})" for name, seconds in comparison["left_out"].items()]
+        slow = [f"{code(name)} ({exact_duration(seconds)})" for name, seconds in comparison["left_out"].items()]
         lines += [f"Left out, as one epoch of each training takes longer than that time: {', '.join(slow)}.", ""]
     if comparison["to_come"]:
         lines += [f"Not trained yet: {', '.join(map(code, comparison['to_come']))}.", ""]
@@ -165,8 +165,8 @@ def _accuracies(families: Sequence[Family], front: Sequence[Point]) -> list[str]
                 *(f"{point.accuracy:.2f}" for point in points_of(family)),
                 str(family["epochs"]["pretrain"]),
                 str(family["epochs"]["distill"]),
-                duration(family["planned"]),
-                duration(sum(family["seconds"].values())),
+                exact_duration(family["planned"]),
+                exact_duration(sum(family["seconds"].values())),
                 ", ".join(best),
             ]
         )

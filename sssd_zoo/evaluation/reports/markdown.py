@@ -1,16 +1,19 @@
 """The results of a run as Markdown: report.md and the facts of a card."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
+from sssd_zoo.configs import DataConfig
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import code, markdown, plain
 from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
 from sssd_zoo.evaluation.verdict import TRUST, Verdict
 from sssd_zoo.files import atomic_write_text, read_json
+from sssd_zoo.files.untrusted import read_yaml
 
 
 class AccuracyRow(TypedDict):
@@ -100,6 +103,20 @@ def read_results(run: str | Path) -> Results:
     if "data" not in results:
         raise UserError(f"{path} is not that of a finished run: it does not say what `data` it was of")
     return results
+
+
+def config_of(run: Path) -> tuple[dict[str, Any], DataConfig]:
+    """A run's arguments, and those of its data among them.
+
+    Raises:
+        UserError: if they cannot be read.
+    """
+    recipe: dict[str, Any] = read_yaml(run / "config.yaml")
+    try:
+        config = DataConfig(**{field.name: recipe[field.name] for field in fields(DataConfig) if field.name in recipe})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {run / 'config.yaml'}: {error}") from error
+    return recipe, config
 
 
 def write_report(path: str | Path, results: Results) -> None:
@@ -249,9 +266,10 @@ def _times(results: Results) -> list[str]:
     lines = _figures(results, "")
     if times := results.get("times"):
         cells = [
-            [markdown(entry["step"]), duration(entry["seconds"]), markdown(entry.get("note", ""))] for entry in times
+            [markdown(entry["step"]), exact_duration(entry["seconds"]), markdown(entry.get("note", ""))]
+            for entry in times
         ]
-        cells.append(["all", duration(sum(entry["seconds"] for entry in times)), ""])
+        cells.append(["all", exact_duration(sum(entry["seconds"] for entry in times)), ""])
         lines += [*table(["step", "time", ""], cells), ""]
     return ["## Training", "", *lines] if lines else []
 
@@ -266,7 +284,7 @@ def _figures(results: Results, kind: str) -> list[str]:
     return lines
 
 
-def duration(seconds: float) -> str:
+def exact_duration(seconds: float) -> str:
     """A time in words: hours and minutes, minutes and seconds, or seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from sssd_zoo.evaluation.reports.markdown import Results, duration
+from sssd_zoo.evaluation.reports.markdown import Results, exact_duration
 
 
 def describe_results(results: Results) -> str:
@@ -31,7 +31,7 @@ def describe_costs(results: Results) -> str:
         ]
     if times := results.get("times"):
         rows += [("", ""), ("stage", "time")] if rows else [("stage", "time")]
-        rows += [(entry["step"], duration(entry["seconds"])) for entry in times]
+        rows += [(entry["step"], exact_duration(entry["seconds"])) for entry in times]
     width, number = (max((len(row[place]) for row in rows), default=0) for place in (0, 1))
     return "\n".join(f"{name:{width}}  {value:>{number}}".rstrip() for name, value in rows)
 

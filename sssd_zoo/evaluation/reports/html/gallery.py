@@ -19,14 +19,12 @@ from torch import Tensor
 from sssd_zoo.configs import ForwardConfig
 from sssd_zoo.data.augment import resize, to_float
 from sssd_zoo.data.image_files import identical, image_names
-from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.pixels import shown
-from sssd_zoo.distributed.hardware import DTYPES, compute_device, resolve_precision
+from sssd_zoo.distributed.hardware import compute_device
 from sssd_zoo.errors.text import plain
-from sssd_zoo.evaluation.features import read_batches
+from sssd_zoo.evaluation.features import run_network
 from sssd_zoo.evaluation.similar import CONSTANT, DARK, Pixels, brightness, copies, nearest
-from sssd_zoo.models.networks import input_spec
 
 SHEET_BYTES = 8_000_000  # of all sheets, which base64 makes a third larger
 SIDES = (112, 96, 80, 64, 56, 48, 40, 32, 24)  # of thumbnails in pixels
@@ -116,13 +114,8 @@ def look(network: Any, data: ImageData, positions: Ints, forward: ForwardConfig)
             thumbnails[[place[number] for number in index.tolist()]] = small.permute(0, 2, 3, 1).cpu().numpy()
             yield index, stored
 
-    size, mean, std = input_spec(network)
-    device = compute_device(forward.device)
-    data.move(device)
-    network = network.to(device, memory_format=torch.channels_last)
-    autocast = DTYPES[resolve_precision(forward.precision, forward.device)]
-    spec = InputSpec(size, mean, std)
-    for index, pooled in read_batches(network, shrunk(), spec, total=len(positions), autocast=autocast):
+    data.move(compute_device(forward.device))
+    for index, pooled in run_network(network, shrunk(), forward, total=len(positions)):
         if features is None:
             features = torch.zeros(len(positions), pooled.shape[-1])
         features[[place[number] for number in index.tolist()]] = pooled[-1]

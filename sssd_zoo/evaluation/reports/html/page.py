@@ -15,7 +15,7 @@ from markupsafe import Markup
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
 from sssd_zoo.evaluation.reports.html.curves import Chart, Series, chart, stage_charts
-from sssd_zoo.evaluation.reports.markdown import Results, duration
+from sssd_zoo.evaluation.reports.markdown import Results, exact_duration
 from sssd_zoo.evaluation.verdict import TRUST
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.models.cost import ANSWERS
@@ -60,7 +60,7 @@ def write_page(
         cost_chart=cost_chart(results),
         trainings=[(TRAININGS[key], stage_charts(lines)) for key, lines in metrics.items() if lines],
         facts=run_facts(results),
-        times=[(entry["step"], duration(entry["seconds"])) for entry in results.get("times", [])],
+        times=[(entry["step"], exact_duration(entry["seconds"])) for entry in results.get("times", [])],
         commands=[f"sssd rename {name} NAMES.csv", f"sssd predict {name} IMAGES"],
         nameable=images["nameable"],
         shown=len(images["images"]["row"]),
