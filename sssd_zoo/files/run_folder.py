@@ -146,7 +146,8 @@ def check_out(folder: Path, kind: str, args: Any) -> None:
     if folder.is_symlink() and not folder.exists():
         raise UserError(f"--out {folder} is a link to {folder.readlink()}, which does not exist: make that first")
     for name in SOURCES:
-        value = getattr(args, name, None)
+        # What a training calls `model` is an architecture, after which people name the folder.
+        value = None if name == "model" and kind in ("training", "fit", "compare") else getattr(args, name, None)
         for source in value if isinstance(value, list) else [value] if isinstance(value, str) else []:
             if contains(folder, source):
                 raise UserError(

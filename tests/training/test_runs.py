@@ -164,6 +164,12 @@ class TestNothingIsLost:
         assert f"--init {given} lies in --out run, where it could be overwritten" in one_line(capsys)
         assert contents(tmp_path / "run") == before
 
+    def test_a_run_may_be_named_after_its_architecture(self, folder_of_images, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        words = [*PRETRAIN, "--data", folder_of_images, "--out", "sssd_resnet18"]
+        assert sssd(*words) == 0
+        assert sssd(*words, "--resume") == 0
+
     def test_a_runs_network_is_not_replaced_by_its_export(self, folder_of_images, tmp_path, capsys):
         save_network(tmp_path / "run" / "model", timm.create_model("sssd_resnet18"), "sssd_resnet18", input_size=32)
         (tmp_path / "run" / "model.safetensors").symlink_to("model/model.safetensors")
