@@ -1,5 +1,6 @@
 """Networks as folders that timm and transformers load: config.json and model.safetensors."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,18 @@ def network_weights(
                 "weights in float32, as in the run's own model/, or train again with a lower learning rate"
             )
         tensors[name] = stored.detach().cpu().contiguous()
-    return save(tensors, metadata={"format": "pt", **(metadata or {})})
+    weights = save(tensors, metadata={"format": "pt"})
+    return weights if metadata is None else with_metadata(weights, metadata)
+
+
+def with_metadata(weights: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with further metadata. `save` writes several in random order, so that equal files differ."""
+    size = int.from_bytes(weights[:8], "little")
+    header = json.loads(weights[8 : 8 + size])
+    header["__metadata__"] |= metadata
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors that follow are aligned
+    return len(text).to_bytes(8, "little") + text + weights[8 + size :]
 
 
 def network_config(

@@ -80,7 +80,7 @@ class TestPages:
     def test_of_what_is_no_file(self):
         with pytest.raises(UserError, match="--pages all is for folders and lists"):
             load("cifar10-sample", pages="all")
-        with pytest.raises(SettingsError, match="a stream has not"):
+        with pytest.raises(SettingsError, match="a stream does not have"):
             DataConfig(data="x", pages="all", streaming=True)
 
 

@@ -52,6 +52,9 @@ def test_numbers_that_half_precision_cannot_hold_are_refused():
     with pytest.raises(UserError, match=r"^layer2\.0\.bn1\.running_var has numbers up to 1e\+05.*float16"):
         network_weights(model, torch.float16)
     assert load(network_weights(model))["layer2.0.bn1.running_var"].max() == 1e5
+    marked = {network_weights(model, metadata={"package": "sssd-zoo", "kind": "card", "a": "b"}) for _ in range(20)}
+    assert len(marked) == 1, "the same network is the same file"
+    assert load(marked.pop()).keys() == load(network_weights(model)).keys()
     assert load(network_weights(model, torch.bfloat16))["layer2.0.bn1.running_var"].isfinite().all()
     model.layer2[0].bn1.running_var.fill_(torch.inf)  # what is infinite already is not this function's doing
     assert load(network_weights(model, torch.float16))["layer2.0.bn1.running_var"].isinf().all()

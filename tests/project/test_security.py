@@ -254,8 +254,9 @@ def test_what_is_published_is_on_a_list_at_every_depth(copied, capsys):
         (copied / name).parent.mkdir(exist_ok=True)
         (copied / name).write_text("topsecret")
     assert dry_run(capsys, copied) == plain_list
-    included = dry_run(capsys, copied, "--include", "*")
-    assert "figures/notes.txt" in included
+    assert "figures/notes.txt" not in dry_run(capsys, copied, "--include", "*"), "it stays within a folder"
+    included = dry_run(capsys, copied, "--include", '["*", "*/*", "*/*/*"]')
+    assert {"figures/notes.txt", "figures/more/deep.png"} <= included
     assert not [name for name in included if "/." in f"/{name}" and not name.startswith(".eval_results")]
     line = refusal(capsys, "publish", copied, "--repo", "org/name", "--dry_run", "--include", ".env")
     assert "hidden files are never published" in line
