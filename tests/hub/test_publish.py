@@ -23,8 +23,8 @@ from safetensors.torch import load
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import ROOT
-from helpers.hub_server import Fault, Hub
 from helpers.labels import pseudo_labels
+from hub_server import Fault, Hub
 from sssd_zoo.configs import PullArgs
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.calibration import fold

@@ -18,8 +18,8 @@ from huggingface_hub.utils import _http
 from PIL import Image
 
 from helpers.commands import ROOT
-from helpers.hub_server import Fault, Hub
 from helpers.pages import served
+from hub_server import Fault, Hub
 from sssd_zoo.cli import run
 from sssd_zoo.errors import UserError
 from sssd_zoo.files.untrusted import read_inside, read_yaml
