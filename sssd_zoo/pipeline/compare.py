@@ -207,7 +207,12 @@ def describe_setting(args: CompareArgs, setup: Setup) -> Setting:
         epochs=args.distill.epochs,
         seed_epochs=args.epochs.get("seed", args.seed_method.epochs),
         machine=describe_machine(setup.inputs["precision"]),
-        pretrained=digest_of({**pretext.inputs(), **(settings_of(args.pretrain) if pretext.after else {})}),
+        pretrained=digest_of(
+            {
+                **{key: value for key, value in pretext.inputs().items() if key != "arch"},  # it may be a path
+                **(settings_of(args.pretrain) if pretext.after else {}),
+            }
+        ),
     )
 
 
@@ -331,7 +336,10 @@ class Plan:
             spec, size = setup.spec(folder, "SEED"), setup.pretext.teacher_size
             return dict(seed_network(setup.data, teacher, config, self.runtime, spec, teacher_size=size))
 
-        settings = {**settings_of(config), **({} if setup.pretext.after else setup.pretext.inputs())}
+        settings = settings_of(config)
+        if not setup.pretext.after:
+            settings |= {"features": setup.pretext.digest}
+            settings |= {} if setup.pretext.teacher_size is None else {"teacher_size": setup.pretext.teacher_size}
         return Stage(name="seed", action=train, settings=settings, after=setup.pretext.after, all_processes=True)
 
     def distill_stage(self, method: str) -> Stage:
