@@ -80,8 +80,8 @@ def compare(args: CompareArgs) -> None:
     others = [result for folder in args.also for result in read_results(Path(folder))]
     trained = ["distill", "seed_method"] if "seed" in args.methods else ["distill"]
     args = with_augment(args, ("pretrain", "distill", "seed_method"))
-    warm = bool(set(WARM) & {*args.methods, *(changes["method"] for changes in args.variants.values())})
-    taught = bool(set(TAUGHT) & {*args.methods, *(changes["method"] for changes in args.variants.values())})
+    bases = {*args.methods, *(changes["method"] for changes in args.variants.values())}
+    warm, taught = bool(set(WARM) & bases), bool(set(TAUGHT) & bases)
     setup = set_up(
         args,
         "compare",
