@@ -130,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=1000, help="number of clusters")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20, help="of each half of a measurement; the first half warms up")
-    parser.add_argument("--workers", type=int, default=8, help="threads that decode")
+    parser.add_argument("--workers", type=int, help="processes that decode; by default one for each CPU, at most 16")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--measure", action=argparse.BooleanOptionalAction, default=True, help="else train only")
     return parser.parse_args()

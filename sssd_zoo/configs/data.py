@@ -46,7 +46,8 @@ class DataConfig(Checked):
             memory.
         streaming: read the images as a stream without downloading the data set; only for `sssd pretrain`, every
             other command refuses it.
-        workers: number of threads or processes that decode images.
+        workers: number of threads or processes that decode images. By default one for each CPU, at most 16; while the
+            CPUs also run the network, 2.
         revision: commit, branch or tag of the data set on the Hub; by default the latest.
     """
 
@@ -63,7 +64,7 @@ class DataConfig(Checked):
     max_pixels: Count = MAX_PIXELS
     in_memory: bool | None = None
     streaming: bool = False
-    workers: Workers = 2
+    workers: Workers | None = None
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +96,8 @@ class DetectionDataConfig(Checked):
             images that have no file or annotation, are listed twice, or differ in size from their annotation, and
             objects that have no box, an empty box or an unknown class.
         max_pixels: largest number of pixels an image may have to be used: a small file can expand to gigabytes.
-        workers: number of processes that decode images.
+        workers: number of processes that decode images. By default one for each CPU, at most 16; while the CPUs also
+            run the network, 2.
     """
 
     data: Names
@@ -106,4 +108,4 @@ class DetectionDataConfig(Checked):
     classes: DistinctNames | None = None
     max_bad: CountOrZero = 0
     max_pixels: Count = MAX_PIXELS
-    workers: Workers = 2
+    workers: Workers | None = None

@@ -2,13 +2,12 @@
 
 Pillow decodes all of them. torchvision's decode_jpeg took 0.4 of its time at 32 px (22,700 against 8,600 images/s on
 one core of an EPYC, one run on a busy machine), but it is deprecated since 0.29 and reads JPEG only, and each
-image is decoded once. Only the codec runs without Python's lock, so threads help with large images.
+image is decoded once.
 """
 
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ LARGEST_NATURAL = 96  # images up to this side keep their size, larger ones are 
 
 GDAL_NODATA, SAMPLE_FORMAT = 42113, 339  # tags of TIFF
 
-CHUNK = 64  # images that a thread decodes at a time
+CHUNK = 64  # images that are read at a time when all are
 
 FULL_FINGERPRINT = 200_000  # rows up to which the fingerprint covers all of them
 
@@ -248,62 +247,6 @@ def fingerprint(images: EncodedImages, *, progress: bool) -> str:
 def spaced(count: int, samples: int) -> NDArray[np.int64]:
     """Evenly spaced row numbers, first and last included: all of them if there are at most `samples`."""
     return np.unique(np.linspace(0, count - 1, min(count, samples)).round().astype(np.int64))
-
-
-def decode_all(
-    images: EncodedImages,
-    size: int,
-    *,
-    keep: bool,
-    workers: int,
-    progress: bool,
-    max_pixels: int = MAX_PIXELS,
-    pixels: PixelFormat | None = None,
-) -> tuple[Tensor | None, NDArray[np.int64], list[Corrupt]]:
-    """Decodes a whole split in threads, to keep its images or only to find corrupt ones.
-
-    Args:
-        images: the N encoded images.
-        size: side S of the images kept; others are decoded at the lowest resolution of their format.
-        keep: return the images.
-        workers: number of threads.
-        progress: show a progress bar.
-        max_pixels: largest number of pixels of an image, see `decode`.
-        pixels: channels and bits to keep, see `decode`.
-
-    Returns:
-        The images that could be decoded, uint8 [M, 3, S, S] or as `pixels` says, if kept; their row numbers, int64 [M];
-        the corrupt ones.
-    """
-    count = len(images)
-    kept = empty(count, size, pixels) if keep else None
-    into = None if kept is None else kept.numpy()
-    good = np.ones(count, dtype=bool)
-
-    def decode_chunk(start: int) -> tuple[int, list[Corrupt]]:
-        chunk, corrupt = images.read(np.arange(start, min(start + CHUNK, count))), []
-        for row, image in enumerate(chunk, start):
-            try:
-                if into is None:
-                    decode(image, 1, max_pixels, pixels)
-                else:
-                    into[row] = decode(image, size, max_pixels, pixels)
-            except CorruptImageError as error:
-                good[row] = False
-                corrupt.append((image.name, str(error)))
-        return len(chunk), corrupt
-
-    all_corrupt: list[Corrupt] = []
-    with (
-        quiet_pillow(),
-        ThreadPoolExecutor(max(1, workers)) as pool,
-        progress_bar(count, "decode" if keep else "check", "img", disable=not progress) as bar,
-    ):
-        for done, corrupt in pool.map(decode_chunk, range(0, count, CHUNK)):
-            all_corrupt += corrupt
-            bar.update(done)
-    rows = np.flatnonzero(good)
-    return (take(kept, torch.from_numpy(rows)) if kept is not None and all_corrupt else kept), rows, all_corrupt
 
 
 def decode_batch(

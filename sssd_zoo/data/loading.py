@@ -7,6 +7,7 @@ Both give the same images in the same order, which `GlobalBatches` alone decides
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +24,11 @@ from torch.utils.data import DataLoader, Dataset
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data import columns, sources
 from sssd_zoo.data.images import (
+    CHUNK,
     Corrupt,
     EncodedImages,
-    decode_all,
     decode_batch,
+    empty,
     fingerprint,
     natural_size,
     quiet_pillow,
@@ -38,6 +40,7 @@ from sssd_zoo.data.pixels import Channelled, PixelFormat, moments, pixel_format,
 from sssd_zoo.data.several import open_data
 from sssd_zoo.data.walk import warn_once
 from sssd_zoo.distributed import rank
+from sssd_zoo.distributed.hardware import decoding_workers
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.memory import full_shared_memory
@@ -54,6 +57,10 @@ SAMPLED_SIZES = 256  # evenly spaced images whose sizes decide the storage size
 
 
 MEASURED, MEASURED_BATCH = 10_000, 256  # images whose mean and std stand for those of all
+
+# Images from which processes decode all of them, not threads. Only the codec runs without Python's lock: threads decode
+# small images no faster than one of them would. Processes take seconds to start where they cannot be forked.
+IN_PROCESSES = 20_000
 
 
 class Statistics(NamedTuple):
@@ -154,15 +161,9 @@ class OpenedImages(Channelled):
         kept: Tensor | None = None
         tally = CorruptTally(f"{self.name} ({self.split})", config.max_corrupt)
         if keep or verify:
-            kept, rows, corrupt = decode_all(
-                encoded,
-                self.size,
-                keep=keep,
-                workers=config.workers,
-                progress=progress,
-                max_pixels=config.max_pixels,
-                pixels=self.pixels,
-            )
+            decoder = _Decoder(encoded, rows, self.size if keep else 1, config.max_pixels, self.pixels)
+            workers = decoding_workers(config.workers, beside_network=False)
+            kept, rows, corrupt = decode_all(decoder, keep=keep, workers=workers, progress=progress)
             tally.add(corrupt, len(encoded), shared=True)
         return ImageData(self, fingerprint=digest, rows=rows, tally=tally, kept=kept)
 
@@ -204,7 +205,7 @@ class ImageData(Channelled):
         self.in_memory = kept is not None
         self.encoded = source.encoded
         config = source.config
-        self._tally, self._workers, self._kept = tally, config.workers, kept
+        self._tally, self._workers, self._kept = tally, decoding_workers(config.workers), kept
         self._root = Path(expand_home(config.data)) if isinstance(config.data, str) else None
         self._decoder = _Decoder(source.encoded, rows, source.size, config.max_pixels, source.pixels)
 
@@ -297,12 +298,7 @@ class ImageData(Channelled):
         workers = self._workers if workers is None else workers
         for index, images, corrupt in read_in_order(self._decoder, order, workers):
             self._tally.add(corrupt, len(self) if leave_out else len(index))
-            if leave_out and corrupt:
-                # A corrupt image has the place of another, which the batch then holds twice; if all are, none is real.
-                count = len(index) if len(corrupt) < len(index) else 0
-                first = np.unique(index.numpy()[:count], return_index=True)[1]
-                index, images = index[first], images[first]
-            yield index, images
+            yield without_corrupt(index, images, corrupt) if leave_out else (index, images)
 
 
 def load_images(
@@ -465,6 +461,56 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
                 self.encoded.read(self.rows[positions]), self.size, max_pixels=self.max_pixels, pixels=self.pixels
             )
         return torch.from_numpy(positions[places]), images, corrupt
+
+
+def without_corrupt(positions: Tensor, images: Tensor, corrupt: list[Corrupt]) -> tuple[Tensor, Tensor]:
+    """A batch of `_Decoder` without what stands in for its corrupt images; the positions are in order, if any is."""
+    if not corrupt:
+        return positions, images
+    # A corrupt image has the place of another, which the batch then holds twice; if all are, none is real.
+    count = len(positions) if len(corrupt) < len(positions) else 0
+    first = np.unique(positions.numpy()[:count], return_index=True)[1]
+    return positions[first], images[first]
+
+
+def decode_all(
+    decoder: _Decoder, *, keep: bool, workers: int, progress: bool
+) -> tuple[Tensor | None, NDArray[np.int64], list[Corrupt]]:
+    """Decodes a whole split, to keep its images or only to find corrupt ones.
+
+    Args:
+        decoder: of the N images, each at its row number.
+        keep: return the images.
+        workers: number of threads, or of processes where there are many images.
+        progress: show a progress bar.
+
+    Returns:
+        The images that could be decoded, uint8 [M, 3, S, S] or as the decoder's `pixels` say, if kept; their row
+        numbers, int64 [M]; the corrupt ones.
+    """
+    count = len(decoder.rows)
+    kept = empty(count, decoder.size, decoder.pixels) if keep else None
+    good = np.zeros(count, dtype=bool)
+    all_corrupt: list[Corrupt] = []
+    with (
+        quiet_pillow(),
+        ThreadPoolExecutor(max(1, workers)) as pool,
+        progress_bar(count, "decode" if keep else "check", "img", disable=not progress) as bar,
+    ):
+        chunks = torch.arange(count).split(CHUNK)
+        if workers > 1 and count >= IN_PROCESSES:
+            batches = read_in_order(decoder, chunks, workers)
+        else:
+            batches = pool.map(lambda chunk: decoder[chunk.numpy()], chunks)
+        for chunk, (positions, images, corrupt) in zip(chunks, batches, strict=True):
+            index, decoded = without_corrupt(positions, images, corrupt)
+            good[index.numpy()] = True
+            if kept is not None:
+                kept[index] = decoded
+            all_corrupt += corrupt
+            bar.update(len(chunk))
+    rows = np.flatnonzero(good)
+    return (take(kept, torch.from_numpy(rows)) if kept is not None and all_corrupt else kept), rows, all_corrupt
 
 
 def read_in_order(dataset: Dataset[Batch], order: Iterable[Tensor], workers: int) -> Iterator[Batch]:

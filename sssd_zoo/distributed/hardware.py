@@ -1,13 +1,17 @@
 """Chooses the device and precision, tunes the CPU, and describes the machine for records."""
 
 import ctypes
+import os
 import platform
 from typing import Any, Literal
 
 import torch
 
+from sssd_zoo.cpus import available_cpus
 from sssd_zoo.distributed import world_size
 from sssd_zoo.distributed.threads import limit_threads
+
+MOST_WORKERS = 16  # each holds two batches of images and a copy of the program
 
 
 def tune_cpu() -> None:
@@ -26,6 +30,21 @@ def tune_cpu() -> None:
     if not torch.cuda.is_available():
         torch.set_float32_matmul_precision("medium")
     limit_threads()
+
+
+def decoding_workers(given: int | None, *, beside_network: bool = True) -> int:
+    """How many threads or processes decode images: as many as given, or one for each CPU of this process's share.
+
+    Args:
+        given: the number that was asked for, or None.
+        beside_network: whether a network runs at the same time. Where that is on the CPUs, 2 are left to decoding.
+    """
+    if given is not None:
+        return given
+    if beside_network and not torch.cuda.is_available():
+        return 2
+    share = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(max(1, share), MOST_WORKERS)
 
 
 def resolve_precision(precision: str, device: Literal["auto", "cpu"] = "auto") -> str:

@@ -16,6 +16,7 @@ from helpers.data import everything, load
 from helpers.images import file_bytes, picture, write_parquet
 from helpers.processes import run_together
 from sssd_zoo.configs import SettingsError
+from sssd_zoo.data import loading
 from sssd_zoo.data.loading import GlobalBatches, fits_in_memory, read_in_order
 from sssd_zoo.errors import UserError
 
@@ -60,6 +61,17 @@ class TestCorrupt:
         assert str(broken / "dog" / "1.png") in caplog.text
         _, images = everything(data)
         np.testing.assert_array_equal(images[3], np.asarray(Image.open(broken / "dog" / "2.png")).transpose(2, 0, 1))
+
+    @pytest.mark.parametrize("workers", [0, 1, 2])
+    def test_processes_find_what_threads_do(self, broken, workers, monkeypatch):
+        threads = load(broken, max_corrupt=3, workers=workers)
+        monkeypatch.setattr(loading, "IN_PROCESSES", 1)
+        monkeypatch.setattr(loading, "CHUNK", 4)
+        processes = load(broken, max_corrupt=3, workers=workers)
+        assert processes.corrupt == threads.corrupt
+        assert processes.rows.tolist() == threads.rows.tolist()
+        for one, other in zip(everything(processes), everything(threads), strict=True):
+            assert torch.equal(one, other)
 
     def test_rows_are_named_by_number(self, tmp_path):
         file = write_parquet(tmp_path / "my.parquet", [file_bytes(picture(0)), b"x", file_bytes(picture(1))])

@@ -14,7 +14,7 @@ import torch
 
 from helpers.commands import command
 from sssd_zoo import cpus
-from sssd_zoo.distributed import threads
+from sssd_zoo.distributed import hardware, threads
 from sssd_zoo.distributed.threads import TrainingThreads
 
 V2 = "30 24 0:26 {top} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
@@ -224,3 +224,24 @@ class TestTrainingThreads:
         torch.set_num_threads(3)
         threads.limit_threads()
         assert torch.get_num_threads() == 3
+
+
+class TestDecodingWorkers:
+    @pytest.fixture(autouse=True)
+    def cpus(self, monkeypatch):
+        monkeypatch.setattr(hardware, "available_cpus", lambda: 24)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def test_as_many_as_given(self):
+        assert [hardware.decoding_workers(given) for given in (0, 1, 40)] == [0, 1, 40]
+
+    def test_two_beside_a_network_on_the_cpus(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert hardware.decoding_workers(None) == 2
+        assert hardware.decoding_workers(None, beside_network=False) == 16
+
+    @pytest.mark.parametrize(("processes", "workers"), [(1, 16), (2, 12), (8, 3), (32, 1)])
+    def test_a_share_of_the_cpus_with_gpus(self, monkeypatch, processes, workers):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert hardware.decoding_workers(None) == workers
