@@ -26,10 +26,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sssd_zoo.configs import AnchoredConfig, EmbedArgs, MoCoConfig, SEEDConfig, SelfDistillationConfig
+from sssd_zoo.configs import AnchoredConfig, DataConfig, EmbedArgs, MoCoConfig, SEEDConfig, SelfDistillationConfig
 from sssd_zoo.cpus import SPINS, WAITING, available_cpus
+from sssd_zoo.data import loading
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec, input_channels, input_spec
+from sssd_zoo.data.loading import open_images
 from sssd_zoo.distributed.hardware import autocast_dtype, resolve_precision, tune_cpu
 from sssd_zoo.distributed.threads import TrainingThreads
 from sssd_zoo.labels.chunked_kmeans import kmeans_from_file
@@ -641,7 +643,37 @@ def benchmark_embed(
     }
 
 
-def _timed(function: Callable[[], None]) -> NDArray[np.float64]:
+def benchmark_decode(photos: int = 2000, workers: int = 0, rounds: int = 3) -> dict[str, Any]:
+    """Decoding all images of a split in processes against threads, in turn: small images, and photos stored at 256 px.
+
+    Args:
+        photos: JPEGs of 400 x 300 px; the small images are the sample's 10,000 JPEGs of 32 px.
+        workers: threads, and processes; 0 for one for each CPU.
+        rounds: of both.
+
+    Returns:
+        Images per second of both ways, their fingerprint included, and the processes' rate over that of the threads;
+        medians over the rounds.
+    """
+    workers = workers or available_cpus()
+    found: dict[str, Any] = {"workers": workers}
+    with TemporaryDirectory() as folder:
+        write_photos(Path(folder), photos)
+        for name, data in (("small", "cifar10-sample"), ("photos", folder)):
+            images = open_images(DataConfig(data=data, in_memory=True, workers=workers), default_size=256)
+            images = replace(images, small=True)
+            rates: dict[str, list[float]] = {"threads": [], "processes": []}
+            for _ in range(rounds):
+                for way, least in (("threads", len(images) + 1), ("processes", 0)):
+                    loading.IN_PROCESSES = least
+                    rates[way].append(len(images) / _timed(partial(images.load, progress=False))[0])
+            ratios = [one / other for one, other in zip(rates["processes"], rates["threads"], strict=True)]
+            found[name] = {way: statistics.median(values) for way, values in rates.items()}
+            found[name]["ratio"] = statistics.median(ratios)
+    return found
+
+
+def _timed(function: Callable[[], Any]) -> NDArray[np.float64]:
     """The seconds that a function takes, those of the CPU in this thread, and in all threads and children, float64 [3].
 
     Children count once they have ended, as a loader's have at the end of its epoch.
@@ -744,6 +776,10 @@ def main() -> None:
     section.add_argument("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="default auto")
     add_numbers(section, {"images": 4096, "batch_size": 64, "rounds": 3})
     section.set_defaults(benchmark=benchmark_embed)
+
+    section = sections.add_parser("decode", help="decoding a split in processes against threads")
+    add_numbers(section, {"photos": 2000, "workers": 0, "rounds": 3})
+    section.set_defaults(benchmark=benchmark_decode)
 
     section = sections.add_parser("embed-memory", help="the most memory that `sssd embed` takes for many images")
     add_numbers(section, {"images": 100_000, "side": 8})

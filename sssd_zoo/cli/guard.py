@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from sssd_zoo.configs.ranges import SettingsError
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.memory import full_memory
+from sssd_zoo.errors.memory import full_memory, full_shared_memory, lost_worker
 from sssd_zoo.files import RUN_MARK
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -82,6 +82,8 @@ class Guard:
                 fail(str(error))
             if not isinstance(error, Exception):
                 raise
+            if (lost := full_shared_memory(error) or lost_worker(error)) is not None:
+                fail(str(lost))
             if (reason := full_memory(error)) is not None:
                 fail(
                     f"not enough memory ({reason}): give a smaller --batch_size or --image_size where the command has "

@@ -46,8 +46,8 @@ class DataConfig(Checked):
             memory.
         streaming: read the images as a stream without downloading the data set; only for `sssd pretrain`, every
             other command refuses it.
-        workers: number of threads or processes that decode images. By default one for each CPU, at most 16; while the
-            CPUs also run the network, 2.
+        workers: number of threads or processes that decode images. By default one for each CPU, at most 16; of streams,
+            and while the CPUs also run the network, 2.
         revision: commit, branch or tag of the data set on the Hub; by default the latest.
     """
 

@@ -116,7 +116,7 @@ def decode(image: Encoded, size: int, max_pixels: int = MAX_PIXELS, pixels: Pixe
             rgb = to_rgb(picture)
             if rgb.size != (size, size):
                 rgb = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
-    except (CorruptImageError, UserError):
+    except (CorruptImageError, UserError, MemoryError):  # a full memory says nothing of the image
         raise
     except UnidentifiedImageError:
         hint = "; if it has other channels than RGB, give --channels" if is_tiff(image.data) else ""

@@ -5,8 +5,10 @@ Both give the same images in the same order, which `GlobalBatches` alone decides
 """
 
 import logging
+import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,7 +45,7 @@ from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import decoding_workers
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.memory import full_shared_memory
+from sssd_zoo.errors.memory import full_shared_memory, lost_worker
 from sssd_zoo.errors.text import listed
 from sssd_zoo.files import expand_home
 
@@ -58,9 +60,11 @@ SAMPLED_SIZES = 256  # evenly spaced images whose sizes decide the storage size
 
 MEASURED, MEASURED_BATCH = 10_000, 256  # images whose mean and std stand for those of all
 
-# Images from which processes decode all of them, not threads. Only the codec runs without Python's lock: threads decode
-# small images no faster than one of them would. Processes take seconds to start where they cannot be forked.
+# Small images from which processes decode all of them, not threads: only the codec runs without Python's lock, so that
+# threads decode small images no faster than one of them would.
 IN_PROCESSES = 20_000
+
+MOST_SHARED = 2**19  # bytes of images that a process hands over at a time: containers have little shared memory
 
 
 class Statistics(NamedTuple):
@@ -131,6 +135,7 @@ class OpenedImages(Channelled):
         size: side of the images when they are stored.
         config: which images, and how to read them.
         pixels: see `ImageData`.
+        small: whether the files themselves are small, by a sample.
     """
 
     name: str
@@ -140,6 +145,7 @@ class OpenedImages(Channelled):
     size: int
     config: DataConfig
     pixels: PixelFormat | None
+    small: bool = False
 
     @property
     def statistics(self) -> None:
@@ -162,8 +168,9 @@ class OpenedImages(Channelled):
         tally = CorruptTally(f"{self.name} ({self.split})", config.max_corrupt)
         if keep or verify:
             decoder = _Decoder(encoded, rows, self.size if keep else 1, config.max_pixels, self.pixels)
-            workers = decoding_workers(config.workers, beside_network=False)
-            kept, rows, corrupt = decode_all(decoder, keep=keep, workers=workers, progress=progress)
+            workers = decoding_workers(config.workers, None)
+            run = decode_in_processes if self.small and len(encoded) >= IN_PROCESSES else decode_in_threads
+            kept, rows, corrupt = decode_all(decoder, run, keep=keep, workers=workers, progress=progress)
             tally.add(corrupt, len(encoded), shared=True)
         return ImageData(self, fingerprint=digest, rows=rows, tally=tally, kept=kept)
 
@@ -205,7 +212,8 @@ class ImageData(Channelled):
         self.in_memory = kept is not None
         self.encoded = source.encoded
         config = source.config
-        self._tally, self._workers, self._kept = tally, decoding_workers(config.workers), kept
+        self._tally, self._workers, self._kept = tally, config.workers, kept
+        self._device = torch.device("cpu")
         self._root = Path(expand_home(config.data)) if isinstance(config.data, str) else None
         self._decoder = _Decoder(source.encoded, rows, source.size, config.max_pixels, source.pixels)
 
@@ -247,7 +255,8 @@ class ImageData(Channelled):
         return len(self)
 
     def move(self, device: torch.device) -> None:
-        """Moves the decoded images to a GPU if they fit, for good."""
+        """Tells where the network runs; moves the decoded images to a GPU if they fit, for good."""
+        self._device = device
         if self._kept is not None and not self._kept.is_cuda and fits_on_gpu(self._kept, device):
             self._kept = self._kept.to(device)
 
@@ -295,7 +304,7 @@ class ImageData(Channelled):
             for index in order:
                 yield index, take(self._kept, index.to(self._kept.device, non_blocking=True))
             return
-        workers = self._workers if workers is None else workers
+        workers = decoding_workers(self._workers if workers is None else workers, self._device)
         for index, images, corrupt in read_in_order(self._decoder, order, workers):
             self._tally.add(corrupt, len(self) if leave_out else len(index))
             yield without_corrupt(index, images, corrupt) if leave_out else (index, images)
@@ -362,7 +371,7 @@ def open_images(
     if config.pages == "first":
         _tell_of_pages(sample, name, config.channels)
     size = config.storage_size or natural_size(sample) or default_size
-    return OpenedImages(name, split, encoded, labels, size, config, pixels)
+    return OpenedImages(name, split, encoded, labels, size, config, pixels, natural_size(sample) is not None)
 
 
 def _tell_of_pages(sample: Sequence[Encoded], name: str, channels: int | None) -> None:
@@ -473,15 +482,53 @@ def without_corrupt(positions: Tensor, images: Tensor, corrupt: list[Corrupt]) -
     return positions[first], images[first]
 
 
+# What is decoded of a chunk of images: the places of the good ones in the split, and the corrupt ones.
+Decoded = tuple[Tensor, list[Corrupt]]
+
+
+def decode_in_threads(decoder: _Decoder, kept: Tensor | None, workers: int) -> Iterator[Decoded]:
+    """Decodes all images into `kept`, chunk by chunk, in threads."""
+
+    def decode_chunk(positions: Tensor) -> Decoded:
+        index, images, corrupt = decoder[positions.numpy()]
+        index, images = without_corrupt(index, images, corrupt)
+        if kept is not None:
+            kept[index] = images
+        return index, corrupt
+
+    with quiet_pillow(), ThreadPoolExecutor(max(1, workers)) as pool:
+        yield from pool.map(decode_chunk, torch.arange(len(decoder.rows)).split(CHUNK))
+
+
+def decode_in_processes(decoder: _Decoder, kept: Tensor | None, workers: int) -> Iterator[Decoded]:
+    """The same in processes, where they can be forked and there are several."""
+    if workers < 2 or multiprocessing.get_start_method() != "fork":
+        yield from decode_in_threads(decoder, kept, workers)
+        return
+    image = empty(1, decoder.size, decoder.pixels)
+    chunks = torch.arange(len(decoder.rows)).split(max(1, min(CHUNK, MOST_SHARED // image.nbytes)))
+    for index, images, corrupt in read_in_order(decoder, chunks, workers):
+        index, images = without_corrupt(index, images, corrupt)
+        if kept is not None:
+            kept[index] = images
+        yield index, corrupt
+
+
 def decode_all(
-    decoder: _Decoder, *, keep: bool, workers: int, progress: bool
+    decoder: _Decoder,
+    run: Callable[[_Decoder, Tensor | None, int], Iterator[Decoded]],
+    *,
+    keep: bool,
+    workers: int,
+    progress: bool,
 ) -> tuple[Tensor | None, NDArray[np.int64], list[Corrupt]]:
     """Decodes a whole split, to keep its images or only to find corrupt ones.
 
     Args:
         decoder: of the N images, each at its row number.
+        run: `decode_in_threads` or `decode_in_processes`.
         keep: return the images.
-        workers: number of threads, or of processes where there are many images.
+        workers: number of threads or processes.
         progress: show a progress bar.
 
     Returns:
@@ -492,39 +539,29 @@ def decode_all(
     kept = empty(count, decoder.size, decoder.pixels) if keep else None
     good = np.zeros(count, dtype=bool)
     all_corrupt: list[Corrupt] = []
-    with (
-        quiet_pillow(),
-        ThreadPoolExecutor(max(1, workers)) as pool,
-        progress_bar(count, "decode" if keep else "check", "img", disable=not progress) as bar,
-    ):
-        chunks = torch.arange(count).split(CHUNK)
-        if workers > 1 and count >= IN_PROCESSES:
-            batches = read_in_order(decoder, chunks, workers)
-        else:
-            batches = pool.map(lambda chunk: decoder[chunk.numpy()], chunks)
-        for chunk, (positions, images, corrupt) in zip(chunks, batches, strict=True):
-            index, decoded = without_corrupt(positions, images, corrupt)
+    with progress_bar(count, "decode" if keep else "check", "img", disable=not progress) as bar:
+        for index, corrupt in run(decoder, kept, workers):
             good[index.numpy()] = True
-            if kept is not None:
-                kept[index] = decoded
             all_corrupt += corrupt
-            bar.update(len(chunk))
+            bar.update(len(index) + len(corrupt))
     rows = np.flatnonzero(good)
     return (take(kept, torch.from_numpy(rows)) if kept is not None and all_corrupt else kept), rows, all_corrupt
 
 
 def read_in_order(dataset: Dataset[Batch], order: Iterable[Tensor], workers: int) -> Iterator[Batch]:
     """Reads batches of a dataset that is indexed by positions, int64 [B], in this order in DataLoader workers."""
-    batches = iter(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=(positions.numpy() for positions in order),
-            num_workers=workers,
-            collate_fn=_shared if workers else _unchanged,
-            generator=torch.Generator(),  # otherwise it would draw from, and so advance, the global generator
+    with warnings.catch_warnings():  # of more workers than CPUs, which were asked for
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        batches = iter(
+            DataLoader(
+                dataset,
+                batch_size=None,
+                sampler=(positions.numpy() for positions in order),
+                num_workers=workers,
+                collate_fn=_shared if workers else _unchanged,
+                generator=torch.Generator(),  # otherwise it would draw from, and so advance, the global generator
+            )
         )
-    )
     return _without_tracebacks(batches)
 
 
@@ -534,16 +571,16 @@ def _without_tracebacks(batches: Iterator[Batch]) -> Iterator[Batch]:
     A `UserError` of a worker, whose text torch replaces by its traceback, has its own text again.
 
     Raises:
-        UserError: that, and for workers without enough shared memory.
+        UserError: that, for workers without enough shared memory, and for one that the system ended.
     """
     try:
         yield from batches
     except UserError as error:
         raise UserError(str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]) from error
     except RuntimeError as error:
-        if (shared := full_shared_memory(error)) is None:
+        if (problem := full_shared_memory(error) or lost_worker(error)) is None:
             raise
-        raise shared from error
+        raise problem from error
 
 
 def _unchanged(batch: Batch) -> Batch:

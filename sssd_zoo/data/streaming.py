@@ -22,7 +22,6 @@ from sssd_zoo.data.opening import Encoded, encoded
 from sssd_zoo.data.pixels import Channelled, pixel_format
 from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed import rank
-from sssd_zoo.distributed.hardware import decoding_workers
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.network import lost_connection
 
@@ -47,7 +46,7 @@ class StreamingImages(Channelled):
 
     def __init__(self, rows: Any, column: str, config: DataConfig, name: str, split: str, default_size: int) -> None:
         self.name, self.split, self.revision = name, split, config.revision
-        self._rows, self._column, self._workers = rows, column, max(1, decoding_workers(config.workers))
+        self._rows, self._column, self._workers = rows, column, max(1, 2 if config.workers is None else config.workers)
         self._max_pixels = config.max_pixels
         self._tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
         first = [_encoded(row[column]) for row in rows.take(SAMPLED_SIZES)]

@@ -6,6 +6,7 @@ costs that pass alone, however many epochs follow.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,9 @@ class ViewBatch:
         return [ViewBatch(*part) for part in zip(*parts, strict=True)]
 
     def to(self, device: torch.device, *, non_blocking: bool) -> "ViewBatch":
-        """The batch on a device."""
-        tensors = (self.images, self.views, self.features)
-        return ViewBatch(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+        """The batch on a device, but for its views, which the host reads: what they draw is put there by `augment`."""
+        images, features = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.images, self.features))
+        return ViewBatch(images, self.views, features)
 
 
 class CachedViewLoader(EpochLoader):
@@ -56,7 +57,7 @@ class CachedViewLoader(EpochLoader):
 
     def __init__(self, folder: Path, write: Callable[[], None], data: ImageData, batch_size: int, seed: int) -> None:
         super().__init__(data, batch_size, seed)
-        self.folder, self.write = folder, write
+        self.folder, self.write = folder, cache(write)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, ViewBatch]]:  # type: ignore[override]
         """The batches of an epoch from its step `start` on."""

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import platform
+import shutil
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,7 +13,8 @@ from sssd_zoo.cpus import available_cpus
 from sssd_zoo.distributed import world_size
 from sssd_zoo.distributed.threads import limit_threads
 
-MOST_WORKERS = 16  # each holds two batches of images and a copy of the program
+MOST_WORKERS = 16  # by default
+SHARED = 2**27  # bytes of shared memory for each of them: two batches of 256 images at 256 px, and some more
 
 
 def tune_cpu() -> None:
@@ -32,19 +35,25 @@ def tune_cpu() -> None:
     limit_threads()
 
 
-def decoding_workers(given: int | None, *, beside_network: bool = True) -> int:
+def decoding_workers(given: int | None, device: torch.device | None) -> int:
     """How many threads or processes decode images: as many as given, or one for each CPU of this process's share.
 
     Args:
         given: the number that was asked for, or None.
-        beside_network: whether a network runs at the same time. Where that is on the CPUs, 2 are left to decoding.
+        device: that a network runs on at the same time, if any. Beside one on the CPUs, 2 decode.
     """
     if given is not None:
         return given
-    if beside_network and not torch.cuda.is_available():
+    if device is not None and device.type == "cpu":
         return 2
     share = available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(max(1, share), MOST_WORKERS)
+    return max(1, min(share, MOST_WORKERS, max(2, _free_shared_memory() // SHARED)))
+
+
+def _free_shared_memory() -> int:
+    """Free bytes of /dev/shm, through which DataLoader workers hand over batches; without it as many as they need."""
+    shared = Path("/dev/shm")
+    return shutil.disk_usage(shared).free if shared.is_dir() else MOST_WORKERS * SHARED
 
 
 def resolve_precision(precision: str, device: Literal["auto", "cpu"] = "auto") -> str:

@@ -26,6 +26,20 @@ def full_memory(error: BaseException) -> str | None:
     return None
 
 
+def lost_worker(error: BaseException) -> UserError | None:
+    """What to raise for an error of a worker that the system ended; None for all others."""
+    for cause in causes(error):
+        words = str(cause)
+        if words.startswith("DataLoader worker (pid") and (
+            "killed by signal" in words or "exited unexpectedly" in words
+        ):
+            return UserError(
+                "a process that decodes images was ended by the system, most likely for lack of memory: give fewer "
+                "--workers, or --workers 0"
+            )
+    return None
+
+
 def full_shared_memory(error: BaseException) -> UserError | None:
     """What to raise for an error of workers whose shared memory is full, as in a container; None for all others."""
     words = [str(cause) for cause in causes(error) if isinstance(cause, RuntimeError)]

@@ -25,7 +25,7 @@ from sssd_zoo.distributed.batchnorm import average_batchnorm, synchronise_batchn
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.distributed.threads import TrainingThreads
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.memory import full_memory, full_shared_memory
+from sssd_zoo.errors.memory import full_memory, full_shared_memory, lost_worker
 from sssd_zoo.labels.protocol import Labels, Targets
 from sssd_zoo.models.cpu_convolutions import cpu_convolutions
 from sssd_zoo.tasks import Task
@@ -252,7 +252,7 @@ class Trainer:
 
         Raises:
             OutOfMemory: if the memory is not enough for the batch.
-            UserError: if the shared memory is not enough for the workers.
+            UserError: if the shared memory is not enough for the workers, or the system ended one.
         """
         on_cpu = self.accelerator.device.type == "cpu" and not self.runtime.compile
         with self.threads, cpu_convolutions(self.task) if on_cpu else nullcontext():
@@ -260,8 +260,8 @@ class Trainer:
                 yield
             except (RuntimeError, MemoryError) as error:
                 # A worker that ends is reported wherever this process is, not only where it waits for a batch.
-                if (shared := full_shared_memory(error)) is not None:
-                    raise shared from error
+                if (problem := full_shared_memory(error) or lost_worker(error)) is not None:
+                    raise problem from error
                 if (reason := full_memory(error)) is None:
                     raise
                 raise self._out_of_memory(reason) from error

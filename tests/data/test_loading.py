@@ -16,7 +16,7 @@ from helpers.data import everything, load
 from helpers.images import file_bytes, picture, write_parquet
 from helpers.processes import run_together
 from sssd_zoo.configs import SettingsError
-from sssd_zoo.data import loading
+from sssd_zoo.data import images, loading
 from sssd_zoo.data.loading import GlobalBatches, fits_in_memory, read_in_order
 from sssd_zoo.errors import UserError
 
@@ -66,12 +66,32 @@ class TestCorrupt:
     def test_processes_find_what_threads_do(self, broken, workers, monkeypatch):
         threads = load(broken, max_corrupt=3, workers=workers)
         monkeypatch.setattr(loading, "IN_PROCESSES", 1)
-        monkeypatch.setattr(loading, "CHUNK", 4)
+        monkeypatch.setattr(loading, "MOST_SHARED", 4 * 3 * 8 * 8)  # four images at a time
+        called = []
+        run = loading.decode_in_processes
+        monkeypatch.setattr(loading, "decode_in_processes", lambda *args: called.append(1) or run(*args))
         processes = load(broken, max_corrupt=3, workers=workers)
+        assert called
         assert processes.corrupt == threads.corrupt
         assert processes.rows.tolist() == threads.rows.tolist()
         for one, other in zip(everything(processes), everything(threads), strict=True):
             assert torch.equal(one, other)
+
+    def test_a_process_that_the_system_ends_is_told_in_a_line(self, classes, monkeypatch):
+        monkeypatch.setattr(loading, "IN_PROCESSES", 1)
+        monkeypatch.setattr(loading._Decoder, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(
+            UserError, match="ended by the system, most likely for lack of memory: give fewer --workers"
+        ):
+            load(classes, workers=2)
+
+    def test_a_full_memory_is_no_corrupt_image(self, classes, monkeypatch):
+        def full(*_, **__):
+            raise MemoryError
+
+        monkeypatch.setattr(images, "opened", full)
+        with pytest.raises(MemoryError):
+            load(classes, max_corrupt=100)
 
     def test_rows_are_named_by_number(self, tmp_path):
         file = write_parquet(tmp_path / "my.parquet", [file_bytes(picture(0)), b"x", file_bytes(picture(1))])

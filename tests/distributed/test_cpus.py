@@ -227,21 +227,28 @@ class TestTrainingThreads:
 
 
 class TestDecodingWorkers:
+    CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
     @pytest.fixture(autouse=True)
     def cpus(self, monkeypatch):
         monkeypatch.setattr(hardware, "available_cpus", lambda: 24)
+        monkeypatch.setattr(hardware, "_free_shared_memory", lambda: 2**40)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
-    def test_as_many_as_given(self):
-        assert [hardware.decoding_workers(given) for given in (0, 1, 40)] == [0, 1, 40]
+    @pytest.mark.parametrize("device", [CPU, GPU, None])
+    def test_as_many_as_given(self, device):
+        assert [hardware.decoding_workers(given, device) for given in (0, 1, 40)] == [0, 1, 40]
 
-    def test_two_beside_a_network_on_the_cpus(self, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert hardware.decoding_workers(None) == 2
-        assert hardware.decoding_workers(None, beside_network=False) == 16
+    def test_two_beside_a_network_on_the_cpus(self):
+        assert hardware.decoding_workers(None, self.CPU) == 2
+        assert hardware.decoding_workers(None, None) == 16
 
     @pytest.mark.parametrize(("processes", "workers"), [(1, 16), (2, 12), (8, 3), (32, 1)])
-    def test_a_share_of_the_cpus_with_gpus(self, monkeypatch, processes, workers):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    def test_a_share_of_the_cpus_beside_a_gpu(self, monkeypatch, processes, workers):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert hardware.decoding_workers(None) == workers
+        assert hardware.decoding_workers(None, self.GPU) == workers
+
+    @pytest.mark.parametrize(("free", "workers"), [(2**26, 2), (2**30, 8), (2**33, 16)])  # 64 MiB: docker's default
+    def test_no_more_than_the_shared_memory_holds(self, monkeypatch, free, workers):
+        monkeypatch.setattr(hardware, "_free_shared_memory", lambda: free)
+        assert hardware.decoding_workers(None, self.GPU) == workers

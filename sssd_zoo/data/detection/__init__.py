@@ -31,7 +31,7 @@ from sssd_zoo.data.images import quiet_pillow, to_rgb
 from sssd_zoo.data.loading import NAMED, GlobalBatches, read_in_order
 from sssd_zoo.data.opening import opened
 from sssd_zoo.distributed import rank, world_size
-from sssd_zoo.distributed.hardware import decoding_workers
+from sssd_zoo.distributed.hardware import compute_device, decoding_workers
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
 from sssd_zoo.files import expand_home
@@ -92,7 +92,7 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
         self, name: str, annotations: Annotations, class_names: list[str], config: DetectionDataConfig
     ) -> None:
         self.name, self.class_names, self.bad = name, class_names, annotations.bad
-        self.workers, self._max_pixels = decoding_workers(config.workers), config.max_pixels
+        self.workers, self._max_pixels = decoding_workers(config.workers, compute_device("auto")), config.max_pixels
         self.names: list[str] = []
         self.targets: list[dict[str, Tensor]] = []
         self._images: list[Annotated] = []
