@@ -478,8 +478,8 @@ def without_corrupt(positions: Tensor, images: Tensor, corrupt: list[Corrupt]) -
         return positions, images
     # A corrupt image has the place of another, which the batch then holds twice; if all are, none is real.
     count = len(positions) if len(corrupt) < len(positions) else 0
-    first = np.unique(positions.numpy()[:count], return_index=True)[1]
-    return positions[first], images[first]
+    first = torch.from_numpy(np.unique(positions.numpy()[:count], return_index=True)[1])
+    return positions[first], take(images, first)
 
 
 # What is decoded of a chunk of images: the places of the good ones in the split, and the corrupt ones.
@@ -490,11 +490,7 @@ def decode_in_threads(decoder: _Decoder, kept: Tensor | None, workers: int) -> I
     """Decodes all images into `kept`, chunk by chunk, in threads."""
 
     def decode_chunk(positions: Tensor) -> Decoded:
-        index, images, corrupt = decoder[positions.numpy()]
-        index, images = without_corrupt(index, images, corrupt)
-        if kept is not None:
-            kept[index] = images
-        return index, corrupt
+        return keep_good(kept, *decoder[positions.numpy()])
 
     with quiet_pillow(), ThreadPoolExecutor(max(1, workers)) as pool:
         yield from pool.map(decode_chunk, torch.arange(len(decoder.rows)).split(CHUNK))
@@ -507,11 +503,16 @@ def decode_in_processes(decoder: _Decoder, kept: Tensor | None, workers: int) ->
         return
     image = empty(1, decoder.size, decoder.pixels)
     chunks = torch.arange(len(decoder.rows)).split(max(1, min(CHUNK, MOST_SHARED // image.nbytes)))
-    for index, images, corrupt in read_in_order(decoder, chunks, workers):
-        index, images = without_corrupt(index, images, corrupt)
-        if kept is not None:
-            kept[index] = images
-        yield index, corrupt
+    for batch in read_in_order(decoder, chunks, workers):
+        yield keep_good(kept, *batch)
+
+
+def keep_good(kept: Tensor | None, positions: Tensor, images: Tensor, corrupt: list[Corrupt]) -> Decoded:
+    """Copies a batch of `_Decoder` to its places in `kept`, without what stands in for corrupt images."""
+    positions, images = without_corrupt(positions, images, corrupt)
+    if kept is not None:
+        kept.numpy()[positions.numpy()] = images.numpy()  # torch indexes no uint16
+    return positions, corrupt
 
 
 def decode_all(
