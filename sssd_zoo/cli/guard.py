@@ -112,7 +112,11 @@ def say_stopped(number: int) -> None:
         time.sleep(1.5)  # by then a main process that got it, too, has said so and ended this one
     how = "stopped" if number == signal.SIGINT else "terminated"
     who = "" if rank == "0" else f"[process {rank}] "
-    print(f"\n{who}{how}; run the same command again to resume (scripts: with --resume)", file=sys.stderr, flush=True)
+    print(
+        f"\n{who}{how}; run the same command again to resume, with --resume if it has that option",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def unforeseen(error: Exception, out: Path | None) -> NoReturn:

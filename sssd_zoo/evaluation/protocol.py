@@ -78,7 +78,13 @@ class Evaluation:
 
 
 def evaluation_data(
-    data: ImageData, config: DataConfig, *, test_split: str | None, holdout: float, seed: int
+    data: ImageData,
+    config: DataConfig,
+    *,
+    test_split: str | None,
+    holdout: float,
+    seed: int,
+    advice: str = "add images, or give --unlabelled if these are no classes (but dates or cameras, say)",
 ) -> Evaluation:
     """The split to measure on: the one asked for, else 'test' or 'validation', else images held out by class.
 
@@ -88,6 +94,7 @@ def evaluation_data(
         test_split: the split asked for.
         holdout: fraction of the images held out where there is no such split.
         seed: of the draw.
+        advice: what to do where a class has too few images to hold some out, for the error.
 
     Raises:
         UserError: without labels, if the splits have different classes or share rows, or if a class has no image to
@@ -111,7 +118,6 @@ def evaluation_data(
                 "of them only); give another --test_split"
             )
         return Evaluation(data, torch.arange(len(data)), test, torch.arange(len(test)), f"split {name}")
-    advice = "add images, or give --unlabelled if these are no classes (but dates or cameras, say)"
     kept, held_out = hold_out(data, holdout, seed, purpose="measure on", advice=advice)
     words = f"a part of split {data.split} held out from the probes only (the network may have been trained on it)"
     return Evaluation(data, kept, data, held_out, words)

@@ -76,7 +76,7 @@ def load_test_data(
         The images; None if no data and no split are given and the data have neither 'test' nor 'val'.
 
     Raises:
-        UserError: if the images given are trained on too, or those of all default splits.
+        UserError: if the images given are trained on too, or those of all default splits, or have no object to find.
     """
     config = replace(config, data=data or config.data)
     names: list[str | None] = [split] if split else [*default_test_splits(config)]
@@ -87,6 +87,7 @@ def load_test_data(
         test = load_detection(replace(config, split=name), classes=train.class_names)
         shared = test.shared_with(train)
         if not shared:
+            test.check_findable()
             return test
     raise UserError(
         f"{len(shared)} of {len(test)} images of {test.name} are trained on too ({listed(shared)}): give other images "

@@ -48,6 +48,7 @@ def detect_eval(args: DetectEvalArgs) -> None:
     if not config.split:  # a COCO file has none: all of it is measured on
         config = replace(config, split=next(iter(default_test_splits(config)), None))
     data = load_detection(config, classes=classes)
+    data.check_findable()
     with nullcontext() if out is None else atomic_dir(out, "detections") as folder:
         if folder is not None:
             save_config(folder, args)

@@ -7,6 +7,7 @@ accuracy.png what they gave; OUT/model the network to use, see `deploy`.
 import hashlib
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,12 @@ SCRATCH = "scratch"
 
 
 def labelled_subset(
-    labels: NDArray[np.int64], seed: int, *, fraction: float | None = None, per_class: int | None = None
+    labels: NDArray[np.int64],
+    seed: int,
+    *,
+    fraction: float | None = None,
+    per_class: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> NDArray[np.int64]:
     """Positions of a class-balanced subset, sorted: the first of each class in an order that depends on the seed.
 
@@ -66,6 +72,7 @@ def labelled_subset(
         seed: of the order; smaller subsets of a seed are parts of its larger ones.
         fraction: of each class to take, rounded, but at least one label.
         per_class: labels of each class to take, in the place of a fraction.
+        names: of the classes, for the error.
 
     Raises:
         UserError: if a class has fewer than `per_class`.
@@ -76,7 +83,8 @@ def labelled_subset(
         members = order[labels[order] == label]
         count = per_class if per_class is not None else max(1, round((fraction or 0) * len(members)))
         if count > len(members):
-            raise UserError(f"class {label} has {len(members)} labels to train on, fewer than {count} per class")
+            name = label if names is None else f"'{names[label]}'"
+            raise UserError(f"class {name} has {len(members)} labels to train on, fewer than {count} per class")
         chosen.append(members[:count])
     return np.sort(np.concatenate(chosen))
 
@@ -125,6 +133,11 @@ def step_plan(args: FinetuneArgs, name: str, images: int, processes: int) -> Opt
     """
     parts = processes * args.accumulate
     batch = min(args.batch_size, images // parts * parts)
+    if args.batch_size < 2 * parts:
+        raise UserError(
+            f"batch_size {args.batch_size} leaves single images; BatchNorm needs at least 2 in each of {parts} parts: "
+            "raise it, or lower accumulate"
+        )
     if batch < 2 * parts:
         raise UserError(f"{images} labelled images are too few for a batch; give more labels")
     epochs = max(args.epochs, math.ceil(args.min_steps / (images // batch)))
@@ -146,7 +159,14 @@ def finetune(args: FinetuneArgs) -> None:
     check_models(args)
     config = shared_config(args)
     data = load_images(config, default_size=storage_default(args.image_size), require_labels=True, progress=rank() == 0)
-    evaluation = evaluation_data(data, config, test_split=args.test_split, holdout=args.holdout, seed=args.seeds[0])
+    evaluation = evaluation_data(
+        data,
+        config,
+        test_split=args.test_split,
+        holdout=args.holdout,
+        seed=args.seeds[0],
+        advice="add images, or raise --holdout",
+    )
     if evaluation.test is data:
         evaluation = replace(evaluation, words=f"a part of split {data.split} whose labels are kept from training")
     plan = Plan(args, runtime, evaluation, choose_size(data, args.image_size), processes, out)
@@ -178,9 +198,11 @@ def shared_config(args: FinetuneArgs) -> DataConfig:
 
 
 def check_models(args: FinetuneArgs) -> None:
-    """Raises `UserError` where no labels are asked for, or two networks would share a folder."""
+    """Raises `UserError` where no labels or other exits are asked for, or two networks would share a folder."""
     if not args.fractions and not args.per_class:
         raise UserError("give --fractions or --per_class")
+    if args.exits != "plain":
+        raise UserError(f"fine-tuning keeps the exits that the network has: remove --exits {args.exits}")
     if len({folder_name(name) for name in args.models}) < len(args.models):
         raise UserError(f"--models must have different names: {', '.join(args.models)}")
     if unnamed := [name for name in args.models if folder_name(name) in ("", ".", "..")]:
@@ -239,7 +261,9 @@ class Plan:
         """Positions of the labelled images of a run."""
         known, labels = self.evaluation.train_positions.numpy(), self.evaluation.train.labels
         assert labels is not None  # they are required
-        positions: NDArray[np.int64] = known[labelled_subset(labels[known], seed, **self.amounts[amount])]
+        positions: NDArray[np.int64] = known[
+            labelled_subset(labels[known], seed, names=self.evaluation.train.class_names, **self.amounts[amount])
+        ]
         return positions
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,7 @@ class TestCoco:
             ({"bbox": [25, 6, -20, 10]}, "without area"),
             ({"bbox": [5, 6, 0, 10]}, "without area"),
             ({"bbox": [500, 6, 20, 10]}, "without area"),
+            ({"bbox": [20, 6, 1e-6, 10]}, "without area"),  # in float32 its corners are one
             ({"category_id": 0}, "no category 0"),
             ({"category_id": None}, "no category None"),
             ({"image_id": 9}, "no image 9"),
@@ -326,6 +328,8 @@ class TestCoco:
         things = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": BOX, "iscrowd": crowd}]
         data = read(coco(tmp_path / "a.json", annotations=things))
         assert data.targets[0]["difficult"].tolist() == [difficult]
+        with pytest.raises(UserError, match="no object to find") if difficult else nullcontext():
+            data.check_findable()
 
     def test_file_names(self, tmp_path):
         outside = picture(tmp_path / "elsewhere" / "c.png")

@@ -1,6 +1,7 @@
 """`sssd finetune`: the subsets, what is trained at which rate, that no label leaks, and the sweep."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -67,6 +68,8 @@ class TestSubsets:
         assert np.bincount(labels[labelled_subset(labels, 0, fraction=0.25)]).tolist() == [25, 5]
         with pytest.raises(UserError, match="class 1 has 20 labels"):
             labelled_subset(labels, 0, per_class=21)
+        with pytest.raises(UserError, match="class 'dog' has 20 labels"):
+            labelled_subset(labels, 0, per_class=21, names=["cat", "dog"])
 
 
 class TestRates:
@@ -136,6 +139,8 @@ def test_steps_at_least_and_batches_that_fit():
     assert step_plan(args, "run", 21, 4).batch_size == 20
     with pytest.raises(UserError, match="too few"):
         step_plan(args, "run", 3, 2)
+    with pytest.raises(UserError, match="batch_size 1 leaves single images"):
+        step_plan(replace(args, batch_size=1), "run", 70, 1)
 
 
 def test_accuracies_by_hand():
@@ -221,6 +226,7 @@ def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, t
             "fractions[0] is 10.0; it must be a number above 0 and up to 1",
         ),
         (("--models", "[scratch]", "--per_class", "[99]"), "fewer than 99"),
+        (("--models", "[scratch]", "--exits", "attention"), "keeps the exits that the network has: remove --exits"),
         (("--models", "[scratch, scratch]"), "distinct"),
         (("--models", "[nothing]"), "no model of that name"),
         (("--models", "[..]"), "cannot name a folder"),

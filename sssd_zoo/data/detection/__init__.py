@@ -47,6 +47,8 @@ __all__ = [
 
 logger = logging.getLogger("sssd_zoo")
 
+THINNEST = 0.01  # pixels: a thinner box has no area once its float32 corners are scaled
+
 
 @dataclass
 class DetectionBatch:
@@ -152,7 +154,7 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
             clipped = (max(0.0, left), max(0.0, top), min(float(size[0]), right), min(float(size[1]), bottom))
             if thing.name not in number:
                 self.bad.append(f"{image.name}: an object of the unknown class '{thing.name}'")
-            elif not all(map(math.isfinite, thing.box)) or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
+            elif not all(map(math.isfinite, thing.box)) or min(np.subtract(clipped[2:], clipped[:2])) < THINNEST:
                 self.bad.append(f"{image.name}: a box of '{thing.name}' without area, {thing.box}")
             else:
                 self._cut += min(left, top) < -1 or right > size[0] + 1 or bottom > size[1] + 1
@@ -181,6 +183,11 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
                     return torch.from_numpy(index), DetectionBatch([], []), f"{data.name}: {data.error or error}"
                 images.append(torch.from_numpy(pixels))
         return torch.from_numpy(index), DetectionBatch(images, [self.targets[place] for place in index]), None
+
+    def check_findable(self) -> None:
+        """Raises `UserError` where no image has an object that counts: there is no average precision to measure."""
+        if all(bool(target["difficult"].all()) for target in self.targets):
+            raise UserError(f"{self.name} has no object to find, so nothing can be measured on it: give other images")
 
     def shared_with(self, other: "DetectionData") -> list[str]:
         """The names of the images that other data hold too: the same files, or the same rows of a source."""
