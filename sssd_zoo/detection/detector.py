@@ -191,7 +191,7 @@ def load_detector(folder: str | Path) -> tuple[FasterRCNN, list[str]]:
     check_content(folder / "detector.json", content, DetectorRecord)
     check_weights(folder, content)
     try:
-        check_network({**content, "num_classes": 0}, folder / "model.safetensors", str(folder))
+        check_network(content, folder / "model.safetensors", str(folder), features_only=True)
         body = load_network(content["architecture"], pretrained=False, features_only=True, **content["model_args"])
         body.pretrained_cfg.update(mean=content["mean"], std=content["std"])
         config = DetectorConfig(**content["detector"])

@@ -42,14 +42,14 @@ class Kind(NamedTuple):
 VIEW_CACHE = tuple(f"view_cache/{name}" for name in ("views.json", "views.npy", "features.npy", ".*.partial"))
 STEP = "step-" + 8 * "[0-9]"  # the folder of a checkpoint
 CHECKPOINTS = (f"checkpoints/{STEP}", f"checkpoints/.{STEP}.*")
+TRACKERS = ("trackers.json", "trackio", "mlflow", "wandb", "comet", ".aim", "dvclive", "swanlog")
 CORRUPT = "corrupt.tsv"  # the images that were skipped, and why
 TRAINING = (
     CORRUPT,
     *VIEW_CACHE,
     *CHECKPOINTS,
     *("config.yaml", "metrics.jsonl", "curves.png", "config.json", "model.safetensors", "own_labels.jsonl"),
-    *("own_labels/epoch-*.npy", "tensorboard/events.out.tfevents.*", "trackio"),
-    *("trackers.json", "views.png", "mlflow", "wandb", "comet", ".aim", "dvclive", "swanlog"),
+    *("own_labels/epoch-*.npy", "views.png", "tensorboard/events.out.tfevents.*", *TRACKERS),
 )
 NETWORK = ("config.json", "model.safetensors")
 LABEL_ARRAYS = ("labels.parquet", "centroids.safetensors")  # their record, the JSON, holds the digests of these

@@ -48,7 +48,7 @@ from sssd_zoo.files import (
 from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.hub_client import SilentHubError, limited_waiting
 from sssd_zoo.files.lock import LOCK
-from sssd_zoo.files.run_folder import EARLY_EXIT, LABEL_ARRAYS, LABELS, NETWORK
+from sssd_zoo.files.run_folder import CORRUPT, EARLY_EXIT, LABEL_ARRAYS, LABELS, NETWORK, TRACKERS
 from sssd_zoo.files.untrusted import copy_files, files_below, fits, hidden, read_inside
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.bundled import bundled_weights
@@ -62,6 +62,12 @@ CARD_FILES = (
 PICTURES = "clusters.png"  # a figure of thumbnails of the run's images, which nobody publishes unasked
 
 IMAGES_SHOWN = (PICTURES, "report.html", "views.png", "detections.png")  # the files of a run that show its images
+
+# The files and folders of a run, as patterns, that name its images or folders of this machine.
+NAMES_SHOWN = (
+    *("config.yaml", "metrics.json", "report.md", CORRUPT, "traceback*.txt", *LABELS, "views.json", "steps"),
+    *("tensorboard", *TRACKERS),
+)
 
 LABEL_FILES = ("README.md", *LABELS)
 
@@ -219,7 +225,8 @@ def copy_card(card: Path, folder: Path) -> None:
 def include(run: Path, folder: Path, patterns: list[str] | str) -> None:
     """Copies further files of a run that the user named, and prints how many were left out. Hidden files never go.
 
-    A `*` matches no '/'. Files that show the run's images, which may be private, go only if they are named exactly.
+    A `*` matches no '/'. Files that show the run's images, or name them or its folders, which may be private, go only
+    if they are named exactly.
 
     Raises:
         UserError: if a pattern matches no such file, or a link.
@@ -230,10 +237,13 @@ def include(run: Path, folder: Path, patterns: list[str] | str) -> None:
         matching = [name for name in others if fits(name, pattern) and not hidden(name)]
         if not matching:
             raise UserError(f"--include {pattern} matches no further file of {run}; hidden files are never published")
-        unnamed = [name for name in matching if Path(name).name in IMAGES_SHOWN and name != pattern]
-        if unnamed:
-            print(f"{', '.join(unnamed)}: shows images of the run, so --include {pattern} leaves it out; give its name")
-        for name in sorted({*matching} - {*unnamed}):
+        unnamed = [name for name in matching if name != pattern]
+        shown = [name for name in unnamed if Path(name).name in IMAGES_SHOWN]
+        named = [name for name in unnamed if any(fits(part, each) for each in NAMES_SHOWN for part in Path(name).parts)]
+        for private, why in ((shown, "shows images of the run"), (named, "names images or folders of this machine")):
+            if private:
+                print(f"{', '.join(private)}: {why}, so --include {pattern} leaves it out; give its name")
+        for name in sorted({*matching} - {*shown, *named}):
             atomic_write_bytes(folder / name, read_inside(run, name))
             others.remove(name)
     if others:

@@ -52,13 +52,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_network(config: dict[str, Any], weights: Path, where: str) -> None:
+def check_network(config: dict[str, Any], weights: Path, where: str, *, features_only: bool = False) -> None:
     """Refuses a network's configuration that asks for more than its weights.
 
     Args:
         config: of config.json: `architecture`, `model_args`, `num_classes`, `pretrained_cfg`.
         weights: its safetensors file, whose header is read.
         where: what to call it in errors.
+        features_only: the weights are of timm's `features_only`, without a classifier.
 
     Raises:
         UserError: that says what is wrong.
@@ -67,7 +68,8 @@ def check_network(config: dict[str, Any], weights: Path, where: str) -> None:
         check_fields(config)
         with safe_open(weights, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        check_weight_count(config, {name: shape for name, shape in shapes.items() if math.prod(shape)})
+        full = {name: shape for name, shape in shapes.items() if math.prod(shape)}
+        check_weight_count(config, full, features_only=features_only)
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot load the network '{where}': {weights.name} is damaged: {error}") from error
     except ValueError as error:
@@ -121,13 +123,16 @@ def _classes(config: dict[str, Any]) -> Any:
     return config.get("num_classes", config.get("pretrained_cfg", config).get("num_classes"))
 
 
-def check_weight_count(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+def check_weight_count(
+    config: dict[str, Any], shapes: dict[str, tuple[int, ...]], *, features_only: bool = False
+) -> None:
     """Refuses a network that is larger than the weights with these shapes.
 
     Raises:
         ValueError: that says by what.
     """
-    arguments = {**(config.get("model_args") or {}), "num_classes": _classes(config)}
+    arguments = {**(config.get("model_args") or {})}
+    arguments |= {"features_only": True} if features_only else {"num_classes": _classes(config)}
     largest = max(itertools.chain([LARGEST_SIDE], *shapes.values()))
     for name, number in _numbers("", arguments):
         limit = largest if SIZES.search(name) else max(len(shapes), SMALL)

@@ -580,6 +580,9 @@ class TestCommands:
         words[-1] = "eval"
         assert sssd(*words, "--model", "resnet18", "--pretrained", "false", "--out", tmp_path / "timm") == 0
         assert json.loads((tmp_path / "timm/detector.json").read_text())["architecture"] == "resnet18"
+        # VGG's classifier, which a detector leaves out, is larger than the detector.
+        assert sssd(*words, "--model", "vgg11_bn", "--pretrained", "false", "--out", tmp_path / "vgg") == 0
+        assert load_detector(tmp_path / "vgg")[1] == list(CLASSES)
         capsys.readouterr()
 
     @pytest.mark.parametrize(

@@ -506,6 +506,26 @@ def test_pictures_of_the_run_go_only_when_they_are_named(empty, sssd, run, tmp_p
         assert "shows images" not in said
 
 
+def test_files_that_name_images_or_folders_go_only_when_they_are_named(empty, sssd, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    named = {"report.md", "corrupt.tsv", "traceback.txt", "traceback-1.txt", "steps/labels.json", "distill/corrupt.tsv"}
+    named |= {"labels/labels.parquet", "labels/pseudo_labels.json", "distill/tensorboard/events.1", "probe/metrics.json"}
+    for name in (*named, "distill/own.txt"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text(f"{tmp_path}/alice.png\n")
+    named.add("config.yaml")
+
+    def sent(*patterns: str) -> set[str]:
+        done = sssd("publish", copy, "--repo", REPO, "--include", f"[{', '.join(patterns)}]", "--dry_run")
+        assert done.status == 0, done
+        return {line.split()[-1] for line in done.out.splitlines() if line.startswith(" ")} - FILES
+
+    unasked = sent("'*'", "'*/*'", "'*/*/*'")
+    assert "distill/own.txt" in unasked
+    assert not named & unasked
+    assert sent(*named) == named
+
+
 def test_publish_says_when_what_came_back_is_damaged(empty, sssd, run):
     with empty.faulty(Fault("GET", "/resolve/.*safetensors", "corrupt")):
         line = sssd("publish", run, "--repo", REPO).error
