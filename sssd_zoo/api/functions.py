@@ -1,5 +1,6 @@
 """A function for each command that trains, measures or uses a network; see `sssd_zoo.api` on their arguments."""
 
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -20,6 +21,7 @@ from sssd_zoo.api.results import (
 )
 from sssd_zoo.api.running import in_process, is_name, run
 from sssd_zoo.api.settings import flattened
+from sssd_zoo.errors import UserError
 
 Name = str | PathLike[str]  # a path, a timm name, a Hub id, or what another function returned
 Data = Name | Sequence[Name] | Any  # names of data, or a data set; see `sssd_zoo.data.objects.stored`
@@ -321,7 +323,10 @@ def predict(
             from sssd_zoo.data.objects import image_files, is_image
 
             files = image_files([images] if is_image(images) else images, Path(folder))
-        _, found = run("predict", {**main, "images": files}, settings, function="predictions")
+        try:
+            _, found = run("predict", {**main, "images": files}, settings, function="predictions")
+        except UserError as error:  # the user knows an image by its number, not by its file
+            raise UserError(str(error).replace(f"{folder}{os.sep}", "")) from error
     # Some images may have been left out, and several may be one file.
     numbers, answers = iter(enumerate(files)), []
     for one in found:

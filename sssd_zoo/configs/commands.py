@@ -40,6 +40,7 @@ from sssd_zoo.configs.ranges import (
     Thresholds,
     WallTime,
     Weight,
+    Workers,
 )
 from sssd_zoo.configs.training import OptimConfig, RuntimeConfig
 
@@ -411,6 +412,13 @@ class ExportArgs(Checked):
         int8: also write the ONNX graph quantised to int8, and measure both: their accuracy where the images have
             labels, otherwise how often they agree.
         data: images for --int8, given as for the other commands.
+        image_column: see `sssd fit`; so for the options up to `revision`, all of them for --int8.
+        label_column: column that holds the labels.
+        pages: which pages of TIFF and DICOM files are read.
+        max_corrupt: number of undecodable images to skip before giving up; each one is named.
+        max_pixels: largest number of pixels an image may have to be decoded.
+        workers: number of threads or processes that decode images.
+        revision: commit, branch or tag of the data set on the Hub.
         unlabelled: ignore the labels of `data`, for instance where its classes are not the network's.
         split: split to calibrate the activation ranges on; by default 'train', or the only one.
         test_split: split to measure on; by default 'test' or 'validation', otherwise half of `split`.
@@ -426,7 +434,14 @@ class ExportArgs(Checked):
     format: Literal["onnx", "torch-export", "safetensors", "timm", "transformers"] = "onnx"
     thresholds: Thresholds | None = None
     int8: bool = False
-    data: str | None = None
+    data: str | Names | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    pages: Literal["first", "all"] = "first"
+    max_corrupt: CountOrZero = 0
+    max_pixels: Count = MAX_PIXELS
+    workers: Workers | None = None
+    revision: str | None = None
     unlabelled: bool = False
     split: str | None = None
     test_split: str | None = None

@@ -1,7 +1,7 @@
 """Images that Pillow does not read: arrays of NumPy, DICOM, and TIFF files of several channels or pages.
 
 All become arrays of 8 or 16 bits, without loss where their values are whole numbers of up to 16 bits. DICOM needs
-pydicom and TIFF needs tifffile, which `pip install 'sssd-zoo[dicom]'` brings.
+pydicom and TIFF needs tifffile, which the extra `dicom` brings.
 """
 
 import importlib
@@ -33,7 +33,7 @@ def need(package: str, what: str) -> Any:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise UserError(f"{what} needs the package {package}: pip install 'sssd-zoo[dicom]'") from error
+        raise UserError(f"{what} needs the package {package}: pip install {package}") from error
 
 
 def is_dicom(data: bytes) -> bool:
@@ -70,13 +70,14 @@ def frames_of(data: bytes) -> int:
     return int(_dicom(data, stop_before_pixels=True).get("NumberOfFrames", 1) or 1)
 
 
-def array_of(data: bytes, max_pixels: int, channels: int | None = None) -> Pixels:
+def array_of(data: bytes, max_pixels: int, channels: int | None = None, bits: int = 16) -> Pixels:
     """The pixels of a NumPy array or the first frame of a DICOM file.
 
     Args:
         data: the file.
         max_pixels: largest number of pixels that may be decoded.
         channels: how many channels are wanted, which tells [C, H, W] from [H, W, C].
+        bits: 8 or 16, that an array of floats of 0 to 1 gets.
 
     Raises:
         CorruptImageError: if it cannot be decoded.
@@ -88,7 +89,7 @@ def array_of(data: bytes, max_pixels: int, channels: int | None = None) -> Pixel
     if int(np.prod(shape[:2])) > max_pixels * MOST_SAMPLES:
         raise CorruptImageError(f"its array of {shape} is more than --max_pixels {max_pixels} allows")
     file.seek(0)
-    return whole(channels_last(np.load(file, allow_pickle=False), channels))
+    return whole(channels_last(np.load(file, allow_pickle=False), channels), bits)
 
 
 def channels_last(array: NDArray[Any], channels: int | None) -> NDArray[Any]:
@@ -111,8 +112,8 @@ def channels_last(array: NDArray[Any], channels: int | None) -> NDArray[Any]:
     return np.moveaxis(array, 0, -1) if crossed else array
 
 
-def whole(array: NDArray[Any]) -> Pixels:
-    """Values of any type in 8 or 16 bits: whole numbers as they are, floats of 0 to 1 as 0 to 65535.
+def whole(array: NDArray[Any], bits: int = 16) -> Pixels:
+    """Values of any type in 8 or 16 bits: whole numbers as they are, floats of 0 to 1 over the range of `bits`.
 
     Values that are no numbers (NaN) become 0.
 
@@ -133,7 +134,8 @@ def whole(array: NDArray[Any]) -> Pixels:
             "fractions of 0 to 1"
         )
     if array.dtype.kind == "f" and greatest <= 1:
-        values = values * 65535
+        fractions: Pixels = np.rint(values * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
+        return fractions
     levels: Pixels = np.rint(values).astype(np.uint16)
     return levels
 
@@ -301,7 +303,11 @@ def picture_of(array: Pixels) -> Image.Image:
     if channels == 1:
         return Image.fromarray(np.ascontiguousarray(array[:, :, 0]))
     if channels != 3:
-        raise CorruptImageError(f"it has {channels} channels, and not those of RGB: give --channels {channels}")
+        raise CorruptImageError(
+            f"it has {channels} channels, and RGB has 3: convert it, or train a network with --channels {channels}"
+        )
     if array.dtype == np.uint16:
-        raise CorruptImageError("its colours have 16 bits: give --channels 3, which keeps them")
+        raise CorruptImageError(
+            "its colours have 16 bits, and RGB is read in 8: convert it, or train a network with --channels 3"
+        )
     return Image.frombuffer("RGB", (width, height), np.ascontiguousarray(array).tobytes())

@@ -47,7 +47,7 @@ UNREAD = {  # extensions of images and of image containers that are not read, an
     ),
     **dict.fromkeys(ARRAYS, "arrays: give --channels, the number of their channels"),
     **dict.fromkeys(_endings("npz mat h5 hdf5"), "arrays: save them as .npy, PNG, or parquet with images"),
-    **dict.fromkeys(DICOM, "DICOM: pip install 'sssd-zoo[dicom]'"),
+    **dict.fromkeys(DICOM, "DICOM: pip install pydicom"),
     **dict.fromkeys(_endings("nii mha mhd nrrd"), "medical images: convert them to DICOM, TIFF or .npy"),
     **dict.fromkeys(_endings("zip tgz gz 7z rar"), "unpack them"),
     **dict.fromkeys(

@@ -332,6 +332,6 @@ def image_files(data: Any, folder: Path) -> list[str]:
             if image is not None and image["bytes"] is None and image["path"] is not None:
                 paths.append(image["path"])
                 continue
-            paths.append(str(folder / f"{len(paths):08}"))
+            paths.append(str(folder / f"item {len(paths)}"))
             Path(paths[-1]).write_bytes((image or {}).get("bytes") or b"")
     return paths

@@ -131,7 +131,7 @@ def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = No
         CorruptImageError: if it has more pixels.
     """
     if containers.is_array(data):
-        yield containers.picture_of(containers.array_of(data, max_pixels))
+        yield containers.picture_of(containers.array_of(data, max_pixels, bits=8))
         return
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # otherwise Pillow itself would refuse what the user allows

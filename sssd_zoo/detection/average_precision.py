@@ -23,7 +23,7 @@ def coco_backend() -> str:
     for module in ("pycocotools", "faster_coco_eval"):
         if importlib.util.find_spec(module):
             return module
-    raise UserError("average precision needs pycocotools or faster-coco-eval: pip install 'sssd-zoo[detection]'")
+    raise UserError("average precision needs pycocotools or faster-coco-eval: pip install pycocotools")
 
 
 def coco_average_precision(predictions: Detections, targets: Detections, class_names: Sequence[str]) -> dict[str, Any]:

@@ -54,9 +54,9 @@ def html(value: Any) -> str:
     return library.escape(plain(value))
 
 
-def markdown(value: Any) -> str:
+def markdown(value: Any, longest: int = LONGEST) -> str:
     """A name in a line of Markdown without tags, emphasis, links or formulas. `markdown.table` escapes its bars."""
-    return library.escape(_MARKDOWN.sub(lambda sign: "\\" + sign[0], plain(value)), quote=False)
+    return library.escape(_MARKDOWN.sub(lambda sign: "\\" + sign[0], plain(value, longest)), quote=False)
 
 
 def code(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+TOO_FEW = 1_000  # images that a network may learn by heart, so that figures of the same images flatter it: a guess
+
 
 class Meaning(NamedTuple):
     """Of one figure.

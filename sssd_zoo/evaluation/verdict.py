@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from sssd_zoo.evaluation.label_free import AMONG, COLLAPSED
+from sssd_zoo.evaluation.meanings import TOO_FEW
 
 # Of two-view consistency. Networks with 68 to 75 percent by linear probes on CIFAR-10 had 0.43 to 0.90, those with 16
 # to 48 percent at most 0.07; none of those measured lay between.
 FAIR, GOOD = 0.1, 0.4
-FEW = 1_000  # images that a network may learn by heart, so that figures of the same images flatter it: a guess
 
 
 class Verdict(TypedDict):
@@ -54,20 +54,22 @@ def judge(figures: Mapping[str, float], *, images: int, from_scratch: bool, comm
     """
     consistency = figures["two_view_consistency"]
     among = min(AMONG, round(figures.get("images", AMONG)))
-    found = f"an image finds its own other view among {among:,} in {consistency:.0%} of cases"
     level: Literal["good", "fair", "weak"]
     if figures["std"] < COLLAPSED:
         level = "weak"
         sentence = f"The network has collapsed: all images look nearly the same to it (std {figures['std']:.3f})."
-    elif images < FEW and from_scratch:
+    elif images < TOO_FEW and from_scratch:
         level = "weak"
         sentence = (
-            f"{images:,} images are too few to learn from without the weights of another network, and figures of "
-            f"images that it has learned say little about others: {found}."
+            f"The network learned from {images:,} images alone, which are too few without the weights of another "
+            f"network. Its two-view consistency, {consistency:.0%}, is of the same images and says little about others."
         )
     else:
         level = "good" if consistency >= GOOD else "fair" if consistency >= FAIR else "weak"
-        sentence = f"{found[0].upper()}{found[1:]}; from {GOOD:.0%} on we call it good, below {FAIR:.0%} weak."
+        sentence = (
+            f"The nearest neighbour of a view is the other view of the same image, among {among:,} images, in "
+            f"{consistency:.0%} of cases (good from {GOOD:.0%}, weak below {FAIR:.0%})."
+        )
     proposals = commands.use + commands.improve[:1] if level == "good" else commands.improve[:2] + commands.use[:1]
     return {"level": level, "sentence": sentence, "next": proposals}
 

@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from sssd_zoo.configs import FitArgs
+from sssd_zoo.evaluation.meanings import TOO_FEW
 
 STEPS = 16  # steps that an epoch has at least, where the images allow batches of `SMALLEST`
 STEPS_BETWEEN = 50  # steps from one checkpoint to the next, about
@@ -144,13 +145,23 @@ def advice(images: int, args: FitArgs) -> str | None:
     if images > FEW or any(other is not None for other in others):
         return None
     few = f"{images:,} images are few to learn from scratch"
+    if images < TOO_FEW:
+        few += ", and the verdict will be 'weak'"
     if args.channels not in (None, 3):
         return (
             f"{few}: --init RUN --features RUN starts from a run on more images of {args.channels} channels, if you "
             "have one"
         )
+    weights = (
+        "weights of a run, of timm, or the bundled sssd_resnet18.dist_tiny_imagenet_32 and "
+        "sssd_resnet18_cifar.dist_cifar10"
+    )
+    if images < TOO_FEW:
+        return (
+            f"{few}: try `sssd embed NAME` first, which uses {weights} as they are; --init NAME --features NAME starts "
+            "from them and distils these or a public encoder"
+        )
     return (
-        f"{few}: --init NAME --features NAME starts from other weights (of a run, of timm, or the bundled "
-        "sssd_resnet18.dist_tiny_imagenet_32 and sssd_resnet18_cifar.dist_cifar10) and distils these or a public "
-        "encoder; `sssd embed NAME` uses weights as they are"
+        f"{few}: --init NAME --features NAME starts from {weights}, and distils these or a public encoder; `sssd embed "
+        "NAME` uses them as they are"
     )

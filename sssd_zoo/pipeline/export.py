@@ -20,7 +20,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -109,7 +109,9 @@ def import_onnxruntime() -> Any:
         import onnxruntime
         import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
-        raise UserError(f"ONNX needs more packages ({error}): pip install 'sssd-zoo[export]'") from error
+        raise UserError(
+            f"ONNX needs more packages ({error}): pip install onnx onnxruntime onnxscript protobuf"
+        ) from error
     del onnx
     return onnxruntime
 
@@ -379,7 +381,8 @@ def int8_images(args: ExportArgs, model: MultiExit) -> tuple[Images, Images, str
         UserError: for labels of other classes than the network's, or too few images.
     """
     assert args.data is not None  # `export` saw to it
-    asked = DataConfig(data=args.data, split=args.split, unlabelled=args.unlabelled, storage_size=model.storage_size)
+    given = {name: getattr(args, name) for name in {field.name for field in fields(DataConfig)} & vars(args).keys()}
+    asked = DataConfig(**given, storage_size=model.storage_size)
     config = config_for(args.model, model, asked)
     data = load_images(config, default_size=storage_default(input_spec(model).size))
     if data.labels is not None:

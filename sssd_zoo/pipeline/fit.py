@@ -51,7 +51,7 @@ from sssd_zoo.evaluation.protocol import (
     put_heads,
 )
 from sssd_zoo.evaluation.reports import figures
-from sssd_zoo.evaluation.reports.markdown import Results, write_report
+from sssd_zoo.evaluation.reports.markdown import RANDOM, Results, write_report
 from sssd_zoo.evaluation.reports.terminal import summary
 from sssd_zoo.evaluation.subset import IMAGES
 from sssd_zoo.files import write_json
@@ -76,9 +76,9 @@ from sssd_zoo.pipeline.estimate import Rates, Work, epochs_within, expected, mea
 from sssd_zoo.pipeline.forecast import Forecast
 from sssd_zoo.pipeline.gpu_memory import within_memory
 from sssd_zoo.pipeline.mistakes import Mistakes
-from sssd_zoo.pipeline.preflight import check_start
+from sssd_zoo.pipeline.preflight import check_start, size_note
 from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
-from sssd_zoo.pipeline.quality import run_figures, run_verdict
+from sssd_zoo.pipeline.quality import from_scratch, run_figures, run_verdict
 from sssd_zoo.pipeline.rename import cluster_names
 from sssd_zoo.pipeline.report import write_run_page
 from sssd_zoo.pipeline.stages import Stage, Stages
@@ -119,6 +119,8 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
         print_main(describe_chosen(chosen, len(setup.data)))
     if few := advice(len(setup.data), plan.args):
         print_main(few)
+    if rank() == 0 and (sizes := size_note(plan.args, setup.size)):
+        print_main(sizes)
     stages = plan.run_stages()
     if rank() == 0:
         results = write_results(plan, stages)
@@ -258,7 +260,7 @@ class Plan:
         """The networks to measure: their titles, and the stages that train them."""
         trained = {"anchored SSSD" if self.args.distill.anchor else "SSSD": self.student}
         if self.evaluation is not None and self.args.baseline:
-            trained["random labels"] = "baseline"
+            trained[RANDOM] = "baseline"
         return trained
 
     def describe(self) -> str:
@@ -404,7 +406,7 @@ class Plan:
         setup = self.setup
         labels = labels_by_name("random", setup.data, self.args.cluster.k, setup.runtime)
         plain = SelfDistillationConfig.of(self.args.distill)
-        return distill_network(setup.data, labels, plain, setup.runtime, setup.spec(folder, "random labels"))
+        return distill_network(setup.data, labels, plain, setup.runtime, setup.spec(folder, RANDOM))
 
     def probe(self, folder: Path) -> dict[str, Any]:
         """Accuracy of the trained networks, and of the one that was clustered."""
@@ -467,6 +469,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         "sizes": pseudo.meta["sizes"],
         "quality": pseudo.meta["quality"],
         "label_free": stages.results["quality"]["label_free"],
+        "from_scratch": from_scratch(args),
         "verdict": run_verdict(args, setup.arch, len(setup.data), stages.results["quality"]["label_free"]),
         "macs": macs,
         "times": [{"step": name, "seconds": result["seconds"]} for name, result in stages.results.items()],
@@ -524,7 +527,7 @@ def draw_figures(plan: Plan, stages: Stages, pseudo: PseudoLabels, macs: dict[st
     folder, captions = plan.out / "figures", {}
     titles = {"pretrain": "MoCo v2", "distill": "self distillation"}
     titles |= {name: f"self distillation, {config.epochs} epochs more" for name, config in plan.extensions.items()}
-    titles |= {"baseline": "random labels"}
+    titles |= {"baseline": RANDOM}
     trained = {title: name for name, title in titles.items() if name in stages.results}
     figures.loss_curves(
         {title: read_metrics(plan.out / name / "metrics.jsonl") for title, name in trained.items()},

@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sssd_zoo.configs import AnchoredConfig, DataConfig
+from sssd_zoo.configs import AnchoredConfig, DataConfig, FitArgs
 from sssd_zoo.data.inputs import InputSpec, input_spec, storage_default
 from sssd_zoo.data.loading import ImageData, OpenedImages, open_images
 from sssd_zoo.data.sources import is_local
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import plain
 from sssd_zoo.labels.kmeans import check_clusters
 from sssd_zoo.models import feature_width
 from sssd_zoo.models.cost import multiply_adds
@@ -156,6 +157,13 @@ class Preflight:
             UserError: with all mistakes.
         """
         args, mistakes, data = self.args, self.mistakes, self.opened.images
+        for opened in (data, self.opened.other):
+            if opened is not None and len(opened) < 2:
+                mistakes.note(
+                    f"{opened.name} has {len(opened)} image, and training needs at least 2; `sssd embed` and `sssd "
+                    "predict` use a network as it is"
+                )
+                mistakes.tell()
         with mistakes.noted():
             student = choose_model(args.model, size, exits=True)
             check_sizes(student, [size])
@@ -282,6 +290,20 @@ def check_space(out: Path, config: AnchoredConfig, images: int, numbers: int) ->
             f"cached_views {config.cached_views} needs {needed / 1e9:.1f} GB, and {out} has {free / 1e9:.1f} GB free: "
             "give fewer, or another --out"
         )
+
+
+def size_note(args: FitArgs, size: int) -> str | None:
+    """What to know about the views of `size` px that were chosen, where the weights to start from are of others."""
+    start = args.init or args.pretrain.init
+    if args.image_size is not None or start is None:
+        return None
+    own = input_spec(load_network(start, num_classes=0)).size
+    if own == size:
+        return None
+    return (
+        f"the views are {size} px, and {plain(start)} was trained at {own} px: --image_size {own} trains at that size, "
+        f"at {own * own / size / size:.2g} times the cost of a step"
+    )
 
 
 def check_start(name: str, arch: str, data: ImageData | OpenedImages) -> str:

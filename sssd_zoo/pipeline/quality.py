@@ -13,13 +13,16 @@ from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.label_free import collapse_warning
-from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
-from sssd_zoo.evaluation.reports.markdown import can_be_pasted
+from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS, TOO_FEW
+from sssd_zoo.evaluation.reports.markdown import Results, can_be_pasted, read_results
 from sssd_zoo.evaluation.subset import Subset, figures_of, network_figures
 from sssd_zoo.evaluation.verdict import Commands, Verdict, command, judge
 from sssd_zoo.files import expand_home
+from sssd_zoo.files.run_folder import kind_of
+from sssd_zoo.models import MultiExit
+from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.bundled import bundled_name, bundled_weights
-from sssd_zoo.models.networks import config_for, load_network
+from sssd_zoo.models.networks import choose_model, config_for, load_network
 
 ENCODER = "tf_efficientnet_lite0.in1k"  # a public encoder that a CPU can run
 
@@ -69,7 +72,17 @@ def use_commands(network: str, args: DataConfig) -> list[str]:
     """How a good network is put to use: it classifies images, and embeds them."""
     image = image_of(args.data)
     predict = [] if image is None else [command("sssd", "predict", network, image)]
-    return [*predict, command("sssd", "embed", network, *data_words(args), "--out", "embeddings.parquet")]
+    return [*predict, embed_command(network, args)]
+
+
+def embed_command(network: str, args: DataConfig) -> str:
+    """How a network's features of the images are stored."""
+    return command("sssd", "embed", network, *data_words(args), "--out", "embeddings.parquet")
+
+
+def from_scratch(args: FitArgs) -> bool:
+    """Whether a run of `sssd fit` learns from its images alone, without weights or features of another network."""
+    return all(each is None for each in (args.features, args.init, args.pretrain.init, args.pretrain_data))
 
 
 def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]) -> Verdict:
@@ -86,7 +99,7 @@ def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]
         "fit",
         *data_words(args, ("model", "image_size", "test_split")),
     ]
-    bundled = [bundled_name(arch)] if bundled_weights(arch) is not None else []  # the default tag
+    bundled = bundled_for(arch)
     out = Path(args.out)
     again = ("sssd", "fit", "--config", str(out / "config.yaml"))
     options: list[tuple[str, ...]] = []
@@ -103,15 +116,17 @@ def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]
     longest = "pretrain" if args.features is None else "distill"
     options.append(("longer", *again, f"--{longest}.epochs", str(2 * getattr(args, longest).epochs)))
     improve = [command(*words, "--out", f"{out}-{name}") for name, *words in options]
-    return judge(
-        figures,
-        images=images,
-        from_scratch=args.features is None
-        and args.pretrain.init is None
-        and args.init is None
-        and args.pretrain_data is None,
-        commands=Commands(improve=improve, use=use_commands(args.out, args)),
-    )
+    alone = from_scratch(args)
+    if alone and images < TOO_FEW and args.channels in (None, 3):
+        # Of 300 images nothing that was trained beat other weights as they are (docs/own_images.md).
+        improve = [embed_command(name, args) for name in bundled] + improve
+    commands = Commands(improve=improve, use=use_commands(args.out, args))
+    return judge(figures, images=images, from_scratch=alone, commands=commands)
+
+
+def bundled_for(arch: str) -> list[str]:
+    """The bundled weights of an architecture, MODEL.TAG with the default tag; none where it has none."""
+    return [bundled_name(arch)] if bundled_weights(arch) is not None else []
 
 
 def quality(args: QualityArgs) -> None:
@@ -125,11 +140,10 @@ def quality(args: QualityArgs) -> None:
     subset = Subset(data, ForwardConfig.of(args), args.seed, args.images, progress=True)
     figures = {"images": float(len(subset)), **network_figures(model, subset)}
     args = replace(args, channels=config.channels, bits=config.bits)
-    fit = command("sssd", "fit", *data_words(args), "--out", "run")
-    distil = command("sssd", "fit", *data_words(args), "--features", args.model, "--out", "run")
-    # The figures are of any images, so that how many it was trained on does not count.
-    commands = Commands(improve=[fit], use=[distil, *use_commands(args.model, args)])
-    verdict = judge(figures, images=len(data), from_scratch=False, commands=commands)
+    commands = quality_commands(args, model)
+    # A network of any other images has not learned these by heart, however few they are.
+    run = run_on(args.model, data)
+    verdict = judge(figures, images=len(data), from_scratch=run.get("from_scratch", False), commands=commands)
     if args.format == "json":
         print(json.dumps({"label_free": figures, "verdict": verdict}, indent=2))
         return
@@ -137,6 +151,34 @@ def quality(args: QualityArgs) -> None:
     print(f"Of {len(subset):,} images of {data.name}, without labels:")
     print(describe_figures(figures))
     print("\n".join(["Next:", *(f"  {line}" for line in verdict["next"])]))
+
+
+def quality_commands(args: QualityArgs, model: Any) -> Commands:
+    """What is proposed for any network and images; `args` with the channels and bits that are read."""
+    use = use_commands(args.model, args)
+    fit = ["sssd", "fit", *data_words(args)]
+    if args.channels not in (None, 3):  # all weights that could be offered are of RGB networks
+        return Commands(improve=[command(*fit, "--out", "run")], use=use)
+    size = input_spec(model).size
+    arch = architecture_of(model) if isinstance(model, MultiExit) else choose_model(None, size)
+    student = [*fit, "--model", arch, "--image_size", str(size)]
+    init = [word for name in bundled_for(arch)[:1] for word in ("--init", name)]
+    encoder = command(*student, "--features", ENCODER, *init, "--out", "run-encoder")
+    if isinstance(model, MultiExit):
+        return Commands(improve=[encoder], use=use)
+    return Commands(
+        improve=[encoder], use=[command(*student, "--features", args.model, *init, "--out", "run-distilled"), *use]
+    )
+
+
+def run_on(model: str, data: ImageData) -> Results:
+    """The results of the run of `sssd fit` whose network was measured, if it was trained on these images; else {}."""
+    path = Path(expand_home(model)).absolute()
+    for folder in (path, *path.parents[:2]):  # the run itself, its model, probe/network
+        if path.is_dir() and kind_of(folder) == "fit" and (folder / "metrics.json").is_file():
+            results = read_results(folder)
+            return results if results.get("fingerprint") == data.fingerprint else {}
+    return {}
 
 
 def describe_figures(figures: dict[str, float]) -> str:

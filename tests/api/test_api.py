@@ -112,6 +112,20 @@ def test_predict_numbers_images_that_are_objects(network, folder_of_images, rows
         sssd_zoo.predict(network, "nowhere.png")
 
 
+def test_predict_takes_floats_as_a_resize_gives_them(network):
+    levels = torch.randint(256, (3, 32, 32), dtype=torch.uint8)
+    between = (levels / 255 + 0.4 / 255).clamp(0, 1)  # no multiples of 1/255, nearest to the same levels
+    (known,), (found,) = (sssd_zoo.predict(network, image, device="cpu") for image in (levels, between))
+    assert found == known
+
+
+def test_predict_names_the_item_that_cannot_be_read(network):
+    levels = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(UserError, match=r"\(item 1: its colours have 16 bits.*convert it") as error:
+        sssd_zoo.predict(network, [levels, levels.astype(np.uint16)], device="cpu")
+    assert "sssd-predict" not in str(error.value)
+
+
 def test_embed_of_a_folder_and_of_objects_is_the_same(network, folder_of_images, rows, tmp_path):
     files = sssd_zoo.embed(network, folder_of_images, tmp_path / "files.parquet", exits="all", **HERE)
     assert (files.count, files.dimension, files.exits, files.left_out) == (48, 512, ["1", "2", "3", "4"], [])

@@ -207,5 +207,5 @@ def test_random_augmentation_is_refused(folder_of_images):
 
 def test_images_as_files(folder_of_images, tmp_path):
     files = image_files([RED, folder_of_images / "red" / "00.png"], tmp_path)
-    assert files == [str(tmp_path / "00000000"), str(folder_of_images / "red" / "00.png")]
+    assert files == [str(tmp_path / "item 0"), str(folder_of_images / "red" / "00.png")]
     assert np.array_equal(pixels(Path(files[0])), np.asarray(RED))

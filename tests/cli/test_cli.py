@@ -163,7 +163,8 @@ def test_empty_folder_and_one_image(capsys, tmp_path):
     assert "empty" in one_line(capsys)
     Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(data / "one.png")
     assert sssd("fit", "--data", data, "--out", tmp_path / "run", *TINY) == 2
-    assert "1 image" in one_line(capsys)
+    assert "has 1 image, and training needs at least 2" in (said := one_line(capsys))
+    assert "mistakes" not in said, "K and the batch are not worth a word"
 
 
 def test_corrupt_images_are_named(capsys, tmp_path, folder_of_images):

@@ -163,13 +163,13 @@ class TestDicom:
 class TestWithoutThePackages:
     def test_dicom(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "pydicom", None)
-        with pytest.raises(UserError, match=r"DICOM needs the package pydicom: pip install 'sssd-zoo\[dicom\]'"):
+        with pytest.raises(UserError, match=r"DICOM needs the package pydicom: pip install pydicom$"):
             containers.array_of(b"\0" * 128 + b"DICM", 100)
 
     def test_pages(self, tmp_path, monkeypatch):
         write_pages(tmp_path / "stack.tif", pages())
         monkeypatch.setitem(sys.modules, "tifffile", None)
-        with pytest.raises(UserError, match=r"needs the package tifffile: pip install 'sssd-zoo\[dicom\]'"):
+        with pytest.raises(UserError, match=r"needs the package tifffile: pip install tifffile$"):
             load(tmp_path, pages="all")
         with pytest.raises(UserError, match=r"needs the package tifffile: pip install"):
             load(tmp_path, channels=4)

@@ -163,9 +163,9 @@ COMMANDS = Commands(improve=["more"], use=["predict", "embed"])
     [
         (0.7, 0.9, 50_000, True, "good", "in 90% of cases", "predict"),
         (0.7, 0.2, 50_000, True, "fair", "in 20% of cases", "more"),
-        (0.7, 0.02, 50_000, True, "weak", "below 10% weak", "more"),
+        (0.7, 0.02, 50_000, True, "weak", "weak below 10%", "more"),
         (0.01, 0.9, 50_000, True, "weak", "has collapsed", "more"),
-        (0.7, 0.9, 300, True, "weak", "300 images are too few", "more"),
+        (0.7, 0.9, 300, True, "weak", "learned from 300 images alone", "more"),
         (0.7, 0.9, 300, False, "good", "in 90% of cases", "predict"),
     ],
 )

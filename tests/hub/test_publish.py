@@ -509,7 +509,12 @@ def test_pictures_of_the_run_go_only_when_they_are_named(empty, sssd, run, tmp_p
 def test_files_that_name_images_or_folders_go_only_when_they_are_named(empty, sssd, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     named = {"report.md", "corrupt.tsv", "traceback.txt", "traceback-1.txt", "steps/labels.json", "distill/corrupt.tsv"}
-    named |= {"labels/labels.parquet", "labels/pseudo_labels.json", "distill/tensorboard/events.1", "probe/metrics.json"}
+    named |= {
+        "labels/labels.parquet",
+        "labels/pseudo_labels.json",
+        "distill/tensorboard/events.1",
+        "probe/metrics.json",
+    }
     for name in (*named, "distill/own.txt"):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text(f"{tmp_path}/alice.png\n")

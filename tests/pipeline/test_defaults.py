@@ -1,15 +1,19 @@
 """Settings that `sssd fit` chooses by the images and the device: they train at any size, as in the paper at its own."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
 from helpers.commands import one_line, sssd
 from sssd_zoo.configs import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig
 from sssd_zoo.pipeline.defaults import DERIVED, Scale, advice, derive, describe_chosen
+from sssd_zoo.pipeline.preflight import size_note
 from sssd_zoo.pipeline.pretrain import check_splits
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.runs import check_queue
 
+WEIGHTS = "sssd_resnet18.dist_tiny_imagenet_32"
 ARGS = FitArgs(data="images", out="run")
 MACS = {32: 556_000_000, 224: 1_820_000_000}  # of the default networks
 
@@ -101,6 +105,21 @@ def test_few_images_get_advice_and_those_that_took_it_do_not():
     taken = ({"features": "resnet18"}, {"init": "old"}, {"pretrain": MoCoConfig(init="old")}, {"pretrain_data": "more"})
     for given in taken:
         assert advice(300, FitArgs(data="images", out="run", **given)) is None
+
+
+def test_very_few_images_are_told_to_be_weak():
+    assert "the verdict will be 'weak'" in advice(999, ARGS)
+    assert "weak" not in advice(1_000, ARGS)
+
+
+@pytest.mark.parametrize("given", [{"init": WEIGHTS}, {"pretrain": MoCoConfig(init=WEIGHTS)}])
+def test_weights_of_another_image_size_are_pointed_out(given):
+    args = FitArgs(data="images", out="run", **given)
+    assert "224 px" in (said := size_note(args, 224))
+    assert "trained at 64 px: --image_size 64" in said
+    assert size_note(args, 64) is None
+    assert size_note(replace(args, image_size=224), 224) is None
+    assert size_note(ARGS, 224) is None
 
 
 @pytest.mark.slow

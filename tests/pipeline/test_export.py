@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -123,6 +124,19 @@ def test_export_onnx_and_int8(folder, folder_of_images, tmp_path, capsys):
     )
 
 
+def test_int8_takes_the_options_that_its_mistakes_advise(folder, folder_of_images, tmp_path, capsys):
+    data = shutil.copytree(folder_of_images, tmp_path / "data")
+    next(data.rglob("*.png")).write_bytes(b"no image")
+    words = ["export", folder, "--output", "2", "--out", tmp_path / "x.onnx", "--int8", "--data", f"[{data}]"]
+    words += ["--calibration_images", "8"]
+    assert sssd(*words) == 2
+    assert "max_corrupt" in one_line(capsys)
+    assert not (tmp_path / "x.int8.onnx").exists()
+    assert sssd(*words, "--max_corrupt", "1") == 0
+    assert "calibrated on 8 images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_int8_is_near_fp32():
     model = create(layers=(1, 1, 1, 1), output=1)
     images = random_images(32)

@@ -4,6 +4,7 @@ import json
 import shlex
 
 import pytest
+import timm
 
 from helpers.commands import TINY, one_line, sssd
 from helpers.images import picture, write
@@ -12,7 +13,7 @@ from helpers.networks import save_tiny
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.configs import FitArgs, MoCoConfig, QualityArgs
 from sssd_zoo.evaluation.reports.markdown import read_results
-from sssd_zoo.pipeline.quality import data_words, image_of, run_verdict
+from sssd_zoo.pipeline.quality import data_words, image_of, quality_commands, run_verdict
 from sssd_zoo.training.runs import save_config
 
 
@@ -35,9 +36,10 @@ def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, cap
     assert not any(name.startswith("knn") for name in figures), "there are no labels"
     verdict = results["verdict"]
     assert verdict["level"] == "weak"
-    assert "40 images are too few" in verdict["sentence"]
+    assert "learned from 40 images alone, which are too few" in verdict["sentence"]
 
     text = (out / "report.md").read_text()
+    assert verdict["sentence"] in text, "it is not cut"
     assert text.index("Verdict: weak") < text.index("**Data**")
     assert all(line in text for line in verdict["next"])
     quality = sections(text)["Quality without labels"]
@@ -49,7 +51,9 @@ def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, cap
 
     commands = [shlex.split(line) for line in verdict["next"]]
     weights = "sssd_resnet18.dist_tiny_imagenet_32"
-    assert commands[1][-6:] == ["--features", weights, "--init", weights, "--out", f"{out}-weights"]
+    assert commands[0][:3] == ["sssd", "embed", weights]
+    encoder = ["--features", "tf_efficientnet_lite0.in1k", "--init", weights, "--out", f"{out}-encoder"]
+    assert commands[1][-6:] == encoder
     for words in commands:
         if words[1] == "fit":
             settings, _ = read_arguments("fit", words[2:], "sssd fit")
@@ -58,6 +62,10 @@ def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, cap
     capsys.readouterr()
     assert sssd(*predict) == 0
     assert "00.jpg" in capsys.readouterr().out
+    for network in (out, out / "model"):
+        assert sssd("quality", network, "--data", photos, "--format", "json") == 0
+        again = json.loads(capsys.readouterr().out)["verdict"]
+        assert "learned from 40 images alone" in again["sentence"], "the same images, so the same verdict"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +84,7 @@ def test_what_is_proposed_depends_on_what_was_tried(given, names, tmp_path):
     figures = {"std": 0.9, "two_view_consistency": 0.05}
     fits = [
         words
-        for line in run_verdict(args, args.model, 300, figures)["next"]
+        for line in run_verdict(args, args.model, 3000, figures)["next"]
         if (words := shlex.split(line))[1] == "fit"
     ]
     assert [words[-1] for words in fits] == [f"run-{name}" for name in names]
@@ -88,6 +96,35 @@ def test_what_is_proposed_depends_on_what_was_tried(given, names, tmp_path):
             again, _ = read_arguments("fit", ["--config", str(tmp_path / "config.yaml"), *words[4:]], "sssd fit")
             changed = {name for name, value in vars(args).items() if vars(again)[name] != value}
             assert len(changed - {"out"}) == 1
+
+
+def test_of_very_few_images_other_weights_as_they_are_come_first():
+    args = FitArgs(data="images", out="run", model="sssd_resnet18")
+    first = run_verdict(args, args.model, 999, {"std": 0.9, "two_view_consistency": 0.9})["next"][0]
+    weights = "sssd_resnet18.dist_tiny_imagenet_32"
+    assert shlex.split(first) == ["sssd", "embed", weights, "--data", "images", "--out", "embeddings.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("model", "student", "size", "distils"),
+    [
+        ("sssd_resnet18_cifar.cifar10", "sssd_resnet18_cifar", 32, False),
+        ("sssd_resnet18", "sssd_resnet18", 64, False),
+        ("resnet18", "sssd_resnet18", 224, True),
+    ],
+)
+def test_what_is_proposed_starts_from_weights_that_fit(model, student, size, distils):
+    network = timm.create_model(model, pretrained=model != "resnet18")
+    commands = quality_commands(QualityArgs(data="images", model=model), network)
+    weights = {"sssd_resnet18": "dist_tiny_imagenet_32", "sssd_resnet18_cifar": "dist_cifar10"}[student]
+    fits = [words for line in commands.improve + commands.use if (words := shlex.split(line))[1] == "fit"]
+    assert len(fits) == 1 + distils, "a network with exits is not distilled into another of its kind"
+    assert len({words[-1] for words in fits}) == len(fits), "each has a folder of its own"
+    for words in fits:
+        settings, _ = read_arguments("fit", words[2:], "sssd fit")
+        assert (settings.model, settings.image_size) == (student, size)
+        assert settings.init == f"{student}.{weights}"
+    assert shlex.split(commands.use[-1])[:3] == ["sssd", "embed", model]
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from sssd_zoo.evaluation.verdict import TRUST, Verdict
 from sssd_zoo.files import atomic_write_text, read_json
 from sssd_zoo.files.untrusted import read_yaml
 
+RANDOM = "random labels"  # the name of the row of the baseline
+
 
 class AccuracyRow(TypedDict):
     """Accuracies in percent of one network: of its four exits in order, and of their ensemble."""
@@ -55,6 +57,7 @@ class Results(TypedDict, total=False):
         accuracy: linear-probe accuracies; the first row is the network itself, the second what it is compared with.
         label_free: figures of quality without labels, see `pipeline.quality.run_figures`.
         verdict: what they say, and what to do next.
+        from_scratch: whether all was learned from these images, without weights or features of another network.
         clustered: accuracy in percent of the features that were clustered, the pretext's, by how it was measured.
         macs: MACs per image at the exits '1' to '4' and for the 'ensemble'.
         activations: numbers that their layers put out for an image, by the same names.
@@ -84,6 +87,7 @@ class Results(TypedDict, total=False):
     clustered: Mapping[str, float]
     label_free: Mapping[str, float]
     verdict: Verdict
+    from_scratch: bool
     macs: Mapping[str, int]
     activations: Mapping[str, int]
     times: Sequence[Timing]
@@ -177,11 +181,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _accuracy(results: Results) -> list[str]:
     lines = ["## Accuracy", ""]
     if rows := results.get("accuracy"):
-        lines += [
-            "Linear-probe accuracy in percent: a linear layer per exit, trained on the true labels with the network "
-            "frozen; the ensemble is the mean of the exits' softmax outputs.",
-            "",
-        ]
+        on = f" on {results['test_images']:,} images" if "test_images" in results else ""
+        words = (
+            f"Linear-probe accuracy in percent{on}: a linear layer per exit, trained on the true labels with the "
+            "network frozen; the ensemble is the mean of the exits' softmax outputs."
+        )
+        if RANDOM in {row["name"] for row in rows}:
+            words += f" *{RANDOM}*: the same training on labels drawn at random, without an anchor."
+        lines += [words, ""]
         numbers = [[*row["exits"], row["ensemble"]] for row in rows]
         names = [markdown(row["name"]) for row in rows]
         cells = [[name, *(f"{value:.2f}" for value in row)] for name, row in zip(names, numbers, strict=True)]
@@ -208,7 +215,7 @@ def can_be_pasted(line: str) -> bool:
 def _verdict(results: Results) -> list[str]:
     if (verdict := results.get("verdict")) is None:
         return []
-    lines = [f"**Verdict: {verdict['level']}.** {markdown(verdict['sentence'])}", ""]
+    lines = [f"**Verdict: {verdict['level']}.** {markdown(verdict['sentence'], 1000)}", ""]
     # A name of a file could end the block and go on as Markdown.
     commands = [line for line in verdict["next"] if can_be_pasted(line)]
     return [*lines, "Next:", "", "```sh", *commands, "```", ""] if commands else lines
