@@ -235,3 +235,7 @@ class DetectorConfig(Checked):
     fpn_channels: Channels = 256
     anchor_scale: AnchorScale = 8.0
     regions: Count = 512
+
+    def longest(self) -> int:
+        """Maximum long side of the images in pixels."""
+        return self.long_side or round(self.short_side * 5 / 3)

@@ -106,7 +106,7 @@ def build_detector(body: Any, num_classes: int, config: DetectorConfig) -> Faste
         Pyramid(body, config.fpn_channels),
         num_classes + 1,
         min_size=config.short_side,
-        max_size=config.long_side or round(config.short_side * 5 / 3),
+        max_size=config.longest(),
         image_mean=list(mean) * per_channel,
         image_std=list(std) * per_channel,
         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),

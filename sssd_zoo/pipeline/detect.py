@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torchvision.models.detection import FasterRCNN
@@ -40,8 +41,11 @@ def detect(args: DetectArgs) -> None:
     out = open_out(args, "detector")
     coco_backend()
     data_config, settings = DetectionDataConfig.of(args), DetectorConfig.of(args)
-    data = load_detection(data_config)
-    test = load_test_data(data_config, args.test_data, args.test_split, data)
+    data = load_detection(data_config, device=args.device)
+    data.check(settings.longest(), "trained on")
+    test = load_test_data(data_config, args.test_data, args.test_split, data, device=args.device)
+    if test is not None:
+        test.check(settings.longest(), "measured on")
     check_trainable(optim, processes, len(data))
     torch.manual_seed(runtime.seed)
     task = make_task(args, settings, len(data.class_names))
@@ -62,7 +66,12 @@ def detect(args: DetectArgs) -> None:
 
 
 def load_test_data(
-    config: DetectionDataConfig, data: list[str] | None, split: str | None, train: DetectionData
+    config: DetectionDataConfig,
+    data: list[str] | None,
+    split: str | None,
+    train: DetectionData,
+    *,
+    device: Literal["auto", "cpu"] = "auto",
 ) -> DetectionData | None:
     """The images to measure on, none of which may be trained on.
 
@@ -71,12 +80,13 @@ def load_test_data(
         data: sources to measure on; by default those of `config`.
         split: split to measure on; by default 'test' or 'val', the first that has no image to train on.
         train: the images to train on.
+        device: see `load_detection`.
 
     Returns:
         The images; None if no data and no split are given and the data have neither 'test' nor 'val'.
 
     Raises:
-        UserError: if the images given are trained on too, or those of all default splits, or have no object to find.
+        UserError: if the images given are trained on too, or those of all default splits.
     """
     config = replace(config, data=data or config.data)
     names: list[str | None] = [split] if split else [*default_test_splits(config)]
@@ -84,10 +94,9 @@ def load_test_data(
         return None
     # A COCO file has no splits: without a name, all of another file is measured on.
     for name in names or [None]:
-        test = load_detection(replace(config, split=name), classes=train.class_names)
+        test = load_detection(replace(config, split=name), classes=train.class_names, device=device)
         shared = test.shared_with(train)
         if not shared:
-            test.check_findable()
             return test
     raise UserError(
         f"{len(shared)} of {len(test)} images of {test.name} are trained on too ({listed(shared)}): give other images "

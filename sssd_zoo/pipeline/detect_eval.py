@@ -47,8 +47,8 @@ def detect_eval(args: DetectEvalArgs) -> None:
         resize(detector.transform, args.short_side)
     if not config.split:  # a COCO file has none: all of it is measured on
         config = replace(config, split=next(iter(default_test_splits(config)), None))
-    data = load_detection(config, classes=classes)
-    data.check_findable()
+    data = load_detection(config, classes=classes, device=args.device)
+    data.check(detector.transform.max_size, "measured on")
     with nullcontext() if out is None else atomic_dir(out, "detections") as folder:
         if folder is not None:
             save_config(folder, args)

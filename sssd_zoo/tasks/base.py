@@ -42,11 +42,13 @@ class Task(nn.Module):
     Attributes:
         size: side of the views in pixels; the engine changes it where a training goes through several.
         global_batchnorm: whether BatchNorm's statistics are to be those of the global batch, of all processes.
+        fixed_shapes: whether the shapes are the same at every step, so that cuDNN may time its algorithms once.
         compiled: whether to compile what `views` computes on an accelerator.
         monitor: what measures the network after some epochs, if anything does.
     """
 
     global_batchnorm = True
+    fixed_shapes = True
     compiled = False
     monitor: Monitor | None = None
 

@@ -25,6 +25,8 @@ class Detection(Task):
             and shift; 'eval' keeps the pretrained statistics and learns scale and shift; 'frozen' keeps all.
     """
 
+    fixed_shapes = False
+
     def __init__(self, detector: Any, *, size: int, frozen: list[str], batchnorm: BatchNormMode) -> None:
         super().__init__(InputSpec(size, tuple(detector.transform.image_mean), tuple(detector.transform.image_std)))
         self.detector = detector
@@ -67,7 +69,8 @@ class Detection(Task):
         transform = self.detector.transform
         configured, transform.min_size = transform.min_size, (self.size,)  # progressive resizing changes `size`
         try:
-            with torch.random.fork_rng():
+            device = batch["images"][0].device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 torch.manual_seed(batch["seed"])
                 losses = self.detector(batch["images"], batch["targets"])
         finally:

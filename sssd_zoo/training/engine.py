@@ -159,7 +159,7 @@ class Trainer:
         device, optim = self.accelerator.device, self.optim
         self.task = task.to(device).to(memory_format=torch.channels_last)
         self.task.compiled = self.runtime.compile
-        torch.backends.cudnn.benchmark = True  # the shapes are the same at every step
+        torch.backends.cudnn.benchmark = task.fixed_shapes
         if task.global_batchnorm:
             synchronise_batchnorm(task, device)
         optimizer = create_optimizer_v2(

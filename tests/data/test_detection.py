@@ -329,7 +329,7 @@ class TestCoco:
         data = read(coco(tmp_path / "a.json", annotations=things))
         assert data.targets[0]["difficult"].tolist() == [difficult]
         with pytest.raises(UserError, match="no object to find") if difficult else nullcontext():
-            data.check_findable()
+            data.check(200, "measured on")
 
     def test_file_names(self, tmp_path):
         outside = picture(tmp_path / "elsewhere" / "c.png")

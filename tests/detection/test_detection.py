@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,12 @@ def write_coco(root: Path, numbers: range) -> Path:
     categories = [{"id": 7 + 2 * place, "name": name} for place, name in enumerate(CLASSES)]
     file = root / "annotations" / "instances_train.json"
     file.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return file
+
+
+def write_without_objects(root: Path) -> Path:
+    file = write_coco(root, range(2))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"annotations": []}))
     return file
 
 
@@ -366,6 +373,27 @@ class TestTask:
         assert task(task.views(batch, BatchRandom(0, 0)))["loss"].isfinite()
 
 
+@pytest.mark.parametrize("width", [100, 101])
+def test_an_image_whose_short_side_would_vanish_is_told_before(width, tmp_path):
+    Image.new("RGB", (width, 1)).save(tmp_path / "line.png")
+    content = {
+        "images": [{"id": 1, "file_name": "line.png"}],
+        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 1]}],
+        "categories": [{"id": 1, "name": "line"}],
+    }
+    (tmp_path / "lines.json").write_text(json.dumps(content))
+    data = read(tmp_path / "lines.json")
+    if width > 100:
+        with pytest.raises(UserError, match=r"1 images of lines\.json \(line\.png\) are less than 1 px"):
+            data.check(100, "trained on")
+        return
+    data.check(100, "trained on")
+    task = tiny_task().train()
+    task.detector.transform.max_size = 100
+    ((_, batch),) = data.batches([torch.tensor([0])])
+    assert task(task.views(batch, BatchRandom(0, 0)))["loss"].isfinite()
+
+
 def to_measure_on(*data, test_data=None, test_split=None, **arguments):
     """The training images and those that `sssd detect` measures on."""
     config = DetectionDataConfig(data=list(map(str, data)), workers=0, **arguments)
@@ -424,6 +452,12 @@ class TestTestData:
             to_measure_on(tmp_path / "two", test_split="train+validation")
         with pytest.raises(UserError, match=r"^2 of 2 images of two \(train\)"):
             to_measure_on(tmp_path / "two", test_data=[tmp_path / "one" / ".." / "two"], test_split="train")
+        shutil.copytree(tmp_path / "two", tmp_path / "copy")
+        with pytest.raises(UserError, match=r"^2 of 2 images of copy \(train\) are trained on too"):
+            to_measure_on(tmp_path / "two", test_data=[tmp_path / "copy"], test_split="train")
+        with pytest.raises(UserError, match=r"^2 images or objects .*train 0: it is listed twice"):
+            read(tmp_path / "two", tmp_path / "copy")
+        assert len(read(tmp_path / "two", tmp_path / "copy", max_bad=2)) == 2
 
     def test_rows_of_two_sources_may_be_the_same_files(self, tmp_path):
         for split, numbers in (("train", (0, 1)), ("test", (2, 3))):
@@ -595,10 +629,13 @@ class TestCommands:
             (("--model", "resnet18", "--pretrained", "false", "--test_split", "val"), "no split 'val'"),
             (("--model", "resnet18", "--pretrained", "false", "--test_split", "trainval"), "6 of 6 images of VOC"),
             (("--model", "resnet18", "--pretrained", "false", "--batch_size", "64"), "larger than the data set"),
+            (("--model", "resnet18", "--pretrained", "false", "--data", "[{empty}]"), "nothing can be trained on it"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
     )
     def test_mistakes(self, mistake, message, voc, tmp_path, capsys):
+        empty = write_without_objects(tmp_path / "empty")
+        mistake = [word.format(empty=empty) for word in mistake]
         assert sssd("detect", "--data", f"[{voc}]", *TINY, "--out", tmp_path / "out", *mistake) == 2
         assert message in one_line(capsys)
         assert not (tmp_path / "out").exists()

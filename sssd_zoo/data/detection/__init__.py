@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -87,17 +88,25 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
         names: the names of the images.
         targets: as in `DetectionBatch`.
         bad: the images and objects left out, and why.
+        sizes: width and height of the images, turned as their boxes are.
         fingerprint: SHA-256 over the images' names and sizes and their boxes.
     """
 
     def __init__(
-        self, name: str, annotations: Annotations, class_names: list[str], config: DetectionDataConfig
+        self,
+        name: str,
+        annotations: Annotations,
+        class_names: list[str],
+        config: DetectionDataConfig,
+        device: Literal["auto", "cpu"],
     ) -> None:
         self.name, self.class_names, self.bad = name, class_names, annotations.bad
-        self.workers, self._max_pixels = decoding_workers(config.workers, compute_device("auto")), config.max_pixels
+        self.workers, self._max_pixels = decoding_workers(config.workers, compute_device(device)), config.max_pixels
         self.names: list[str] = []
         self.targets: list[dict[str, Tensor]] = []
+        self.sizes: list[tuple[int, int]] = []
         self._images: list[Annotated] = []
+        self._identities: list[str] = []
         self._turned: list[bool] = []
         self._cut = 0  # boxes that extend beyond their image by more than rounding
         digest = hashlib.sha256(repr(class_names).encode())
@@ -107,7 +116,9 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
             target = self._target(image, size, number)
             self.names.append(image.name)
             self.targets.append(target)
+            self.sizes.append(size)
             self._images.append(image)
+            self._identities.append(image.identity(header.digest))
             self._turned.append(turned)
             digest.update(repr((image.name, size)).encode())
             for value in target.values():
@@ -122,18 +133,18 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
     def _usable(self, images: list[Annotated]) -> list[tuple[Annotated, Header, bool]]:
         """The usable images, each once, with their headers and whether to apply the EXIF rotation."""
         usable: list[tuple[Annotated, Header, bool | None]] = []
-        files: set[str] = set()
+        seen: set[str] = set()
         for image in images:
-            file = image.identity if isinstance(image.image, Path) else None
             try:
-                if file in files:
-                    raise CorruptImageError("its file is listed twice")
                 header = read_header(image, self._max_pixels)
+                identity = image.identity(header.digest)
+                # Rows of one source may name a file several times, with different objects of it.
+                if identity in seen and image.file is None:
+                    raise CorruptImageError("it is listed twice")
+                seen.add(identity)
                 usable.append((image, header, header.turned(image.stated)))
             except CorruptImageError as error:
                 self.bad.append(f"{image.name}: {error}")
-            if file is not None:
-                files.add(file)
         told = [turned for _, header, turned in usable if turned is not None and header.orientation > 1]
         majority_turned = sum(told) * 2 > len(told)
         unknown = sum(turned is None for _, _, turned in usable)
@@ -184,15 +195,29 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
                 images.append(torch.from_numpy(pixels))
         return torch.from_numpy(index), DetectionBatch(images, [self.targets[place] for place in index]), None
 
-    def check_findable(self) -> None:
-        """Raises `UserError` where no image has an object that counts: there is no average precision to measure."""
+    def check(self, long_side: int, purpose: str) -> None:
+        """Refuses what no detector can be trained or measured on.
+
+        Args:
+            long_side: maximum of the images' long side in pixels, to which they are resized.
+            purpose: 'trained on' or 'measured on', for errors.
+
+        Raises:
+            UserError: if no image has an object that counts, or the short side of one would have no pixel.
+        """
         if all(bool(target["difficult"].all()) for target in self.targets):
-            raise UserError(f"{self.name} has no object to find, so nothing can be measured on it: give other images")
+            raise UserError(f"{self.name} has no object to find, so nothing can be {purpose} it: give other images")
+        narrow = [name for name, size in zip(self.names, self.sizes, strict=True) if max(size) > long_side * min(size)]
+        if narrow:
+            raise UserError(
+                f"{len(narrow)} images of {self.name} ({listed(narrow, NAMED)}) are less than 1 px wide or high once "
+                f"their long side is resized to {long_side} px: remove or cut them"
+            )
 
     def shared_with(self, other: "DetectionData") -> list[str]:
-        """The names of the images that other data hold too: the same files, or the same rows of a source."""
-        theirs = {image.identity for image in other._images}
-        return [image.name for image in self._images if image.identity in theirs]
+        """The names of the images that other data hold too: the same files, or rows of one name with the same bytes."""
+        theirs = {*other._identities}
+        return [name for name, identity in zip(self.names, self._identities, strict=True) if identity in theirs]
 
     def batches(self, order: Iterable[Tensor]) -> Iterator[tuple[Tensor, DetectionBatch]]:
         """Reads batches in the order given: int64 [b] positions each.
@@ -227,12 +252,15 @@ class DetectionLoader:
         return self.data.batches(self.order.epoch(epoch, start))
 
 
-def load_detection(config: DetectionDataConfig, *, classes: list[str] | None = None) -> DetectionData:
+def load_detection(
+    config: DetectionDataConfig, *, classes: list[str] | None = None, device: Literal["auto", "cpu"] = "auto"
+) -> DetectionData:
     """Reads the annotations of all sources and every image's header.
 
     Args:
         config: which images.
         classes: class names, if a detector already has them.
+        device: that a network runs on while the images are decoded, see `compute_device`.
 
     Raises:
         UserError: if a source or a split does not exist, or more than `max_bad` images and objects are unusable.
@@ -255,7 +283,7 @@ def load_detection(config: DetectionDataConfig, *, classes: list[str] | None = N
     name = " + ".join(sources.short_name(source) for source in config.data) + split
     if not names:
         raise UserError(f"{name} has no objects: give annotated images")
-    data = DetectionData(name, joined, names, config)
+    data = DetectionData(name, joined, names, config, device)
     boxes = torch.cat([target["boxes"] for target in data.targets])
     if len(boxes) and boxes.max() <= 1:
         raise UserError(

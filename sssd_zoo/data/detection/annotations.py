@@ -1,6 +1,7 @@
 """Annotated images and their objects in one form, and tolerant readers for the text, boxes and file names in them."""
 
 import codecs
+import hashlib
 import os
 import unicodedata
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ class Object:
 class Annotated:
     """An image with its name, its file or row, its objects, and the width and height that its annotation states.
 
-    `file` and `source` are given for a row: the file that it names, if any, or else where it lies.
+    `file` is the file that a row names, if any.
     """
 
     name: str
@@ -36,13 +37,11 @@ class Annotated:
     objects: list[Object]
     stated: tuple[int, int] | None
     file: str | None = None
-    source: str = ""
 
-    @property
-    def identity(self) -> str:
-        """The file of the image, or the source and name of a row that holds it: the same in whichever split it is."""
+    def identity(self, digest: str) -> str:
+        """What tells the image from others: its file, or the digest and the name of a row that holds it."""
         file = self.image if isinstance(self.image, Path) else self.file
-        return f"{self.source} {self.name}" if file is None else os.path.realpath(file)
+        return f"{digest} {self.name}" if file is None else os.path.realpath(file)
 
     def read(self) -> Encoded:
         """The encoded image."""
@@ -53,10 +52,11 @@ class Annotated:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an image: width and height as stored, and its EXIF orientation, 1 for upright."""
+    """Of an image: width and height as stored, EXIF orientation, 1 for upright, and SHA-256 of the encoded bytes."""
 
     size: tuple[int, int]
     orientation: int
+    digest: str
 
     def size_as(self, turned: bool) -> tuple[int, int]:
         """Width and height of the picture as stored, or as EXIF turns it."""
@@ -99,7 +99,7 @@ def read_header(image: Annotated, max_pixels: int) -> Header:
         raise CorruptImageError(data.error)
     try:
         with quiet_pillow(), opened(data.data, max_pixels) as picture:
-            return Header(picture.size, _orientation(picture))
+            return Header(picture.size, _orientation(picture), hashlib.sha256(data.data).hexdigest())
     except CorruptImageError:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers run into

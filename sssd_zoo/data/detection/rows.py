@@ -1,6 +1,5 @@
 """Splits of `datasets` whose rows hold an image and a list of objects, or an object of lists."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from sssd_zoo.data.detection.annotations import (
 from sssd_zoo.data.loading import open_encoded
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import expand_home
 
 
 def read_rows(source: str, config: DetectionDataConfig) -> Annotations:
@@ -31,7 +29,6 @@ def read_rows(source: str, config: DetectionDataConfig) -> Annotations:
     """
     splits = sources.open_splits(source, progress=rank() == 0)
     annotations, name = Annotations(), sources.short_name(source)
-    origin = str(Path(expand_home(source)).resolve()) if sources.is_local(source) else source
     for part in config.split.split("+") if config.split else [None]:
         split = pick_split(splits, part, name)
         rows, column = splits[split], config.objects_column
@@ -66,7 +63,7 @@ def read_rows(source: str, config: DetectionDataConfig) -> Annotations:
                     text = clean_name(names[value] if names else value)
                     objects.append(Object(text, box, is_set(thing.get("difficult")) or is_set(thing.get("iscrowd"))))
             stated = stated_size(values.get("width"), values.get("height"))
-            annotations.images.append(Annotated(where, (images, row), objects, stated, files[row], origin))
+            annotations.images.append(Annotated(where, (images, row), objects, stated, files[row]))
         here = list(names) if names else sorted({thing.name for image in annotations.images for thing in image.objects})
         annotations.classes += [class_name for class_name in here if class_name not in annotations.classes]
     return annotations
