@@ -111,7 +111,7 @@ class CorruptTally:
         if len(self.corrupt) > self.limit:
             raise UserError(
                 f"{len(self.corrupt)} images of {self.origin} cannot be decoded, more than max_corrupt {self.limit} "
-                f"({_named(self.corrupt)}): fix or remove them, or raise max_corrupt to skip them"
+                f"({_named(self.corrupt)}): fix or remove them, or raise --max_corrupt to skip them"
             )
         if corrupt and len(corrupt) == tried:
             raise UserError(

@@ -147,7 +147,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
         title = f"{architecture} on {read_results(run)['data']}"
         if run_images:
             try:
-                shown = copy_clusters(Path(run), folder / "clusters")  # first, as it refuses images of other data
+                shown = copy_clusters(Path(run), folder / "clusters")  # first, as they refuse images of other data
                 examples = run_examples(Path(run))
                 notes.append(shown)
             except UserError as error:
@@ -237,15 +237,19 @@ def decodable(encoded: EncodedImages, rows: Iterator[int], largest: int, max_pix
 def copy_clusters(run: Path, folder: Path) -> str:
     """Writes a run's pretext network, its centroids, and thumbnails of the images nearest to each; tells how many.
 
+    Without a pretext network of the run's own, nothing is written.
+
     Raises:
         UserError: if its pseudo labels, pretext network or images cannot be read, or the images do not fit the labels.
     """
     pseudo = PseudoLabels.load(run / "labels")
+    recipe, config = rgb_config(run)
+    encoded = pseudo.open_images(config)
+    if recipe.get("features") is not None:
+        return "without clusters: the page finds the cluster of an image by a network that the run pretrained"
     absent = [name for name in NETWORK if not (run / "pretrain" / name).is_file()]
     if absent:
         raise UserError(f"{run / 'pretrain'} holds no network: {' and '.join(absent)} missing")
-    _, config = rgb_config(run)
-    encoded = pseudo.open_images(config)
     order = np.lexsort((pseudo.distances, pseudo.labels))
     starts = np.searchsorted(pseudo.labels[order], np.arange(len(pseudo.centroids)))
     sizes = np.bincount(pseudo.labels)

@@ -28,6 +28,7 @@ from sssd_zoo.files import RUN_MARK, atomic_write_text, csv_text, disk_errors, r
 from sssd_zoo.files.run_folder import atomic_dir, mark, open_out
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.checks import read_config
+from sssd_zoo.pipeline.mistakes import images_of_a_run
 
 LISTING = "clusters.csv"
 COLUMNS = ("cluster", "name", "rank", "distance", "row", "path", "file")
@@ -84,7 +85,9 @@ def open_images(args: ClustersArgs, run: Path | None, pseudo: PseudoLabels) -> E
     config = DataConfig(data=args.data or "") if run is None else config_of(run)[1]
     if args.data is not None:
         config = replace(config, data=args.data)
-    return pseudo.open_images(config)
+    with images_of_a_run(args.data):
+        images = pseudo.open_images(config)
+    return images
 
 
 def given_names(run: Path, count: int) -> dict[int, str]:

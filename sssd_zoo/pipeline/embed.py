@@ -279,7 +279,7 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
     if len(left_out) > args.max_corrupt:  # each process and each call has counted its own alone
         raise UserError(
             f"{len(left_out)} images of {data.name} cannot be read, more than max_corrupt {args.max_corrupt} "
-            f"({described(left_out)}): fix or remove them, or raise max_corrupt to leave them out"
+            f"({described(left_out)}): fix or remove them, or raise --max_corrupt to leave them out"
         )
     are_files = data.paths(np.arange(1))[0] is not None
     meta: Meta = {

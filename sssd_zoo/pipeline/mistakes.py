@@ -7,6 +7,21 @@ from sssd_zoo.configs import SettingsError
 from sssd_zoo.errors import UserError
 
 
+@contextmanager
+def images_of_a_run(data: str | None) -> Iterator[None]:
+    """Adds to a mistake about a run's images what to do if they have moved, unless `data` says already where they are.
+
+    Raises:
+        UserError: that.
+    """
+    try:
+        yield
+    except UserError as error:
+        if data is not None:
+            raise
+        raise UserError(f"{error}; if the run's images have moved, say where they are by --data") from error
+
+
 class Mistakes:
     """Mistakes that were noted and are still to be told.
 

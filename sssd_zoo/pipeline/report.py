@@ -16,6 +16,7 @@ from sssd_zoo.files.run_folder import check_writable, claim
 from sssd_zoo.hub.cards import check_run
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.networks import load_network
+from sssd_zoo.pipeline.mistakes import images_of_a_run
 from sssd_zoo.pipeline.rename import cluster_names
 
 
@@ -32,9 +33,10 @@ def report(args: ReportArgs) -> None:
     claim(run, "fit")
     results = read_results(run)
     # Only the images that are shown are decoded; the run has found the corrupt ones.
-    data = load_images(
-        replace(config, in_memory=False), default_size=storage_default(results.get("image_size")), verify=False
-    )
+    with images_of_a_run(args.data):
+        data = load_images(
+            replace(config, in_memory=False), default_size=storage_default(results.get("image_size")), verify=False
+        )
     pseudo.check(data.fingerprint)
     path = write_run_page(run, data, ForwardConfig.of(args), args.images)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")

@@ -207,6 +207,8 @@ def test_the_command_can_be_pasted_and_has_no_paths():
     for name in ("hf-hub:org/name", "sssd_resnet18_cifar.cifar10", "model"):
         assert network_source(name) == name
     assert network_source("customer/run") == "run"
+    assert network_source("/home/alice/model") == "model", "the login name stays here"
+    assert network_source("/Users/alice/model") == "model"
 
 
 def test_measured_stages():

@@ -282,6 +282,13 @@ def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path, monke
     shutil.copy(fitted / "pretrain/model.safetensors", moved / "pretrain")
     monkeypatch.setattr("sssd_zoo.hub.space.run_examples", no_image)
     assert "without the run's images and clusters: no image" in assemble(str(moved), tmp_path / "undecodable")[1]
+    monkeypatch.undo()
+    # The network that the run distilled is not the page's to show, but the images are.
+    (moved / "config.yaml").write_text(config.replace("features: null", "features: resnet18"))
+    shutil.rmtree(moved / "pretrain")
+    assert assemble(str(moved), tmp_path / "features")[1].startswith("without clusters: ")
+    assert Demo(tmp_path / "features").clusters is None
+    assert pictures(tmp_path / "features") != pictures(tmp_path / "asked")
     bundled = pictures(tmp_path / "asked")
     assert len(bundled) == 10
     for folder in ("asked", "lost", "other", "bare", "undecodable"):

@@ -100,8 +100,10 @@ def test_runs_and_data_that_do_not_fit(made, photos, folder_of_images, tmp_path,
     copy = shutil.copytree(made, tmp_path / "run")
     (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace(str(photos), str(tmp_path / "gone")))
     before = (copy / "report.html").read_bytes()
-    assert sssd("report", copy) == 2
-    assert "gone" in one_line(capsys)
+    for words in (("report", copy), ("clusters", copy, "--out", tmp_path / "clusters")):
+        assert sssd(*words) == 2
+        assert "gone" in (said := one_line(capsys))
+        assert "moved, say where they are by --data" in said
     assert sssd("report", copy, "--data", folder_of_images) == 2
     assert "other data" in one_line(capsys)
     assert (copy / "report.html").read_bytes() == before

@@ -325,7 +325,7 @@ def _refuse_too_many(bad: list[str], name: str, limit: int) -> None:
     if len(bad) > limit:
         raise UserError(
             f"{len(bad)} images or objects of {name} cannot be used, more than max_bad {limit} ({named}): fix them, "
-            "or raise max_bad to leave them out"
+            "or raise --max_bad to leave them out"
         )
     if bad and rank() == 0:
         logger.warning("left out %d images or objects of %s (%s)", len(bad), name, named)

@@ -25,7 +25,9 @@ def network_source(name: str) -> str:
     path = Path(name.removeprefix("local-dir:"))
     if path.exists():
         path = path.resolve()
-    return f"{path.parent.name}/model" if path.name == "model" and path.parent.name else path.name
+    # Of a person's folder the name is that of the person.
+    run = path.parent.name if path.parent.parent.name not in ("home", "Users") and path.parent != Path.home() else ""
+    return f"{run}/model" if path.name == "model" and run else path.name
 
 
 def command_line(args: EarlyExitArgs) -> str:
