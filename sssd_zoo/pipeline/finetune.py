@@ -171,6 +171,7 @@ def finetune(args: FinetuneArgs) -> None:
         evaluation = replace(evaluation, words=f"a part of split {data.split} whose labels are kept from training")
     plan = Plan(args, runtime, evaluation, choose_size(data, args.image_size), processes, out)
     plan.check()
+    plan.check_earlier()
     begin_config(out, args)
     print_main(plan.describe())
     rows = [row for name in args.models for row in plan.run(name)]
@@ -320,23 +321,39 @@ class Plan:
 
     def start(self, name: str) -> str:
         """What tells the weights that a network starts from, wherever they lie: from scratch, its architecture."""
-        scratch = name == SCRATCH
-        return first_model(self.args, self.size) if scratch else weights_digest(load_network(name, num_classes=0))
+        if name == SCRATCH:
+            return architecture_of(load_network(first_model(self.args, self.size), pretrained=False, num_classes=0))
+        return weights_digest(load_network(name, num_classes=0))
 
     def run(self, name: str) -> list[dict[str, Any]]:
         """Fine-tunes one network on every amount of labels with every seed; gives a row for each."""
-        args, inputs, rows = self.args, self.inputs(name), []
+        inputs, rows = self.inputs(name), []
         for amount in self.amounts:
-            stages = Stages(
-                self.folder(name, amount), inputs, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints
-            )
-            for seed in args.seeds:
+            stages = self.stages(name, amount, inputs)
+            for seed in self.args.seeds:
                 result = stages.run(self.stage(name, amount, seed))
                 labels = len(self.positions(amount, seed))
                 row = {"model": name, "amount": amount, "labels": labels, "seed": seed, **result}
-                row["accuracy"] = result["ensemble"] if args.method == "exits" else result["exits"][-1]
+                row["accuracy"] = result["ensemble"] if self.args.method == "exits" else result["exits"][-1]
                 rows.append(row)
         return rows
+
+    def stages(self, name: str, amount: float, inputs: dict[str, Any]) -> Stages:
+        """The runs of a network on so many labels; `inputs` are what they depend on."""
+        return Stages(
+            self.folder(name, amount),
+            inputs,
+            overwrite=self.args.overwrite,
+            keep_checkpoints=self.args.keep_checkpoints,
+        )
+
+    def check_earlier(self) -> None:
+        """Raises `UserError` for a run that was made with other settings or data, before any other is trained."""
+        for name in self.args.models:
+            inputs = self.inputs(name)
+            for amount in self.amounts:
+                stages = self.stages(name, amount, inputs)
+                stages.refuse_others([self.stage(name, amount, seed) for seed in self.args.seeds])
 
     def stage(self, name: str, amount: float, seed: int) -> Stage:
         """One run."""

@@ -168,6 +168,14 @@ class Stages:
             begun[stage.name] = on_main(partial(self._steps_done, stage.name, inputs))
         return Survey(done, begun, changes)
 
+    def refuse_others(self, stages: Sequence[Stage]) -> None:
+        """Raises `UserError` for a result that was made with other inputs and is not to be repeated."""
+        if changes := self.survey(stages).changes:
+            raise UserError(
+                f"{self.out} was made with other settings or data ({describe_changes(changes)}): give a new --out, or "
+                "--overwrite to repeat what depends on them"
+            )
+
     def _steps_done(self, name: str, inputs: dict[str, Any]) -> int:
         """The optimiser steps that a training of these inputs resumes from."""
         for new in (False, True):

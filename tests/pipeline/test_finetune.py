@@ -191,6 +191,19 @@ def test_the_sweep_reuses_what_is_there_and_draws(folder_of_images, distilled, t
     )
 
 
+def test_runs_from_scratch_are_those_of_an_architecture(folder_of_images, distilled, tmp_path, capsys):
+    words = ["finetune", "--data", folder_of_images, "--out", tmp_path / "out", *TINY]
+    words += ["--fractions", "[0.2]", "--seeds", "[0]", "--models"]
+    assert sssd(*words, "[scratch]") == 0
+    assert sssd(*words, f"[{distilled}, scratch]") == 0
+    assert capsys.readouterr().out.count("done before") == 1, "it has the architecture that is the default at this size"
+    name, other = "sssd_mobilenetv3_small_100_cifar", tmp_path / "other"
+    save_network(other, timm.create_model(name, num_classes=3), name, input_size=16)
+    assert sssd(*words, f"[{other}, scratch]") == 2
+    assert "start: 'sssd_resnet18_cifar' there, 'sssd_mobilenetv3_small_" in one_line(capsys)
+    assert not (tmp_path / "out/other").exists(), "it is told before the first network is trained"
+
+
 @pytest.mark.slow
 def test_a_stopped_sweep_goes_on_to_equal_weights(folder_of_images, distilled, tmp_path, monkeypatch):
     words = ["finetune", "--data", folder_of_images, *TINY, "--seeds", "[0]", "--per_class", "[4]"]
