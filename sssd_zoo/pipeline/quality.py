@@ -116,12 +116,11 @@ def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]
     longest = "pretrain" if args.features is None else "distill"
     options.append(("longer", *again, f"--{longest}.epochs", str(2 * getattr(args, longest).epochs)))
     improve = [command(*words, "--out", f"{out}-{name}") for name, *words in options]
-    alone = from_scratch(args)
-    if alone and images < TOO_FEW and args.channels in (None, 3):
+    if images < TOO_FEW and args.channels in (None, 3):
         # Of 300 images nothing that was trained beat other weights as they are (docs/own_images.md).
         improve = [embed_command(name, args) for name in bundled] + improve
     commands = Commands(improve=improve, use=use_commands(args.out, args))
-    return judge(figures, images=images, from_scratch=alone, commands=commands)
+    return judge(figures, images=images, from_scratch=from_scratch(args), commands=commands)
 
 
 def bundled_for(arch: str) -> list[str]:

@@ -98,9 +98,10 @@ def test_what_is_proposed_depends_on_what_was_tried(given, names, tmp_path):
             assert len(changed - {"out"}) == 1
 
 
-def test_of_very_few_images_other_weights_as_they_are_come_first():
-    args = FitArgs(data="images", out="run", model="sssd_resnet18")
-    first = run_verdict(args, args.model, 999, {"std": 0.9, "two_view_consistency": 0.9})["next"][0]
+@pytest.mark.parametrize("given", [{}, {"features": "resnet18", "init": "old"}])
+def test_of_very_few_images_other_weights_as_they_are_come_first(given):
+    args = FitArgs(data="images", out="run", model="sssd_resnet18", **given)
+    first = run_verdict(args, args.model, 999, {"std": 0.9, "two_view_consistency": 0.05})["next"][0]
     weights = "sssd_resnet18.dist_tiny_imagenet_32"
     assert shlex.split(first) == ["sssd", "embed", weights, "--data", "images", "--out", "embeddings.parquet"]
 
