@@ -412,13 +412,13 @@ class ExportArgs(Checked):
         int8: also write the ONNX graph quantised to int8, and measure both: their accuracy where the images have
             labels, otherwise how often they agree.
         data: images for --int8, given as for the other commands.
-        image_column: see `sssd fit`; so for the options up to `revision`, all of them for --int8.
-        label_column: column that holds the labels.
-        pages: which pages of TIFF and DICOM files are read.
+        image_column: column of `data` that holds the images; by default found by its type or name.
+        label_column: column of `data` that holds the labels; by default found by its type or name.
+        pages: 'first' reads the first page of a TIFF or DICOM file with several, 'all' makes an image of each.
         max_corrupt: number of undecodable images to skip before giving up; each one is named.
         max_pixels: largest number of pixels an image may have to be decoded.
-        workers: number of threads or processes that decode images.
-        revision: commit, branch or tag of the data set on the Hub.
+        workers: number of threads or processes that decode images; by default one for each CPU, at most 16.
+        revision: commit, branch or tag of the data set on the Hub; by default the latest.
         unlabelled: ignore the labels of `data`, for instance where its classes are not the network's.
         split: split to calibrate the activation ranges on; by default 'train', or the only one.
         test_split: split to measure on; by default 'test' or 'validation', otherwise half of `split`.

@@ -65,8 +65,8 @@ IMAGES_SHOWN = (PICTURES, "report.html", "views.png", "detections.png")  # the f
 
 # The files and folders of a run, as patterns, that name its images or folders of this machine.
 NAMES_SHOWN = (
-    *("config.yaml", "metrics.json", "report.md", CORRUPT, "traceback*.txt", *LABELS, "views.json", "steps"),
-    *("tensorboard", *TRACKERS),
+    *("config.yaml", "metrics.json", "report.md", CORRUPT, "traceback*.txt", "labels.parquet", "pseudo_labels.json"),
+    *("views.json", "steps", "tensorboard", *TRACKERS),
 )
 
 LABEL_FILES = ("README.md", *LABELS)

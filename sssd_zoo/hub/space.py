@@ -147,7 +147,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
         title = f"{architecture} on {read_results(run)['data']}"
         if run_images:
             try:
-                shown = copy_clusters(Path(run), folder / "clusters")  # first, as they refuse images of other data
+                shown = copy_clusters(Path(run), folder / "clusters")  # first, as it refuses images of other data
                 examples = run_examples(Path(run))
                 notes.append(shown)
             except UserError as error:

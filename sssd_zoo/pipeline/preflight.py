@@ -297,7 +297,7 @@ def size_note(args: FitArgs, size: int) -> str | None:
     start = args.init or args.pretrain.init
     if args.image_size is not None or start is None:
         return None
-    own = input_spec(load_network(start, num_classes=0)).size
+    own = input_spec(load_network(start, pretrained=False, num_classes=0)).size
     if own == size:
         return None
     return (

@@ -15,7 +15,7 @@ def space(args: SpaceArgs) -> None:
     if args.push is not None:
         check_push(args.push, dry_run=args.dry_run)
     elif importlib.util.find_spec("gradio") is None:
-        raise UserError("the page needs gradio, which is not installed: pip install 'gradio>=6.25'")
+        raise UserError("the page needs gradio, which is not installed: pip install gradio")
     with TemporaryDirectory(prefix="sssd-space-") as scratch:
         folder = Path(scratch)
         run_images = args.push is None if args.run_images is None else args.run_images

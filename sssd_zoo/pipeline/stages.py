@@ -171,10 +171,7 @@ class Stages:
     def refuse_others(self, stages: Sequence[Stage]) -> None:
         """Raises `UserError` for a result that was made with other inputs and is not to be repeated."""
         if changes := self.survey(stages).changes:
-            raise UserError(
-                f"{self.out} was made with other settings or data ({describe_changes(changes)}): give a new --out, or "
-                "--overwrite to repeat what depends on them"
-            )
+            raise _of_others(self.out, changes)
 
     def _steps_done(self, name: str, inputs: dict[str, Any]) -> int:
         """The optimiser steps that a training of these inputs resumes from."""
@@ -192,10 +189,7 @@ class Stages:
         if wrong:
             print_main(f"[{name}] repeated, because {folder} is damaged: {wrong}")
         if before is not None and changed and not self._may_repeat(changed, stage):
-            raise UserError(
-                f"{folder} was made with other settings or data ({_described(changed, before['inputs'], inputs)}): "
-                "give a new --out, or --overwrite to repeat what depends on them"
-            )
+            raise _of_others(folder, {key: (before["inputs"].get(key), inputs.get(key)) for key in changed})
         if changed:
             print_main(f"[{name}] repeated, for other {', '.join(CALLED.get(key, key) for key in changed[:5])}")
         print_main(f"[{name}]{self._where(name)} -> {folder}")
@@ -307,8 +301,12 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     return sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
 
 
-def _described(changed: list[str], theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    return describe_changes({key: (theirs.get(key), ours.get(key)) for key in changed})
+def _of_others(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> UserError:
+    """The error for a result of other inputs; `changes` are their values there and now, by their names."""
+    return UserError(
+        f"{folder} was made with other settings or data ({describe_changes(changes)}): give a new --out, or "
+        "--overwrite to repeat what depends on them"
+    )
 
 
 def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:

@@ -316,7 +316,7 @@ def test_mistakes_are_one_line(words, message, fitted, tmp_path, capsys, monkeyp
 
 def test_without_gradio_it_says_how_to_install_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install 'gradio>=6.25'" in one_line(capsys, SHIPPED)
+    assert "pip install gradio" in one_line(capsys, SHIPPED)
 
 
 def test_a_taken_port_is_one_line(capsys):

@@ -136,7 +136,6 @@ def test_int8_takes_the_options_that_its_mistakes_advise(folder, folder_of_image
     assert "calibrated on 8 images" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_int8_is_near_fp32():
     model = create(layers=(1, 1, 1, 1), output=1)
     images = random_images(32)
