@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,6 +60,11 @@ def fit(
     if epochs is not None:
         given = {name for name, _ in flattened(settings)}
         trainings = ["distill"] if settings.get("features") is not None else ["pretrain", "distill"]
+        if whole := [name for name in trainings if is_dataclass(settings.get(name))]:
+            raise UserError(
+                f"sssd_zoo.fit: epochs, and the {type(settings[whole[0]]).__name__} given as {whole[0]}, both say how "
+                f"long to train: leave out epochs, or give {whole[0]} as a dict of what is not at its default"
+            )
         settings |= {f"{name}.epochs": epochs for name in trainings if f"{name}.epochs" not in given}
     main = {"data": data, "out": out, "model": model, "image_size": image_size}
     args, _ = run("fit", {**main, "budget": budget, "overwrite": overwrite}, settings)

@@ -488,12 +488,12 @@ class ReportArgs(ForwardConfig):
 
     Args:
         run: run folder of `sssd fit`.
-        data: where the run's images are now, if they have moved.
+        data: where the run's images are now, if they have moved; several sources as in '[A, B]'.
         images: maximum number of images to show; if there are more, a sample spread over each cluster is shown.
     """
 
     run: str
-    data: str | None = None
+    data: str | Names | None = None
     images: Count = 10_000
 
 
@@ -578,16 +578,25 @@ class ClustersArgs(Checked):
     Args:
         run: run folder of `sssd fit`, or a folder of pseudo labels.
         out: folder to write.
-        link: 'hard' or 'symbolic' links instead of copies; images that are not files, such as rows of parquet, are
-            written as files.
-        data: where the images are now, if not where the run found them; needed for a folder of pseudo labels.
+        link: 'hard' or 'symbolic' links instead of copies; images that are not files, such as rows of parquet or pages
+            of a file, are written as files.
+        data: where the images are now, if not where the run found them; needed for a folder of pseudo labels. Several
+            sources as in '[A, B]'.
+        image_column: column that holds the images; by default as the run read it, or found by its type or name.
+        pages: 'first' or 'all' pages of TIFF and DICOM files, as for the labels; by default as the run read them.
+        max_pixels: largest number of pixels of a page, as for the labels; by default as the run read them.
+        revision: commit, branch or tag of the data set on the Hub; by default that of the run, or the latest.
         overwrite: replace what an earlier run of this command wrote into `out`; other files are kept.
     """
 
     run: str
     out: str
     link: Literal["none", "hard", "symbolic"] = "none"
-    data: str | None = None
+    data: str | Names | None = None
+    image_column: str | None = None
+    pages: Literal["first", "all"] | None = None
+    max_pixels: Count | None = None
+    revision: str | None = None
     overwrite: bool = False
 
 

@@ -115,10 +115,10 @@ def channels_last(array: NDArray[Any], channels: int | None) -> NDArray[Any]:
 def whole(array: NDArray[Any], bits: int = 16) -> Pixels:
     """Values of any type in 8 or 16 bits: whole numbers as they are, floats of 0 to 1 over the range of `bits`.
 
-    Values that are no numbers (NaN) become 0.
+    Values that are no numbers (NaN) become 0. Floats above 1 are levels, and are rounded.
 
     Raises:
-        CorruptImageError: if values lie outside of what 16 bits hold.
+        CorruptImageError: if values lie outside of what 16 bits hold, or rounding would leave less of them than 8 bits.
     """
     if array.dtype in (np.uint8, np.uint16):
         return array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -126,17 +126,23 @@ def whole(array: NDArray[Any], bits: int = 16) -> Pixels:
         return array.astype(np.uint8) * 255
     if array.dtype.kind not in "iuf":
         raise CorruptImageError(f"its values are of the type {array.dtype}")
-    values = np.nan_to_num(array, nan=0.0) if array.dtype.kind == "f" else array
+    floats = array.dtype.kind == "f"
+    # In float64: half precision has no 65535.
+    values = np.nan_to_num(array.astype(np.float64), nan=0.0) if floats else array
     least, greatest = values.min(initial=0), values.max(initial=0)
     if least < 0 or greatest > 65535:
         raise CorruptImageError(
             f"its values run from {least:g} to {greatest:g}: --channels takes whole numbers of 0 to 65535 and "
             "fractions of 0 to 1"
         )
-    if array.dtype.kind == "f" and greatest <= 1:
+    if floats and greatest <= 1:
         fractions: Pixels = np.rint(values * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
         return fractions
     levels: Pixels = np.rint(values).astype(np.uint16)
+    if floats and greatest < 255 and (levels != values).any():
+        raise CorruptImageError(
+            f"its values are fractions of up to {greatest:g}: give fractions of 0 to 1, or whole numbers of 0 to 65535"
+        )
     return levels
 
 

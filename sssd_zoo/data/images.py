@@ -71,8 +71,13 @@ class EncodedImages:
             images = [{**image, "page": page} for image, page in zip(images, table[PAGE].to_pylist(), strict=True)]
         return [encoded(int(row), image, self.max_pixels) for row, image in zip(index, images, strict=True)]
 
+    def page(self, row: int) -> int | None:
+        """Which page of its file a row is, from 0; None for a whole file, and for a row that holds its image itself."""
+        page: int | None = self.rows[[row]][PAGE].to_pylist()[0] if self.paged else None
+        return page
+
     def files(self, index: NDArray[np.int64]) -> list[str | None]:
-        """The paths of the files that these rows are; None for a row that holds its image itself."""
+        """The paths of the files that these rows are, or are pages of; None for a row that holds its image itself."""
         import pyarrow.compute as pc
 
         found: list[str | None] = []

@@ -34,6 +34,7 @@ from sssd_zoo.files import disk_errors, sha256
 USUAL = tuple(dict.fromkeys(SPLIT_NAMES.values()))  # splits that the data of several may have
 ROWS = 256  # images written at a time
 IN_PNG = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # modes of Pillow that PNG keeps; TIFF keeps the others
+IN_NO_FILE = {"HSV": "RGB", "YCbCr": "RGB", "RGBa": "RGBA", "La": "LA", "PA": "RGBA"}  # modes, and what they become
 
 
 def stored(data: Any) -> str:
@@ -241,7 +242,7 @@ def encoded_image(image: Any, number: int) -> dict[str, Any]:
     """An image of a data set as `datasets` keeps it: its encoded bytes without loss, or its path if it is a file.
 
     Args:
-        image: of Pillow; an array uint8 [H, W], [H, W, C] or [C, H, W], or of floats from 0 to 1; a tensor
+        image: of Pillow; an array [H, W], [H, W, C] or [C, H, W], uint8, uint16 or floats from 0 to 1; a tensor
             [C, H, W] of these; the bytes of an image file; or its path.
         number: of the item, for errors.
 
@@ -258,7 +259,8 @@ def encoded_image(image: Any, number: int) -> dict[str, Any]:
             return {"bytes": None, "path": str(Path(file).absolute())}
         return {"bytes": picture_bytes(ImageOps.exif_transpose(image)), "path": None}
     if isinstance(image, torch.Tensor):
-        array = image.detach().cpu().numpy()
+        tensor = image.detach().cpu()
+        array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()  # NumPy has no bfloat16
         if array.ndim == 3 and (array.shape[-1] not in (1, 3, 4) or array.shape[0] in (1, 3, 4)):
             array = np.moveaxis(array, 0, -1)
         return {"bytes": array_bytes(array, number), "path": None}
@@ -278,6 +280,8 @@ def is_image(value: Any) -> bool:
 def picture_bytes(picture: Image.Image) -> bytes:
     """An image of Pillow as a PNG file, or as TIFF where PNG does not have its mode."""
     file = io.BytesIO()
+    if picture.mode in IN_NO_FILE:
+        picture = picture.convert(IN_NO_FILE[picture.mode])
     if picture.mode in IN_PNG:
         picture.save(file, "PNG", compress_level=1)
     else:
@@ -289,7 +293,8 @@ def array_bytes(array: NDArray[Any], number: int) -> bytes:
     """An array as PNG where that keeps it, else as .npy.
 
     Raises:
-        UserError: if it has other axes than an image, or floats outside of 0 to 1.
+        UserError: if it has other axes than an image, another type than uint8, uint16, bool and floats, or floats
+            outside of 0 to 1.
     """
     try:
         array = channels_last(array, None)
@@ -308,6 +313,11 @@ def array_bytes(array: NDArray[Any], number: int) -> bytes:
         rounded = np.round(array * 255)
         if np.abs(array * 255 - rounded).max() < 1e-3:  # uint8 that ToTensor has divided
             array = rounded.astype(np.uint8)
+    elif array.dtype not in (np.uint8, np.uint16):
+        raise UserError(
+            f"item {number} of the data set has values of the type {array.dtype}, whose range is not clear: give "
+            "uint8, uint16 or floats from 0 to 1"
+        )
     if array.dtype == np.uint8 and array.shape[-1] in (1, 3, 4):
         return picture_bytes(Image.fromarray(array[:, :, 0] if array.shape[-1] == 1 else np.ascontiguousarray(array)))
     file = io.BytesIO()

@@ -39,13 +39,23 @@ class StreamingImages(Channelled):
         split: the split's name.
         revision: of the data set on the Hub, as it was given.
         size: side S of the images.
-        count: number of rows if the data set states it, else None.
+        count: number of rows if that is known, else None.
         pixels: channels and bits of the images; None for RGB of 8 bits.
         corrupt: path or hash, and reason, of each image that this process could not decode.
     """
 
-    def __init__(self, rows: Any, column: str, config: DataConfig, name: str, split: str, default_size: int) -> None:
-        self.name, self.split, self.revision = name, split, config.revision
+    def __init__(
+        self,
+        rows: Any,
+        column: str,
+        config: DataConfig,
+        name: str,
+        split: str,
+        *,
+        count: int | None,
+        default_size: int,
+    ) -> None:
+        self.name, self.split, self.revision, self.count = name, split, config.revision, count
         self._rows, self._column, self._workers = rows, column, max(1, 2 if config.workers is None else config.workers)
         self._max_pixels = config.max_pixels
         self._tally = CorruptTally(f"{name} ({split})", config.max_corrupt)
@@ -54,15 +64,15 @@ class StreamingImages(Channelled):
             raise UserError(f"{name} ({split}) has no rows: choose another split")
         self.pixels = pixel_format(config, first)
         self.size = config.storage_size or natural_size(first) or default_size
-        info = rows.info.splits
-        self.count: int | None = info[split].num_examples if info and split in info else None
+        digests = (hashlib.sha256(image.data).digest() for image in first)
+        self._first = hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells the images from others, for the check on resume."""
+        """What tells the images from others, for the check on resume: their number and the first of them."""
         how = {} if self.pixels is None else self.pixels.identity
         where = {"data": self.name, "split": self.split, "revision": self.revision, "images": self.count}
-        return {**where, "storage_size": self.size, **how}
+        return {**where, "first_images": self._first, "storage_size": self.size, **how}
 
     @cached_property
     def statistics(self) -> Statistics | None:
@@ -173,13 +183,16 @@ def load_streaming(config: DataConfig, *, default_size: int = 224, progress: boo
     splits = open_data(config, progress=progress and rank() == 0, streaming=True)
     split = columns.pick_split(splits, config.split, name)
     rows = splits[split]
+    stated = rows.info.splits
+    count = stated[split].num_examples if stated and split in stated else None
     if isinstance(rows, Dataset):
+        count = len(rows)
         rows = rows.to_iterable_dataset(num_shards=max(1, min(SHARDS, len(rows))))
     if rows.features is None:
         rows = rows._resolve_features()
     column = columns.image_column(rows.features, config.image_column, name)
     rows = rows.select_columns([column]).cast_column(column, Image(decode=False))
-    return StreamingImages(rows, column, config, name, split, default_size)
+    return StreamingImages(rows, column, config, name, split, count=count, default_size=default_size)
 
 
 def _encoded(image: dict[str, Any] | None) -> Encoded:

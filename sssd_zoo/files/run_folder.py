@@ -155,6 +155,8 @@ def check_out(folder: Path, kind: str, args: Any) -> None:
                     f"--out, such as {folder / 'run'}"
                 )
     resume, overwrite = getattr(args, "resume", None), getattr(args, "overwrite", False)
+    if resume and overwrite:
+        raise UserError("--resume goes on with what --overwrite discards: remove one of them")
     check_writable(folder, kind)
     result = next((name for name in RESULTS if (folder / name).exists()), None) if KINDS[kind].files else None
     if result and not resume and not overwrite:

@@ -26,17 +26,10 @@ def with_epochs(args: FitArgs, epochs: int) -> FitArgs:
     return replace(args, pretrain=replace(args.pretrain, epochs=epochs), distill=replace(args.distill, epochs=epochs))
 
 
-def chosen_before(out: Path, chosen_for: dict[str, Any]) -> int | None:
-    """The epochs that an earlier call chose for the same, or None."""
+def chosen_before(out: Path) -> Chosen | None:
+    """What an earlier call chose in this folder, or None."""
     path = out / FILE
-
-    def read() -> int | None:
-        if not path.is_file():
-            return None
-        chosen: Chosen = read_json(path, Chosen)
-        return chosen["epochs"] if chosen["chosen_for"] == chosen_for else None
-
-    return on_main(read)
+    return on_main(lambda: read_json(path, Chosen) if path.is_file() else None)
 
 
 def keep(out: Path, epochs: int, chosen_for: dict[str, Any]) -> None:

@@ -19,7 +19,9 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 
 from sssd_zoo.configs import ClustersArgs, DataConfig
+from sssd_zoo.data.containers import NUMPY, is_dicom
 from sssd_zoo.data.images import EncodedImages
+from sssd_zoo.data.objects import array_bytes
 from sssd_zoo.data.opening import format_of
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
@@ -31,7 +33,7 @@ from sssd_zoo.models.checks import read_config
 from sssd_zoo.pipeline.mistakes import images_of_a_run
 
 LISTING = "clusters.csv"
-COLUMNS = ("cluster", "name", "rank", "distance", "row", "path", "file")
+COLUMNS = ("cluster", "name", "rank", "distance", "row", "path", "file", "page")
 LONGEST = 80  # characters of a folder's or a file's own name
 
 
@@ -42,7 +44,11 @@ class EarlierMark(TypedDict, total=False):
 
 
 class Member(NamedTuple):
-    """An image and its place, as clusters.csv lists it; `path` is where it came from, `file` where it lies now."""
+    """An image and its place, as clusters.csv lists it.
+
+    `path` is where it came from, `page` which page of that file it is, counted from 1, if not all of it, and `file`
+    where it lies now.
+    """
 
     cluster: int
     name: str
@@ -51,6 +57,7 @@ class Member(NamedTuple):
     row: int
     path: str
     file: str
+    page: int | None
 
 
 def clusters(args: ClustersArgs) -> None:
@@ -83,8 +90,8 @@ def open_images(args: ClustersArgs, run: Path | None, pseudo: PseudoLabels) -> E
     if run is None and args.data is None:
         raise UserError(f"{args.run} holds pseudo labels without a run: say where their images are by --data")
     config = DataConfig(data=args.data or "") if run is None else config_of(run)[1]
-    if args.data is not None:
-        config = replace(config, data=args.data)
+    given = {name: getattr(args, name) for name in ("data", "image_column", "pages", "max_pixels", "revision")}
+    config = replace(config, **{name: value for name, value in given.items() if value is not None})
     with images_of_a_run(args.data):
         images = pseudo.open_images(config)
     return images
@@ -116,8 +123,12 @@ def members(pseudo: PseudoLabels, images: EncodedImages, names: dict[int, str]) 
     for place in order.tolist():
         rank, before = (rank + 1 if group[place] == before else 1), group[place]
         label, row = int(pseudo.labels[place]), int(pseudo.rows[place])
-        path = file_of[row]
-        original = PurePosixPath(path).name if path is not None else f"row-{row}{ending(images, row)}"
+        path, page = file_of[row], images.page(row)
+        original = f"row-{row}" if path is None else PurePosixPath(path).name
+        if page is not None:
+            original = f"{PurePosixPath(original).stem}-page-{page + 1}"
+        if path is None or page is not None:
+            original += ending(images, row)
         yield Member(
             cluster=label,
             name=names.get(label, ""),
@@ -126,6 +137,7 @@ def members(pseudo: PseudoLabels, images: EncodedImages, names: dict[int, str]) 
             row=row,
             path=path or "",
             file=f"{folders[label]}/{rank:0{width}}-{shortened(original)}",
+            page=None if page is None else page + 1,
         )
 
 
@@ -164,9 +176,18 @@ def shortened(file: str) -> str:
     return stem + suffix
 
 
+def own_bytes(images: EncodedImages, row: int) -> bytes:
+    """The bytes of an image that is no file of its own; of a page, those of a PNG file where that keeps its values."""
+    data = images.read([row])[0].data
+    return data if images.page(row) is None else array_bytes(np.load(io.BytesIO(data), allow_pickle=False), row)
+
+
 def ending(images: EncodedImages, row: int) -> str:
-    """What the file of an image that is in a row should end in, by its format: '.jpg', '.png' and so on."""
-    form = format_of(images.read([row])[0].data) or ""
+    """What the file of an image that is no file of its own should end in, by its format: '.jpg', '.png' and so on."""
+    data = own_bytes(images, row)
+    if data.startswith(NUMPY):
+        return ".npy"
+    form = "dcm" if is_dicom(data) else format_of(data) or ""
     return {"JPEG": ".jpg", "TIFF": ".tif"}.get(form, f".{form.lower()}" if form else "")
 
 
@@ -177,8 +198,8 @@ def place(images: EncodedImages, member: Member, target: Path, link: str) -> Non
         UserError: if it cannot be linked there.
     """
     target.parent.mkdir(exist_ok=True)
-    if not member.path:
-        target.write_bytes(images.read([member.row])[0].data)
+    if not member.path or member.page is not None:
+        target.write_bytes(own_bytes(images, member.row))
         return
     source = Path(member.path).absolute()
     if link == "symbolic":

@@ -103,11 +103,11 @@ def compare(args: CompareArgs) -> None:
     if taught:
         print_main(f"labels from {setup.pretext.description.replace('`', '')}")
     results: list[Result] = []
-    for seed in args.seeds:
-        plan = Plan(args, setup, evaluation, seed)
-        stages = Stages(
-            plan.out, {**setup.inputs, "seed": seed}, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints
-        )
+    plans = [Plan(args, setup, evaluation, seed) for seed in args.seeds]
+    for plan in plans:  # before anything is trained
+        plan.run().refuse_others(plan.stages())
+    for plan in plans:
+        stages = plan.run()
         for stage in plan.stages():
             stages.run(stage)
         results += [plan.result(method, stages, setting) for method in plan.methods]
@@ -251,6 +251,12 @@ class Plan:
         """Where and how to run, with this seed."""
         return replace(self.setup.runtime, seed=self.seed)
 
+    def run(self) -> Stages:
+        """What runs the stages in the seed's folder."""
+        args = self.args
+        inputs = {**self.setup.inputs, "seed": self.seed}
+        return Stages(self.out, inputs, overwrite=args.overwrite, keep_checkpoints=args.keep_checkpoints)
+
     def stages(self) -> list[Stage]:
         """All stages in turn."""
         args, pretext, clusterings = self.args, self.setup.pretext, self.clusterings
@@ -364,12 +370,12 @@ class Plan:
         return Stage(
             name=method,
             action=train,
-            settings=lambda: {
+            settings={
                 **settings_of(config),
-                "labels": self.labels(method).identity,
                 **({"warm_start": True} if warm else {}),
                 **({} if self.positions(method) is None else {"held_out": self.evaluation.digest()}),
             },
+            later=lambda: {"labels": self.labels(method).identity},
             after=(LABELLED[base],) if base in LABELLED else (),
             all_processes=True,
         )

@@ -101,6 +101,8 @@ def embed(args: EmbedArgs) -> None:
         "storage_size": data.size,
         "split": data.split,
         "fingerprint": data.fingerprint,
+        "max_pixels": config.max_pixels,
+        **({} if data.pixels is None else data.pixels.identity),
     }
     parts = Parts(out.with_name(f".{out.name}.parts"), len(data), args.batch_size)
     missing = on_main(lambda: parts.open(identity, overwrite=args.overwrite))

@@ -81,7 +81,7 @@ from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
 from sssd_zoo.pipeline.quality import from_scratch, run_figures, run_verdict
 from sssd_zoo.pipeline.rename import cluster_names
 from sssd_zoo.pipeline.report import write_run_page
-from sssd_zoo.pipeline.stages import Stage, Stages
+from sssd_zoo.pipeline.stages import Stage, Stages, Survey
 from sssd_zoo.training.runs import RunSpec, begin_config, save_config, save_corrupt, settings_of
 
 SHOWN = 12  # clusters in the figure of them, and images of each
@@ -201,14 +201,19 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
     # Chosen for the same images, networks and batches, the epochs stay when a run is resumed.
     settings = [stage.settings for stage in replace(first, args=with_epochs(first.args, 1)).stages()]
     chosen_for = json.loads(json.dumps({"seconds": budget, **setup.inputs, "settings": settings}))
-    epochs, rates = chosen_before(plan.out, chosen_for), None
-    if epochs is None:
+    before, rates = chosen_before(plan.out), None
+    if before is not None and before["chosen_for"] == chosen_for:
+        epochs = before["epochs"]
+    else:
+        if before is not None:  # so that what was changed is told, and not the epochs that it would lead to
+            replace(plan, args=with_epochs(args, before["epochs"])).survey()
         print_main(f"measuring a few steps of each training, for the epochs that fit into {args.budget}")
         names = [stage.name for stage in first.stages()]
         work = first.work(dict.fromkeys(names, 0))
         rates = measure(setup, work)
         left = on_main(lambda: MARGIN * (budget - (time.perf_counter() - began)))
         epochs = epochs_within(setup, work, rates, left)
+        replace(plan, args=with_epochs(args, epochs)).survey()  # a refused call leaves the other run's epochs alone
         keep(plan.out, epochs, chosen_for)
     args = with_epochs(args, epochs)
     return replace(plan, args=args, setup=setup.with_args(args), rates=rates)
@@ -336,10 +341,13 @@ class Plan:
             probed = measured * (len(self.networks) + 1)  # the clustered features, too
         return Work(trainings, images, begun, probed)
 
-    def run_stages(self) -> Stages:
-        """Runs all stages that are not done, once it is clear that all can run."""
-        args, declared = self.args, self.stages()
-        names = [stage.name for stage in declared]
+    def survey(self) -> tuple[Stages, Survey]:
+        """What is done of the stages in the run folder.
+
+        Raises:
+            UserError: if it was done with other settings or data, see `check_earlier`.
+        """
+        declared, args = self.stages(), self.args
         stages = Stages(
             self.out,
             {**self.setup.inputs, "seed": args.seed},
@@ -347,7 +355,14 @@ class Plan:
             keep_checkpoints=args.keep_checkpoints,
         )
         survey = stages.survey(declared)
-        on_main(lambda: check_earlier(self.out, args, names, survey))
+        on_main(lambda: check_earlier(self.out, args, [stage.name for stage in declared], survey))
+        return stages, survey
+
+    def run_stages(self) -> Stages:
+        """Runs all stages that are not done, once it is clear that all can run."""
+        args, declared = self.args, self.stages()
+        names = [stage.name for stage in declared]
+        stages, survey = self.survey()
         begin_config(self.out, replace(args, budget=None))
         print_main(f"{len(names)} stages: {', '.join(names)}")
         work = self.work(survey.begun)

@@ -8,7 +8,7 @@ from sssd_zoo.errors import UserError
 
 
 @contextmanager
-def images_of_a_run(data: str | None) -> Iterator[None]:
+def images_of_a_run(data: str | list[str] | None) -> Iterator[None]:
     """Adds to a mistake about a run's images what to do if they have moved, unless `data` says already where they are.
 
     Raises:

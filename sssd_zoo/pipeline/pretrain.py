@@ -104,6 +104,10 @@ def check_splits(config: MoCoConfig, processes: int) -> None:
 
 def pretrain(args: PretrainArgs) -> None:
     """`sssd pretrain`."""
+    if args.steps_per_epoch is not None and not args.streaming:
+        raise UserError("--steps_per_epoch is for --streaming, and an epoch is all images: remove it")
+    if args.best_by != "loss" and args.streaming:
+        raise UserError(f"--best_by {args.best_by} is not measured with --streaming: remove one of them")
     runtime, out = start_training(args)
     config = DataConfig.of(args)
     if args.label_column is None or args.streaming:

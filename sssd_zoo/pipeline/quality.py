@@ -76,8 +76,9 @@ def use_commands(network: str, args: DataConfig) -> list[str]:
 
 
 def embed_command(network: str, args: DataConfig) -> str:
-    """How a network's features of the images are stored."""
-    return command("sssd", "embed", network, *data_words(args), "--out", "embeddings.parquet")
+    """How a network's features of the images are stored; each is decoded once, so none are kept in memory."""
+    words = data_words(replace(DataConfig.of(args), in_memory=None))
+    return command("sssd", "embed", network, *words, "--out", "embeddings.parquet")
 
 
 def from_scratch(args: FitArgs) -> bool:

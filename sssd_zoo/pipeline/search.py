@@ -1,6 +1,7 @@
 """`sssd search`: the images of a file of embeddings that are nearest to others, by cosine similarity."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ def search(args: SearchArgs) -> None:
     if good:
         similarities, places = nearest(queries, index.chunks(exit_name), args.k)
         found = list(described(good, similarities, places, index))
-        show(found, args.format)
+        show(found, args.format, of_files_with_several(index))
         if args.out is not None:
             atomic_write_text(args.out, as_csv(found), follow_link=True)
     if corrupt:
@@ -161,8 +162,15 @@ def described(files: list[Path], similarities: FloatArray, places: IntArray, ind
             yield Found(str(file), rank, similarity, int(rows[place]), path)
 
 
-def show(found: list[Found], form: str) -> None:
-    """Prints what was found, as 'jsonl' or as a 'table'."""
+def of_files_with_several(index: EmbeddingFile) -> set[int]:
+    """The rows of the images whose files hold others, too, as TIFF and DICOM files of several pages do."""
+    rows, paths = index.images()
+    images_of = Counter(path for path in paths if path is not None)
+    return {int(row) for row, path in zip(rows, paths, strict=True) if path is not None and images_of[path] > 1}
+
+
+def show(found: list[Found], form: str, several: set[int]) -> None:
+    """Prints what was found, as 'jsonl' or as a 'table', which names also the rows of `several`."""
     for one in found:
         if form == "jsonl":
             print(json.dumps({**one._asdict(), "similarity": round(one.similarity, 6)}))
@@ -171,6 +179,7 @@ def show(found: list[Found], form: str) -> None:
             print(plain(one.query, longest=4096))
             print("  similarity  image")
         where = f"row {one.row}" if one.path is None else plain(one.path, longest=4096)
+        where += f", row {one.row}" if one.row in several else ""
         print(f"  {one.similarity:10.4f}  {where}", flush=True)
 
 

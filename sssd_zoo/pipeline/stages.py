@@ -46,8 +46,8 @@ class Stage:
     Attributes:
         name: of the stage and its folder.
         action: does it, into the folder given; its result is kept in steps/.
-        settings: that decide its numbers; they take the place of the common inputs of the same names. A function where
-            they depend on an earlier stage's result.
+        settings: that decide its numbers; they take the place of the common inputs of the same names.
+        later: gives those that only the results of earlier stages say.
         after: the stages whose results it reads.
         all_processes: every process takes part (training); else the main one alone.
         measured_on: of a stage that measures, the digest of the true labels: for others of the same images it is
@@ -58,7 +58,8 @@ class Stage:
 
     name: str
     action: Callable[[Path], dict[str, Any]]
-    settings: dict[str, Any] | Callable[[], dict[str, Any]]
+    settings: dict[str, Any]
+    later: Callable[[], dict[str, Any]] | None = None
     after: tuple[str, ...] = ()
     all_processes: bool = False
     measured_on: str | None = None
@@ -117,7 +118,7 @@ class Stages:
             UserError: if it was done with other inputs, and is not to be overwritten; or if the folder in its place
                 was not made by this package.
         """
-        inputs = self._inputs(stage)
+        inputs = self._inputs(stage, {} if stage.later is None else stage.later())
         folder, before = on_main(lambda: self._state(stage.name))
         changed = [] if before is None else _differences(before["inputs"], inputs)
         wrong = on_main(lambda: damage(folder, before.get("sha256", {})) if before else None)
@@ -133,9 +134,9 @@ class Stages:
             write_json(record, {**_read_record(record), "sha256": sha256_of(folder, _read_later(folder))})
         return self.results[stage.name]
 
-    def _inputs(self, stage: Stage) -> dict[str, Any]:
-        """All that decides a stage's result, as its record has it."""
-        inputs = {**self.common, **(stage.settings() if callable(stage.settings) else stage.settings)}
+    def _inputs(self, stage: Stage, later: Mapping[str, Any]) -> dict[str, Any]:
+        """All that decides a stage's result, as its record has it; of `later`, what is known."""
+        inputs = {**self.common, **stage.settings, **later}
         for earlier in stage.after:
             added = {k: v for k, v in self.inputs[earlier].items() if k not in self.common or self.common[k] != v}
             inputs |= {f"{earlier}.{key}": value for key, value in added.items()}
@@ -151,12 +152,14 @@ class Stages:
         return "" if self.forecast is None else f": {self.forecast.describe(name)}"
 
     def survey(self, stages: Sequence[Stage]) -> Survey:
-        """What lies in the folder of each stage before any of them runs; their settings must not be functions."""
+        """What lies in the folder of each stage before any of them runs."""
         done, begun, changes = set(), {}, {}
         for stage in stages:
-            inputs = self._inputs(stage)
+            inputs = self._inputs(stage, {})
             _, before = on_main(partial(self._state, stage.name))
             changed = [] if before is None else _differences(before["inputs"], inputs)
+            if stage.later is not None:  # what its record has beyond the settings cannot be compared yet
+                changed = [key for key in changed if key in inputs]
             if before is not None and not changed and before["result"] is not None:
                 done.add(stage.name)
                 continue

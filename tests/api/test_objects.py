@@ -158,6 +158,24 @@ def test_deep_and_many_channels_are_kept():
     assert torch.equal(everything(load(stored([many, many]), channels=5))[1][0], many)
 
 
+@pytest.mark.parametrize(
+    ("modes", "back"),
+    [(["HSV"], "RGB"), (["YCbCr"], "RGB"), (["RGBA", "RGBa"], "RGBA"), (["LA", "La"], "LA"), (["LA", "PA"], "RGBA")],
+)
+def test_pictures_in_modes_that_no_file_has(modes, back, folder_of_images):
+    picture = Image.open(next(folder_of_images.rglob("*.png"))).convert("RGB")
+    for mode in modes:
+        picture = picture.convert(mode)
+    found = everything(load(stored([picture] * 2)))[1][0].numpy()
+    np.testing.assert_array_equal(found.transpose(1, 2, 0), np.asarray(picture.convert(back).convert("RGB")))
+
+
+def test_bfloat16():
+    values = torch.linspace(0, 1, 8 * 8 * 3).reshape(3, 8, 8)
+    found = everything(load(stored([values.bfloat16()] * 2)))[1][0]
+    torch.testing.assert_close(found.float(), values * 255, atol=1, rtol=0)
+
+
 def test_classes_of_a_list_are_numbers_or_text():
     pictures = [Image.new("RGB", (8, 8), (number, 0, 0)) for number in range(4)]
     assert load(stored(list(zip(pictures, (3, 5, 3, 5), strict=True)))).class_names == ["3", "5"]
@@ -180,6 +198,9 @@ REFUSED = {
     "has no items": [],
     "item 0 of the data set has no pixels": [np.zeros((0, 8, 3), np.uint8)],
     "item 0 of the data set is dict_keys, not an image": [{}.keys()],
+    "item 0 of the data set has values of the type int64, whose range is not clear: give uint8": [
+        torch.randint(0, 256, (3, 8, 8))
+    ],
     "values from -2 to 2: give uint8, or floats from 0 to 1": TensorDataset(torch.tensor([[[[-2.0, 2.0]]]])),
     "the class of item 1 of the data set is cat, of another kind": [(RED, 0), (RED, "cat")],
     "the class of item 1 of the data set is None, of another kind": [(RED, 0), RED],

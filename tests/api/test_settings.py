@@ -54,6 +54,13 @@ def test_every_way_to_give_a_setting_is_what_the_command_reads():
     assert settings_of("fit", {"data": "A", "out": "B"}) == (FitArgs(data="A", out="B"), {"data", "out"})
 
 
+def test_epochs_beside_a_whole_dataclass_are_refused():
+    with pytest.raises(
+        UserError, match="the MoCoConfig given as pretrain, both say how long to train: leave out epochs"
+    ):
+        sssd_zoo.fit("A", "B", epochs=20, pretrain=MoCoConfig(batch_size=64))
+
+
 def test_home_is_expanded_and_lists_stay_lists():
     args, _ = settings_of("finetune", {"models": ("~/a", "scratch"), "data": ["~/b", "c"], "out": "~/d"})
     home = str(Path.home())

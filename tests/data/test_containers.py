@@ -178,3 +178,20 @@ class TestWithoutThePackages:
 def test_an_array_of_axes_that_are_no_images():
     with pytest.raises(CorruptImageError, match="4 axes"):
         containers.channels_last(np.zeros((1, 2, 3, 4)), 3)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_fractions_of_every_precision_fill_the_range(kind, bits):
+    values = np.linspace(0, 1, 9).astype(kind)
+    np.testing.assert_array_equal(
+        containers.whole(values, bits), np.rint(values.astype(np.float64) * (2**bits - 1)).astype(f"uint{bits}")
+    )
+
+
+def test_fractions_that_rounding_would_lose_are_no_image():
+    np.testing.assert_array_equal(containers.whole(np.float32([0, 20.4, 255])), [0, 20, 255])  # a resized image
+    np.testing.assert_array_equal(containers.whole(np.float32([0, 3, 7])), [0, 3, 7])
+    for greatest in (1.0002, 10.5):
+        with pytest.raises(CorruptImageError, match=f"fractions of up to {greatest}"):
+            containers.whole(np.float32([0, 0.5, greatest]))

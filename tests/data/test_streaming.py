@@ -50,6 +50,22 @@ class TestStreaming:
         assert first != second
         assert first != list(range(self.COUNT))
 
+    def test_is_known_by_its_number_and_first_images(self, data, tmp_path):
+        config = DataConfig(data=str(data), streaming=True)
+        stream = load_streaming(config)
+        assert stream.count == (self.COUNT if data.is_dir() else None), "parquet is not read to its end"
+        assert load_streaming(config).identity == stream.identity
+        other = tmp_path / "other" / data.name
+        pictures = [Image.new("RGB", (12, 12), (seed, 0, seed)) for seed in range(self.COUNT)]
+        if data.is_dir():
+            for seed, image in enumerate(pictures):
+                write(other / f"{seed:02}.png", image)
+        else:
+            other.parent.mkdir()
+            write_parquet(other, [file_bytes(image) for image in pictures])
+        identity = load_streaming(replace(config, data=str(other))).identity
+        assert {name for name in identity if identity[name] != stream.identity[name]} == {"first_images"}
+
     def test_order_is_a_function_of_seed_and_epoch(self, data):
         assert self.numbers(data, 6) == self.numbers(data, 6)
         assert self.numbers(data, 6) != self.numbers(data, 6, epoch=1)

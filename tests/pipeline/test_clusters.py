@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from helpers.commands import one_line, sssd
 from helpers.disk import contents
@@ -88,6 +89,25 @@ def test_pages_are_read_as_the_run_read_them(tmp_path, capsys):
     save_config(run, DataConfig(data=str(data), unlabelled=True, **how))
     assert sssd("clusters", run, "--out", tmp_path / "out") == 0
     assert "12 images in 3 folders" in capsys.readouterr().out
+    rows = listing(tmp_path / "out")
+    assert sorted(int(row["page"]) for row in rows) == list(range(1, 13))
+    for row in rows:
+        assert row["path"] == str(data / "16.tif")
+        assert row["file"].endswith(f"-16-page-{row['page']}.png")
+        page = np.asarray(picture(int(row["page"]) - 1, 16).convert("L"))
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / row["file"])), page)
+    # Labels without a run: how their images are read is said again.
+    words = ["clusters", run / "labels", "--data", f"[{data}]", "--out", tmp_path / "again"]
+    assert sssd(*words) == 2
+    assert "these pseudo labels belong to other data" in one_line(capsys)
+    assert sssd(*words, *settings) == 0
+    assert (tmp_path / "again" / "clusters.csv").read_bytes() == (tmp_path / "out" / "clusters.csv").read_bytes()
+
+    words = [WORDS[1], "--data", data, "--out", tmp_path / "e.parquet", *settings, "--max_corrupt=2"]
+    assert sssd("embed", *words) == 0
+    capsys.readouterr()
+    assert sssd("search", WORDS[1], tmp_path / "e.parquet", tmp_path / "out" / rows[0]["file"]) == 0
+    assert f"1.0000  {data / '16.tif'}, row {rows[0]['row']}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("link", ["hard", "symbolic"])

@@ -98,12 +98,23 @@ def test_epochs_of_single_methods_and_the_pretext_itself(folder_of_images, tmp_p
     longer = "{clusterfit: 2, pretext: 3}"
     capsys.readouterr()
     assert sssd(*words, "--methods", "[sssd, clusterfit, pretext]", "--epochs", longer) != 0
-    assert "clusterfit was made with other settings" in one_line(capsys)
+    assert "seed-0 was made with other settings or data (clusterfit.epochs: 1 there, 2 now" in one_line(capsys)
     assert sssd(*words, "--methods", "[sssd, clusterfit, pretext]", "--epochs", longer, "--overwrite", "true") == 0
     assert "[sssd] done before" in capsys.readouterr().out
     after = by_name(table(sections((tmp_path / "report.md").read_text())["Methods compared"]))
     assert [after[name][-2] for name in ("SSSD", "ClusterFit", "M_ssl itself")] == ["1", "2", "3"]
     assert len(read_metrics(tmp_path / "seed-0" / "pretext" / "metrics.jsonl")) == 3 * 1
+
+
+def test_other_settings_are_told_before_anything_is_trained(folder_of_images, tmp_path, capsys):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
+    assert sssd(*words, "--methods", '["true"]') == 0
+    capsys.readouterr()
+    assert sssd(*words, "--methods", '[random, "true"]', "--epochs", '{"true": 2}') == 2
+    assert "(true.epochs: 1 there, 2 now)" in one_line(capsys)
+    assert not (tmp_path / "seed-0" / "random").exists()
+    assert sssd(*words, "--methods", '["true"]') == 0
+    assert "[true] done before" in capsys.readouterr().out
 
 
 def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):

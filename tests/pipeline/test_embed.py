@@ -162,6 +162,8 @@ def test_a_stopped_run_resumes_to_the_same_bytes(ending, network, photos, tmp_pa
     assert not out.exists()
     assert embed(network, photos, out, "--exits", "2") == 2
     assert "holds an unfinished embedding of other settings or data (exits differ)" in one_line(capsys)
+    assert embed(network, photos, out, "--exits", "all", "--max_pixels", "1000000") == 2
+    assert "of other settings or data (max_pixels differ)" in one_line(capsys)
     assert embed(network, photos, out, "--exits", "all") == 0
     assert "resumed: 1 of 3 parts were done before" in capsys.readouterr().out
     for path in (tmp_path / "whole").iterdir():

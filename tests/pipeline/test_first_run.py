@@ -190,6 +190,12 @@ class TestBudget:
         assert saved["budget"] is None, "as a recipe it gives the epochs"
         assert sssd(*words, "20s") == 0
         assert "[distill] done before" in capsys.readouterr().out
+        kept = (out / "budget.json").read_bytes()
+        assert sssd(*words, "20s", "--distill.lr", "0.01") == 2
+        line = one_line(capsys)
+        assert "distill.lr" in line
+        assert "pretrain.epochs" not in line
+        assert (out / "budget.json").read_bytes() == kept
         assert sssd("fit", "--config", out / "config.yaml") == 0
         assert "[distill] done before" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ from helpers.networks import save_tiny
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.configs import FitArgs, MoCoConfig, QualityArgs
 from sssd_zoo.evaluation.reports.markdown import read_results
-from sssd_zoo.pipeline.quality import data_words, image_of, quality_commands, run_verdict
+from sssd_zoo.pipeline.quality import data_words, embed_command, image_of, quality_commands, run_verdict
 from sssd_zoo.training.runs import save_config
 
 
@@ -173,3 +173,8 @@ def test_the_options_that_name_images_read_back_as_they_were():
     words = data_words(args)
     assert read_arguments("quality", ["m", *words], "sssd quality")[0] == args
     assert "--streaming" not in words
+
+
+def test_what_a_run_kept_in_memory_is_embedded_without():
+    words = shlex.split(embed_command("run", QualityArgs(model="m", data="a", in_memory=True, max_corrupt=3)))
+    assert words == ["sssd", "embed", "run", "--data", "a", "--max_corrupt", "3", "--out", "embeddings.parquet"]
