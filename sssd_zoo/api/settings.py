@@ -43,7 +43,7 @@ def settings_of(command: str, values: Mapping[str, Any]) -> tuple[Any, frozenset
         if name not in known:
             # Names of the function are nearer at hand than those of the command, which come after them.
             named = inspect.signature(getattr(import_module("sssd_zoo.api"), function)).parameters
-            meant = did_you_mean(name, [*named, *known]) or f"; `sssd {command} --help` lists them"
+            meant = did_you_mean([name], [*named, *known]) or f"; `sssd {command} --help` lists them"
             raise UserError(f"sssd_zoo.{function} has no argument {plain(name)}{meant}")
     needed = [field.name for field in fields(config) if field.default is field.default_factory is MISSING]
     if missing := [name for name in needed if name not in {key.partition(".")[0] for key in flat}]:

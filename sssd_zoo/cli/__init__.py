@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sssd_zoo.cli.commands import COMMANDS, COMPLETED
+from sssd_zoo.cli.commands import COMMANDS, COMPLETED, RESUMING
 from sssd_zoo.cli.guard import guarded
 from sssd_zoo.cpus import set_up_openmp
 from sssd_zoo.errors import UserError
@@ -31,6 +31,8 @@ def run(name: str, arguments: list[str] | None = None, prog: str | None = None) 
         words = sys.argv[1:] if arguments is None else arguments
         config, given = read_arguments(name, words, prog or Path(sys.argv[0]).name)
         guard.out = Path(config.out) if getattr(config, "out", None) else None
+        if name in RESUMING or hasattr(config, "resume"):
+            guard.again += " to resume" if name in RESUMING else " with --resume to resume"
 
         from sssd_zoo.distributed.launch import end_other_processes, others_tell_first, start_other_processes
         from sssd_zoo.files.run_folder import release_all
@@ -61,7 +63,7 @@ def main() -> None:
         elif arguments and arguments[0] not in ("-h", "--help"):
             from sssd_zoo.cli.arguments import did_you_mean
 
-            meant = did_you_mean(arguments[0], COMMANDS)
+            meant = did_you_mean([arguments[0]], list(COMMANDS))
             raise UserError(
                 f"'{arguments[0]}' is not a command of sssd{meant or '; its commands: ' + ', '.join(COMMANDS)}"
             )

@@ -7,12 +7,13 @@ than reading the arguments of one; so a command's parser is built when the comma
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise, takewhile
 from typing import Any, NoReturn, get_args, get_type_hints
 
+import yaml
 from docstring_parser import parse as parse_docstring  # what jsonargparse reads the other arguments' help with
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
@@ -55,6 +56,19 @@ def readable(text: str) -> str:
     return text
 
 
+class WrongValue(Exception):
+    """A value of another type than its argument's.
+
+    Args:
+        key: dotted name of the argument.
+        message: jsonargparse's.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class Parser(ArgumentParser):
     """jsonargparse's parser, with errors of one line that suggest the flag that was meant."""
 
@@ -65,17 +79,26 @@ class Parser(ArgumentParser):
         super().__init__(**{"formatter_class": HelpFormatter, **options, **described})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Prints `message` on one line and exits with status 2."""
-        unknown = re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message)
-        if unknown:
-            message += did_you_mean(unknown[1], (flag[2:] for flag in self._option_string_actions), "--")
+        """Prints `message` on one line and exits with status 2; raises `WrongValue` where that is what is wrong."""
+        if wrong := re.match(r'Parser key "([\w.]+)":\s', message):
+            raise WrongValue(wrong[1], message) from ex
+        if "nrecognized arguments: " in message:
+            known = [flag[2:] for flag in self._option_string_actions]
+            message += did_you_mean(re.findall(r"--([\w.-]+)", message), known, "--")
         fail(f"{readable(message)} (see {self.prog} --help)")
 
 
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of an error message about a mistyped word: '; did you mean --data?', or ''."""
-    close = get_close_matches(word, list(known), n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+def did_you_mean(words: Sequence[str], known: Sequence[str], prefix: str = "") -> str:
+    """The end of an error message about mistyped words: '; did you mean --data?', or ''.
+
+    What is known in several places is proposed in each: 'pretrain.epochs or distill.epochs' for 'epochs'.
+    """
+    meant = []
+    for word in words:
+        places = [name for name in known if name.endswith(f".{word}") and name.count(".") == 1]
+        if close := places or get_close_matches(word, known, n=1):
+            meant.append(" or ".join(f"{prefix}{name}" for name in close))
+    return f"; did you mean {', '.join(meant)}?" if meant else ""
 
 
 def _parser(name: str, prog: str) -> Parser:
@@ -233,6 +256,48 @@ def build(kind: Any, values: Any, name: str, refused: list[str]) -> Any:
         return None
 
 
+def parse(parser: Parser, words: list[str], config: Any) -> tuple[Any, list[str]]:
+    """The arguments that are given, less those of another type than theirs, and a line about each of these.
+
+    Raises:
+        UserError: where such a value comes from a recipe, so that the others cannot be read.
+    """
+    wrong: list[str] = []
+    while True:
+        try:
+            return parser.parse_args(words, defaults=False), wrong
+        except WrongValue as error:
+            message = str(error)
+            words, value = without(words, error.key)
+            found = value if value is not None else re.split(r"(?:Got|Given) value: ", message)[-1]
+            nested = loaded(found)
+            for part in reversed(error.key.split(".")):
+                nested = {part: nested}
+            wrong += problems(nested, config) or [readable(message)]
+            if value is None:
+                raise UserError("; ".join(wrong)) from error
+
+
+def loaded(text: str) -> Any:
+    """A word of the command line as jsonargparse takes it: YAML, or else the text itself."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # also of numbers with thousands of digits
+        return text
+
+
+def without(words: list[str], key: str) -> tuple[list[str], str | None]:
+    """Words of the command line without a flag and its value, and this value; None where they have no such flag."""
+    left, value, following = [], None, iter(words)
+    for word in following:
+        name, _, after = word.partition("=")
+        if name != f"--{key}":
+            left.append(word)
+        else:
+            value = after if "=" in word else next(following, "")
+    return left, value
+
+
 def read_arguments(name: str, words: list[str], prog: str) -> tuple[Any, frozenset[str]]:
     """The arguments of one command, as its dataclass, and the names of those that were given.
 
@@ -249,13 +314,15 @@ def read_arguments(name: str, words: list[str], prog: str) -> tuple[Any, frozens
         words = name_network(words, network, prog)
     check_recipes(words)
     try:
-        given = parser.parse_args(words, defaults=False)
+        given, mistyped = parse(parser, words, config)
+    except UserError:
+        raise
     except (ArithmeticError, RecursionError, ValueError) as error:  # of numbers and YAML that no parser copes with
         raise UserError(f"cannot read the arguments: {error} (see {prog} --help)") from error
     parsed = parser.get_defaults()
     for key, value in given.items():
         parsed[key] = value
-    if wrong := problems(parsed.as_dict(), config) or contradictions(parsed, config):
+    if wrong := mistyped + problems(parsed.as_dict(), config) or contradictions(parsed, config):
         raise UserError("; ".join(wrong))
     try:
         values = dict(vars(parser.instantiate(parsed)))

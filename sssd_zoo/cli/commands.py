@@ -87,3 +87,6 @@ COMMANDS = {
 
 # Commands that choose settings by the data: they are told which were given.
 COMPLETED = ("fit",)
+
+# Commands that resume when they are run again; others do with --resume, or have nothing to resume.
+RESUMING = ("fit", "compare", "finetune", "embed")

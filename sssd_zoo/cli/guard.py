@@ -43,11 +43,14 @@ class Guard:
         problems: errors of writing to stdout and stderr.
         signals: numbers of the signals that came.
         out: the command's run folder, once it is known.
+        again: how it goes on after a signal.
     """
 
-    def __init__(self, problems: list[OSError], signals: list[int]) -> None:
-        self.problems, self.signals = problems, signals
+    def __init__(self) -> None:
+        self.problems: list[OSError] = []
+        self.signals: list[int] = []
         self.out: Path | None = None
+        self.again = "run the same command again"
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -69,7 +72,7 @@ class Guard:
             if self.signals or isinstance(error, KeyboardInterrupt):
                 number = self.signals[0] if self.signals else signal.SIGINT
                 threading.excepthook = lambda _: None  # of threads that lose what they worked for
-                say_stopped(number)
+                say_stopped(number, self.again)
                 # An interrupt within `exec`, of which imports are full, makes `python -m` end by the signal instead of
                 # with this status, though it was caught; `exec` of nothing makes it forget that.
                 exec("")
@@ -98,25 +101,20 @@ def guarded() -> Iterator[Guard]:
     for name in ("stdout", "stderr"):  # None where they were closed before Python began (`>&-`)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115  for the whole process
-    with watched_output() as problems, stop_signals() as signals:
-        guard = Guard(problems, signals)
-        with guard.told():
-            yield guard
-            print(end="", flush=True)  # so that what cannot be written is known now
+    guard = Guard()
+    with watched_output(guard.problems), stop_signals(guard), guard.told():
+        yield guard
+        print(end="", flush=True)  # so that what cannot be written is known now
 
 
-def say_stopped(number: int) -> None:
-    """Says in one line that a signal ended the command; of a signal to all processes, the main one says it."""
+def say_stopped(number: int, again: str) -> None:
+    """Says in one line that a signal ended the command, and how it goes on; the main process says it for all."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(1.5)  # by then a main process that got it, too, has said so and ended this one
     how = "stopped" if number == signal.SIGINT else "terminated"
     who = "" if rank == "0" else f"[process {rank}] "
-    print(
-        f"\n{who}{how}; run the same command again to resume, with --resume if it has that option",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"\n{who}{how}; {again}", file=sys.stderr, flush=True)
 
 
 def unforeseen(error: Exception, out: Path | None) -> NoReturn:
@@ -148,9 +146,8 @@ def write_traceback(error: Exception, out: Path | None) -> str:
 
 
 @contextmanager
-def watched_output() -> Iterator[list[OSError]]:
-    """Lets the block print names that the console has no signs for, as escapes; yields what kept it from printing."""
-    problems: list[OSError] = []
+def watched_output(problems: list[OSError]) -> Iterator[None]:
+    """Lets the block print names that the console has no signs for, as escapes; notes what kept it from printing."""
     streams: list[Any] = [stream for stream in (sys.stdout, sys.stderr) if hasattr(stream, "reconfigure")]
     errors = [stream.errors for stream in streams]
     for stream in streams:
@@ -159,7 +156,7 @@ def watched_output() -> Iterator[list[OSError]]:
         for name in ("write", "flush"):
             setattr(stream, name, _noting(getattr(stream, name), stream, problems))
     try:
-        yield problems
+        yield
     finally:
         for stream, before in zip(streams, errors, strict=True):
             with suppress(OSError):
@@ -191,16 +188,16 @@ def end_without_output(problem: OSError) -> NoReturn:
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Makes SIGTERM end the block as Ctrl-C does, in this process alone; yields the list of signals that came.
+def stop_signals(guard: Guard) -> Iterator[None]:
+    """Makes SIGTERM end the block as Ctrl-C does, in this process alone; notes the signals that come.
 
     Forked workers are left to their parent: a terminal sends Ctrl-C to all of them, and each would print a traceback.
     A second signal ends this process at once, and so does the first after `GRACE` seconds: imports and finalisers, for
     two, swallow what it raises.
     """
-    received: list[int] = []
+    received = guard.signals
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield
         return
     owner, hook = os.getpid(), sys.unraisablehook
 
@@ -219,7 +216,7 @@ def stop_signals() -> Iterator[list[int]]:
         raise KeyboardInterrupt
 
     def too_late(number: int, frame: FrameType | None) -> None:
-        say_stopped(received[0])
+        say_stopped(received[0], guard.again)
         os._exit(128 + received[0])
 
     def swallowed(problem: Any) -> None:
@@ -230,7 +227,7 @@ def stop_signals() -> Iterator[list[int]]:
     sys.unraisablehook = swallowed
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # when all is done, Ctrl-C needs no traceback either
     try:
-        yield received
+        yield
     finally:
         if not received:
             sys.unraisablehook = hook

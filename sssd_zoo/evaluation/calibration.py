@@ -1,6 +1,7 @@
 """Early exit: temperatures, and thresholds for a budget."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -328,11 +329,13 @@ def shared_threshold(logits: Tensor, target: Tensor, budget: float, *, by_agreem
         passed = threshold
     if passed is not None:
         return passed
-    what, flag = ("change", "--answers_changed") if by_agreement else ("lose", "--points_lost")
+    assert least is not None  # there are thresholds
+    what, unit = ("change", "percent of the answers") if by_agreement else ("lose", "points of accuracy")
+    possible = f"{math.ceil(10 * least) / 10:g}"  # rounded up, so that it passes as a budget
     raise UserError(
-        f"{len(target):,} images do not show that early exit would {what} at most {budget:g} "
-        f"{'percent of the answers' if by_agreement else 'points'}: at its highest threshold it may {what} up to "
-        f"{least:.2g}; calibrate on more (--holdout, --calibration_split), or give a larger {flag}"
+        f"{len(target):,} images do not show that early exit would {what} at most {budget:g} {unit}: even at its "
+        f"highest threshold it may {what} up to {possible}; calibrate on more images (--holdout, --calibration_split), "
+        f"or give {'--answers_changed' if by_agreement else '--points_lost'} {possible} or more"
     )
 
 

@@ -80,7 +80,8 @@ def command(*words: str) -> str:
 
 
 TRUST = (
-    "The verdict is of two-view consistency, and of the std for collapse. How far to trust it: over 15 networks "
+    "The verdict is based on two-view consistency, on the std where the network has collapsed, and on the number of "
+    f"images where a network learned from fewer than {TOO_FEW:,} alone. How far to trust it: over 15 networks "
     "measured on CIFAR-10, two-view consistency ranked them as linear probes did with a Spearman correlation of 0.90. "
     "It tells poor networks from good ones; among good ones, of other sizes or trained in other ways, it does not say "
     "which is best, and on other images it has not been measured."

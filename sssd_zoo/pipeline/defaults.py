@@ -152,16 +152,10 @@ def advice(images: int, args: FitArgs) -> str | None:
             f"{few}: --init RUN --features RUN starts from a run on more images of {args.channels} channels, if you "
             "have one"
         )
-    weights = (
-        "weights of a run, of timm, or the bundled sssd_resnet18.dist_tiny_imagenet_32 and "
-        "sssd_resnet18_cifar.dist_cifar10"
-    )
-    if images < TOO_FEW:
-        return (
-            f"{few}: try `sssd embed NAME` first, which uses {weights} as they are; --init NAME --features NAME starts "
-            "from them and distils these or a public encoder"
-        )
+    embed = "`sssd embed NAME --data DATA --out features.parquet` uses its weights as they are"
+    distil = "--init NAME --features ENCODER starts from its weights, and distils any timm network or a run"
+    first, second = (embed, distil) if images < TOO_FEW else (distil, embed)
     return (
-        f"{few}: --init NAME --features NAME starts from {weights}, and distils these or a public encoder; `sssd embed "
-        "NAME` uses them as they are"
+        f"{few}. A trained network helps, such as the bundled sssd_resnet18.dist_tiny_imagenet_32 and "
+        f"sssd_resnet18_cifar.dist_cifar10: {first}; {second}"
     )

@@ -115,13 +115,14 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
         plan = within_budget(plan, began)
         trained = ("pretrain", "distill") if args.features is None else ("distill",)
         chosen |= {f"{name}.epochs": getattr(plan.args, name).epochs for name in trained}
+    surveyed = plan.survey()  # refuses other settings before it says what was chosen
     if chosen:
         print_main(describe_chosen(chosen, len(setup.data)))
     if few := advice(len(setup.data), plan.args):
         print_main(few)
     if rank() == 0 and (sizes := size_note(plan.args, setup.size)):
         print_main(sizes)
-    stages = plan.run_stages()
+    stages = plan.run_stages(*surveyed)
     if rank() == 0:
         results = write_results(plan, stages)
         page = write_run_page(plan.out, setup.data, setup.forward)
@@ -358,11 +359,10 @@ class Plan:
         on_main(lambda: check_earlier(self.out, args, [stage.name for stage in declared], survey))
         return stages, survey
 
-    def run_stages(self) -> Stages:
-        """Runs all stages that are not done, once it is clear that all can run."""
+    def run_stages(self, stages: Stages, survey: Survey) -> Stages:
+        """Runs all stages that are not done; takes what `survey` gives."""
         args, declared = self.args, self.stages()
         names = [stage.name for stage in declared]
-        stages, survey = self.survey()
         begin_config(self.out, replace(args, budget=None))
         print_main(f"{len(names)} stages: {', '.join(names)}")
         work = self.work(survey.begun)

@@ -70,6 +70,10 @@ def load_answering(args: PredictArgs) -> tuple[Any, str]:
     output: str = args.output
     if output == "auto":
         output = "early-exit" if thresholds is not None else model.output
+    if output == "early-exit" and model.output != "ensemble":
+        raise UserError(
+            f"'{args.model}' has one exit, so there is no early exit: remove --thresholds, or give the whole network"
+        )
     if output == "early-exit" and thresholds is None:
         raise no_thresholds(args.model)
     if args.thresholds is not None and output != "early-exit":

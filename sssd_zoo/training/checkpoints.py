@@ -228,13 +228,10 @@ class Checkpoints:
         if saved and rank() == 0:
             path, record = saved[-1]
             write_record(path, {**record, "not_finite_at": step})
-        origin = (
-            f"the last good checkpoint is {good[-1]}"
-            if good
-            else "there is no good checkpoint, so it starts from scratch"
-        )
+        origin = f"; where the command has --resume, that starts from the last good checkpoint, {good[-1]}"
         return UserError(
-            f"{problem}; resume the run with a lower lr, warmup_epochs, clip_grad or precision fp32 ({origin})"
+            f"{problem}: run it again with a lower lr, warmup_epochs, clip_grad or precision fp32"
+            f"{origin if good else ''}"
         )
 
 

@@ -1,9 +1,11 @@
 """Words of the command line as they are handed to jsonargparse."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
+from helpers.commands import one_line, sssd
 from sssd_zoo.cli.arguments import read_arguments, spell_out, switches
 
 
@@ -87,3 +89,26 @@ def test_a_folder_with_brackets_is_no_list(tmp_path, monkeypatch):
         assert args.data == args.test_data == [name]
     assert data("--data", "[public]") == ["public"], "a list all the same"
     assert data("--data", '["[private]", "public"]') == ["[private]", "public"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "fit --pretrain.lr abc --cluster.k x --pretrain.epochs 0",
+            "pretrain.lr is 'abc'; it must be a number; cluster.k is 'x'; it must be a whole number; pretrain.epochs",
+        ),
+        ("fit --pretrain.sizes [a]", "pretrain.sizes[0] is 'a'; it must be a whole number"),
+        ("embed RUN --exits 7", "exits is 7; it must be one of 1, 2, 3, 4, final, all"),
+        ("fit --config recipe.yaml --seed 1", "pretrain.lr is 'fast'; it must be a number"),
+        ("fit --epochs 3", "did you mean --pretrain.epochs or --distill.epochs?"),
+        ("fit --dat x --pretrain.epoch 3", "did you mean --data, --pretrain.epochs?"),
+    ],
+)
+def test_values_and_flags_that_are_none_are_told_all_at_once(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("pretrain: {lr: fast}")
+    assert sssd(*words.split(), "--data", "x", "--out", "y") == 2
+    line = one_line(capsys)
+    assert message in line
+    assert "class" not in line

@@ -99,7 +99,7 @@ def test_the_learning_rate_follows_the_batch_size_unless_the_optimiser_is_given(
 
 
 def test_few_images_get_advice_and_those_that_took_it_do_not():
-    assert "--init NAME --features NAME" in advice(300, ARGS)
+    assert "--init NAME --features ENCODER" in advice(300, ARGS)
     assert advice(20_000, ARGS) is not None
     assert advice(20_001, ARGS) is None
     taken = ({"features": "resnet18"}, {"init": "old"}, {"pretrain": MoCoConfig(init="old")}, {"pretrain_data": "more"})

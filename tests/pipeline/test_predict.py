@@ -115,6 +115,15 @@ def plain(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("plain") / "network", classes=3)
 
 
+@pytest.fixture(scope="module")
+def exit_two(tmp_path_factory):
+    """A network with one exit."""
+    network = timm.create_model("sssd_resnet18_cifar", num_classes=3, output="2")
+    folder = tmp_path_factory.mktemp("exit") / "network"
+    save_network(folder, network, "sssd_resnet18_cifar", input_size=32)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -124,14 +133,21 @@ def plain(tmp_path_factory):
         (["{tmp_path}/no_model", "{image}"], "no folder"),
         (["{plain}", "{image}", "--output", "early-exit"], "no thresholds"),
         (["{run}", "{image}", "--output", "2", "--thresholds", "[1, 1, 1]"], "--thresholds"),
+        (["{exit_two}", "{image}", "--thresholds", "[1, 1, 1]"], "has one exit, so there is no early exit"),
         (["{run}", "{image}", "--thresholds", "[1, 1]"], "thresholds is [1.0, 1.0]; it must have 3 items"),
         (["resnet10t", "{image}"], "resnet10t"),
         (["{run}", "", "{image}"], "images[0] is empty"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_mistakes(words, message, run, plain, folder_of_images, tmp_path, capsys):
-    places = {"run": run, "plain": plain, "tmp_path": tmp_path, "image": folder_of_images / "red" / "00.png"}
+def test_mistakes(words, message, run, plain, exit_two, folder_of_images, tmp_path, capsys):
+    places = {
+        "run": run,
+        "plain": plain,
+        "exit_two": exit_two,
+        "tmp_path": tmp_path,
+        "image": folder_of_images / "red" / "00.png",
+    }
     assert sssd("predict", *(word.format(**places) for word in words), "--device", "cpu") == 2
     assert message in one_line(capsys)
 
