@@ -26,7 +26,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sssd_zoo.configs import AnchoredConfig, DataConfig, EmbedArgs, MoCoConfig, SEEDConfig, SelfDistillationConfig
+from sssd_zoo.configs import (
+    AnchoredConfig,
+    ContrastiveConfig,
+    DataConfig,
+    EmbedArgs,
+    MoCoConfig,
+    SEEDConfig,
+    SelfDistillationConfig,
+)
 from sssd_zoo.cpus import SPINS, WAITING, available_cpus
 from sssd_zoo.data import loading
 from sssd_zoo.data.augment import BatchRandom
@@ -45,6 +53,7 @@ from sssd_zoo.tasks import (
     AnchoredClusterFit,
     AnchoredSelfDistillation,
     ClusterFit,
+    ContrastiveSelfDistillation,
     FrozenEncoder,
     MoCo,
     SelfDistillation,
@@ -460,7 +469,7 @@ def benchmark_methods(batch_size: int = 64, steps: int = 5, rounds: int = 5) -> 
     methods the same training time.
 
     Args:
-        batch_size: images per step; MoCo, of which 'pretext' is a step, has twice as many, in 4 splits.
+        batch_size: images per step; 'contrastive' and 'pretext', a step of MoCo, have twice as many, in 4 splits.
         steps: timed per round; the median counts.
         rounds: of all methods.
 
@@ -479,20 +488,23 @@ def benchmark_methods(batch_size: int = 64, steps: int = 5, rounds: int = 5) -> 
         return timm.create_model("sssd_resnet18", **kwargs)
 
     moco = MoCoConfig(symmetric=False, splits=4, queue_size=256)
+    contrastive = ContrastiveConfig(splits=4, queue_size=256)
     tasks: dict[str, Task] = {
         "sssd": SelfDistillation(network(num_classes=200), config, SPEC),
         "anchored": AnchoredSelfDistillation(network(num_classes=200), encoder(), config, SPEC),
+        "contrastive": ContrastiveSelfDistillation(network(num_classes=200), contrastive, SPEC),
         "clusterfit": ClusterFit(network(num_classes=200, output="final"), config, SPEC),
         "clusterfit-anchored": AnchoredClusterFit(network(num_classes=200, output="final"), encoder(), config, SPEC),
         "seed": SEED(network(num_classes=0), network(num_classes=0), SEEDConfig(queue_size=1024), SPEC, SPEC),
         "pretext": MoCo(network(num_classes=0), moco, SPEC),
     }
-    sizes = {name: batch_size * (2 if name == "pretext" else 1) for name in tasks}
+    by_adamw = ("contrastive", "seed", "pretext")
+    sizes = {name: batch_size * (2 if name in ("contrastive", "pretext") else 1) for name in tasks}
     optimizers = {}
     for name, task in tasks.items():
         task.to(memory_format=torch.channels_last).train()
         trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
-        optimizers[name] = torch.optim.AdamW(trained) if name in ("seed", "pretext") else torch.optim.SGD(trained, 0.01)
+        optimizers[name] = torch.optim.AdamW(trained) if name in by_adamw else torch.optim.SGD(trained, 0.01)
 
     def step(name: str, number: int) -> float:
         images = torch.randint(0, 256, (sizes[name], 3, 32, 32), dtype=torch.uint8)

@@ -39,6 +39,7 @@ from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig, Q
 from sssd_zoo.configs.methods import (
     AnchoredConfig,
     ClusterConfig,
+    ContrastiveConfig,
     DetectorConfig,
     MoCoConfig,
     PretextConfig,
@@ -56,6 +57,7 @@ __all__ = [
     "ClusterConfig",
     "ClustersArgs",
     "CompareArgs",
+    "ContrastiveConfig",
     "DataConfig",
     "DetectArgs",
     "DetectEvalArgs",

@@ -9,6 +9,7 @@ from sssd_zoo.configs.evaluation import ForwardConfig, KNNConfig, ProbeConfig, Q
 from sssd_zoo.configs.methods import (
     AnchoredConfig,
     ClusterConfig,
+    ContrastiveConfig,
     DetectorConfig,
     MoCoConfig,
     PretextConfig,
@@ -283,9 +284,10 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
         methods: any of 'sssd', 'random' (BYOT on random labels), 'true' (BYOT on true labels), 'clusterfit', 'seed' and
             'dacsd'; variants of SSSD: 'sssd-warm' (trunk initialised from M_ssl), 'sssd-redos' (best of several runs of
             k-means), 'sssd-soft' (soft labels), 'anchored' and 'anchored-warm' (docs/anchored.md);
+            'contrastive', which starts from M_ssl's weights, too, and goes on with the pretext (docs/methods.md);
             'clusterfit-anchored'; and 'pretext', M_ssl itself.
-        epochs: epochs of single methods in place of those of `distill` and `seed_method`, such as '{clusterfit: 6}', to
-            give all the same training time; for 'pretext' those of MoCo.
+        epochs: epochs of single methods in place of those of `distill`, `contrastive` and `seed_method`, such as
+            '{clusterfit: 6}', to give all the same training time; for 'pretext' those of MoCo.
         variants: more methods, each one of those that learn pseudo labels with some settings of `distill` changed, by
             names of your own: '{anchored-mixup: {method: anchored, mix: mixup}}'.
         seeds: random seeds; every method is run once for each. They replace --seed.
@@ -297,9 +299,11 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
         pretrain: MoCo v2.
         cluster: k-means; its k is also the number of classes of random labels and of DACSD's.
-        distill: training of all methods that learn from labels.
+        distill: training of all methods that learn from labels, but 'contrastive'.
+        contrastive: training of 'contrastive'.
         seed_method: SEED.
-        augment: augmentations of all trainings, in place of those of `pretrain`, `distill` and `seed_method`.
+        augment: augmentations of all trainings, in place of those of `pretrain`, `distill`, `contrastive` and
+            `seed_method`.
         redos: number of random initialisations of k-means for 'sssd-redos'.
         soft: temperature of the soft labels of 'sssd-soft', which cover each image's 8 nearest centroids.
         probe: linear probes.
@@ -324,6 +328,7 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
                 "sssd-soft",
                 "anchored",
                 "anchored-warm",
+                "contrastive",
                 "clusterfit-anchored",
                 "pretext",
             ]
@@ -339,6 +344,7 @@ class CompareArgs(DataConfig, RuntimeConfig, PretextConfig):
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: AnchoredConfig = field(default_factory=AnchoredConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     seed_method: SEEDConfig = field(default_factory=SEEDConfig)
     augment: AugmentConfig | None = None
     redos: Count = 5

@@ -177,6 +177,46 @@ class AnchoredConfig(SelfDistillationConfig):
 
 
 @dataclass(kw_only=True)
+class ContrastiveConfig(SelfDistillationConfig):
+    """Contrastive self distillation, beyond the paper: see `sssd_zoo.tasks.contrastive`. Defaults are for 32-px images.
+
+    Args:
+        contrast: weight of the contrast, by which every exit also recognises another view of its image.
+        dim: dimension of the embeddings that are compared.
+        queue_size: number of keys in the queue; at most the number of images.
+        key_momentum: momentum of the key encoder's exponential moving average.
+        contrast_temperature: temperature of the InfoNCE loss.
+        splits: number of groups that the batch is split into for BatchNorm, the keys shuffled across them; a multiple
+            of the number of processes.
+        blur: probability of Gaussian blur in the query's view.
+        crop: of the key's view: 'resized', a random resized crop as the query's, or 'pad', which shifts the image.
+        crop_scale: smallest and largest fraction of an image's area that a random resized crop keeps.
+        augment: flips, rotation, jitter, blur and grey: of the query's view as in MoCo, of the key's as in methods that
+            learn from labels.
+    """
+
+    optimizer: str = "adamw"
+    lr: LearningRate = 0.001
+    weight_decay: Weight = 0.05
+    crop: Literal["pad", "resized"] = "resized"
+    crop_scale: CropScale = (0.2, 1.0)
+    contrast: Weight = 3.0
+    dim: Channels = 128
+    queue_size: QueueSize = 4096
+    key_momentum: Fraction = 0.99
+    contrast_temperature: Temperature = 0.1
+    splits: Count = 4
+    blur: Fraction = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises `SettingsError` also for mixed images, whose other view there is not."""
+        super().__post_init__()
+        self.augment.resolved(contrastive=True, blur=self.blur)
+        if self.mix != "none":
+            raise SettingsError(f"contrastive training has no other view of mixed images: remove mix {self.mix}")
+
+
+@dataclass(kw_only=True)
 class SEEDConfig(OptimConfig):
     """SEED, a method that SSSD is compared with; the defaults are for 32-px images.
 

@@ -51,6 +51,7 @@ from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
+from sssd_zoo.pipeline.pretrain import check_splits
 from sssd_zoo.pipeline.seed import seed_network
 from sssd_zoo.pipeline.stages import Stage, Stages
 from sssd_zoo.training.runs import begin_config, check_queue, save_config, settings_of
@@ -59,6 +60,7 @@ LABELLED = {  # the methods that learn pseudo labels, and the stage that makes t
     "sssd": "labels",
     "anchored": "labels",
     "anchored-warm": "labels",
+    "contrastive": "labels",
     "sssd-warm": "labels",
     "sssd-redos": "labels-redos",
     "sssd-soft": "labels-soft",
@@ -67,9 +69,10 @@ LABELLED = {  # the methods that learn pseudo labels, and the stage that makes t
 }
 ANCHORED = ("anchored", "anchored-warm", "clusterfit-anchored")
 EXTENSIONS = ("dense", "cached_views")  # settings of an anchor
-WARM = ("sssd-warm", "anchored-warm")  # start from M_ssl's weights
+WARM = ("sssd-warm", "anchored-warm", "contrastive")  # start from M_ssl's weights
 NAMED: dict[str, Name] = {"random": "random", "true": "true", "dacsd": "own"}  # the other methods, and their labels
 NEAREST = 8  # centroids that soft labels are over
+OWN = {"contrastive": "contrastive", "seed": "seed_method"}  # methods with arguments of their own, and these
 TAUGHT = (*LABELLED, "seed", "pretext")  # the methods that need M_ssl; the others start from nothing
 
 
@@ -78,8 +81,8 @@ def compare(args: CompareArgs) -> None:
     began = time.perf_counter()
     check_arguments(args)
     others = [result for folder in args.also for result in read_results(Path(folder))]
-    trained = ["distill", "seed_method"] if "seed" in args.methods else ["distill"]
-    args = with_augment(args, ("pretrain", "distill", "seed_method"))
+    trained = ["distill", *(own for method, own in OWN.items() if method in args.methods)]
+    args = with_augment(args, ("pretrain", "distill", *OWN.values()))
     bases = {*args.methods, *(changes["method"] for changes in args.variants.values())}
     warm, taught = bool(set(WARM) & bases), bool(set(TAUGHT) & bases)
     setup = set_up(
@@ -92,8 +95,11 @@ def compare(args: CompareArgs) -> None:
         require_labels=True,
     )
     out = setup.out
-    if "seed" in args.methods:
-        check_queue(args.seed_method.queue_size, len(setup.data))
+    for method, own in OWN.items():
+        if method in args.methods:
+            check_queue(getattr(args, own).queue_size, len(setup.data))
+    if "contrastive" in args.methods:
+        check_splits(args.contrastive, setup.inputs["processes"])
     evaluation = evaluation_data(
         setup.data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seeds[0]
     )
@@ -150,8 +156,8 @@ def check_variants(args: CompareArgs) -> None:
                 f"--variants names {plain(name)!r}, which is a method's name or cannot be that of a folder; give one "
                 "such as anchored-mixup"
             )
-        if changes.get("method") not in LABELLED:
-            raise UserError(f"--variants {name} needs a `method`, one of {', '.join(LABELLED)}")
+        if changes.get("method") not in (varied := [method for method in LABELLED if method not in OWN]):
+            raise UserError(f"--variants {name} needs a `method`, one of {', '.join(varied)}")
         if unknown := sorted(set(changes) - {"method", *known}):
             raise UserError(f"--variants {name} changes {listed(unknown)}; it may change {', '.join(known)}")
         config = variant(args, name)
@@ -299,13 +305,14 @@ class Plan:
         if method in args.variants:
             usual = variant(args, method).epochs
         else:
-            usual = args.seed_method.epochs if method == "seed" else args.distill.epochs
+            usual = getattr(args, OWN.get(method, "distill")).epochs
         return args.epochs.get(method, usual)
 
     def config(self, method: str) -> OptimConfig:
         """How a method's network is trained, for its own epochs."""
         args, base = self.args, self.base(method)
-        kinds: dict[str, OptimConfig] = {"seed": args.seed_method, "pretext": args.pretrain}
+        kinds: dict[str, OptimConfig] = {name: getattr(args, own) for name, own in OWN.items()}
+        kinds["pretext"] = args.pretrain
         distill = variant(args, method) if method in args.variants else args.distill
         config = kinds.get(method, distill)
         if epochs := self.epochs(method):  # none of its own has M_ssl itself

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sssd_zoo.configs import (
     AnchoredConfig,
+    ContrastiveConfig,
     DataConfig,
     DistillArgs,
     ForwardConfig,
@@ -41,6 +42,7 @@ from sssd_zoo.tasks import (
     AnchoredClusterFit,
     AnchoredSelfDistillation,
     ClusterFit,
+    ContrastiveSelfDistillation,
     FrozenEncoder,
     LabelTask,
     SelfDistillation,
@@ -107,7 +109,10 @@ def distill_network(
         task: LabelTask = ClusterFit(model, config, views)
     else:
         settings |= method_settings(config, type(config))
-        task = SelfDistillation(model, config, views)
+        if isinstance(config, ContrastiveConfig):
+            task = ContrastiveSelfDistillation(model, config, views)
+        else:
+            task = SelfDistillation(model, config, views)
     if isinstance(config, AnchoredConfig) and config.anchor:
         task, cached, anchor = anchored_task(
             model, data, config, runtime, spec, method=method, encoder=encoder, teacher_size=teacher_size

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from sssd_zoo.configs import (
+    ContrastiveConfig,
     DataConfig,
     MoCoConfig,
     OptimConfig,
@@ -87,7 +88,7 @@ def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes:
     check_splits(config, processes)
 
 
-def check_splits(config: MoCoConfig, processes: int) -> None:
+def check_splits(config: MoCoConfig | ContrastiveConfig, processes: int) -> None:
     """Raises `UserError` unless the processes and the batch can be split as `config` says."""
     images, parts = config.batch_size // config.accumulate, max(1, config.splits)
     if config.splits % processes or images % parts:

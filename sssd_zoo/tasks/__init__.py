@@ -3,6 +3,7 @@
 from sssd_zoo.tasks.anchored import AnchoredClusterFit, AnchoredSelfDistillation, FrozenEncoder
 from sssd_zoo.tasks.base import LabelTask, Task
 from sssd_zoo.tasks.clusterfit import ClusterFit
+from sssd_zoo.tasks.contrastive import ContrastiveSelfDistillation
 from sssd_zoo.tasks.moco import MoCo
 from sssd_zoo.tasks.seed import SEED
 from sssd_zoo.tasks.sssd import SelfDistillation
@@ -12,6 +13,7 @@ __all__ = [
     "AnchoredClusterFit",
     "AnchoredSelfDistillation",
     "ClusterFit",
+    "ContrastiveSelfDistillation",
     "FrozenEncoder",
     "LabelTask",
     "MoCo",

@@ -55,7 +55,7 @@ class Task(nn.Module):
     def __init__(self, spec: InputSpec) -> None:
         super().__init__()
         self.size, self.mean, self.std = spec
-        self._augment: dict[int, AugmentConfig] = {}
+        self._augment: dict[tuple[int, float | None], AugmentConfig] = {}
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What to train, as torch's optimisers take it: `params`, and `lr_scale` where a group's rate is not the run's.
@@ -86,10 +86,10 @@ class Task(nn.Module):
             blur: the method's own `blur` where it is a contrastive one, else None.
         """
         channels = images.shape[1]
-        if channels not in self._augment:
-            known = augment.resolved(contrastive=blur is not None, channels=channels, blur=blur or 0.0)
-            self._augment[channels] = known
-        return self._augment[channels]
+        key = (channels, blur)
+        if key not in self._augment:
+            self._augment[key] = augment.resolved(contrastive=blur is not None, channels=channels, blur=blur or 0.0)
+        return self._augment[key]
 
     def before_step(self) -> None:
         """Called once before every optimiser step, however many batches it accumulates."""

@@ -1,6 +1,7 @@
 """MoCo v2: instance discrimination with a momentum encoder and a queue of keys (He et al. 2020; Chen et al. 2020)."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from sssd_zoo.tasks.queue import enqueue
 from sssd_zoo.tasks.split_batchnorm import split_batchnorm
 
 
+def projector(width: int, dim: int) -> nn.Sequential:
+    """MoCo v2's two-layer projector: features [B, width] to [B, dim]."""
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
+
+
 class Encoder(nn.Module):
     """A trunk and MoCo v2's two-layer projector; embeddings [B, dim] of unit length.
 
@@ -28,8 +34,7 @@ class Encoder(nn.Module):
     def __init__(self, trunk: nn.Module, dim: int) -> None:
         super().__init__()
         self.trunk = trunk
-        width = feature_width(trunk)
-        self.projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, dim))
+        self.projector = projector(feature_width(trunk), dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embeds [B, C, H, W]; float32 [B, dim]."""
@@ -52,6 +57,24 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> t
     logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
     target = torch.zeros(len(query), dtype=torch.long, device=query.device)
     return F.cross_entropy(logits, target), (logits.argmax(1) == 0).float().mean()
+
+
+@torch.no_grad()
+def shuffled_keys(embed: Callable[[Tensor], Tensor], images: Tensor, shuffle: Tensor) -> Tensor:
+    """Embeds the keys of the GLOBAL batch, shuffled over parts and processes, and puts them back in order.
+
+    Args:
+        embed: the momentum encoder, images to embeddings.
+        images: float32 [B, C, size, size], this process's.
+        shuffle: int64 [B * world], a permutation, the same in every process; on the images' device.
+
+    Returns:
+        Float32 [B * world, dim], in the order of the global batch.
+    """
+    mine = shuffle.chunk(world_size())[rank()]
+    shuffled = gather(images)[mine].contiguous(memory_format=torch.channels_last)
+    embeddings = gather(embed(shuffled))
+    return embeddings[shuffle.argsort()]
 
 
 class MoCo(Task):
@@ -102,22 +125,6 @@ class MoCo(Task):
             list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1 - self.config.key_momentum
         )
 
-    @torch.no_grad()
-    def keys(self, images: Tensor, shuffle: Tensor) -> Tensor:
-        """Embeds the keys of the GLOBAL batch, shuffled over parts and processes, and puts them back in order.
-
-        Args:
-            images: float32 [B, C, size, size], this process's.
-            shuffle: int64 [B * world], a permutation, the same in every process; on the images' device.
-
-        Returns:
-            Float32 [B * world, dim], in the order of the global batch.
-        """
-        mine = shuffle.chunk(world_size())[rank()]
-        shuffled = gather(images)[mine].contiguous(memory_format=torch.channels_last)
-        embeddings = gather(self.key_encoder(shuffled))
-        return embeddings[shuffle.argsort()]
-
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss; queues the batch's keys when it trains."""
         first, second = batch["views"]
@@ -126,7 +133,7 @@ class MoCo(Task):
         pairs = [(first, second), (second, first)] if self.config.symmetric else [(first, second)]
         losses, hits, new = [], [], []
         for (query_view, key_view), shuffle in zip(pairs, batch["shuffles"], strict=False):
-            keys = self.keys(key_view, shuffle)
+            keys = shuffled_keys(self.key_encoder, key_view, shuffle)
             query = self.query_encoder(query_view)
             positive = keys.chunk(world_size())[rank()]
             loss, hit = info_nce(query, positive, queue, self.config.temperature)

@@ -19,6 +19,7 @@ TINY_COMPARE = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "16"),
     *("--pretrain.splits", "2", "--pretrain.queue_size", "32", "--cluster.k", "4", "--distill.epochs", "1"),
     *("--distill.batch_size", "16", "--seed_method.epochs", "1", "--seed_method.batch_size", "16"),
+    *("--contrastive.epochs", "1", "--contrastive.batch_size", "16", "--contrastive.queue_size", "32"),
     *("--seed_method.queue_size", "32", "--probe.probe_weight_decay", "0.01", "--device", "cpu"),
 ]
 TINY_DETECTION = [

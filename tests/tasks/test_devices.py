@@ -7,7 +7,7 @@ import timm
 import torch
 
 import sssd_zoo  # noqa: F401  registers the models with timm
-from sssd_zoo.configs import AnchoredConfig, MoCoConfig, SEEDConfig, SelfDistillationConfig
+from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, MoCoConfig, SEEDConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.models.maps import MapShape
@@ -16,6 +16,7 @@ from sssd_zoo.tasks import (
     AnchoredClusterFit,
     AnchoredSelfDistillation,
     ClusterFit,
+    ContrastiveSelfDistillation,
     FrozenEncoder,
     MoCo,
     SelfDistillation,
@@ -63,6 +64,7 @@ TASKS = {
     "seed": lambda: SEED(trunk(), trunk(), SEEDConfig(queue_size=32), SPEC, LARGER),
     "sssd": lambda: SelfDistillation(student(), PLAIN, SPEC),
     "sssd, resized crops": lambda: SelfDistillation(student(), SelfDistillationConfig(crop="resized"), SPEC),
+    "contrastive": lambda: ContrastiveSelfDistillation(student(), ContrastiveConfig(queue_size=32), SPEC),
     "anchored": anchored,
     "anchored, dense": dense,
     "clusterfit, anchored": anchored_clusterfit,

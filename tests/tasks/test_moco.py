@@ -13,7 +13,7 @@ from torch import nn
 from sssd_zoo.configs import MoCoConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.inputs import InputSpec
-from sssd_zoo.tasks.moco import Encoder, MoCo, info_nce
+from sssd_zoo.tasks.moco import Encoder, MoCo, info_nce, shuffled_keys
 from sssd_zoo.tasks.queue import enqueue
 from sssd_zoo.tasks.split_batchnorm import GhostBatchNorm2d, split_batchnorm
 
@@ -226,12 +226,15 @@ def test_shuffle_hides_which_images_share_statistics():
     task = make()
     images = torch.randn(8, 3, 12, 12)
     images[4:] += 5
-    still = task.keys(images, torch.arange(8))
-    mixed = task.keys(images, torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]))
+    still = shuffled_keys(task.key_encoder, images, torch.arange(8))
+    mixed = shuffled_keys(task.key_encoder, images, torch.tensor([0, 4, 1, 5, 2, 6, 3, 7]))
     whole = make(splits=1)
     torch.testing.assert_close(still[:4], whole.key_encoder(images[:4]))
     assert not torch.allclose(still, mixed), "the statistics are of other images"
-    torch.testing.assert_close(whole.keys(images, torch.randperm(8)), whole.keys(images, torch.arange(8)))
+    torch.testing.assert_close(
+        shuffled_keys(whole.key_encoder, images, torch.randperm(8)),
+        shuffled_keys(whole.key_encoder, images, torch.arange(8)),
+    )
 
 
 def test_running_statistics_span_steps_whatever_the_splits():
