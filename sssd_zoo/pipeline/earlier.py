@@ -64,7 +64,8 @@ def changed_settings(out: Path, args: FitArgs) -> dict[str, tuple[Any, Any]]:
     now = flat(json.loads(json.dumps(asdict(args))))
     usual = flat(json.loads(json.dumps(asdict(FitArgs(data="data", out="out")))))
     there = {**usual, **there}  # one of an earlier version lacks those that are new
-    names = [name for name in now if name not in HOW | CONTENT]
+    unused = ("pretrain.", "quality_every", "best_by") if args.features is not None else ()
+    names = [name for name in now if name not in HOW | CONTENT and not name.startswith(unused)]
     return {name: (there.get(name), now[name]) for name in names if there.get(name) != now[name]}
 
 

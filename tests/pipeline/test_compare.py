@@ -4,7 +4,9 @@ import json
 
 import pytest
 import timm
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from helpers.commands import TINY_COMPARE as TINY
 from helpers.commands import one_line, sssd
@@ -117,6 +119,24 @@ def test_other_settings_are_told_before_anything_is_trained(folder_of_images, tm
     assert "[true] done before" in capsys.readouterr().out
 
 
+def test_contrastive_starts_from_the_pretext(folder_of_images, tmp_path, capsys):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
+    assert sssd(*words, "--methods", "[contrastive]", "--contrastive.lr", "1e-12") == 0
+    record = json.loads((tmp_path / "seed-0" / "steps" / "contrastive.json").read_text())
+    assert record["inputs"]["warm_start"] is True
+    assert record["inputs"]["contrast"] == 3
+    trunk, trained = (
+        load_file(tmp_path / "seed-0" / name / "model.safetensors") for name in ("pretrain", "contrastive")
+    )
+    for name in ("layer1.0.conv1.weight", "layer4.1.conv2.weight"):
+        torch.testing.assert_close(trained[name], trunk[name])
+    methods, *_ = report(tmp_path)
+    assert methods[METHODS["contrastive"]][0] != "not run"
+    capsys.readouterr()
+    assert sssd(*words, "--methods", "[contrastive]", "--contrastive.contrast", "2", "--contrastive.lr", "1e-12") == 2
+    assert "contrastive.contrast: 3.0 there, 2.0 now" in one_line(capsys)
+
+
 def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
     variants = "{mixed: {method: anchored-warm, mix: mixup}, twice: {method: clusterfit, epochs: 2}}"
@@ -156,6 +176,13 @@ def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):
         (("--also", "[a, ./a]"), "a folder twice, whose results would count twice"),
         (("--methods", "[]"), "methods is []"),
         (("--seed_method.queue_size", "999"), "queue_size 999"),
+        (("--methods", "[contrastive]", "--contrastive.queue_size", "999"), "queue_size 999"),
+        (("--methods", "[contrastive]", "--contrastive.splits", "3"), "splits 3 must be"),
+        (
+            ("--methods", "[contrastive]", "--contrastive.mix", "mixup"),
+            "no other view of mixed images: remove mix mixup",
+        ),
+        (("--variants", "{a: {method: contrastive}}"), "a needs a `method`, one of"),
         (("--methods", "[sssd-soft]", "--soft", "0"), "soft is 0.0;"),
         (("--methods", "[sssd-warm]", "--pretrain_model", "sssd_resnet34"), "do not fit"),
     ],
