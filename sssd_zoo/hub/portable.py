@@ -44,8 +44,7 @@ def plain_network(model: MultiExit) -> tuple[nn.Module, str]:
     if model.cifar_stem:
         stem = "a 3x3 stride-1 convolution without max-pool" if isinstance(model, SSSDResNet) else "for small images"
         raise UserError(
-            f"no network of timm has the stem of {arch}, {stem}, so it has no plain timm form: {other_formats}, or see "
-            "docs/deploy.md"
+            f"no network of timm has the stem of {arch}, {stem}, so it has no plain timm form: {other_formats}"
         )
     name = str(getattr(model, "backbone", arch.removeprefix("sssd_")))
     if name == arch or not timm.is_model(name):

@@ -54,7 +54,9 @@ def rename(args: RenameArgs) -> None:
         link_network(run)  # before a copy of the network by the run's name differs from it
     write_json(folder / "config.json", renamed(config, names))
     print(f"{folder}: {classes} clusters, {len(set(names))} answers of different names")
-    print(f"named: {listed([plain(name) for name in dict.fromkeys(given[number] for number in sorted(given))], 10)}")
+    print(
+        f"named: {listed([repr(plain(name)) for name in dict.fromkeys(given[number] for number in sorted(given))], 10)}"
+    )
     print(f"to use them: sssd predict {plain(args.model)} IMAGES")
 
 
