@@ -488,7 +488,11 @@ def _write(
         f"- **Labels and SEED's teacher from**: {pretext or 'no network'}; K = {setting.k:,}",
         f"- **Training**: {args.distill.epochs} epochs of all that learn labels"
         + (f", {setting.seed_epochs} of SEED" if "seed" in args.methods else "")
-        + ("; where a row of the table says otherwise, that many" if args.epochs else ""),
+        + (
+            "; where a row of the table says otherwise, that many"
+            if args.epochs or set(OWN) & set(args.methods)
+            else ""
+        ),
         f"- **Seeds**: {', '.join(map(str, args.seeds))}",
         f"- **Machine**: {markdown(setting.machine)}",
         "",

@@ -3,8 +3,8 @@
 Labels hold no more than M_ssl knew when they were made. To equation 4 of the paper this adds
 w sum_i InfoNCE(g_i(F_i), k), MoCo's task for every exit: g_i is a projector of its own, F_i are the exit's features of
 the query's view, and k is the embedding of another view of the image by the momentum encoder: a moving average of the
-network, whose last exit gives the embedding. The key's view is only cropped and flipped, as in ReSSL (Zheng et al. 2021,
-arXiv:2107.09282).
+network, whose last exit gives the embedding. The key's view is only cropped and flipped, as in ReSSL (Zheng et al.
+2021, arXiv:2107.09282).
 """
 
 import copy

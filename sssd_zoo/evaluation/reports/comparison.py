@@ -26,14 +26,7 @@ METHODS = {
     "dacsd": "DACSD",
     "pretext": "M_ssl itself",
 }
-VARIANTS = (
-    "sssd-warm",
-    "sssd-redos",
-    "sssd-soft",
-    "anchored",
-    "anchored-warm",
-    "contrastive",
-)  # of SSSD, beyond the paper
+VARIANTS = ("sssd-warm", "sssd-redos", "sssd-soft", "anchored", "anchored-warm")  # of SSSD, beyond the paper
 PAPER = ("sssd", "random", "true", "clusterfit", "seed", "dacsd")  # a report says which of them were not run
 COLUMNS = ("exit 1", "exit 2", "exit 3", "exit 4", "ensemble")
 NOT_RUN = "not run"
