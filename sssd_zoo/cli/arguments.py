@@ -80,7 +80,7 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints `message` on one line and exits with status 2; raises `WrongValue` where that is what is wrong."""
-        if wrong := re.match(r'Parser key "([\w.]+)":\s', message):
+        if wrong := re.match(r'Parser key "(?!config")([\w.]+)":\s', message):
             raise WrongValue(wrong[1], message) from ex
         if "nrecognized arguments: " in message:
             known = [flag[2:] for flag in self._option_string_actions]

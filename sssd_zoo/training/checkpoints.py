@@ -228,10 +228,13 @@ class Checkpoints:
         if saved and rank() == 0:
             path, record = saved[-1]
             write_record(path, {**record, "not_finite_at": step})
-        origin = f"; where the command has --resume, that starts from the last good checkpoint, {good[-1]}"
+        origin = (
+            f"where the command has --resume, that goes on from the last good checkpoint, {good[-1]}"
+            if good
+            else "there is no good checkpoint, so it starts from scratch"
+        )
         return UserError(
-            f"{problem}: run it again with a lower lr, warmup_epochs, clip_grad or precision fp32"
-            f"{origin if good else ''}"
+            f"{problem}; run it again with a lower lr, warmup_epochs, clip_grad or precision fp32 ({origin})"
         )
 
 

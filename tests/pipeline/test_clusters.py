@@ -103,7 +103,7 @@ def test_pages_are_read_as_the_run_read_them(tmp_path, capsys):
     assert sssd(*words, *settings) == 0
     assert (tmp_path / "again" / "clusters.csv").read_bytes() == (tmp_path / "out" / "clusters.csv").read_bytes()
 
-    words = [WORDS[1], "--data", data, "--out", tmp_path / "e.parquet", *settings, "--max_corrupt=2"]
+    words = [WORDS[1], "--data", data, "--out", tmp_path / "e.parquet", *settings, "--max_corrupt=2", "--workers=0"]
     assert sssd("embed", *words) == 0
     capsys.readouterr()
     assert sssd("search", WORDS[1], tmp_path / "e.parquet", tmp_path / "out" / rows[0]["file"]) == 0
