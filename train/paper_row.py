@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from sssd_zoo.cli.guard import guarded
-from sssd_zoo.configs import AnchoredConfig, ClusterConfig, DataConfig, FitArgs, MoCoConfig, RuntimeConfig
+from sssd_zoo.configs import ClusterConfig, DataConfig, FitArgs, MoCoConfig, RuntimeConfig, StudentConfig
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.distributed.hardware import machine, tune_cpu
 from sssd_zoo.files import RUN_MARK, read_json, write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.labels.origin import labels_by_name
 from sssd_zoo.pipeline.distill import distill_network
-from sssd_zoo.pipeline.fit import Plan, fit, set_up_fit, with_anchor
+from sssd_zoo.pipeline.fit import Plan, fit, set_up_fit, with_method
 from sssd_zoo.pipeline.pretext import with_augment
 from sssd_zoo.pipeline.pretrain import pretrain_network
 from sssd_zoo.pipeline.stages import Stages
@@ -56,9 +56,9 @@ def pretrain_config(epochs: int, batch: int, images: int, crop_min: float) -> Mo
     )
 
 
-def distill_config(epochs: int, batch: int) -> AnchoredConfig:
+def distill_config(epochs: int, batch: int) -> StudentConfig:
     """That recipe's self distillation with four times the batch size and learning rate, for a GPU, after a warm-up."""
-    return AnchoredConfig(epochs=epochs, batch_size=batch, lr=0.4 * batch / 512, warmup_epochs=min(5, epochs / 10))
+    return StudentConfig(epochs=epochs, batch_size=batch, lr=0.4 * batch / 512, warmup_epochs=min(5, epochs / 10))
 
 
 def product_rate(device: torch.device) -> float:
@@ -217,7 +217,7 @@ def copy_pretext(source: Path, target: Path) -> None:
 
 def train(args: FitArgs) -> None:
     """The stages of `sssd fit` that train, and the clusters; `fit` takes their results."""
-    args = with_augment(replace(args, distill=with_anchor(args)), ("pretrain", "distill"))
+    args = with_augment(with_method(args), ("pretrain", "distill"))
     setup, _ = set_up_fit(args, None)
     plan = Plan(args, setup, evaluation=None, start={})
     stages = Stages(plan.out, {**setup.inputs, "seed": args.seed})

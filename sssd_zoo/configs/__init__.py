@@ -45,6 +45,7 @@ from sssd_zoo.configs.methods import (
     PretextConfig,
     SEEDConfig,
     SelfDistillationConfig,
+    StudentConfig,
 )
 from sssd_zoo.configs.ranges import SettingsError
 from sssd_zoo.configs.training import OptimConfig, RuntimeConfig
@@ -96,4 +97,5 @@ __all__ = [
     "SelfDistillationConfig",
     "SettingsError",
     "SpaceArgs",
+    "StudentConfig",
 ]

@@ -15,6 +15,7 @@ from sssd_zoo.configs.methods import (
     PretextConfig,
     SEEDConfig,
     SelfDistillationConfig,
+    StudentConfig,
 )
 from sssd_zoo.configs.ranges import (
     LARGEST_COUNT,
@@ -216,18 +217,21 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
         model: timm name of the student network; by default one of this package's, chosen by the image size. Any network
             of timm's that runs in stages can be given, such as mobilenetv4_conv_small: it gets four exits, and for
             views of at most 40 px a stem that suits them (docs/backbones.md).
-        method: 'sssd', the method of the paper, or 'anchored' self distillation, in which every exit also predicts the
-            features that were clustered (docs/anchored.md). By default 'anchored' with `features` or `distill.anchor`,
-            else 'sssd'.
+        method: 'sssd', the method of the paper; 'anchored' self distillation, in which every exit also predicts the
+            features that were clustered (docs/anchored.md); or 'contrastive' self distillation, which starts from the
+            weights of the network that was clustered and goes on with the pretext at every exit, by default with AdamW
+            and random resized crops (docs/methods.md). By default 'anchored' with `features` or `distill.anchor`, else
+            'sssd'.
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
             224.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
         pretrain: MoCo v2.
         cluster: k-means.
-        distill: self distillation.
+        distill: self distillation; of the settings of a single method, those of another have no effect.
         augment: augmentations of all trainings, in place of those of `pretrain` and `distill`.
         warm_start: initialise the distilled network's trunk from the network that was clustered, not at random as in
-            the paper.
+            the paper. With the method 'contrastive' this is the default, unless that network or the trunk's weights are
+            given.
         init: another network to initialise that trunk from: a run folder, or a timm name with weights, such as
             sssd_resnet18_cifar.cifar10.
         soft: temperature of soft labels, see `sssd distill`; needs `cluster.nearest` above 1, such as 8. By default
@@ -246,12 +250,12 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
 
     out: str
     model: str | None = None
-    method: Literal["sssd", "anchored"] | None = None
+    method: Literal["sssd", "anchored", "contrastive"] | None = None
     image_size: Pixels | None = None
     test_split: str | None = None
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    distill: AnchoredConfig = field(default_factory=AnchoredConfig)
+    distill: StudentConfig = field(default_factory=StudentConfig)
     augment: AugmentConfig | None = None
     warm_start: bool = False
     init: str | None = None
@@ -268,6 +272,15 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
         super().__post_init__()
         if isinstance(self.more_epochs, int):
             self.more_epochs = [self.more_epochs]
+
+    @property
+    def student(self) -> AnchoredConfig | ContrastiveConfig:
+        """The settings of `distill` that its method has.
+
+        Raises:
+            SettingsError: if they contradict one another.
+        """
+        return (ContrastiveConfig if self.method == "contrastive" else AnchoredConfig).of(self.distill)
 
     @property
     def extensions(self) -> list[int]:

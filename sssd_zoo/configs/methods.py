@@ -29,33 +29,42 @@ ANCHOR, OWN_ANCHOR = 4.0, 1.0
 
 
 @dataclass(kw_only=True)
-class MoCoConfig(OptimConfig):
-    """MoCo v2; the defaults are for 32-px images, recipes have those for other sizes.
+class MomentumContrastConfig(Checked):
+    """Instance discrimination with a momentum encoder and a queue of keys: what MoCo v2 shares with others.
 
     Args:
-        lr: peak learning rate; the default 0.06 is 0.03 per 256 images.
         dim: dimension of the embeddings.
         queue_size: number of keys in the queue; at most the number of images.
         key_momentum: momentum of the key encoder's exponential moving average.
-        temperature: temperature of the InfoNCE loss.
-        symmetric: symmetric loss: each view is the query once and the key once. This doubles the cost of a step.
         splits: number of groups that the batch is split into for BatchNorm, the keys shuffled across them; a multiple
             of the number of processes.
-        crop_scale: smallest and largest fraction of an image's area that a random resized crop keeps.
         blur: probability of Gaussian blur; 0.5 is usual at 224 px, 0 at 32 px.
-        augment: flips, rotation, jitter, blur and grey of the views.
-        init: run folder or timm name of a network whose trunk weights training starts from; by default random
-            initialisation.
     """
 
     dim: Channels = 128
     queue_size: QueueSize = 4096
     key_momentum: Fraction = 0.99
+    splits: Count = 8
+    blur: Fraction = 0.0
+
+
+@dataclass(kw_only=True)
+class MoCoConfig(MomentumContrastConfig, OptimConfig):
+    """MoCo v2; the defaults are for 32-px images, recipes have those for other sizes.
+
+    Args:
+        lr: peak learning rate; the default 0.06 is 0.03 per 256 images.
+        temperature: temperature of the InfoNCE loss.
+        symmetric: symmetric loss: each view is the query once and the key once. This doubles the cost of a step.
+        crop_scale: smallest and largest fraction of an image's area that a random resized crop keeps.
+        augment: flips, rotation, jitter, blur and grey of the views.
+        init: run folder or timm name of a network whose trunk weights training starts from; by default random
+            initialisation.
+    """
+
     temperature: Temperature = 0.1
     symmetric: bool = True
-    splits: Count = 8
     crop_scale: CropScale = (0.2, 1.0)
-    blur: Fraction = 0.0
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     init: str | None = None
 
@@ -177,18 +186,25 @@ class AnchoredConfig(SelfDistillationConfig):
 
 
 @dataclass(kw_only=True)
-class ContrastiveConfig(SelfDistillationConfig):
-    """Contrastive self distillation, beyond the paper: see `sssd_zoo.tasks.contrastive`. Defaults are for 32-px images.
+class ContrastConfig(MomentumContrastConfig):
+    """The contrast of contrastive self distillation, see `sssd_zoo.tasks.contrastive`.
 
     Args:
         contrast: weight of the contrast, by which every exit also recognises another view of its image.
-        dim: dimension of the embeddings that are compared.
-        queue_size: number of keys in the queue; at most the number of images.
-        key_momentum: momentum of the key encoder's exponential moving average.
         contrast_temperature: temperature of the InfoNCE loss.
-        splits: number of groups that the batch is split into for BatchNorm, the keys shuffled across them; a multiple
-            of the number of processes.
-        blur: probability of Gaussian blur in the query's view.
+        blur: probability of Gaussian blur in the query's view; 0.5 is usual at 224 px, 0 at 32 px.
+    """
+
+    contrast: Weight = 3.0
+    contrast_temperature: Temperature = 0.1
+    splits: Count = 4
+
+
+@dataclass(kw_only=True)
+class ContrastiveConfig(ContrastConfig, SelfDistillationConfig):
+    """Contrastive self distillation, beyond the paper: see `sssd_zoo.tasks.contrastive`. Defaults are for 32-px images.
+
+    Args:
         crop: of the key's view: 'resized', a random resized crop as the query's, or 'pad', which shifts the image.
         crop_scale: smallest and largest fraction of an image's area that a random resized crop keeps.
         augment: flips, rotation, jitter, blur and grey: of the query's view as in MoCo, of the key's as in methods that
@@ -200,13 +216,6 @@ class ContrastiveConfig(SelfDistillationConfig):
     weight_decay: Weight = 0.05
     crop: Literal["pad", "resized"] = "resized"
     crop_scale: CropScale = (0.2, 1.0)
-    contrast: Weight = 3.0
-    dim: Channels = 128
-    queue_size: QueueSize = 4096
-    key_momentum: Fraction = 0.99
-    contrast_temperature: Temperature = 0.1
-    splits: Count = 4
-    blur: Fraction = 0.0
 
     def __post_init__(self) -> None:
         """Raises `SettingsError` also for mixed images, whose other view there is not."""
@@ -214,6 +223,11 @@ class ContrastiveConfig(SelfDistillationConfig):
         self.augment.resolved(contrastive=True, blur=self.blur)
         if self.mix != "none":
             raise SettingsError(f"contrastive training has no other view of mixed images: remove mix {self.mix}")
+
+
+@dataclass(kw_only=True)
+class StudentConfig(ContrastConfig, AnchoredConfig):
+    """Self distillation in each of its forms, of which `sssd fit --method` chooses one."""
 
 
 @dataclass(kw_only=True)

@@ -339,16 +339,23 @@ def training_notes(recipe: dict[str, Any], results: Results) -> list[str]:
         pretext += f" on {code(recipe['pretrain_data'])}"
     if recipe["pretrain"].get("init") and not recipe.get("features"):
         pretext += f", started from the weights of {code(recipe['pretrain']['init'])}"
-    anchor = recipe["distill"].get("anchor")
-    dense = ", dense" if recipe["distill"].get("dense") else ""
-    distillation = f"anchored self distillation (weight {anchor:g}{dense})" if anchor else "self distillation"
     more = recipe.get("more_epochs")
     epochs = " and ".join(map(markdown, [recipe["distill"]["epochs"], *(more if isinstance(more, list) else [])]))
     return [
-        f"**Training**: {pretext}, then {distillation} for {epochs} epochs, from {start}; "
+        f"**Training**: {pretext}, then {distillation(recipe)} for {epochs} epochs, from {start}; "
         "`recipe.yaml` has all settings",
         f"**Time**: {exact_duration(sum(entry['seconds'] for entry in times))} in all: {parts}",
     ]
+
+
+def distillation(recipe: dict[str, Any]) -> str:
+    """The form of self distillation in a run's settings, and its weight, in words."""
+    distill = recipe["distill"]
+    if recipe.get("method") == "contrastive":
+        return f"contrastive self distillation (weight {distill['contrast']:g})"
+    if anchor := distill.get("anchor"):
+        return f"anchored self distillation (weight {anchor:g}{', dense' if distill.get('dense') else ''})"
+    return "self distillation"
 
 
 def paper_rows(name: str | None) -> list[AccuracyRow]:

@@ -51,10 +51,9 @@ from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
-from sssd_zoo.pipeline.pretrain import check_splits
 from sssd_zoo.pipeline.seed import seed_network
 from sssd_zoo.pipeline.stages import Stage, Stages
-from sssd_zoo.training.runs import begin_config, check_queue, save_config, settings_of
+from sssd_zoo.training.runs import begin_config, save_config, settings_of
 
 LABELLED = {  # the methods that learn pseudo labels, and the stage that makes these
     "sssd": "labels",
@@ -88,18 +87,13 @@ def compare(args: CompareArgs) -> None:
     setup = set_up(
         args,
         "compare",
-        trained,
+        lambda args: {name: getattr(args, name) for name in trained},
         warm=warm,
         anchored=anchored_settings(args),
         pretext=taught,
         require_labels=True,
     )
     out = setup.out
-    for method, own in OWN.items():
-        if method in args.methods:
-            check_queue(getattr(args, own).queue_size, len(setup.data))
-    if "contrastive" in args.methods:
-        check_splits(args.contrastive, setup.inputs["processes"])
     evaluation = evaluation_data(
         setup.data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seeds[0]
     )

@@ -6,11 +6,12 @@ queue of 4,096 and 200 epochs of distillation. A CPU, which cannot train so long
 so few that a training of up to 300 images of 224 px takes minutes.
 """
 
+import shlex
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-from sssd_zoo.configs import FitArgs
+from sssd_zoo.configs import ContrastiveConfig, FitArgs, MoCoConfig
 from sssd_zoo.evaluation.meanings import TOO_FEW
 
 STEPS = 16  # steps that an epoch has at least, where the images allow batches of `SMALLEST`
@@ -27,7 +28,7 @@ GPU_IMAGES = 100_000_000
 FEW = 20_000
 
 
-DERIVED = (  # the settings that `derive` may choose
+DERIVED = (  # the settings that `derive` may choose whatever the method
     *("pretrain.epochs", "pretrain.batch_size", "pretrain.lr", "pretrain.queue_size", "pretrain.splits"),
     *("distill.epochs", "distill.batch_size", "distill.lr", "cluster.k", "checkpoint_epochs"),
 )
@@ -74,12 +75,19 @@ def epochs_for(images: int, scale: Scale) -> int:
     return max(EPOCHS, min(200 if images >= 25_000 else 400, int(affordable / images)))
 
 
-def splits_for(batch: int, processes: int) -> int:
-    """Equal parts that MoCo's BatchNorm sees a batch in: up to 8, of `SMALLEST` images at least."""
+def splits_for(batch: int, processes: int, most: int = MoCoConfig.splits) -> int:
+    """Equal parts that BatchNorm sees a batch in: up to `most`, of `SMALLEST` images at least."""
     fitting = (
-        splits for splits in range(processes, 9, processes) if batch % splits == 0 and batch // splits >= SMALLEST
+        splits
+        for splits in range(processes, most + 1, processes)
+        if batch % splits == 0 and batch // splits >= SMALLEST
     )
     return max(fitting, default=processes)
+
+
+def queue_for(images: int, batch: int) -> int:
+    """Keys of a momentum contrast: 4,096, or half of fewer images, and a batch at least."""
+    return max(min(batch, images), min(4096, power_of_two(images / 2)))
 
 
 def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs, dict[str, Any]]:
@@ -109,11 +117,21 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
         batch = choose("pretrain.batch_size", batch_for(images, 128 if scale.device == "cpu" else 512, processes))
         if "pretrain.optimizer" not in given:
             choose("pretrain.lr", rounded(0.06 * batch / 512))
-        choose("pretrain.queue_size", max(min(batch, images), min(4096, power_of_two(images / 2))))
+        choose("pretrain.queue_size", queue_for(images, batch))
         choose("pretrain.splits", splits_for(batch // args.pretrain.accumulate, processes))
     choose("distill.epochs", epochs_for(scale.images, scale))
     batch = choose("distill.batch_size", batch_for(scale.images, 128, processes))
-    if "distill.optimizer" not in given:
+    if args.method == "contrastive":
+        usual = ContrastiveConfig()
+        if "distill.optimizer" not in given:
+            for name in ("optimizer", "lr", "weight_decay"):
+                choose(f"distill.{name}", getattr(usual, name))
+        if "distill.crop" not in given:
+            choose("distill.crop", usual.crop)
+            choose("distill.crop_scale", usual.crop_scale)
+        choose("distill.queue_size", queue_for(scale.images, batch))
+        choose("distill.splits", splits_for(batch // args.distill.accumulate, processes, usual.splits))
+    elif "distill.optimizer" not in given:
         choose("distill.lr", rounded(0.1 * batch / 128))
     choose("cluster.k", clusters_for(scale.images))
     # Checkpoints of epochs of a few steps would take longer than the steps.
@@ -129,9 +147,14 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
 
 def describe_chosen(chosen: dict[str, Any], images: int) -> str:
     """What was chosen, each in a line that is the flag that changes it."""
-    numbers = {name: f"{value:g}" if isinstance(value, float) else f"{value}" for name, value in chosen.items()}
-    flags = [f"  --{name} {number}" for name, number in numbers.items()]
+    flags = [f"  --{name} {_written(value)}" for name, value in chosen.items()]
     return "\n".join([f"chosen for {images:,} images on this machine; give a flag to change it:", *flags])
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        return shlex.quote(f"[{','.join(map(_written, value))}]")
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
 def rounded(value: float) -> float:

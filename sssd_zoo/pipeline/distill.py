@@ -16,7 +16,7 @@ from sssd_zoo.configs import (
     RuntimeConfig,
     SelfDistillationConfig,
 )
-from sssd_zoo.data.inputs import input_spec, storage_default
+from sssd_zoo.data.inputs import InputSpec, input_spec, storage_default
 from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import ImageData, OpenedImages, load_images
 from sssd_zoo.data.views import CachedViewLoader
@@ -109,10 +109,7 @@ def distill_network(
         task: LabelTask = ClusterFit(model, config, views)
     else:
         settings |= method_settings(config, type(config))
-        if isinstance(config, ContrastiveConfig):
-            task = ContrastiveSelfDistillation(model, config, views)
-        else:
-            task = SelfDistillation(model, config, views)
+        task = exits_task(model, config, views)
     if isinstance(config, AnchoredConfig) and config.anchor:
         task, cached, anchor = anchored_task(
             model, data, config, runtime, spec, method=method, encoder=encoder, teacher_size=teacher_size
@@ -126,6 +123,13 @@ def distill_network(
     return run_training(
         task, loader, task.trained, spec, optim=optim, runtime=runtime, settings=settings, labels=labels
     )
+
+
+def exits_task(model: Any, config: SelfDistillationConfig, views: InputSpec) -> LabelTask:
+    """The task of a network with exits, without an anchor."""
+    if isinstance(config, ContrastiveConfig):
+        return ContrastiveSelfDistillation(model, config, views)
+    return SelfDistillation(model, config, views)
 
 
 def anchored_task(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sssd_zoo.configs import AnchoredConfig, MoCoConfig, OptimConfig, SelfDistillationConfig
+from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, MoCoConfig, OptimConfig, SelfDistillationConfig
 from sssd_zoo.data.augment import BatchRandom, draw_views
 from sssd_zoo.data.inputs import InputSpec, input_spec
 from sssd_zoo.data.loaders import EpochLoader
@@ -26,9 +26,9 @@ from sssd_zoo.labels.origin import labels_by_name
 from sssd_zoo.models import feature_width
 from sssd_zoo.models.maps import shared_map
 from sssd_zoo.models.networks import new_network, new_trunk
-from sssd_zoo.pipeline.distill import new_student
+from sssd_zoo.pipeline.distill import exits_task, new_student
 from sssd_zoo.pipeline.pretext import Setup
-from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder, MoCo, SelfDistillation, Task
+from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder, MoCo, Task
 from sssd_zoo.training.trial import TIMED, WARM_UP, StepTime, measure_step, same_random_state
 
 WORTH = 25  # a run is measured where it has so many times the steps that measuring takes
@@ -150,7 +150,7 @@ def _alike(one: OptimConfig, other: OptimConfig) -> bool:
     """Whether two trainings' steps take the same time."""
     if not isinstance(one, SelfDistillationConfig) or not isinstance(other, SelfDistillationConfig):
         return False
-    if getattr(one, "anchor", None) or getattr(other, "anchor", None):
+    if any(getattr(each, "anchor", None) or isinstance(each, ContrastiveConfig) for each in (one, other)):
         return type(one) is type(other) and replace(one, epochs=other.epochs) == other
     return one.batch_size == other.batch_size
 
@@ -228,7 +228,7 @@ def distill_step(setup: Setup, config: SelfDistillationConfig, encoder: Any, spe
     model = new_student(setup.arch, labels.num_classes, "sssd", config.exits, setup.data)
     views = input_spec(model, setup.size)
     loader = EpochLoader(setup.data, config.batch_size, setup.runtime.seed)
-    task: Task = SelfDistillation(model, config, views)
+    task: Task = exits_task(model, config, views)
     if isinstance(config, AnchoredConfig) and config.anchor:
         shape = shared_map(model, [setup.size, *config.sizes], encoder, spec.size) if config.dense else None
         width = feature_width(encoder) + (0 if shape is None else shape.numbers)

@@ -31,7 +31,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from sssd_zoo.configs import AnchoredConfig, FitArgs, KNNConfig, OptimConfig, QualityConfig, SelfDistillationConfig
+from sssd_zoo.configs import (
+    AnchoredConfig,
+    ContrastiveConfig,
+    FitArgs,
+    KNNConfig,
+    OptimConfig,
+    QualityConfig,
+    SelfDistillationConfig,
+)
 from sssd_zoo.configs.methods import OWN_ANCHOR
 from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.data.loading import ImageData
@@ -57,6 +65,7 @@ from sssd_zoo.evaluation.subset import IMAGES
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.network_link import link_network
+from sssd_zoo.hub.cards import distillation
 from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.labels.origin import labels_by_name, pseudo_labels_for
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
@@ -98,7 +107,7 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     """
     began = time.perf_counter()
     args = with_augment(args, ("pretrain", "distill"))
-    args = replace(args, distill=with_anchor(args))
+    args = with_method(args)
     setup, chosen = set_up_fit(args, given)
     setup, in_parts = within_memory(setup, given)
     chosen |= in_parts
@@ -138,19 +147,21 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     barrier()
 
 
-def with_anchor(args: FitArgs) -> AnchoredConfig:
-    """The settings of the distillation with the weight of the anchor that `method` has by default.
+def with_method(args: FitArgs) -> FitArgs:
+    """The arguments with what `method` has by default: the weight of the anchor, and the weights to start from.
 
     Raises:
         UserError: for a method and a weight that contradict each other.
     """
     anchor = args.distill.anchor
-    if (args.method == "sssd" and anchor) or (args.method == "anchored" and anchor == 0):
+    if (args.method in ("sssd", "contrastive") and anchor) or (args.method == "anchored" and anchor == 0):
         raise UserError(f"--method {args.method} and --distill.anchor {anchor:g} contradict each other: remove one")
-    if args.method == "sssd":
-        return replace(args.distill, anchor=0.0)
-    own = OWN_ANCHOR if args.method == "anchored" else 0.0
-    return args.distill.resolved(encoder=args.features is not None, own=own)
+    if args.method in (None, "anchored"):
+        own = OWN_ANCHOR if args.method == "anchored" else 0.0
+        return replace(args, distill=args.distill.resolved(encoder=args.features is not None, own=own))
+    own_trunk = all(other is None for other in (args.features, args.init, args.pretrain_model))
+    warm = args.warm_start or (args.method == "contrastive" and own_trunk)
+    return replace(args, distill=replace(args.distill, anchor=0.0), warm_start=warm)
 
 
 def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict[str, Any]]:
@@ -162,6 +173,8 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
     mistakes = Mistakes()
     if args.warm_start and args.init is not None:
         mistakes.note("--warm_start and --init both say what the student starts from: remove one")
+    with mistakes.noted():
+        _ = args.student
     if not args.distill.clusters and not args.distill.anchor:
         mistakes.note("--distill.clusters false leaves nothing to learn without --distill.anchor: give a weight")
     for name in ("cached_views", "dense") if not args.distill.anchor else ():
@@ -185,7 +198,13 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
 
     anchored = {"distill": args.distill} if args.distill.anchor else {}
     setup = set_up(
-        args, "fit", ["distill"], warm=args.warm_start, anchored=anchored, complete=complete, mistakes=mistakes
+        args,
+        "fit",
+        lambda args: {"distill": args.student},
+        warm=args.warm_start,
+        anchored=anchored,
+        complete=complete,
+        mistakes=mistakes,
     )
     return setup, chosen
 
@@ -244,13 +263,13 @@ class Plan:
         return self.setup.out
 
     @property
-    def extensions(self) -> dict[str, AnchoredConfig]:
+    def extensions(self) -> dict[str, AnchoredConfig | ContrastiveConfig]:
         """The trainings that go on with the distilled network, in turn, by the names of their stages.
 
         Each is a new cosine from the learning rate of `distill`, without warm-up: the last one had ended at 0. Momentum
-        and, where there is an anchor, the predictors of its features begin anew.
+        begins anew, and so does what a method has beside the network, such as the predictors of an anchor.
         """
-        usual = replace(self.args.distill, schedule="cosine", warmup_epochs=0.0, sizes=[])
+        usual = replace(self.args.student, schedule="cosine", warmup_epochs=0.0, sizes=[])
         return {
             f"more-{number}": replace(usual, epochs=epochs)
             for number, epochs in enumerate(self.args.extensions, start=1)
@@ -264,7 +283,8 @@ class Plan:
     @property
     def networks(self) -> dict[str, str]:
         """The networks to measure: their titles, and the stages that train them."""
-        trained = {"anchored SSSD" if self.args.distill.anchor else "SSSD": self.student}
+        anchored, contrastive = bool(self.args.distill.anchor), self.args.method == "contrastive"
+        trained = {"contrastive SSSD" if contrastive else "anchored SSSD" if anchored else "SSSD": self.student}
         if self.evaluation is not None and self.args.baseline:
             trained[RANDOM] = "baseline"
         return trained
@@ -287,7 +307,7 @@ class Plan:
             Stage(
                 name="distill",
                 action=self.distill,
-                settings={**settings_of(args.distill), "warm_start": args.warm_start, **self.start, **soft},
+                settings={**settings_of(args.student), "warm_start": args.warm_start, **self.start, **soft},
                 after=("labels",),
                 all_processes=True,
             ),
@@ -328,7 +348,7 @@ class Plan:
     def work(self, begun: dict[str, int]) -> Work:
         """What there is to do, where the stages `begun` are not done."""
         args, setup = self.args, self.setup
-        trainings: dict[str, OptimConfig] = {"distill": args.distill, **self.extensions}
+        trainings: dict[str, OptimConfig] = {"distill": args.student, **self.extensions}
         if setup.pretext.source is not None:
             trainings = {"pretrain": args.pretrain, **trainings}
         if "baseline" in self.networks.values():
@@ -386,7 +406,7 @@ class Plan:
         """Self distillation on the pseudo labels."""
         args, setup = self.args, self.setup
         start = setup.pretext.network(self.out) if args.warm_start else args.init
-        return self._distil(args.distill, setup.spec(folder, "self distillation"), start)
+        return self._distil(args.student, setup.spec(folder, "self distillation"), start)
 
     def extend(self, before: str, name: str, folder: Path) -> dict[str, Any]:
         """Goes on with the network of the stage `before`."""
@@ -394,7 +414,9 @@ class Plan:
         number = list(self.extensions).index(name) + 1
         return self._distil(self.extensions[name], spec, None, number * SEED_STEP)
 
-    def _distil(self, config: AnchoredConfig, spec: RunSpec, start: str | None, more_seed: int = 0) -> dict[str, Any]:
+    def _distil(
+        self, config: AnchoredConfig | ContrastiveConfig, spec: RunSpec, start: str | None, more_seed: int = 0
+    ) -> dict[str, Any]:
         setup = self.setup
         runtime = replace(setup.runtime, seed=setup.runtime.seed + more_seed)
         measured = distill_network(
@@ -404,7 +426,7 @@ class Plan:
             runtime,
             spec,
             init=start,
-            encoder=setup.pretext.network(self.out) if config.anchor else None,
+            encoder=setup.pretext.network(self.out) if self.args.distill.anchor else None,
             teacher_size=setup.pretext.teacher_size,
         )
         return {**measured, "machine": describe_machine(setup.inputs["precision"])}
@@ -492,6 +514,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         "notes": [
             f"**Labels from**: {setup.pretext.description}"
             + ("" if args.soft is None else f"; soft, temperature {args.soft:g}"),
+            f"**Method**: {distillation(asdict(args))}" + (", from that network's weights" if args.warm_start else ""),
             *more_epochs_note(args),
         ],
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sssd_zoo.configs import MoCoConfig, SelfDistillationConfig
+from sssd_zoo.configs import ContrastiveConfig, MoCoConfig, SelfDistillationConfig
 from sssd_zoo.distributed.hardware import compute_device
 from sssd_zoo.files.untrusted import read_yaml
 from sssd_zoo.pipeline.defaults import SMALLEST, splits_for
@@ -42,7 +42,7 @@ def within_memory(setup: Setup, given: frozenset[str] | None) -> tuple[Setup, di
         chosen = {}
         for name in ("pretrain", "distill") if setup.pretext.source is not None else ("distill",):
             if f"{name}.accumulate" not in given:
-                chosen |= _fitting(setup, name, keep_splits="pretrain.splits" in given)
+                chosen |= _fitting(setup, name, keep_splits=f"{name}.splits" in given)
     args = setup.args
     for name, value in chosen.items():
         training, field = name.split(".")
@@ -61,12 +61,13 @@ def _earlier(setup: Setup, given: frozenset[str]) -> dict[str, Any] | None:
         f"{name}.accumulate" for name in ("pretrain", "distill") if settings.get(f"{name}.accumulate") not in (None, 1)
     ]
     names += ["pretrain.splits"] if "pretrain.accumulate" in names else []
+    names += ["distill.splits"] if "distill.accumulate" in names and setup.args.method == "contrastive" else []
     return {name: settings[name] for name in names if name not in given}
 
 
 def _fitting(setup: Setup, name: str, *, keep_splits: bool) -> dict[str, Any]:
     """What to change of a training, by the names of the settings, so that a step of it fits."""
-    config, chosen = getattr(setup.args, name), {}
+    config, chosen = setup.args.student if name == "distill" else setup.args.pretrain, {}
     while problem := _problem(setup, config):
         accumulate = 2 * config.accumulate
         part, left = divmod(config.batch_size, accumulate)
@@ -74,10 +75,10 @@ def _fitting(setup: Setup, name: str, *, keep_splits: bool) -> dict[str, Any]:
             raise problem
         chosen[f"{name}.accumulate"] = accumulate
         config = replace(config, accumulate=accumulate)
-        if isinstance(config, MoCoConfig):
+        if isinstance(config, MoCoConfig | ContrastiveConfig):
             if not keep_splits:
-                chosen["pretrain.splits"] = splits_for(part, 1)
-                config = replace(config, splits=chosen["pretrain.splits"])
+                chosen[f"{name}.splits"] = splits_for(part, 1, most=config.splits)
+                config = replace(config, splits=chosen[f"{name}.splits"])
             check_splits(config, 1)
     return chosen
 

@@ -1,12 +1,12 @@
 """What `sssd fit` and `sssd compare` check before they decode an image: all that would fail later, told at once."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sssd_zoo.configs import AnchoredConfig, DataConfig, FitArgs
+from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, DataConfig, FitArgs, OptimConfig, SEEDConfig
 from sssd_zoo.data.inputs import InputSpec, input_spec, storage_default
 from sssd_zoo.data.loading import ImageData, OpenedImages, open_images
 from sssd_zoo.data.sources import is_local
@@ -37,6 +37,8 @@ from sssd_zoo.pipeline.pretrain import check_splits
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.runs import check_queue
 
+Trained = Callable[[Any], Mapping[str, OptimConfig]]  # see `Preflight`
+
 
 class Networks(NamedTuple):
     """The timm names of the student and of the pretext, and the digest of the weights that the latter starts from."""
@@ -59,7 +61,7 @@ class Preflight:
 
     Args:
         args: of `sssd fit` or `sssd compare`.
-        trained: names of the arguments that hold the trainings on D_tar after the pretext.
+        trained: gives the settings of the trainings on D_tar after the pretext, by their names in the arguments.
         warm: whether a student is to start from M_ssl's weights.
         anchored: the settings of the trainings that have an anchor, by their names in the arguments.
         pretext: whether a training needs M_ssl.
@@ -70,7 +72,7 @@ class Preflight:
     def __init__(
         self,
         args: Any,
-        trained: Sequence[str],
+        trained: Trained,
         *,
         warm: bool,
         anchored: Mapping[str, AnchoredConfig],
@@ -202,11 +204,17 @@ class Preflight:
                 check_queue(moco.queue_size, counts[1])
             with mistakes.noted("pretrain"):
                 check_splits(moco, processes)
-        for name in self.trained:
+        for name, config in self._trained(args).items():
             with mistakes.noted(name):
-                check_trainable(getattr(args, name), processes, counts[0])
+                check_trainable(config, processes, counts[0])
             with mistakes.noted(name):
-                check_sizes(networks.student, [size, *getattr(args, name).sizes])
+                check_sizes(networks.student, [size, *config.sizes])
+            if isinstance(config, ContrastiveConfig | SEEDConfig):
+                with mistakes.noted(name):
+                    check_queue(config.queue_size, counts[0])
+            if isinstance(config, ContrastiveConfig):
+                with mistakes.noted(name):
+                    check_splits(config, processes)
         self._check_anchors(args, networks, size, counts[0])
         if self.warm:
             with mistakes.noted():
@@ -218,6 +226,12 @@ class Preflight:
                 check_start(args.init, networks.student, data)
         with mistakes.noted():
             check_clusters(args.cluster.k, counts[0], "--cluster.k")
+
+    def _trained(self, args: Any) -> Mapping[str, Any]:
+        """What `trained` gives; nothing of settings that contradict one another, which is noted."""
+        with self.mistakes.noted():
+            return self.trained(args)
+        return {}
 
     def _check_anchors(self, args: Any, networks: Networks, size: int, images: int) -> None:
         """Notes feature maps that cannot be learnt, and views that cannot be kept."""
@@ -240,9 +254,8 @@ class Preflight:
 
     def _check_augment(self, args: Any, data: OpenedImages) -> None:
         """Notes augmentations that have no meaning for these images."""
-        pretrained = ["pretrain"] if self.pretext and args.features is None else []
-        for name in [*pretrained, *self.trained]:
-            config = getattr(args, name)
+        pretrained = {"pretrain": args.pretrain} if self.pretext and args.features is None else {}
+        for name, config in {**pretrained, **self._trained(args)}.items():
             blur = getattr(config, "blur", None)
             with self.mistakes.noted(name):
                 config.augment.resolved(contrastive=blur is not None, channels=data.channels, blur=blur or 0.0)

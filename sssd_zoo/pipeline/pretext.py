@@ -34,7 +34,7 @@ from sssd_zoo.labels.pseudo_labels import PseudoLabels, quality
 from sssd_zoo.models.networks import load_encoder, load_network, weights_digest
 from sssd_zoo.pipeline.defaults import Scale
 from sssd_zoo.pipeline.mistakes import Mistakes
-from sssd_zoo.pipeline.preflight import Preflight, encoder_like
+from sssd_zoo.pipeline.preflight import Preflight, Trained, encoder_like
 from sssd_zoo.pipeline.pretrain import pretrain_network
 from sssd_zoo.pipeline.pseudo_label import cluster_images, describe_labels
 from sssd_zoo.pipeline.stages import Stage
@@ -209,7 +209,7 @@ def with_augment(args: Any, methods: Sequence[str]) -> Any:
 def set_up(
     args: Any,
     kind: str,
-    trained: Sequence[str],
+    trained: Trained,
     *,
     warm: bool,
     anchored: Mapping[str, AnchoredConfig],
@@ -225,7 +225,7 @@ def set_up(
     Args:
         args: of `sssd fit` or `sssd compare`.
         kind: of folder, that the command writes.
-        trained: names of the arguments that hold the trainings on D_tar after the pretext.
+        trained: gives the settings of the trainings on D_tar after the pretext, by their names in the arguments.
         warm: whether a student is to start from M_ssl's weights.
         anchored: the settings of the trainings that have an anchor, by their names in the arguments.
         pretext: whether a training needs M_ssl.

@@ -19,7 +19,7 @@ from sssd_zoo.data.augment import BatchRandom, contrastive_view, normalise, put
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed import rank, world_size
 from sssd_zoo.models.multi_exit import feature_width
-from sssd_zoo.tasks.moco import info_nce, projector, shuffled_keys
+from sssd_zoo.tasks.moco import follow, info_nce, projector, shuffled_keys
 from sssd_zoo.tasks.queue import enqueue
 from sssd_zoo.tasks.split_batchnorm import split_batchnorm
 from sssd_zoo.tasks.sssd import SelfDistillation
@@ -63,11 +63,10 @@ class ContrastiveSelfDistillation(SelfDistillation):
             "shuffle": put(random.permutation(len(images)), images),
         }
 
-    @torch.no_grad()
     def before_step(self) -> None:
-        """Moves the momentum encoder, see `MoCo.before_step`."""
-        for key, query in ((self.key_encoder, self.model), (self.key_projector, self.projectors[-1])):
-            torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - self.config.key_momentum)
+        """Moves the momentum encoder."""
+        follow(self.key_encoder, self.model, self.config.key_momentum)
+        follow(self.key_projector, self.projectors[-1], self.config.key_momentum)
 
     def embed(self, images: Tensor) -> Tensor:
         """The momentum encoder's embeddings of [B, C, size, size], float32 [B, dim] of unit length."""

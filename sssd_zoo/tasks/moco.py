@@ -77,6 +77,12 @@ def shuffled_keys(embed: Callable[[Tensor], Tensor], images: Tensor, shuffle: Te
     return embeddings[shuffle.argsort()]
 
 
+@torch.no_grad()
+def follow(key: nn.Module, query: nn.Module, momentum: float) -> None:
+    """Moves a momentum encoder: theta_k <- m theta_k + (1 - m) theta_q (equation 2 of MoCo)."""
+    torch._foreach_lerp_(list(key.parameters()), list(query.parameters()), 1 - momentum)
+
+
 class MoCo(Task):
     """MoCo v2 on one or several processes.
 
@@ -118,12 +124,9 @@ class MoCo(Task):
             "shuffles": [put(random.permutation(len(images)), images) for _ in range(2)],
         }
 
-    @torch.no_grad()
     def before_step(self) -> None:
-        """Moves the key encoder: theta_k <- m theta_k + (1 - m) theta_q (equation 2 of MoCo)."""
-        torch._foreach_lerp_(
-            list(self.key_encoder.parameters()), list(self.query_encoder.parameters()), 1 - self.config.key_momentum
-        )
+        """Moves the key encoder."""
+        follow(self.key_encoder, self.query_encoder, self.config.key_momentum)
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The loss; queues the batch's keys when it trains."""

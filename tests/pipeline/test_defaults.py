@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from helpers.commands import one_line, sssd
-from sssd_zoo.configs import AnchoredConfig, ClusterConfig, FitArgs, MoCoConfig
+from sssd_zoo.configs import ClusterConfig, ContrastiveConfig, FitArgs, MoCoConfig, StudentConfig
 from sssd_zoo.pipeline.defaults import DERIVED, Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.preflight import size_note
 from sssd_zoo.pipeline.pretrain import check_splits
@@ -40,7 +40,7 @@ def test_what_is_chosen_can_train(images, size, device, processes):
 
 def test_at_the_papers_size_on_a_gpu_all_is_the_papers():
     args, _ = derive(ARGS, frozenset(), scale(50_000, device="cuda"))
-    assert (args.pretrain, args.cluster, args.distill) == (MoCoConfig(), ClusterConfig(), AnchoredConfig())
+    assert (args.pretrain, args.cluster, args.distill) == (MoCoConfig(), ClusterConfig(), StudentConfig())
     large = derive(ARGS, frozenset(), scale(1_281_167, device="cuda", size=224))[0]
     assert large.cluster.k == 5124  # the paper: 5000
 
@@ -96,6 +96,28 @@ def test_the_learning_rate_follows_the_batch_size_unless_the_optimiser_is_given(
     assert args.distill.lr == pytest.approx(0.1 * args.distill.batch_size / 128, rel=1e-2)
     other, _ = derive(ARGS, frozenset({"pretrain.optimizer"}), scale(1_000))
     assert other.pretrain.lr == ARGS.pretrain.lr
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("images", [20, 300, 20_000, 500_000])
+def test_the_contrastive_method_has_defaults_of_its_own(images, processes):
+    args, chosen = derive(replace(ARGS, method="contrastive"), frozenset(), scale(images, processes=processes))
+    config, usual = args.student, ContrastiveConfig()
+    assert isinstance(config, ContrastiveConfig)
+    names = ("optimizer", "lr", "weight_decay", "crop", "crop_scale", "contrast", "contrast_temperature")
+    assert {name: getattr(config, name) for name in names} == {name: getattr(usual, name) for name in names}
+    check_trainable(config, processes, images)
+    check_queue(config.queue_size, images)
+    check_splits(config, processes)
+    assert config.splits <= max(processes, 4)
+    assert "  --distill.crop_scale '[0.2,1]'" in describe_chosen(chosen, images).split("\n")
+
+
+def test_what_is_given_to_the_contrastive_method_is_taken():
+    given = replace(ARGS, method="contrastive", distill=StudentConfig(optimizer="sgd", lr=0.3, crop="pad", splits=2))
+    args, chosen = derive(given, frozenset({"distill.optimizer", "distill.crop", "distill.splits"}), scale(5_000))
+    assert args.distill == replace(given.distill, epochs=10, batch_size=128, queue_size=2048)
+    assert not {"distill.lr", "distill.weight_decay", "distill.crop_scale"} & chosen.keys()
 
 
 def test_few_images_get_advice_and_those_that_took_it_do_not():

@@ -16,7 +16,7 @@ from sssd_zoo.pipeline import estimate
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.forecast import Forecast
 from sssd_zoo.pipeline.mistakes import Mistakes
-from sssd_zoo.tasks import AnchoredSelfDistillation
+from sssd_zoo.tasks import AnchoredSelfDistillation, ContrastiveSelfDistillation
 
 QUICK = [*TINY, "--probe.probe_epochs", "2", "--workers", "0"]
 
@@ -115,6 +115,7 @@ class TestForecast:
         [
             pytest.param([], id="plain", marks=pytest.mark.slow),
             pytest.param(["--distill.anchor", "1"], id="anchored"),
+            pytest.param(["--method", "contrastive"], id="contrastive"),
             pytest.param(
                 ["--distill.anchor", "1", "--distill.cached_views", "2"], id="cached views", marks=pytest.mark.slow
             ),
@@ -145,7 +146,8 @@ class TestForecast:
         )
         assert sssd(*words, "--out", tmp_path / "measured") == 0
         seen = [task.anchor.spec.size for task in tasks if isinstance(task, AnchoredSelfDistillation)]
-        assert seen == ([tasks[-1].size] if more else []), "the encoder is the run's pretext"
+        assert seen == ([tasks[-1].size] if "--distill.anchor" in more else []), "the encoder is the run's pretext"
+        assert isinstance(tasks[-1], ContrastiveSelfDistillation) is ("contrastive" in more)
         said = capsys.readouterr().out
         assert "by a few measured steps of each training" in said
         assert "[distill]: step 3 of 4, about " in said

@@ -1,16 +1,22 @@
-"""`sssd fit --method`: the paper's method or anchored self distillation, by the weight of the anchor."""
+"""`sssd fit --method`: the paper's method, anchored or contrastive self distillation."""
+
+import json
 
 import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
 
-from sssd_zoo.configs import AnchoredConfig, FitArgs
+from helpers.commands import TINY, one_line, sssd
+from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, FitArgs, StudentConfig
 from sssd_zoo.errors import UserError
-from sssd_zoo.pipeline.fit import with_anchor
+from sssd_zoo.pipeline.fit import with_method
 
 
 def weight(method, anchor=None, features=None):
     """The anchor's weight of a run with these arguments."""
-    distill = AnchoredConfig(anchor=anchor)
-    return with_anchor(FitArgs(data="d", out="o", method=method, features=features, distill=distill)).anchor
+    distill = StudentConfig(anchor=anchor)
+    return with_method(FitArgs(data="d", out="o", method=method, features=features, distill=distill)).distill.anchor
 
 
 @pytest.mark.parametrize(
@@ -25,13 +31,82 @@ def weight(method, anchor=None, features=None):
         ("anchored", None, None, 1),
         ("anchored", None, "resnet18", 4),
         ("anchored", 3, None, 3),
+        ("contrastive", None, "resnet18", 0),
     ],
 )
 def test_weight_of_the_anchor(method, anchor, features, expected):
     assert weight(method, anchor, features) == expected
 
 
-@pytest.mark.parametrize(("method", "anchor"), [("sssd", 1), ("anchored", 0)])
+@pytest.mark.parametrize(("method", "anchor"), [("sssd", 1), ("anchored", 0), ("contrastive", 2)])
 def test_contradictions(method, anchor):
     with pytest.raises(UserError, match=f"--method {method} and --distill.anchor {anchor} contradict"):
         weight(method, anchor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "warm"),
+    [
+        ({}, True),
+        ({"method": "sssd"}, False),
+        ({"init": "resnet18"}, False),
+        ({"features": "resnet18"}, False),
+        ({"features": "run", "warm_start": True}, True),
+        ({"pretrain_model": "resnet50"}, False),
+    ],
+)
+def test_the_contrastive_method_starts_from_its_pretext_unless_something_else_is_given(settings, warm):
+    args = with_method(FitArgs(**{"data": "d", "out": "o", "method": "contrastive", **settings}))
+    assert args.warm_start is warm
+
+
+def test_a_method_takes_its_own_of_the_settings():
+    args = FitArgs(data="d", out="o", distill=StudentConfig(epochs=3, contrast=2.0, dense=True))
+    assert args.student == AnchoredConfig(epochs=3, dense=True)
+    args.method = "contrastive"
+    assert args.student == ContrastiveConfig.of(args.distill)
+    assert (args.student.epochs, args.student.contrast) == (3, 2.0)
+
+
+def test_fit_by_the_contrastive_method(folder_of_images, tmp_path, capsys):
+    run, new = tmp_path / "run", ("--unlabelled", "--workers", "0")
+    words = ["fit", "--data", folder_of_images, "--out", run, *TINY, *new, "--method", "contrastive"]
+    assert sssd(*words, "--distill.lr", "1e-12", "--more_epochs", "1") == 0
+    said = capsys.readouterr().out
+    assert "  --distill.optimizer adamw\n" in said
+    assert "  --distill.queue_size 16\n" in said
+    pretrained, trained, further = (
+        load_file(run / name / "model.safetensors") for name in ("pretrain", "distill", "more-1")
+    )
+    for name in ("layer1.0.conv1.weight", "layer4.1.conv2.weight"):
+        torch.testing.assert_close(trained[name], pretrained[name])
+        torch.testing.assert_close(further[name], pretrained[name])
+    assert {"contrast", "contrast_top1"} <= json.loads(
+        (run / "distill" / "metrics.jsonl").read_text().split("\n")[0]
+    ).keys()
+    used = yaml.safe_load((run / "config.yaml").read_text())
+    assert (used["method"], used["warm_start"], used["distill"]["optimizer"]) == ("contrastive", True, "adamw")
+    note = "**Method**: contrastive self distillation (weight 3), from that network's weights"
+    assert all(note in (run / name).read_text() for name in ("report.md", "model/README.md"))
+
+    assert sssd("fit", "--config", run / "config.yaml") == 0, "what was chosen is not chosen again"
+    assert "[more-1] done before" in capsys.readouterr().out
+    assert sssd(*words, "--distill.lr", "1e-12", "--more_epochs", "1", "--distill.contrast", "2") == 2
+    assert "distill.contrast: 3.0 there, 2.0 now" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--distill.mix", "mixup"), "no other view of mixed images: remove mix mixup"),
+        (("--distill.queue_size", "999"), "distill: queue_size 999 is larger than the data set of 48 images"),
+        (("--distill.splits", "3"), "distill: splits 3 must be"),
+        (("--distill.dense", "true"), "--distill.dense is of the anchor's network"),
+        (("--distill.clusters", "false"), "--distill.clusters false leaves nothing to learn without --distill.anchor"),
+    ],
+)
+def test_contrastive_settings_that_cannot_work_are_told_at_once(words, said, folder_of_images, tmp_path, capsys):
+    fit = ["fit", "--data", folder_of_images, "--out", tmp_path / "run", *TINY, "--method", "contrastive"]
+    assert sssd(*fit, *words) == 2
+    assert one_line(capsys).count(said) == 1
+    assert not (tmp_path / "run").exists()
