@@ -227,7 +227,7 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
         pretrain: MoCo v2.
         cluster: k-means.
-        distill: self distillation; of the settings of a single method, those of another have no effect.
+        distill: self distillation; the settings of other methods than that of `method` have no effect.
         augment: augmentations of all trainings, in place of those of `pretrain` and `distill`.
         warm_start: initialise the distilled network's trunk from the network that was clustered, not at random as in
             the paper. With the method 'contrastive' this is the default, unless that network or the trunk's weights are

@@ -227,7 +227,20 @@ class ContrastiveConfig(ContrastConfig, SelfDistillationConfig):
 
 @dataclass(kw_only=True)
 class StudentConfig(ContrastConfig, AnchoredConfig):
-    """Self distillation in each of its forms, of which `sssd fit --method` chooses one."""
+    """Self distillation in each of its forms, of which `sssd fit --method` chooses one.
+
+    Args:
+        contrast: method 'contrastive': weight of the contrast, by which every exit also recognises another view of its
+            image.
+        contrast_temperature: method 'contrastive': temperature of the InfoNCE loss.
+        dim: method 'contrastive': dimension of the embeddings that are compared.
+        queue_size: method 'contrastive': number of keys in the queue; at most the number of images.
+        key_momentum: method 'contrastive': momentum of the key encoder's exponential moving average.
+        splits: method 'contrastive': number of groups that the batch is split into for BatchNorm, the keys shuffled
+            across them; a multiple of the number of processes.
+        blur: method 'contrastive': probability of Gaussian blur in the query's view; 0.5 is usual at 224 px, 0 at 32
+            px.
+    """
 
 
 @dataclass(kw_only=True)

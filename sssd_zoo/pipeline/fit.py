@@ -39,6 +39,7 @@ from sssd_zoo.configs import (
     OptimConfig,
     QualityConfig,
     SelfDistillationConfig,
+    StudentConfig,
 )
 from sssd_zoo.configs.methods import OWN_ANCHOR
 from sssd_zoo.configs.ranges import seconds_of
@@ -94,6 +95,8 @@ from sssd_zoo.pipeline.stages import Stage, Stages, Survey
 from sssd_zoo.training.runs import RunSpec, begin_config, save_config, save_corrupt, settings_of
 
 SHOWN = 12  # clusters in the figure of them, and images of each
+# What no other method has; its queue and splits are chosen by `derive`, and so stand in saved settings.
+CONTRAST = ("contrast", "contrast_temperature", "dim", "key_momentum", "blur")
 SEED_STEP = 7919  # between the seeds of a run's trainings: --more_epochs sees new views, in another order
 
 
@@ -180,6 +183,11 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
     for name in ("cached_views", "dense") if not args.distill.anchor else ():
         if getattr(args.distill, name):
             mistakes.note(f"--distill.{name} is of the anchor's network: give --distill.anchor too, or remove it")
+    for name in CONTRAST if args.method != "contrastive" else ():
+        if (value := getattr(args.distill, name)) != (usual := getattr(StudentConfig, name)):
+            mistakes.note(
+                f"--distill.{name} {value:g} is of --method contrastive: give that too, or leave it at {usual:g}"
+            )
     if args.soft is not None and args.cluster.nearest < 2:
         mistakes.note(
             "--soft needs the distances to several centroids: set --cluster.nearest to more than 1, such as 8"

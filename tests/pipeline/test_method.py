@@ -103,6 +103,7 @@ def test_fit_by_the_contrastive_method(folder_of_images, tmp_path, capsys):
         (("--distill.splits", "3"), "distill: splits 3 must be"),
         (("--distill.dense", "true"), "--distill.dense is of the anchor's network"),
         (("--distill.clusters", "false"), "--distill.clusters false leaves nothing to learn without --distill.anchor"),
+        (("--method", "sssd", "--distill.contrast", "2"), "--distill.contrast 2 is of --method contrastive: give that"),
     ],
 )
 def test_contrastive_settings_that_cannot_work_are_told_at_once(words, said, folder_of_images, tmp_path, capsys):
