@@ -39,10 +39,11 @@ def on_main(action: Callable[[], T]) -> T:
         try:
             outcome[0] = action()
         except UserError as error:
-            outcome[1] = str(error)
+            outcome[1] = type(error), str(error)
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        problem = UserError(outcome[1])
+        kind, message = outcome[1]
+        problem: UserError = kind(message)
         problem.told = rank() != 0
         raise problem
     result: T = outcome[0]

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sssd_zoo.configs import ForwardConfig
+from sssd_zoo.configs.ranges import LARGEST_COUNT
 from sssd_zoo.data.inputs import InputSpec, input_spec, network_input
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed import rank
@@ -153,7 +155,7 @@ def read_batches(
     """Runs a network where it lies over images, without augmentation, and gives what `read` reads of it.
 
     The network is put into eval mode for it and back into what it was, module by module; that no buffer (BatchNorm's
-    statistics above all) changed is checked at the end.
+    statistics above all) changed is checked at the end. Batches that do not fit into a GPU's memory are run in parts.
 
     Args:
         model: any timm network, or one of this package.
@@ -174,13 +176,14 @@ def read_batches(
     modes = [(module, module.training) for module in model.modules()]
     before = [buffer.clone() for buffer in model.buffers()]
     model.eval()
+    most = LARGEST_COUNT
     try:
         inputs = network_inputs(batches, spec, device)
         with progress_bar(total, "features", "img", disable=total is None) as bar:
             for index, images in one_ahead(inputs) if ahead else inputs:
                 # Only this part is in inference mode: a tensor allocated there could not take part in training later.
                 with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                    values = read(model, images).float().cpu()
+                    values, most = _in_parts(partial(read, model), images, most)
                 yield index, values
                 bar.update(len(index))
     finally:
@@ -188,6 +191,18 @@ def read_batches(
             module.training = training
     if not all(torch.equal(old, new) for old, new in zip(before, model.buffers(), strict=True)):
         raise RuntimeError("the network changed its buffers while features were read: the features cannot be trusted")
+
+
+def _in_parts(read: Callable[[Tensor], Tensor], images: Tensor, most: int) -> tuple[Tensor, int]:
+    """What `read` gives, on the CPU, of parts of at most so many images; and how many of them fit into the memory."""
+    while True:
+        try:
+            return torch.cat([read(part).float().cpu() for part in images.split(most)], dim=1), most
+        except torch.OutOfMemoryError:
+            most = min(most, len(images)) // 2
+            if most == 0:
+                raise
+        torch.cuda.empty_cache()  # after the handler, whose traceback holds the tensors
 
 
 def network_inputs(

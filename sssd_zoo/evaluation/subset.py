@@ -11,7 +11,7 @@ from sssd_zoo.data.augment import BatchRandom, contrastive_view
 from sssd_zoo.data.inputs import InputSpec, input_spec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.distributed.hardware import compute_device
-from sssd_zoo.evaluation.features import exit_logits, pooled_features, run_network
+from sssd_zoo.evaluation.features import check_finite, exit_logits, pooled_features, run_network
 from sssd_zoo.evaluation.label_free import (
     cluster_stability,
     embedding_figures,
@@ -59,6 +59,9 @@ class Subset:
         Args:
             model: the network, brought to the device.
             spec: of its inputs, where they are not its own.
+
+        Raises:
+            UserError: if some are not finite.
         """
         spec = spec or input_spec(model)
         return [self._read(model, spec, view) for view in (None, 0, 1)]
@@ -73,10 +76,11 @@ class Subset:
         if view is not None:
             batches = self._viewed(batches, spec.size, view)
         total = len(self) if self.progress else None
-        values = run_network(model, batches, self.forward, spec=spec, total=total, read=read)
-        read = list(values)
+        read = list(run_network(model, batches, self.forward, spec=spec, total=total, read=read))
         self.positions = torch.cat([index for index, _ in read])  # another image stands for one that cannot be decoded
-        return torch.cat([part for _, part in read], dim=1)
+        values = torch.cat([part for _, part in read], dim=1)
+        check_finite(values)
+        return values
 
     def _viewed(
         self, batches: Iterable[tuple[Tensor, Tensor]], size: int, view: int

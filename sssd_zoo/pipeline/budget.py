@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 from sssd_zoo.configs import FitArgs
 from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.distributed import on_main
+from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json, write_json
 
 FILE = "budget.json"
@@ -24,6 +25,18 @@ class Chosen(TypedDict):
 def with_epochs(args: FitArgs, epochs: int) -> FitArgs:
     """The arguments with so many epochs of every training."""
     return replace(args, pretrain=replace(args.pretrain, epochs=epochs), distill=replace(args.distill, epochs=epochs))
+
+
+def check_warm_up(args: FitArgs, epochs: int) -> None:
+    """Raises `UserError` if the epochs that were chosen are no more than a training's warm-up."""
+    for name in BESIDE:
+        warm_up = getattr(args, name.removesuffix(".epochs")).warmup_epochs
+        if warm_up >= epochs:
+            raise UserError(
+                f"--budget {args.budget} is enough for {epochs} epochs of each training, and "
+                f"{name.removesuffix('.epochs')}.warmup_epochs {warm_up:g} must be fewer: give more time, or a shorter "
+                "warm-up"
+            )
 
 
 def chosen_before(out: Path) -> Chosen | None:

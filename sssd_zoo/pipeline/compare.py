@@ -53,6 +53,7 @@ from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.pretext import Setup, set_up, with_augment
 from sssd_zoo.pipeline.seed import seed_network
 from sssd_zoo.pipeline.stages import Stage, Stages
+from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.runs import begin_config, save_config, settings_of
 
 LABELLED = {  # the methods that learn pseudo labels, and the stage that makes these
@@ -97,6 +98,9 @@ def compare(args: CompareArgs) -> None:
     evaluation = evaluation_data(
         setup.data, setup.config, test_split=args.test_split, holdout=args.probe.holdout, seed=args.seeds[0]
     )
+    if "true" in args.methods and evaluation.test is evaluation.train:
+        with_labels = len(evaluation.train_positions)  # the others are measured on
+        check_trainable(args.distill, setup.inputs["processes"], with_labels)
     begin_config(out, args)
     setting = describe_setting(args, setup)
     print_main(f"{setting.images} images of {setting.data}; {setup.arch} at {setup.size} px, {setting.machine}")
@@ -433,6 +437,8 @@ class Plan:
         earlier = [LABELLED[base]] if base in LABELLED else []
         if base in TAUGHT and not (method == "pretext" and self.trains_pretext):
             earlier += self.setup.pretext.after
+        trained = next((name for name in (method, *earlier) if name in stages.results), f"{method}-probe")
+        machine = stages.results[trained].get("machine", setting.machine)  # earlier versions did not record it
         return Result(
             method=method,
             seed=self.seed,
@@ -441,7 +447,7 @@ class Plan:
             seconds=stages.results[method]["seconds"] if method in stages.results else 0.0,
             seconds_before=sum(stages.results[stage]["seconds"] for stage in earlier),
             macs=probed["macs"],
-            setting=setting,
+            setting=setting._replace(machine=machine),
             epochs=self.epochs(method),
             trained=self.trained(method),
         )
@@ -472,6 +478,8 @@ def _write(
     args: CompareArgs, results: list[Result], others: list[Result], out: Path, *, pretext: str | None, test: str
 ) -> None:
     setting = results[0].setting
+    machines = list(dict.fromkeys(run.setting.machine for run in results))
+    of_which = "this machine" if len(machines) == 1 else "the machines that trained, which the list of runs names"
     lines = [
         "# Methods compared",
         "",
@@ -488,11 +496,11 @@ def _write(
             else ""
         ),
         f"- **Seeds**: {', '.join(map(str, args.seeds))}",
-        f"- **Machine**: {markdown(setting.machine)}",
+        f"- **Machine**: {markdown('; '.join(machines))}",
         "",
         "Linear-probe accuracy in percent: a linear layer per exit on the frozen network; the ensemble is the mean of "
         "the exits' softmax outputs. Networks without exits answer at the place of exit 4. Of several seeds the mean "
-        "and, in brackets, the lowest and the highest. Times are those of this machine, means over the seeds.",
+        f"and, in brackets, the lowest and the highest. Times are those of {of_which}, means over the seeds.",
         "",
         *comparison_table(results),
         "",

@@ -102,7 +102,7 @@ def write_network(plan: "Plan", folder: Path, name: str, labels: int, result: di
         "test": plan.evaluation.words,
         "test_images": len(plan.evaluation.test_positions),
         "classes": plan.num_classes,
-        "machine": describe_machine(plan.precision),
+        "machine": result.get("machine") or describe_machine(plan.precision),  # earlier versions did not record it
         "macs": multiply_adds(network, (input_channels(network), plan.size, plan.size)),
         "finetuned": f"from {start} by self distillation of all exits on {labels:,} labelled images",
         "notes": [calibrated],

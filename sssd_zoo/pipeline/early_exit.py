@@ -47,7 +47,7 @@ from sssd_zoo.evaluation.calibration import (
     fold,
     useful_temperatures,
 )
-from sssd_zoo.evaluation.features import network_features
+from sssd_zoo.evaluation.features import check_finite, network_features
 from sssd_zoo.evaluation.protocol import check_classes, hold_out, shared_rows
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.early_exit import command_line, network_source, report
@@ -184,12 +184,18 @@ def check_apart(test: ImageData, calibrating: ImageData, config: DataConfig) -> 
 
 
 def all_logits(model: Any, data: ImageData, args: EarlyExitArgs) -> Tensor:
-    """The logits of all exits for all images in order, float32 [4, N, C], computed in fp32."""
+    """The logits of all exits for all images in order, float32 [4, N, C], computed in fp32.
+
+    Raises:
+        UserError: if some are not finite.
+    """
     config = ForwardConfig(batch_size=args.batch_size, precision="fp32", device=args.device)
     features = network_features(model, data, config)
     with torch.no_grad():
         heads = [(head.weight.cpu(), head.bias.cpu()) for head in classifiers(model)]
-        return torch.stack([F.linear(pooled, *head) for pooled, head in zip(features, heads, strict=True)])
+        logits = torch.stack([F.linear(pooled, *head) for pooled, head in zip(features, heads, strict=True)])
+    check_finite(logits)
+    return logits
 
 
 def sample_logits(model: Any, calibrating: Sample, measured: Sample, args: EarlyExitArgs) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Nothing of it stays: the steps train networks that are thrown away, and random g
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,14 @@ from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder, MoCo, Task
 from sssd_zoo.training.trial import TIMED, WARM_UP, StepTime, measure_step, same_random_state
 
 WORTH = 25  # a run is measured where it has so many times the steps that measuring takes
+SCHEDULE = {
+    "epochs",
+    "warmup_epochs",
+    "schedule",
+    "milestones",
+    "gamma",
+    "lr",
+}  # a step takes as long whatever they are
 FORWARD = 32  # images of a forward pass that is measured
 LONGEST = 800  # epochs that --budget chooses at most: MoCo v2's longest schedule
 
@@ -150,9 +158,19 @@ def _alike(one: OptimConfig, other: OptimConfig) -> bool:
     """Whether two trainings' steps take the same time."""
     if not isinstance(one, SelfDistillationConfig) or not isinstance(other, SelfDistillationConfig):
         return False
-    if any(getattr(each, "anchor", None) or isinstance(each, ContrastiveConfig) for each in (one, other)):
-        return type(one) is type(other) and replace(one, epochs=other.epochs) == other
-    return one.batch_size == other.batch_size
+    kinds = {type(each) if _has_more(each) else SelfDistillationConfig for each in (one, other)}
+    kind, *more = kinds
+    return not more and _of_a_step(kind.of(one)) == _of_a_step(kind.of(other))
+
+
+def _has_more(config: SelfDistillationConfig) -> bool:
+    """Whether a step has more to do than the paper's."""
+    return bool(getattr(config, "anchor", None)) or isinstance(config, ContrastiveConfig)
+
+
+def _of_a_step(config: SelfDistillationConfig) -> dict[str, Any]:
+    """The settings that a step's time may depend on."""
+    return {name: value for name, value in asdict(config).items() if name not in SCHEDULE}
 
 
 def forward_seconds(network: Any, setup: Setup, spec: InputSpec) -> float:

@@ -334,6 +334,7 @@ class Plan:
                 result = stages.run(self.stage(name, amount, seed))
                 labels = len(self.positions(amount, seed))
                 row = {"model": name, "amount": amount, "labels": labels, "seed": seed, **result}
+                row.setdefault("machine", describe_machine(self.precision))  # earlier versions did not record it
                 row["accuracy"] = result["ensemble"] if self.args.method == "exits" else result["exits"][-1]
                 rows.append(row)
         return rows
@@ -452,6 +453,7 @@ def accuracy_table(corner: str, args: FinetuneArgs, curves: dict[str, dict[float
 def report_lines(plan: Plan, rows: list[dict[str, Any]], curves: dict[str, dict[float, list[float]]]) -> list[str]:
     """The lines of report.md."""
     args, evaluation = plan.args, plan.evaluation
+    machines = dict.fromkeys(row["machine"] for row in rows)
     counts: dict[float, set[int]] = {}
     for row in rows:
         counts.setdefault(row["amount"], set()).add(row["labels"])
@@ -470,7 +472,7 @@ def report_lines(plan: Plan, rows: list[dict[str, Any]], curves: dict[str, dict[
         f"- **Measured on**: {markdown(evaluation.describe())}",
         f"- **Trained**: {trained}",
         f"- **Seeds**: {', '.join(map(str, args.seeds))}, of subset, classifiers and training",
-        f"- **Machine**: {markdown(describe_machine(plan.precision))}",
+        f"- **Machine**: {markdown('; '.join(machines))}",
         "",
         f"Accuracy in percent after the last epoch by {'labels of each class' if args.per_class else 'labels (%)'}; of "
         "several seeds the mean and, in brackets, the lowest and the highest, and so of the differences seed by seed.",

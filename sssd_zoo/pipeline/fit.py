@@ -69,10 +69,11 @@ from sssd_zoo.files.network_link import link_network
 from sssd_zoo.hub.cards import distillation
 from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.labels.origin import labels_by_name, pseudo_labels_for
+from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_network
-from sssd_zoo.pipeline.budget import BESIDE, MARGIN, chosen_before, describe_kept, keep, with_epochs
+from sssd_zoo.pipeline.budget import BESIDE, MARGIN, check_warm_up, chosen_before, describe_kept, keep, with_epochs
 from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.earlier import (
@@ -82,7 +83,7 @@ from sssd_zoo.pipeline.earlier import (
     remove_figures,
     remove_stages,
 )
-from sssd_zoo.pipeline.estimate import Rates, Work, epochs_within, expected, measure
+from sssd_zoo.pipeline.estimate import LONGEST, Rates, Work, epochs_within, expected, measure
 from sssd_zoo.pipeline.forecast import Forecast
 from sssd_zoo.pipeline.gpu_memory import within_memory
 from sssd_zoo.pipeline.mistakes import Mistakes
@@ -227,7 +228,8 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
     assert args.budget is not None  # callers look
     budget = seconds_of(args.budget)
     # Chosen for the same images, networks and batches, the epochs stay when a run is resumed.
-    settings = [stage.settings for stage in replace(first, args=with_epochs(first.args, 1)).stages()]
+    trained = replace(first, args=with_epochs(first.args, LONGEST))  # so many, as a warm-up must be shorter
+    settings = [{**stage.settings, "epochs": 1} for stage in trained.stages()]
     chosen_for = json.loads(json.dumps({"seconds": budget, **setup.inputs, "settings": settings}))
     before, rates = chosen_before(plan.out), None
     if before is not None and before["chosen_for"] == chosen_for:
@@ -241,6 +243,7 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
         rates = measure(setup, work)
         left = on_main(lambda: MARGIN * (budget - (time.perf_counter() - began)))
         epochs = epochs_within(setup, work, rates, left)
+        check_warm_up(args, epochs)
         replace(plan, args=with_epochs(args, epochs)).survey()  # a refused call leaves the other run's epochs alone
         keep(plan.out, epochs, chosen_for)
     args = with_epochs(args, epochs)
@@ -316,6 +319,7 @@ class Plan:
                 name="distill",
                 action=self.distill,
                 settings={**settings_of(args.student), "warm_start": args.warm_start, **self.start, **soft},
+                later=lambda: {"labels": self.labels().identity},
                 after=("labels",),
                 all_processes=True,
             ),
@@ -410,6 +414,10 @@ class Plan:
         """What the stage 'labels' made."""
         return PseudoLabels.load(self.out / "labels")
 
+    def labels(self) -> Labels:
+        """What the network learns."""
+        return pseudo_labels_for(self.setup.data, self.pseudo_labels(), self.args.soft)
+
     def distill(self, folder: Path) -> dict[str, Any]:
         """Self distillation on the pseudo labels."""
         args, setup = self.args, self.setup
@@ -424,12 +432,12 @@ class Plan:
 
     def _distil(
         self, config: AnchoredConfig | ContrastiveConfig, spec: RunSpec, start: str | None, more_seed: int = 0
-    ) -> dict[str, Any]:
+    ) -> dict[str, float]:
         setup = self.setup
         runtime = replace(setup.runtime, seed=setup.runtime.seed + more_seed)
-        measured = distill_network(
+        return distill_network(
             setup.data,
-            pseudo_labels_for(setup.data, self.pseudo_labels(), self.args.soft),
+            self.labels(),
             config,
             runtime,
             spec,
@@ -437,7 +445,6 @@ class Plan:
             encoder=setup.pretext.network(self.out) if self.args.distill.anchor else None,
             teacher_size=setup.pretext.teacher_size,
         )
-        return {**measured, "machine": describe_machine(setup.inputs["precision"])}
 
     def quality(self, folder: Path) -> dict[str, Any]:
         """Figures without labels, of the distilled network and of the one that was clustered."""

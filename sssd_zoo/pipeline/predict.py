@@ -107,7 +107,7 @@ def answers(
     """The files of each batch that can be read, their logits [B, num_classes], and the exits that gave them.
 
     Raises:
-        UserError: at the end, if more than `max_corrupt` cannot be read.
+        UserError: for an answer that is not finite; at the end, if more than `max_corrupt` images cannot be read.
     """
     device = compute_device(args.device)
     model.to(device, memory_format=torch.channels_last)
@@ -121,6 +121,11 @@ def answers(
             continue
         with torch.inference_mode(), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             logits, exits = answer(model, torch.cat(pixels), output, args.thresholds)
+        if not (finite := logits.isfinite().all(1)).all():
+            file = good[int(finite.int().argmin())]
+            raise UserError(
+                f"{args.model} gives NaN or infinity for {file}: give --precision fp32, or check its weights"
+            )
         yield good, logits, exits
     if corrupt:
         CorruptTally("those given", args.max_corrupt).add(corrupt, len(files))

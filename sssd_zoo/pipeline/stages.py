@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from sssd_zoo.distributed import barrier, on_main, print_main, rank
+from sssd_zoo.distributed.hardware import describe_machine
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK, damage, read_json, sha256_of, write_json
 from sssd_zoo.files.run_folder import (
@@ -26,7 +27,7 @@ from sssd_zoo.pipeline.forecast import Forecast
 from sssd_zoo.training.checkpoints import OtherRun, diverged, steps_done
 
 # Inputs that came after the first release: of a step done before there were any, they are as they are now.
-LATER = ("true_labels",)
+LATER = ("true_labels", "labels")
 CALLED = {"measured_on": "true labels", "true_labels": "true labels"}  # what inputs are called
 ARGUMENTS = {"labels": "cluster"}  # stages whose settings are arguments of another name
 
@@ -154,12 +155,13 @@ class Stages:
     def survey(self, stages: Sequence[Stage]) -> Survey:
         """What lies in the folder of each stage before any of them runs."""
         done, begun, changes = set(), {}, {}
+        late: set[str] = set()  # stages with inputs that only results of earlier ones say
         for stage in stages:
             inputs = self._inputs(stage, {})
+            late |= set() if stage.later is None else {stage.name}
             _, before = on_main(partial(self._state, stage.name))
-            changed = [] if before is None else _differences(before["inputs"], inputs)
-            if stage.later is not None:  # what its record has beyond the settings cannot be compared yet
-                changed = [key for key in changed if key in inputs]
+            theirs = {} if before is None else _comparable(before["inputs"], inputs, stage.name, late)
+            changed = [] if before is None else _differences(theirs, inputs)
             if before is not None and not changed and before["result"] is not None:
                 done.add(stage.name)
                 continue
@@ -168,7 +170,7 @@ class Stages:
                     if not key.startswith(tuple(f"{earlier}." for earlier in stage.after)):  # that stage names it
                         name = key if key in self.common else f"{ARGUMENTS.get(stage.name, stage.name)}.{key}"
                         changes[name] = (before["inputs"].get(key), inputs.get(key))
-            begun[stage.name] = on_main(partial(self._steps_done, stage.name, inputs))
+            begun[stage.name] = on_main(partial(self._steps_done, stage.name, inputs, late))
         return Survey(done, begun, changes)
 
     def refuse_others(self, stages: Sequence[Stage]) -> None:
@@ -176,11 +178,13 @@ class Stages:
         if changes := self.survey(stages).changes:
             raise _of_others(self.out, changes)
 
-    def _steps_done(self, name: str, inputs: dict[str, Any]) -> int:
-        """The optimiser steps that a training of these inputs resumes from."""
+    def _steps_done(self, name: str, inputs: dict[str, Any], late: set[str]) -> int:
+        """The optimiser steps that a training of these inputs resumes from; `late` as in `_comparable`."""
         for new in (False, True):
             folder, record = self._places(name, new=new)
-            if record.exists() and not _differences(_read_record(record)["inputs"], inputs):
+            if not record.exists():
+                continue
+            if not _differences(_comparable(_read_record(record)["inputs"], inputs, name, late), inputs):
                 return steps_done(folder / "checkpoints")
         return 0
 
@@ -214,7 +218,7 @@ class Stages:
             seconds = time.perf_counter() - began
             if self.forecast is not None:
                 self.forecast.finished(stage.name, seconds)
-            result = {"seconds": round(seconds, 1), **result}
+            result = {"seconds": round(seconds, 1), "machine": describe_machine(self.common["precision"]), **result}
             write_json(record, {"inputs": inputs, "result": result, "sha256": sha256_of(folder, _read_later(folder))})
             self._finish_replacing(stage.name)
             if not self.keep_checkpoints:
@@ -299,8 +303,13 @@ def _prepare(folder: Path, record: Path, inputs: dict[str, Any]) -> None:
     write_json(record, {"inputs": inputs, "result": None})
 
 
+def _comparable(theirs: dict[str, Any], ours: dict[str, Any], name: str, late: set[str]) -> dict[str, Any]:
+    """The inputs of a record of the stage `name`, less those that are not known yet of the stages `late`."""
+    return {key: value for key, value in theirs.items() if key in ours or not {name, *key.split(".")[:-1]} & late}
+
+
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    theirs = {**{key: ours[key] for key in LATER if key in ours}, **theirs}
+    theirs = {**{key: value for key, value in ours.items() if key.rpartition(".")[2] in LATER}, **theirs}
     return sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
 
 

@@ -72,7 +72,7 @@ def is_finite(module: nn.Module, optimizer: Any) -> bool:
 
 
 def check_trainable(config: OptimConfig, processes: int, images: int | None) -> None:
-    """Refuses a batch size that cannot be trained with.
+    """Refuses a batch size that cannot be trained with, and a learning rate that would never fall.
 
     Args:
         config: how to train.
@@ -92,6 +92,11 @@ def check_trainable(config: OptimConfig, processes: int, images: int | None) -> 
     if images is not None and config.batch_size > images:
         raise UserError(
             f"batch_size {config.batch_size} is larger than the data set of {images} images; give a smaller one"
+        )
+    if config.schedule == "step" and config.milestones and min(config.milestones) >= config.epochs:
+        raise UserError(
+            f"schedule step lowers the learning rate at epochs {', '.join(map(str, config.milestones))}, and there are "
+            f"{config.epochs}: give earlier milestones, or schedule cosine"
         )
 
 

@@ -49,8 +49,17 @@ class QualityMonitor:
         return self.every > 0 and ((epoch + 1) % self.every == 0 or epoch + 1 == epochs)
 
     def measure(self) -> dict[str, float]:
-        """The figures; where they say that the embeddings have collapsed, a warning on stderr."""
-        figures = figures_of([view[-1] for view in self.subset.features(self.network, self.spec)], self.subset)
+        """The figures, and a warning on stderr where they say that the embeddings have collapsed.
+
+        None where features are not finite, with a warning, too: half precision may overflow in a network that trains
+        well, as its optimiser leaves such steps out.
+        """
+        try:
+            features = self.subset.features(self.network, self.spec)
+        except UserError as error:
+            tqdm.write(f"quality not measured: {error}", file=sys.stderr)
+            return {}
+        figures = figures_of([view[-1] for view in features], self.subset)
         if warning := collapse_warning(figures, "the network in training"):
             tqdm.write(warning, file=sys.stderr)
         return figures

@@ -72,8 +72,11 @@ def measure_step(
     Raises:
         OutOfMemory: if the memory is not enough for the batch.
     """
-    # Smaller views of progressive resizing cost as much less as they have fewer pixels.
-    scale = float(np.mean([(size / task.size) ** 2 for size in optim.sizes or [task.size]]))
+    # The largest views of progressive resizing decide how much memory it takes; smaller ones cost as much less as they
+    # have fewer pixels.
+    sizes = optim.sizes or [task.size]
+    task.size = max(sizes)
+    scale = float(np.mean([(size / task.size) ** 2 for size in sizes]))
     try:
         on_main(scratch.mkdir)
         trainer = Trial(
