@@ -142,7 +142,7 @@ def measure(setup: Setup, work: Work) -> Rates:
         for name, config in work.trainings.items():
             if not work.steps_left(name):
                 continue
-            alike = next((done for done in trainings if _alike(work.trainings[done], config)), None)
+            alike = next((done for done in trainings if alike(work.trainings[done], config)), None)
             if alike is not None:
                 trainings[name] = trainings[alike]
             elif isinstance(config, SelfDistillationConfig):
@@ -154,7 +154,7 @@ def measure(setup: Setup, work: Work) -> Rates:
     return on_main(lambda: Rates(trainings, per_image, per_student))
 
 
-def _alike(one: OptimConfig, other: OptimConfig) -> bool:
+def alike(one: OptimConfig, other: OptimConfig) -> bool:
     """Whether two trainings' steps take the same time."""
     if not isinstance(one, SelfDistillationConfig) or not isinstance(other, SelfDistillationConfig):
         return False

@@ -218,7 +218,9 @@ class Stages:
             seconds = time.perf_counter() - began
             if self.forecast is not None:
                 self.forecast.finished(stage.name, seconds)
-            result = {"seconds": round(seconds, 1), "machine": describe_machine(self.common["precision"]), **result}
+            # A report that is made again on another machine says whose times these are.
+            where = {"machine": describe_machine(self.common["precision"])} if "precision" in self.common else {}
+            result = {"seconds": round(seconds, 1), **where, **result}
             write_json(record, {"inputs": inputs, "result": result, "sha256": sha256_of(folder, _read_later(folder))})
             self._finish_replacing(stage.name)
             if not self.keep_checkpoints:

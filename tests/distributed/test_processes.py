@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers.commands import ROOT
+from helpers.commands import ROOT, command
 from sssd_zoo.files.json_lines import read_metrics
 
 LIMIT = 30  # seconds in which all processes must end
@@ -178,3 +178,30 @@ def test_sssd_fit_ends_in_every_stage(stage, start, folder_of_images, tmp_path):
     run.rank(1).kill()
     text = run.ends()
     assert ["process 1 was ended by SIGKILL" in cause for cause in causes(text)] == [True], text
+
+
+OTHER_RUN = """
+import torch.distributed as dist
+from sssd_zoo.distributed import on_main, rank
+from sssd_zoo.training.checkpoints import OtherRun
+
+dist.init_process_group("gloo")
+
+def fail():
+    raise OtherRun("of another run")
+
+try:
+    on_main(fail)
+except OtherRun as error:
+    print(f"rank {rank()}: {error}, told: {error.told}")
+"""
+
+
+def test_an_error_of_the_main_process_has_its_type_in_all(tmp_path):
+    (tmp_path / "script.py").write_text(OTHER_RUN)
+    done = command(*LAUNCHERS["torchrun"], str(tmp_path / "script.py"))
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [
+        "rank 0: of another run, told: False",
+        "rank 1: of another run, told: True",
+    ]

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import one_line, sssd
-from helpers.networks import save_tiny
+from helpers.networks import poisoned, save_tiny
 from sssd_zoo.configs import EarlyExitArgs
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation import calibration
@@ -395,4 +395,11 @@ def test_mistakes(words, message, folder, four_classes, folder_of_images, tmp_pa
     words = [word.format(folder=folder, four_classes=four_classes) for word in words]
     assert sssd("early-exit", *words, "--data", folder_of_images, "--out", tmp_path / "out", "--device", "cpu") == 2
     assert message in one_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_network_that_gives_nan_is_not_calibrated(folder, folder_of_images, tmp_path, capsys):
+    words = [poisoned(folder, tmp_path / "network"), "--data", folder_of_images, "--split", "train", "--device", "cpu"]
+    assert sssd("early-exit", *words, "--out", tmp_path / "out") == 2
+    assert "what exit 1 of the network gives for 48 of 48 images holds NaN or infinity" in one_line(capsys)
     assert not (tmp_path / "out").exists()

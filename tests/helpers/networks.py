@@ -43,3 +43,12 @@ def save_tiny(folder: Path, classes: int, **kwargs) -> Path:
     """
     save_network(folder, timm.create_model("sssd_resnet18", num_classes=classes, **SHORT), "sssd_resnet18", **kwargs)
     return folder
+
+
+def poisoned(network: Path, folder: Path) -> Path:
+    """A folder with the same network, one of whose BatchNorms gives NaN."""
+    model = timm.create_model(f"local-dir:{network}", pretrained=True)
+    with torch.no_grad():
+        model.layer1[0].bn2.weight.fill_(float("nan"))
+    save_network(folder, model, "sssd_resnet18", input_size=32, label_names=model.pretrained_cfg.get("label_names"))
+    return folder

@@ -192,3 +192,24 @@ def test_mistakes(mistake, message, folder_of_images, tmp_path, capsys):
     assert sssd("compare", "--data", folder_of_images, "--out", tmp_path / "run", *TINY, *mistake) == 2
     assert message in one_line(capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_true_labels_need_a_batch_of_the_images_that_are_not_measured(folder_of_images, tmp_path, capsys):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
+    assert sssd(*words, "--methods", '[sssd, "true"]', "--distill.batch_size", "40") == 2
+    assert "batch_size 40 is larger than the data set of 38 images" in one_line(capsys)
+    assert not (tmp_path / "seed-0").exists(), "nothing was trained"
+
+
+def test_a_result_keeps_the_machine_that_trained_it(folder_of_images, tmp_path):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]", "--methods"]
+    assert sssd(*words, "[sssd]") == 0
+    record = tmp_path / "seed-0" / "steps" / "sssd.json"
+    content = json.loads(record.read_text())
+    here = content["result"]["machine"]
+    content["result"]["machine"] = "a faster one"
+    record.write_text(json.dumps(content))
+    assert sssd(*words, "[sssd, clusterfit]") == 0
+    assert f"- **Machine**: a faster one; {here}" in (tmp_path / "report.md").read_text()
+    machines = {row["method"]: row["machine"] for row in rows_of(tmp_path)}
+    assert machines == {"sssd": "a faster one", "clusterfit": here}

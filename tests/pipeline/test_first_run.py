@@ -1,6 +1,7 @@
 """The first hour with `sssd fit`: mistakes at once, an estimate, a budget, and nothing of an earlier run mixed in."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from safetensors.torch import load_file
 
 from helpers.commands import TINY, one_line, sssd
 from helpers.disk import contents
+from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, MoCoConfig, SelfDistillationConfig
 from sssd_zoo.distributed.progress import duration
 from sssd_zoo.files import RUN_MARK
-from sssd_zoo.pipeline import estimate
+from sssd_zoo.pipeline import estimate, fit
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.forecast import Forecast
 from sssd_zoo.pipeline.mistakes import Mistakes
 from sssd_zoo.tasks import AnchoredSelfDistillation, ContrastiveSelfDistillation
+from sssd_zoo.training.trial import StepTime
 
 QUICK = [*TINY, "--probe.probe_epochs", "2", "--workers", "0"]
 
@@ -157,6 +160,25 @@ class TestForecast:
         assert "[distill] done before: step 3 of 4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (AnchoredConfig(), SelfDistillationConfig(epochs=3), True),
+        (AnchoredConfig(warmup_epochs=5), SelfDistillationConfig(epochs=3, lr=1.0, schedule="step"), True),
+        (AnchoredConfig(anchor=1.0, warmup_epochs=5), AnchoredConfig(anchor=1.0, epochs=3), True),
+        (ContrastiveConfig(warmup_epochs=5), ContrastiveConfig(epochs=3), True),
+        (AnchoredConfig(anchor=1.0), SelfDistillationConfig(), False),
+        (ContrastiveConfig(), SelfDistillationConfig.of(ContrastiveConfig()), False),
+        (AnchoredConfig(sizes=[16, 32]), AnchoredConfig(), False),
+        (AnchoredConfig(batch_size=64), AnchoredConfig(), False),
+        (AnchoredConfig(), MoCoConfig(), False),
+    ],
+)
+def test_trainings_whose_steps_take_as_long_are_measured_once(one, other, same):
+    assert estimate.alike(one, other) is same
+    assert estimate.alike(other, one) is same
+
+
 def contents_but_times(out: Path) -> set[str]:
     return {str(path.relative_to(out)) for path in out.rglob("*")}
 
@@ -174,7 +196,39 @@ class TestDamage:
         assert sssd("clean", run) == 0
 
 
+class TestLabels:
+    def test_a_network_of_other_labels_is_not_taken(self, run, folder_of_images, capsys):
+        words = ["fit", "--data", folder_of_images, "--out", run, *QUICK]
+        record = run / "steps" / "distill.json"
+        content = json.loads(record.read_text())
+        labels = content["inputs"].pop("labels")
+        record.write_text(json.dumps(content))  # as an earlier version left it
+        assert sssd(*words) == 0
+        assert capsys.readouterr().out.count("done before") == 6
+        content["inputs"]["labels"] = labels[::-1]  # as if k-means had come out otherwise, when it was repeated
+        record.write_text(json.dumps(content))
+        before = weights(run)
+        assert sssd(*words) == 2
+        assert "was made with other settings or data (labels: " in one_line(capsys)
+        assert same(weights(run), before)
+        assert sssd(*words, "--overwrite") == 0
+        said = capsys.readouterr().out
+        assert "[distill] repeated, for other labels" in said
+        assert same(weights(run), before), "the labels are those of before"
+
+
 class TestBudget:
+    def test_a_warm_up_that_is_too_long_for_it(self, folder_of_images, tmp_path, monkeypatch, capsys):
+        def second_long(setup, work):
+            return estimate.Rates(dict.fromkeys(work.trainings, StepTime(1.0, 0.0)), 0.0, 0.0)
+
+        monkeypatch.setattr(fit, "measure", second_long)
+        words = ["fit", "--data", folder_of_images, "--out", tmp_path / "run", *TINY[:4], "--unlabelled"]
+        words += ["--workers", "0", "--device", "cpu", "--budget", "30s"]
+        assert sssd(*words, "--pretrain.warmup_epochs", "9") == 2
+        line = one_line(capsys)
+        assert re.search(r"30s is enough for [1-4] epochs of each training, and pretrain.warmup_epochs 9 must be", line)
+
     @pytest.mark.slow
     def test_it_chooses_the_epochs_once(self, folder_of_images, tmp_path, capsys):
         out = tmp_path / "run"

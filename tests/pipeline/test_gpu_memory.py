@@ -94,3 +94,22 @@ def test_what_is_given_is_taken_and_what_does_not_fit_is_one_line(gpu, folder_of
     limits[MoCo] = 16
     assert fit(folder_of_images, tmp_path / "small", "--pretrain.splits", "32") == 2
     assert "splits 32 must be" in one_line(capsys)
+
+
+def test_the_largest_of_the_views_decides(monkeypatch, folder_of_images, tmp_path, capsys):
+    sides, forward = [], SelfDistillation.forward
+
+    def limited(self, batch):
+        images = batch["images"]
+        sides.append((images.shape[-1], len(images)))
+        if images.shape[-1] > 32 and len(images) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 8.00 GiB")
+        return forward(self, batch)
+
+    monkeypatch.setattr(SelfDistillation, "forward", limited)
+    monkeypatch.setattr(gpu_memory, "compute_device", lambda device: torch.device("cuda"))
+    more = ["--distill.sizes", "[32, 64]", "--distill.epochs", "2"]
+    assert fit(folder_of_images, tmp_path / "run", *more) == 0
+    assert "  --distill.accumulate 2\n" in capsys.readouterr().out
+    assert sides[0] == (64, 32)
+    assert {(32, 16), (64, 16)} < set(sides)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import one_line, sssd
-from helpers.networks import save_tiny
+from helpers.networks import poisoned, save_tiny
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.inputs import prepared
 from sssd_zoo.data.loading import load_images
@@ -188,3 +188,11 @@ def test_help_reads_well(capsys):
     out = capsys.readouterr().out
     assert "MODEL IMAGES [IMAGES ...]" in " ".join(out.split())
     assert "image files, or folders of them" in " ".join(out.split())
+
+
+def test_a_network_that_gives_nan_answers_nothing(plain, folder_of_images, tmp_path, capsys):
+    damaged = poisoned(plain, tmp_path / "network")
+    assert predict(damaged, folder_of_images / "red" / "00.png") == 2
+    line = one_line(capsys)
+    assert line.endswith("red/00.png: give --precision fp32, or check its weights")
+    assert "gives NaN or infinity for" in line

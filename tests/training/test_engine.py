@@ -244,6 +244,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
         ({"batch_size": 65}, 64, "larger than the data set of 64"),
         ({"batch_size": 9, "accumulate": 2}, 64, "not divisible"),
         ({"batch_size": 4, "accumulate": 4}, 64, "single images"),
+        ({"schedule": "step", "epochs": 30}, 64, "at epochs 120, 160, and there are 30: give earlier milestones"),
     ],
 )
 def test_settings_that_cannot_train(settings, images, words):

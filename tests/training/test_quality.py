@@ -5,14 +5,18 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 
 from helpers.commands import command, one_line, sssd
 from helpers.training import Regression, Tensors
-from sssd_zoo.configs import OptimConfig, RuntimeConfig
+from sssd_zoo.configs import DataConfig, OptimConfig, QualityConfig, RuntimeConfig
+from sssd_zoo.data.inputs import input_spec
+from sssd_zoo.data.loading import load_images
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.training.checkpoints import Checkpoints
 from sssd_zoo.training.engine import Trainer
+from sssd_zoo.training.quality import QualityMonitor
 
 WORDS = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--batch_size", "16", "--queue_size", "32", "--splits", "2"),
@@ -145,3 +149,17 @@ def test_two_processes_measure_once(folder_of_images, tmp_path):
 
 
 RUNS: dict[str, list[str]] = {"with": [], "without": ["--quality_every", "0"]}
+
+
+def test_features_that_are_not_finite_are_told_and_the_training_goes_on(folder_of_images, capsys):
+    data = load_images(DataConfig(data=str(folder_of_images), workers=0), progress=False)
+    trunk = timm.create_model("sssd_resnet18", num_classes=0)
+    with torch.no_grad():
+        trunk.layer4[1].bn2.weight.fill_(float("inf"))
+    runtime = RuntimeConfig(device="cpu", precision="fp32")
+    monitor = QualityMonitor(trunk, data, QualityConfig(quality_every=1), runtime, input_spec(trunk, 32))
+    assert monitor.measure() == {}
+    assert (
+        "quality not measured: what exit 4 of the network gives for 48 of 48 images holds NaN"
+        in capsys.readouterr().err
+    )
