@@ -85,15 +85,18 @@ def is_name(value: Any) -> bool:
 
 
 def source(data: Any) -> Any:
-    """Data as the commands take them: names as text, an object as the folder that it is stored in.
+    """Data as the commands take them: names as text, an object or a list of images as the folder that it is stored in.
 
     Raises:
         UserError: if it is no data.
     """
     if is_name(data):
         return os.fspath(data)
-    if isinstance(data, (list, tuple)) and data and all(map(is_name, data)):
-        return [os.fspath(name) for name in data]
     from sssd_zoo.data.objects import stored
+    from sssd_zoo.data.sources import holds_images
 
+    if isinstance(data, (list, tuple)) and data and all(map(is_name, data)):
+        names = [os.fspath(name) for name in data]
+        if any(map(holds_images, names)):
+            return names
     return stored(data)

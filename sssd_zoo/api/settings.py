@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass, replace
 from importlib import import_module
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from sssd_zoo import configs
 from sssd_zoo.cli.arguments import did_you_mean, expand_paths
@@ -105,12 +105,21 @@ def plain_values(values: Values, config: Any) -> Values:
     }
 
 
+def choices_of(kind: Any) -> tuple[Any, ...]:
+    """The values of a `Literal`, or of those in a union."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(choice for option in get_args(kind) for choice in choices_of(option))
+
+
 def plain_value(value: Any, kind: Any) -> Any:
     """One value, see `plain_values`."""
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if type(value) is int and str(value) in choices_of(kind):  # an exit's number
+        return str(value)
     if isinstance(value, (list, tuple)):
         return (tuple if get_origin(kind) is tuple else list)(plain_value(item, Any) for item in value)
     if type(value).__module__ == "numpy":

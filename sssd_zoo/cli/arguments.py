@@ -84,7 +84,11 @@ class Parser(ArgumentParser):
             raise WrongValue(wrong[1], message) from ex
         if "nrecognized arguments: " in message:
             known = [flag[2:] for flag in self._option_string_actions]
-            message += did_you_mean(re.findall(r"--([\w.-]+)", message), known, "--")
+            flags = re.findall(r"--([\w.-]+)", message)
+            message += did_you_mean(flags, known, "--")
+            main = [flag for flag in ("data", "out") if flag in known]
+            if not flags and main:
+                message += f"; images and results are given by {' and '.join(f'--{flag}' for flag in main)}"
         fail(f"{readable(message)} (see {self.prog} --help)")
 
 
@@ -225,7 +229,7 @@ def expand_paths(config: Any) -> Any:
 
 
 def check_recipes(words: list[str]) -> None:
-    """Raises `UserError` where `--config` is given what is large, or becomes so when it is parsed."""
+    """Raises `UserError` where `--config` is given no file, or what is large or becomes so when it is parsed."""
     pairs = (word.split("=", 1) if "=" in word else [word, after] for word, after in pairwise([*words, ""]))
     for recipe in (value for name, value in pairs if name == "--config"):
         check_recipe(recipe)

@@ -25,6 +25,7 @@ from sssd_zoo.data.columns import image_column
 from sssd_zoo.data.containers import channels_last
 from sssd_zoo.data.formats import CorruptImageError
 from sssd_zoo.data.layout import SPLIT_NAMES
+from sssd_zoo.data.sources import OTHER_CACHE
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
@@ -53,7 +54,7 @@ def stored(data: Any) -> str:
     if not splits or wrong:
         raise UserError(f"data has the splits {listed(wrong) or 'none'}: name them {', '.join(USUAL)}")
     root = cache_folder()
-    with disk_errors(root):
+    with disk_errors(root, OTHER_CACHE):
         root.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=root, prefix=".new-") as temporary:
             folder = Path(temporary) / "data"

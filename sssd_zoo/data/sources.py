@@ -31,6 +31,9 @@ TAR_BLOCK = 512  # bytes
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[^/\\]*)?|hf[-_]hub:.*")
 HUB_TIMEOUT = 10.0  # seconds; without this check `datasets` retries an unreachable Hub for half a minute
 
+# What to do where the cache of `datasets` cannot be written to.
+OTHER_CACHE = "; HF_DATASETS_CACHE names another folder to write to"
+
 Splits = Mapping[str, Any]  # split name -> Dataset or IterableDataset
 
 
@@ -107,6 +110,12 @@ def open_splits(
     return _open_hub(name, configuration or None, revision, streaming, progress)
 
 
+def holds_images(name: str) -> bool:
+    """Whether a name is that of data with images in it, rather than of an image file."""
+    path = Path(expand_home(name))
+    return not path.is_file() or path.suffix in (LIST, ".parquet", *SHARDS)
+
+
 def _open_path(path: Path, streaming: bool, unlabelled: bool, arrays: bool) -> Splits:
     from datasets import Dataset, load_from_disk
 
@@ -116,7 +125,9 @@ def _open_path(path: Path, streaming: bool, unlabelled: bool, arrays: bool) -> S
         if path.suffix in SHARDS:
             return _shards({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
         if path.suffix != ".parquet":
-            raise UserError(f"{path} is another kind of file: give a folder, a list of files ({LIST}), parquet or .tar")
+            raise UserError(
+                f"{path} is one file: give a folder of images, a list of image files ({LIST}), parquet or .tar"
+            )
         return _parquet({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
     if not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder: give a parquet file or a folder")
@@ -321,7 +332,7 @@ def _load(load: Callable[[], Any], origin: Path) -> Any:
     import datasets
     import pyarrow as pa
 
-    with _quiet(bars=False), disk_errors(Path(datasets.config.HF_DATASETS_CACHE)):
+    with _quiet(bars=False), disk_errors(Path(datasets.config.HF_DATASETS_CACHE), OTHER_CACHE):
         try:
             return load()
         except (
@@ -371,7 +382,8 @@ def _open_hub(name: str, configuration: str | None, revision: str | None, stream
     except Exception:  # errors of its HTTP client, which differ between versions, and of its offline mode
         unreachable = True
     try:
-        with _quiet(bars=progress), _offline(unreachable), disk_errors(Path(datasets.config.HF_DATASETS_CACHE)):
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        with _quiet(bars=progress), _offline(unreachable), disk_errors(cache, OTHER_CACHE):
             try:
                 splits: Splits = datasets.load_dataset(name, configuration, revision=revision, streaming=streaming)
             except Exception as error:

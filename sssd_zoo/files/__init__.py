@@ -42,8 +42,8 @@ def expand_home(path: str) -> str:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk under `path` into a `UserError`; other errors pass."""
+def disk_errors(path: Path, remedy: str = "") -> Iterator[None]:
+    """Turns a full or read-only disk under `path` into a `UserError`, whose end `remedy` is; other errors pass."""
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EDQUOT: "the disk quota is used up",
@@ -73,7 +73,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise
         if (other := _file_elsewhere(error, path)) is not None:
             raise UserError(f"cannot open {other}: {reasons[number]}") from error
-        raise UserError(f"cannot write {path}: {reasons[number]}; no incomplete file is left") from error
+        raise UserError(f"cannot write {path}: {reasons[number]}; no incomplete file is left{remedy}") from error
 
 
 def _file_elsewhere(error: Exception, path: Path) -> str | None:

@@ -45,13 +45,15 @@ def check_recipe(given: str) -> None:
     """Checks the value of `--config`, a path or YAML text, before jsonargparse parses it.
 
     Raises:
-        UserError: see `check_yaml`; not for a missing file.
+        UserError: see `check_yaml`; and for what is neither a file nor a mapping in YAML.
     """
     if os.path.lexists(given):
         if not Path(given).is_fifo():  # process substitution of a shell, <(...), can be read only once
             read_yaml(given)
     else:
         check_yaml(given, "--config")
+        if not isinstance(yaml.safe_load(given), dict):
+            raise UserError(f"--config {given}: there is no such file; give a recipe, a YAML file of arguments")
 
 
 def check_yaml(text: str, where: str) -> None:

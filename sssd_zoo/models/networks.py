@@ -14,7 +14,7 @@ from huggingface_hub import (
     constants,
     hf_hub_download,
 )
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -106,6 +106,12 @@ def load_network(name: str, **kwargs: Any) -> Any:
             model: Any = timm.create_model(source, **kwargs)
     except UserError as error:
         raise UserError(f"cannot load the network '{name}': {error}") from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"cannot load the network '{name}': the Hugging Face Hub cannot be reached, nor are its weights in the "
+            f"cache {constants.HF_HUB_CACHE}: connect, copy that folder from a machine that has them, or give a folder "
+            "or bundled weights, which `sssd models` lists"
+        ) from error
     except Exception as error:  # a config.json can ask for anything, of timm's code and of this
         raise UserError(f"cannot load the network '{name}': {type(error).__name__}: {str(error)[:300]}") from error
     check_facts(name, model, classes=None if kwargs.keys() & {"num_classes", "features_only"} else model.num_classes)

@@ -45,6 +45,7 @@ from sssd_zoo.models.multi_exit import check_thresholds
 from sssd_zoo.models.networks import config_for, load_network, no_classifier, no_thresholds
 from sssd_zoo.models.saving import save_network
 
+FILE_NAMES = (".safetensors", ".onnx", ".pt2", ".pt", ".pth", ".bin")
 FOLDERS = {"safetensors": "network", "timm": "network", "transformers": "transformers"}  # by format, the folder's kind
 WHOLE = ("ensemble", "all", "early-exit")  # outputs that need all exits
 MOST_FACTS = 10_000_000  # bytes of the metadata of a torch.export program, which has the names of all classes
@@ -293,6 +294,11 @@ def open_target(args: ExportArgs, out: Path) -> None:
         UserError: if something else is there.
     """
     folder = writes_folder(args)
+    if folder and out.suffix in FILE_NAMES and not out.exists():
+        raise UserError(
+            f"--out {out} is the name of a file, and --format {args.format} writes a folder here: give --out "
+            f"{out.with_suffix('')}"
+        )
     if out.exists() and out.is_dir() != folder:
         raise UserError(f"--out {out} must be a {'folder' if folder else 'file'} for this format, but is not")
     if folder:

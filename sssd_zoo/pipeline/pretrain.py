@@ -20,6 +20,7 @@ from sssd_zoo.data.streaming import StreamingImages, load_streaming
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError
 from sssd_zoo.models.networks import load_trunk, load_trunk_of, new_trunk, weights_digest
+from sssd_zoo.pipeline.mistakes import Mistakes
 from sssd_zoo.tasks import MoCo
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
@@ -79,22 +80,29 @@ def pretrain_network(
 
 
 def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes: int) -> None:
-    """Raises `UserError` for settings that MoCo cannot work with on these images and so many processes."""
+    """Raises `UserError` with all settings that MoCo cannot work with on these images and so many processes."""
     images = data.count
     if images is not None and images < 2:
         raise UserError(f"{data.name} has {images} image; contrastive learning needs at least 2")
-    check_queue(config.queue_size, images)
-    check_trainable(OptimConfig.of(config), processes, images)
-    check_splits(config, processes)
+    mistakes = Mistakes()
+    with mistakes.noted():
+        check_trainable(OptimConfig.of(config), processes, images)
+    with mistakes.noted():
+        check_queue(config.queue_size, images)
+    with mistakes.noted():
+        check_splits(config, processes)
+    mistakes.tell()
 
 
 def check_splits(config: MoCoConfig | ContrastiveConfig, processes: int) -> None:
     """Raises `UserError` unless the processes and the batch can be split as `config` says."""
     images, parts = config.batch_size // config.accumulate, max(1, config.splits)
-    if config.splits % processes or images % parts:
+    if config.splits % processes:
+        raise UserError(f"splits {config.splits} must be a multiple of the {processes} processes; change splits")
+    if images % parts:
         raise UserError(
-            f"splits {config.splits} must be a multiple of the {processes} processes and divide the batch of "
-            f"{images}; change splits or batch_size"
+            f"splits {config.splits} must divide the batch of {images} into equal parts, in which BatchNorm sees it; "
+            "change splits or batch_size"
         )
     if images // parts < 2:
         raise UserError(

@@ -67,6 +67,15 @@ def test_home_is_expanded_and_lists_stay_lists():
     assert (args.models, args.data, args.out) == ([f"{home}/a", "scratch"], [f"{home}/b", "c"], f"{home}/d")
 
 
+def test_an_exit_may_be_given_by_its_number():
+    for number in ("2", 2):
+        assert settings_of("export", {"model": "m", "out": "o", "output": number})[0].output == "2"
+        assert settings_of("embed", {"model": "m", "data": "d", "out": "o.npy", "exits": number})[0].exits == "2"
+    for wrong in (5, True):
+        with pytest.raises(UserError, match=f"output is {wrong}; it must be one of 1, 2, 3, 4, final"):
+            settings_of("export", {"model": "m", "out": "o", "output": wrong})
+
+
 WRONG = {
     "sssd_zoo.fit has no argument epocs; did you mean epochs?": {"epocs": 3},
     "sssd_zoo.fit has no argument pretrain.epoch; did you mean pretrain.epochs?": {"pretrain": {"epoch": 3}},

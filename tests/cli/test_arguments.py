@@ -112,3 +112,14 @@ def test_values_and_flags_that_are_none_are_told_all_at_once(words, message, tmp
     line = one_line(capsys)
     assert message in line
     assert "class" not in line
+
+
+def test_a_recipe_that_is_not_there(tmp_path, capsys):
+    assert sssd("fit", "--config", tmp_path / "none.yaml", "--data", "photos", "--out", "run") == 2
+    assert one_line(capsys).endswith("none.yaml: there is no such file; give a recipe, a YAML file of arguments")
+
+
+def test_words_without_a_flag_are_told_which_there_are(capsys):
+    assert sssd("fit", "photos", "run") == 2
+    line = one_line(capsys)
+    assert "unrecognized arguments: photos run; images and results are given by --data and --out" in line

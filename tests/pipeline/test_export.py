@@ -251,7 +251,7 @@ def plain(tmp_path_factory):
     [
         (["{folder}", "--output", "5"], "output"),
         (["{tmp_path}/none"], "no folder"),
-        (["{plain}", "--output", "early-exit"], "no thresholds"),
+        (["{plain}", "--output", "early-exit", "--out", "{tmp_path}/stages"], "no thresholds"),
         (["{plain}", "--thresholds", "[0.5, 0.6, 0.7]"], "--thresholds are stored by --output early-exit"),
         (["{plain}", "--thresholds", "[0.5]", "--format", "safetensors"], "must have 3 items"),
         (
@@ -262,6 +262,7 @@ def plain(tmp_path_factory):
         (["{folder}", "--output", "early-exit", "--format", "torch-export"], "stages"),
         (["{folder}", "--out", "{folder}", "--overwrite"], "must be a file"),
         (["resnet10t"], "resnet10t"),
+        (["{folder}", "--format", "safetensors", "--out", "{tmp_path}/x.onnx"], "x.onnx is the name of a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

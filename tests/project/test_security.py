@@ -417,6 +417,12 @@ def test_a_network_of_a_silent_hub_is_one_line(hub, finished):
         assert time.monotonic() - began < 10
 
 
+def test_weights_that_are_neither_on_the_hub_nor_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"'resnet18.a1_in1k': the Hugging Face Hub cannot be reached, nor .*: connect"):
+        load_network("resnet18.a1_in1k", cache_dir=tmp_path)
+
+
 HUGE = {
     "classes": {"num_classes": 10**9},
     "channels": {"model_args": {**SMALL, "channels": [8, 16, 32, 10**9]}},

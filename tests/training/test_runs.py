@@ -72,6 +72,20 @@ def test_no_part_of_a_batch_may_be_a_single_image(batch, accumulate, splits, pro
         check_splits(config, processes)
 
 
+def test_what_does_not_go_into_a_batch_is_told_apart():
+    with pytest.raises(UserError, match=r"^splits 8 must divide the batch of 60 into equal parts"):
+        check_splits(MoCoConfig(batch_size=60), 1)
+    with pytest.raises(UserError, match=r"^splits 8 must be a multiple of the 3 processes; change splits$"):
+        check_splits(MoCoConfig(batch_size=60), 3)
+
+
+def test_pretrain_tells_all_that_is_wrong_for_the_images(folder_of_images, tmp_path, capsys):
+    assert sssd("pretrain", "--data", folder_of_images, "--out", tmp_path / "run", "--batch_size", "60") == 2
+    line = one_line(capsys)
+    for words in ("batch_size 60 is larger", "queue_size 4096 is larger", "splits 8 must divide the batch of 60"):
+        assert words in line
+
+
 @pytest.mark.parametrize(
     ("batch", "accumulate", "splits", "processes"), [(16, 1, 8, 1), (8, 2, 2, 2), (8, 1, 1, 1), (16, 1, 8, 4)]
 )
