@@ -451,7 +451,9 @@ class Plan:
         setup = self.setup
         clustered = setup.pretext.load(self.out)
         distilled = load_network(str(self.out / self.student))
-        return {"label_free": run_figures(distilled, clustered, setup.data, setup.forward, self.args.seed)}
+        figures = run_figures(distilled, clustered, setup.data, setup.forward, self.args.seed)
+        write_json(folder / "metrics.json", figures)
+        return {"label_free": figures}
 
     def baseline(self, folder: Path) -> dict[str, Any]:
         """The same on random labels; without an anchor, which would teach the network what the labels do not say."""
@@ -479,7 +481,7 @@ class Plan:
         trunk = setup.pretext.load(self.out)
         features = evaluation_features(trunk, evaluation, setup.forward)
         knn = KNNConfig(neighbours=min(KNNConfig.neighbours, len(features.train_y)))
-        return {
+        measured = {
             "accuracy": accuracy,
             "clustered": {
                 "linear probe": probe_features(features, self.args.probe, self.args.seed).exits[-1],
@@ -488,6 +490,8 @@ class Plan:
             "test": evaluation.words,
             "test_images": len(evaluation.test_positions),
         }
+        write_json(folder / "metrics.json", measured)
+        return measured
 
     def _probe_of(self, network: Any) -> Probe:
         assert self.evaluation is not None  # else there is no stage that asks

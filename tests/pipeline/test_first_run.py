@@ -60,7 +60,7 @@ class TestMistakes:
             "--soft needs the distances",
             "pretrain: batch_size 64 is larger than the data set of 48 images",
             "pretrain: queue_size 100 is larger",
-            "pretrain: splits 7 must be a multiple",
+            "pretrain: splits 7 must divide the batch of 64",
             "distill: batch_size 50 is larger",
             "K = 49 clusters of 48 images",
         ):
