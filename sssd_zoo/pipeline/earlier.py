@@ -21,7 +21,7 @@ HOW |= {"out", "overwrite", "keep_checkpoints", "workers", "in_memory", "max_pix
 HOW |= {"cluster.on_disk", "more_epochs"}
 # What the stages know by content: images by their fingerprint, weights by their digest, 'by default' by what it became.
 CONTENT = {"data", "split", "image_column", "label_column", "storage_size", "revision", "unlabelled", "test_split"}
-CONTENT |= {"model", "image_size", "features", "teacher_size", "init", "pretrain.init", "precision"}
+CONTENT |= {"method", "model", "image_size", "features", "teacher_size", "init", "pretrain.init", "precision"}
 CONTENT |= {"pretrain_model", "pretrain_data", "pretrain_split"}
 
 

@@ -152,7 +152,7 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
 
 
 def with_method(args: FitArgs) -> FitArgs:
-    """The arguments with what `method` has by default: the weight of the anchor, and the weights to start from.
+    """The arguments with the method's name, and what it has by default: the anchor's weight, the weights to start from.
 
     Raises:
         UserError: for a method and a weight that contradict each other.
@@ -162,7 +162,8 @@ def with_method(args: FitArgs) -> FitArgs:
         raise UserError(f"--method {args.method} and --distill.anchor {anchor:g} contradict each other: remove one")
     if args.method in (None, "anchored"):
         own = OWN_ANCHOR if args.method == "anchored" else 0.0
-        return replace(args, distill=args.distill.resolved(encoder=args.features is not None, own=own))
+        distill = args.distill.resolved(encoder=args.features is not None, own=own)
+        return replace(args, method="anchored" if distill.anchor else "sssd", distill=distill)
     own_trunk = all(other is None for other in (args.features, args.init, args.pretrain_model))
     warm = args.warm_start or (args.method == "contrastive" and own_trunk)
     return replace(args, distill=replace(args.distill, anchor=0.0), warm_start=warm)

@@ -177,7 +177,7 @@ def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):
         (("--methods", "[]"), "methods is []"),
         (("--seed_method.queue_size", "999"), "queue_size 999"),
         (("--methods", "[contrastive]", "--contrastive.queue_size", "999"), "queue_size 999"),
-        (("--methods", "[contrastive]", "--contrastive.splits", "3"), "splits 3 must be"),
+        (("--methods", "[contrastive]", "--contrastive.splits", "3"), "splits 3 must divide"),
         (
             ("--methods", "[contrastive]", "--contrastive.mix", "mixup"),
             "no other view of mixed images: remove mix mixup",

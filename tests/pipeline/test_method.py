@@ -60,6 +60,20 @@ def test_the_contrastive_method_starts_from_its_pretext_unless_something_else_is
     assert args.warm_start is warm
 
 
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({}, "sssd"),
+        ({"features": "resnet18"}, "anchored"),
+        ({"distill": StudentConfig(anchor=2.0)}, "anchored"),
+        ({"features": "resnet18", "distill": StudentConfig(anchor=0.0)}, "sssd"),
+        ({"method": "contrastive"}, "contrastive"),
+    ],
+)
+def test_the_method_is_saved_by_its_name(settings, method):
+    assert with_method(FitArgs(**{"data": "d", "out": "o", **settings})).method == method
+
+
 def test_a_method_takes_its_own_of_the_settings():
     args = FitArgs(data="d", out="o", distill=StudentConfig(epochs=3, contrast=2.0, dense=True))
     assert args.student == AnchoredConfig(epochs=3, dense=True)
@@ -100,7 +114,7 @@ def test_fit_by_the_contrastive_method(folder_of_images, tmp_path, capsys):
     [
         (("--distill.mix", "mixup"), "no other view of mixed images: remove mix mixup"),
         (("--distill.queue_size", "999"), "distill: queue_size 999 is larger than the data set of 48 images"),
-        (("--distill.splits", "3"), "distill: splits 3 must be"),
+        (("--distill.splits", "3"), "distill: splits 3 must divide"),
         (("--distill.dense", "true"), "--distill.dense is of the anchor's network"),
         (("--distill.clusters", "false"), "--distill.clusters false leaves nothing to learn without --distill.anchor"),
         (("--method", "sssd", "--distill.contrast", "2"), "--distill.contrast 2 is of --method contrastive: give that"),
