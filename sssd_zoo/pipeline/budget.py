@@ -9,6 +9,7 @@ from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.distributed import on_main
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json, write_json
+from sssd_zoo.training.engine import check_schedule
 
 FILE = "budget.json"
 BESIDE = ("pretrain.epochs", "distill.epochs")  # what cannot be given beside a budget
@@ -27,8 +28,8 @@ def with_epochs(args: FitArgs, epochs: int) -> FitArgs:
     return replace(args, pretrain=replace(args.pretrain, epochs=epochs), distill=replace(args.distill, epochs=epochs))
 
 
-def check_warm_up(args: FitArgs, epochs: int) -> None:
-    """Raises `UserError` if the epochs that were chosen are no more than a training's warm-up."""
+def check_epochs(args: FitArgs, epochs: int) -> None:
+    """Raises `UserError` if the epochs that were chosen are no more than a training's warm-up, or its milestones."""
     for name in BESIDE:
         warm_up = getattr(args, name.removesuffix(".epochs")).warmup_epochs
         if warm_up >= epochs:
@@ -37,6 +38,9 @@ def check_warm_up(args: FitArgs, epochs: int) -> None:
                 f"{name.removesuffix('.epochs')}.warmup_epochs {warm_up:g} must be fewer: give more time, or a shorter "
                 "warm-up"
             )
+    chosen = with_epochs(args, epochs)
+    for config in (chosen.pretrain, chosen.distill):
+        check_schedule(config)
 
 
 def chosen_before(out: Path) -> Chosen | None:

@@ -47,7 +47,7 @@ from sssd_zoo.tasks import (
     LabelTask,
     SelfDistillation,
 )
-from sssd_zoo.training.engine import check_trainable
+from sssd_zoo.training.engine import check_schedule, check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import (
     RunSpec,
@@ -118,6 +118,7 @@ def distill_network(
         settings |= anchor
     optim = OptimConfig.of(config)
     images = len(data) if positions is None else len(positions)
+    check_schedule(optim)
     check_trainable(optim, make_accelerator(runtime).num_processes, images)
     settings |= {} if positions is None else {"positions": fingerprint(positions.numpy())}
     return run_training(

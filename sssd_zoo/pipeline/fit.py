@@ -73,7 +73,7 @@ from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_network
-from sssd_zoo.pipeline.budget import BESIDE, MARGIN, check_warm_up, chosen_before, describe_kept, keep, with_epochs
+from sssd_zoo.pipeline.budget import BESIDE, MARGIN, check_epochs, chosen_before, describe_kept, keep, with_epochs
 from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.earlier import (
@@ -244,7 +244,7 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
         rates = measure(setup, work)
         left = on_main(lambda: MARGIN * (budget - (time.perf_counter() - began)))
         epochs = epochs_within(setup, work, rates, left)
-        check_warm_up(args, epochs)
+        check_epochs(args, epochs)
         replace(plan, args=with_epochs(args, epochs)).survey()  # a refused call leaves the other run's epochs alone
         keep(plan.out, epochs, chosen_for)
     args = with_epochs(args, epochs)

@@ -34,7 +34,7 @@ from sssd_zoo.pipeline.defaults import Scale
 from sssd_zoo.pipeline.distill import new_student
 from sssd_zoo.pipeline.mistakes import Mistakes
 from sssd_zoo.pipeline.pretrain import check_splits
-from sssd_zoo.training.engine import check_trainable
+from sssd_zoo.training.engine import check_schedule, check_trainable
 from sssd_zoo.training.runs import check_queue
 
 Trained = Callable[[Any], Mapping[str, OptimConfig]]  # see `Preflight`
@@ -201,12 +201,16 @@ class Preflight:
             with mistakes.noted("pretrain"):
                 check_trainable(moco, processes, counts[1])
             with mistakes.noted("pretrain"):
+                self._check_schedule(moco)
+            with mistakes.noted("pretrain"):
                 check_queue(moco.queue_size, counts[1])
             with mistakes.noted("pretrain"):
                 check_splits(moco, processes)
         for name, config in self._trained(args).items():
             with mistakes.noted(name):
                 check_trainable(config, processes, counts[0])
+            with mistakes.noted(name):
+                self._check_schedule(config)
             with mistakes.noted(name):
                 check_sizes(networks.student, [size, *config.sizes])
             if isinstance(config, ContrastiveConfig | SEEDConfig):
@@ -226,6 +230,11 @@ class Preflight:
                 check_start(args.init, networks.student, data)
         with mistakes.noted():
             check_clusters(args.cluster.k, counts[0], "--cluster.k")
+
+    def _check_schedule(self, config: OptimConfig) -> None:
+        """Raises the error of `check_schedule`, unless the epochs are yet to be chosen."""
+        if getattr(self.args, "budget", None) is None:
+            check_schedule(config)
 
     def _trained(self, args: Any) -> Mapping[str, Any]:
         """What `trained` gives; nothing of settings that contradict one another, which is noted."""

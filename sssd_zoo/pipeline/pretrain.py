@@ -22,7 +22,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.models.networks import load_trunk, load_trunk_of, new_trunk, weights_digest
 from sssd_zoo.pipeline.mistakes import Mistakes
 from sssd_zoo.tasks import MoCo
-from sssd_zoo.training.engine import check_trainable
+from sssd_zoo.training.engine import check_schedule, check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.quality import QualityMonitor
 from sssd_zoo.training.runs import (
@@ -87,6 +87,8 @@ def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes:
     mistakes = Mistakes()
     with mistakes.noted():
         check_trainable(OptimConfig.of(config), processes, images)
+    with mistakes.noted():
+        check_schedule(config)
     with mistakes.noted():
         check_queue(config.queue_size, images)
     with mistakes.noted():

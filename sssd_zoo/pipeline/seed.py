@@ -16,7 +16,7 @@ from sssd_zoo.data.loaders import EpochLoader
 from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.models.networks import check_channels, load_encoder, new_trunk, weights_digest
 from sssd_zoo.tasks import SEED
-from sssd_zoo.training.engine import check_trainable
+from sssd_zoo.training.engine import check_schedule, check_trainable
 from sssd_zoo.training.hardware import make_accelerator
 from sssd_zoo.training.runs import (
     RunSpec,
@@ -49,6 +49,7 @@ def seed_network(
         teacher_size: side of the teacher's views in pixels; by default what it was trained with.
     """
     optim = OptimConfig.of(config)
+    check_schedule(optim)
     check_trainable(optim, make_accelerator(runtime).num_processes, len(data))
     check_queue(config.queue_size, len(data))
     config.augment.resolved(contrastive=True, channels=data.channels, blur=config.blur)

@@ -72,7 +72,7 @@ def is_finite(module: nn.Module, optimizer: Any) -> bool:
 
 
 def check_trainable(config: OptimConfig, processes: int, images: int | None) -> None:
-    """Refuses a batch size that cannot be trained with, and a learning rate that would never fall.
+    """Refuses a batch size that cannot be trained with.
 
     Args:
         config: how to train.
@@ -93,6 +93,10 @@ def check_trainable(config: OptimConfig, processes: int, images: int | None) -> 
         raise UserError(
             f"batch_size {config.batch_size} is larger than the data set of {images} images; give a smaller one"
         )
+
+
+def check_schedule(config: OptimConfig) -> None:
+    """Raises `UserError` for a step schedule that was asked for and would never lower the learning rate."""
     if config.schedule == "step" and config.milestones and min(config.milestones) >= config.epochs:
         raise UserError(
             f"schedule step lowers the learning rate at epochs {', '.join(map(str, config.milestones))}, and there are "

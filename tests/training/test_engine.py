@@ -23,7 +23,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.checkpoints import Checkpoints
-from sssd_zoo.training.engine import OutOfMemory, Trainer, check_trainable
+from sssd_zoo.training.engine import OutOfMemory, Trainer, check_schedule, check_trainable
 from sssd_zoo.training.schedule import make_scheduler
 
 
@@ -244,12 +244,18 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
         ({"batch_size": 65}, 64, "larger than the data set of 64"),
         ({"batch_size": 9, "accumulate": 2}, 64, "not divisible"),
         ({"batch_size": 4, "accumulate": 4}, 64, "single images"),
-        ({"schedule": "step", "epochs": 30}, 64, "at epochs 120, 160, and there are 30: give earlier milestones"),
     ],
 )
 def test_settings_that_cannot_train(settings, images, words):
     with pytest.raises(UserError, match=words):
         check_trainable(OptimConfig(**{"batch_size": 8, **settings}), 1, images)
+
+
+def test_a_schedule_that_never_lowers_the_learning_rate():
+    check_schedule(OptimConfig(schedule="step", epochs=30, milestones=[29]))
+    check_schedule(OptimConfig(schedule="step", epochs=30, milestones=[]))
+    with pytest.raises(UserError, match="at epochs 120, 160, and there are 30: give earlier milestones"):
+        check_schedule(OptimConfig(schedule="step", epochs=30))
 
 
 @pytest.mark.parametrize(
