@@ -32,14 +32,7 @@ from sssd_zoo.tasks import AnchoredSelfDistillation, FrozenEncoder, MoCo, Task
 from sssd_zoo.training.trial import TIMED, WARM_UP, StepTime, measure_step, same_random_state
 
 WORTH = 25  # a run is measured where it has so many times the steps that measuring takes
-SCHEDULE = {
-    "epochs",
-    "warmup_epochs",
-    "schedule",
-    "milestones",
-    "gamma",
-    "lr",
-}  # a step takes as long whatever they are
+SCHEDULE = {"epochs", "warmup_epochs", "schedule", "milestones", "gamma", "lr"}  # they do not change a step's time
 FORWARD = 32  # images of a forward pass that is measured
 LONGEST = 800  # epochs that --budget chooses at most: MoCo v2's longest schedule
 
