@@ -59,6 +59,7 @@ from sssd_zoo.tasks import (
     SelfDistillation,
     Task,
 )
+from sssd_zoo.training.engine import step_in_one_pass
 
 OURS, BY_HAND, SAME_KERNELS = "sssd_zoo", "faiss by hand", "faiss by hand, same kernels"
 
@@ -233,6 +234,7 @@ def moco_step(
     config = MoCoConfig(symmetric=False, splits=splits)
     task = MoCo(trunk, config, SPEC._replace(size=size)).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(task.query_encoder.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    step_in_one_pass(optimizer)
     images = torch.randint(0, 256, (10 * batch_size, 3, 32, 32), dtype=torch.uint8)
 
     def step(number: int) -> float:
@@ -438,6 +440,7 @@ def benchmark_byot(batch_size: int = 128, steps: int = 5, rounds: int = 5) -> di
     for name, task in tasks.items():
         task.to(memory_format=torch.channels_last)
         optimizers[name] = torch.optim.SGD(task.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        step_in_one_pass(optimizers[name])
     images = torch.randint(0, 256, (batch_size, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(1000, (batch_size,))
 
@@ -505,6 +508,7 @@ def benchmark_methods(batch_size: int = 64, steps: int = 5, rounds: int = 5) -> 
         task.to(memory_format=torch.channels_last).train()
         trained = [parameter for parameter in task.parameters() if parameter.requires_grad]
         optimizers[name] = torch.optim.AdamW(trained) if name in by_adamw else torch.optim.SGD(trained, 0.01)
+        step_in_one_pass(optimizers[name])
 
     def step(name: str, number: int) -> float:
         images = torch.randint(0, 256, (sizes[name], 3, 32, 32), dtype=torch.uint8)
@@ -529,6 +533,44 @@ def benchmark_methods(batch_size: int = 64, steps: int = 5, rounds: int = 5) -> 
             measured.append({name: value / seconds["sssd"] for name, value in seconds.items()})
     medians = {name: statistics.median(values[name] for values in measured) for name in tasks}
     return {"precision": precision, "threads": torch.get_num_threads(), "batch_size": batch_size, **medians}
+
+
+def benchmark_optimizer(steps: int = 10, rounds: int = 5) -> dict[str, Any]:
+    """An optimiser's step over the weights of `sssd_resnet18`: as torch does it by default, and fused as in training.
+
+    Args:
+        steps: timed per round; the median counts.
+        rounds: of all.
+
+    Returns:
+        The time of a fused step as a fraction of the default's, medians over the rounds.
+    """
+    tune_cpu()
+    kinds: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "adamw": torch.optim.AdamW,
+        "sgd": partial(torch.optim.SGD, lr=0.01, momentum=0.9, nesterov=True),
+    }
+    optimizers: dict[tuple[str, bool], torch.optim.Optimizer] = {}
+    for name, kind in kinds.items():
+        for fused in (False, True):
+            network: Any = timm.create_model("sssd_resnet18", num_classes=200)
+            for parameter in network.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizers[name, fused] = kind(network.parameters())
+            if fused:
+                step_in_one_pass(optimizers[name, fused])
+
+    def seconds(optimizer: torch.optim.Optimizer) -> float:
+        start = time.perf_counter()
+        optimizer.step()
+        return time.perf_counter() - start
+
+    measured = []
+    for _ in range(rounds + 1):
+        times = {key: statistics.median(seconds(each) for _ in range(steps)) for key, each in optimizers.items()}
+        measured.append({name: times[name, True] / times[name, False] for name in kinds})
+    medians = {name: statistics.median(values[name] for values in measured[1:]) for name in kinds}
+    return {"threads": torch.get_num_threads(), **medians}
 
 
 EAGER, ONNX = "torch eager, full network", "onnxruntime, exit 2"
@@ -778,6 +820,12 @@ def main() -> None:
     section = sections.add_parser("methods", help="the cost of an image with each method of `sssd compare`")
     add_numbers(section, {"batch_size": 64, "steps": 5, "rounds": 5})
     section.set_defaults(benchmark=benchmark_methods)
+
+    section = sections.add_parser(
+        "optimizer", help="an optimiser's step, as torch does it by default and as in training"
+    )
+    add_numbers(section, {"steps": 10, "rounds": 5})
+    section.set_defaults(benchmark=benchmark_optimizer)
 
     section = sections.add_parser("deploy", help="exit 2 in onnxruntime against the full network in torch eager")
     add_numbers(section, {"images": 50, "rounds": 5})

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from helpers.commands import ROOT, command
@@ -23,7 +24,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.training.checkpoints import Checkpoints
-from sssd_zoo.training.engine import OutOfMemory, Trainer, check_schedule, check_trainable
+from sssd_zoo.training.engine import OutOfMemory, Trainer, check_schedule, check_trainable, step_in_one_pass
 from sssd_zoo.training.schedule import make_scheduler
 
 
@@ -419,3 +420,22 @@ def test_two_processes_give_the_losses_of_one(script, rate, folder_of_images, te
     for name, value in theirs.items():
         if "running" in name:
             torch.testing.assert_close(ours[name], value, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["adamw", "momentum", "sgd", "lookahead_adamw", "lamb"])
+def test_a_step_in_one_pass_is_the_optimiser_s(name):
+    def trained(*, fused: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        optimizer = create_optimizer_v2(network, opt=name, lr=0.05, weight_decay=0.01, momentum=0.9)
+        if fused:
+            step_in_one_pass(optimizer)
+        for _ in range(8):
+            optimizer.zero_grad()
+            network(torch.randn(6, 5)).square().mean().backward()
+            optimizer.step()
+        assert any(group.get("fused") for group in optimizer.param_groups) is (fused and name != "lamb")
+        return list(network.parameters())
+
+    for one, other in zip(trained(fused=True), trained(fused=False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
