@@ -19,7 +19,9 @@ def images_of_a_run(data: str | list[str] | None) -> Iterator[None]:
     except UserError as error:
         if data is not None:
             raise
-        raise UserError(f"the run's images cannot be read, say where they are by --data: {error}") from error
+        raise UserError(
+            f"the run's images cannot be read; if they have moved, say where they are by --data: {error}"
+        ) from error
 
 
 class Mistakes:
