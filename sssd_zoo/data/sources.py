@@ -126,7 +126,7 @@ def _open_path(path: Path, streaming: bool, unlabelled: bool, arrays: bool) -> S
             return _shards({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
         if path.suffix != ".parquet":
             raise UserError(
-                f"{path} is one file: give a folder of images, a list of image files ({LIST}), parquet or .tar"
+                f"{path} is another kind of file: give a folder of images, a list of files ({LIST}), parquet or .tar"
             )
         return _parquet({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
     if not path.is_dir():

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from sssd_zoo.errors import UserError
-from sssd_zoo.files import atomic_write_bytes
+from sssd_zoo.files import atomic_write_bytes, expand_home
 
 LARGEST_TEXT = 100_000  # bytes of a recipe
 MOST_NODES = 10_000  # values of a recipe, an alias counted as all that it stands for
@@ -52,7 +52,7 @@ def check_recipe(given: str) -> None:
             read_yaml(given)
     else:
         check_yaml(given, "--config")
-        if not isinstance(yaml.safe_load(given), dict):
+        if not os.path.lexists(expand_home(given)) and not isinstance(yaml.safe_load(given), dict):
             raise UserError(f"--config {given}: there is no such file; give a recipe, a YAML file of arguments")
 
 
