@@ -230,7 +230,9 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
     budget = seconds_of(args.budget)
     # Chosen for the same images, networks and batches, the epochs stay when a run is resumed.
     trained = replace(first, args=with_epochs(first.args, LONGEST))  # so many, as a warm-up must be shorter
-    settings = [{**stage.settings, "epochs": 1} for stage in trained.stages()]
+    settings = [
+        {name: 1 if name == "epochs" else value for name, value in stage.settings.items()} for stage in trained.stages()
+    ]
     chosen_for = json.loads(json.dumps({"seconds": budget, **setup.inputs, "settings": settings}))
     before, rates = chosen_before(plan.out), None
     if before is not None and before["chosen_for"] == chosen_for:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, DataConfig, FitArgs, OptimConfig, SEEDConfig
+from sssd_zoo.configs import AnchoredConfig, DataConfig, FitArgs, OptimConfig
 from sssd_zoo.data.inputs import InputSpec, input_spec, storage_default
 from sssd_zoo.data.loading import ImageData, OpenedImages, open_images
 from sssd_zoo.data.sources import is_local
@@ -33,9 +33,7 @@ from sssd_zoo.models.networks import (
 from sssd_zoo.pipeline.defaults import Scale
 from sssd_zoo.pipeline.distill import new_student
 from sssd_zoo.pipeline.mistakes import Mistakes
-from sssd_zoo.pipeline.pretrain import check_splits
-from sssd_zoo.training.engine import check_schedule, check_trainable
-from sssd_zoo.training.runs import check_queue
+from sssd_zoo.pipeline.pretrain import note_training
 
 Trained = Callable[[Any], Mapping[str, OptimConfig]]  # see `Preflight`
 
@@ -191,6 +189,7 @@ class Preflight:
     ) -> None:
         """Notes what cannot train; `counts` are those of D_tar and D_pre."""
         mistakes, moco, data = self.mistakes, args.pretrain, self.opened.images
+        schedule = getattr(args, "budget", None) is None  # else the epochs are yet to be chosen
         self._check_augment(args, data)
         if args.features is not None:
             with mistakes.noted():
@@ -198,27 +197,11 @@ class Preflight:
         elif self.pretext:
             with mistakes.noted("pretrain"):
                 check_sizes(networks.pretext, [size, *moco.sizes])
-            with mistakes.noted("pretrain"):
-                check_trainable(moco, processes, counts[1])
-            with mistakes.noted("pretrain"):
-                self._check_schedule(moco)
-            with mistakes.noted("pretrain"):
-                check_queue(moco.queue_size, counts[1])
-            with mistakes.noted("pretrain"):
-                check_splits(moco, processes)
+            note_training(mistakes, moco, processes, counts[1], "pretrain", schedule=schedule)
         for name, config in self._trained(args).items():
-            with mistakes.noted(name):
-                check_trainable(config, processes, counts[0])
-            with mistakes.noted(name):
-                self._check_schedule(config)
+            note_training(mistakes, config, processes, counts[0], name, schedule=schedule)
             with mistakes.noted(name):
                 check_sizes(networks.student, [size, *config.sizes])
-            if isinstance(config, ContrastiveConfig | SEEDConfig):
-                with mistakes.noted(name):
-                    check_queue(config.queue_size, counts[0])
-            if isinstance(config, ContrastiveConfig):
-                with mistakes.noted(name):
-                    check_splits(config, processes)
         self._check_anchors(args, networks, size, counts[0])
         if self.warm:
             with mistakes.noted():
@@ -230,11 +213,6 @@ class Preflight:
                 check_start(args.init, networks.student, data)
         with mistakes.noted():
             check_clusters(args.cluster.k, counts[0], "--cluster.k")
-
-    def _check_schedule(self, config: OptimConfig) -> None:
-        """Raises the error of `check_schedule`, unless the epochs are yet to be chosen."""
-        if getattr(self.args, "budget", None) is None:
-            check_schedule(config)
 
     def _trained(self, args: Any) -> Mapping[str, Any]:
         """What `trained` gives; nothing of settings that contradict one another, which is noted."""

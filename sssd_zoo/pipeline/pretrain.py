@@ -12,6 +12,7 @@ from sssd_zoo.configs import (
     PretrainArgs,
     QualityConfig,
     RuntimeConfig,
+    SEEDConfig,
 )
 from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loaders import EpochLoader, StreamLoader
@@ -85,15 +86,40 @@ def check_moco(config: MoCoConfig, data: ImageData | StreamingImages, processes:
     if images is not None and images < 2:
         raise UserError(f"{data.name} has {images} image; contrastive learning needs at least 2")
     mistakes = Mistakes()
-    with mistakes.noted():
-        check_trainable(OptimConfig.of(config), processes, images)
-    with mistakes.noted():
-        check_schedule(config)
-    with mistakes.noted():
-        check_queue(config.queue_size, images)
-    with mistakes.noted():
-        check_splits(config, processes)
+    note_training(mistakes, config, processes, images)
     mistakes.tell()
+
+
+def note_training(
+    mistakes: Mistakes,
+    config: OptimConfig,
+    processes: int,
+    images: int | None,
+    where: str = "",
+    *,
+    schedule: bool = True,
+) -> None:
+    """Notes the settings that a training cannot work with.
+
+    Args:
+        mistakes: to note them in.
+        config: of the training.
+        processes: number of them.
+        images: number of them; None where it is not known.
+        where: what goes before each message.
+        schedule: check the schedule, too, which depends on the epochs.
+    """
+    with mistakes.noted(where):
+        check_trainable(config, processes, images)
+    if schedule:
+        with mistakes.noted(where):
+            check_schedule(config)
+    if isinstance(config, MoCoConfig | ContrastiveConfig | SEEDConfig):
+        with mistakes.noted(where):
+            check_queue(config.queue_size, images)
+    if isinstance(config, MoCoConfig | ContrastiveConfig):
+        with mistakes.noted(where):
+            check_splits(config, processes)
 
 
 def check_splits(config: MoCoConfig | ContrastiveConfig, processes: int) -> None:
