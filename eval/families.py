@@ -11,7 +11,6 @@ The same command resumes a killed run.
 import argparse
 import re
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,11 +87,10 @@ def fit_words(args: argparse.Namespace, name: str, epochs: Epochs | None = None)
 def measure_epochs(args: argparse.Namespace, name: str) -> dict[str, list[float]]:
     """Seconds of an epoch of MoCo v2 and of self distillation of a network, as measured `args.rounds` times."""
     from sssd_zoo.pipeline.estimate import measure
-    from sssd_zoo.pipeline.fit import Plan, set_up_fit
+    from sssd_zoo.pipeline.fit import Plan, set_up_fit, with_method
 
     fit_args, given = read_arguments("fit", fit_words(args, name), "sssd fit")
-    fit_args = replace(fit_args, distill=fit_args.distill.resolved(encoder=False))
-    setup, _ = set_up_fit(fit_args, given)
+    setup, _ = set_up_fit(with_method(fit_args, given), given)
     try:
         work = Plan(setup.args, setup, None, {}).work({"pretrain": 0, "distill": 0})
         seconds: dict[str, list[float]] = {"pretrain": [], "distill": []}

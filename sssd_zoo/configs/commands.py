@@ -217,11 +217,12 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
         model: timm name of the student network; by default one of this package's, chosen by the image size. Any network
             of timm's that runs in stages can be given, such as mobilenetv4_conv_small: it gets four exits, and for
             views of at most 40 px a stem that suits them (docs/backbones.md).
-        method: 'sssd', the method of the paper; 'anchored' self distillation, in which every exit also predicts the
-            features that were clustered (docs/anchored.md); or 'contrastive' self distillation, which starts from the
-            weights of the network that was clustered and goes on with the pretext at every exit, by default with AdamW
-            and random resized crops (docs/methods.md). By default 'anchored' with `features` or `distill.anchor`, else
-            'sssd'.
+        method: 'contrastive' self distillation, which starts from the weights of the network that was clustered and
+            goes on with the pretext at every exit, by default with AdamW and random resized crops (docs/methods.md);
+            'anchored' self distillation, in which every exit also predicts the features that were clustered
+            (docs/anchored.md); or 'sssd', the method of the paper. By default 'anchored' with `features` or
+            `distill.anchor`; 'sssd' with `init`, `pretrain_model` or `distill.mix`, with which the first was not
+            measured or cannot work; else 'contrastive'.
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
             224.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.

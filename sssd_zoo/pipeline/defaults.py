@@ -123,7 +123,7 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
     batch = choose("distill.batch_size", batch_for(scale.images, 128, processes))
     if args.method == "contrastive":
         usual = ContrastiveConfig()
-        if "distill.optimizer" not in given:
+        if "distill.optimizer" not in given or args.distill.optimizer == usual.optimizer:
             for name in ("optimizer", "lr", "weight_decay"):
                 choose(f"distill.{name}", getattr(usual, name))
         if "distill.crop" not in given:

@@ -21,7 +21,7 @@ HOW |= {"out", "overwrite", "keep_checkpoints", "workers", "in_memory", "max_pix
 HOW |= {"cluster.on_disk", "more_epochs"}
 # What the stages know by content: images by their fingerprint, weights by their digest, 'by default' by what it became.
 CONTENT = {"data", "split", "image_column", "label_column", "storage_size", "revision", "unlabelled", "test_split"}
-CONTENT |= {"method", "model", "image_size", "features", "teacher_size", "init", "pretrain.init", "precision"}
+CONTENT |= {"model", "image_size", "features", "teacher_size", "init", "pretrain.init", "precision"}
 CONTENT |= {"pretrain_model", "pretrain_data", "pretrain_split"}
 
 
@@ -35,6 +35,14 @@ def finished_settings(out: Path) -> dict[str, Any]:
         return {}
     content = read_yaml(out / "config.yaml")
     return flat(content) if isinstance(content, dict) else {}
+
+
+def before_methods(out: Path) -> bool:
+    """Whether a folder holds a run of a version that did not save its method: it has one of those there were then."""
+    if not (out / "config.yaml").is_file() or kind_of(out) != "fit":
+        return False
+    content = read_yaml(out / "config.yaml")
+    return isinstance(content, dict) and content.get("method") is None
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -66,6 +74,8 @@ def changed_settings(out: Path, args: FitArgs) -> dict[str, tuple[Any, Any]]:
     there = {**usual, **there}  # one of an earlier version lacks those that are new
     unused = ("pretrain.", "quality_every", "best_by") if args.features is not None else ()
     names = [name for name in now if name not in HOW | CONTENT and not name.startswith(unused)]
+    if there["method"] is None:  # of an earlier version, which did not save what it became
+        names.remove("method")
     return {name: (there.get(name), now[name]) for name in names if there.get(name) != now[name]}
 
 

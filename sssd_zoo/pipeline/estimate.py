@@ -135,9 +135,9 @@ def measure(setup: Setup, work: Work) -> Rates:
         for name, config in work.trainings.items():
             if not work.steps_left(name):
                 continue
-            alike = next((done for done in trainings if alike(work.trainings[done], config)), None)
-            if alike is not None:
-                trainings[name] = trainings[alike]
+            done = next((done for done in trainings if alike(work.trainings[done], config)), None)
+            if done is not None:
+                trainings[name] = trainings[done]
             elif isinstance(config, SelfDistillationConfig):
                 trainings[name] = distill_step(setup, config, encoder, spec)
             elif isinstance(config, MoCoConfig):

@@ -77,6 +77,7 @@ from sssd_zoo.pipeline.budget import BESIDE, MARGIN, check_epochs, chosen_before
 from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.earlier import (
+    before_methods,
     check_earlier,
     is_extension,
     more_epochs_there,
@@ -98,6 +99,8 @@ from sssd_zoo.training.runs import RunSpec, begin_config, save_config, save_corr
 SHOWN = 12  # clusters in the figure of them, and images of each
 # What no other method has; its queue and splits are chosen by `derive`, and so stand in saved settings.
 CONTRAST = ("contrast", "contrast_temperature", "dim", "key_momentum", "blur")
+# What decides the method where it is given; with none of them, it is the one that won (docs/methods.md).
+SETTLED = frozenset({"method", "distill.anchor", "distill.mix"})
 SEED_STEP = 7919  # between the seeds of a run's trainings: --more_epochs sees new views, in another order
 
 
@@ -111,7 +114,7 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     """
     began = time.perf_counter()
     args = with_augment(args, ("pretrain", "distill"))
-    args = with_method(args)
+    args = with_method(args, given)
     setup, chosen = set_up_fit(args, given)
     setup, in_parts = within_memory(setup, given)
     chosen |= in_parts
@@ -151,8 +154,12 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
     barrier()
 
 
-def with_method(args: FitArgs) -> FitArgs:
+def with_method(args: FitArgs, given: frozenset[str] | None = None) -> FitArgs:
     """The arguments with the method's name, and what it has by default: the anchor's weight, the weights to start from.
+
+    Args:
+        args: of the command.
+        given: names of those that were given; None takes all as they are.
 
     Raises:
         UserError: for a method and a weight that contradict each other.
@@ -160,11 +167,13 @@ def with_method(args: FitArgs) -> FitArgs:
     anchor = args.distill.anchor
     if (args.method in ("sssd", "contrastive") and anchor) or (args.method == "anchored" and anchor == 0):
         raise UserError(f"--method {args.method} and --distill.anchor {anchor:g} contradict each other: remove one")
+    own_trunk = all(other is None for other in (args.features, args.init, args.pretrain_model))
+    if own_trunk and given is not None and not given & SETTLED and not before_methods(Path(args.out)):
+        args = replace(args, method="contrastive")
     if args.method in (None, "anchored"):
         own = OWN_ANCHOR if args.method == "anchored" else 0.0
         distill = args.distill.resolved(encoder=args.features is not None, own=own)
         return replace(args, method="anchored" if distill.anchor else "sssd", distill=distill)
-    own_trunk = all(other is None for other in (args.features, args.init, args.pretrain_model))
     warm = args.warm_start or (args.method == "contrastive" and own_trunk)
     return replace(args, distill=replace(args.distill, anchor=0.0), warm_start=warm)
 
@@ -203,7 +212,7 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
             return args
         chosen.clear()
         completed, more = derive(args, given, scale)
-        chosen.update(more)
+        chosen.update(more if given & SETTLED else {"method": args.method, **more})
         return completed
 
     anchored = {"distill": args.distill} if args.distill.anchor else {}

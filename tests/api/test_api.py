@@ -140,12 +140,12 @@ def test_embed_of_a_folder_and_of_objects_is_the_same(network, folder_of_images,
 
 def test_a_list_of_image_files_is_a_data_set_and_one_of_folders_several(network, folder_of_images, tmp_path):
     files = sorted(folder_of_images.rglob("*.png"))[:20]
-    ours = sssd_zoo.embed(network, files, tmp_path / "files.npy", device="cpu").array()
+    ours = sssd_zoo.embed(network, files, tmp_path / "files.npy", **HERE).array()
     pictures = [Image.open(file) for file in files]
-    theirs = sssd_zoo.embed(network, pictures, tmp_path / "pictures.npy", device="cpu").array()
+    theirs = sssd_zoo.embed(network, pictures, tmp_path / "pictures.npy", **HERE).array()
     assert np.array_equal(ours, theirs)
     folders = [folder_of_images / "blue", str(folder_of_images / "green")]
-    assert len(sssd_zoo.embed(network, folders, tmp_path / "folders.npy", device="cpu").array()) == 32
+    assert len(sssd_zoo.embed(network, folders, tmp_path / "folders.npy", **HERE).array()) == 32
 
 
 def test_measures_are_those_of_the_commands(network, folder_of_images, rows, tmp_path, capsys):

@@ -112,20 +112,19 @@ class TestForecast:
             "2 h 01 min",
         ]
 
-    @pytest.mark.slow
     @pytest.mark.parametrize(
         "more",
         [
-            pytest.param([], id="plain", marks=pytest.mark.slow),
-            pytest.param(["--distill.anchor", "1"], id="anchored"),
-            pytest.param(["--method", "contrastive"], id="contrastive"),
+            pytest.param([], id="plain"),
+            pytest.param(["--method", "anchored"], id="anchored", marks=pytest.mark.slow),
+            pytest.param(["--method", "contrastive"], id="contrastive", marks=pytest.mark.slow),
             pytest.param(
-                ["--distill.anchor", "1", "--distill.cached_views", "2"], id="cached views", marks=pytest.mark.slow
+                ["--method", "anchored", "--distill.cached_views", "2"], id="cached views", marks=pytest.mark.slow
             ),
             pytest.param(
                 [
-                    "--distill.anchor",
-                    "1",
+                    "--method",
+                    "anchored",
                     "--distill.cached_views",
                     "2",
                     "--distill.dense",
@@ -149,7 +148,7 @@ class TestForecast:
         )
         assert sssd(*words, "--out", tmp_path / "measured") == 0
         seen = [task.anchor.spec.size for task in tasks if isinstance(task, AnchoredSelfDistillation)]
-        assert seen == ([tasks[-1].size] if "--distill.anchor" in more else []), "the encoder is the run's pretext"
+        assert seen == ([tasks[-1].size] if "anchored" in more else []), "the encoder is the run's pretext"
         assert isinstance(tasks[-1], ContrastiveSelfDistillation) is ("contrastive" in more)
         said = capsys.readouterr().out
         assert "by a few measured steps of each training" in said
@@ -222,7 +221,7 @@ class TestBudget:
             return estimate.Rates(dict.fromkeys(work.trainings, StepTime(1.0, 0.0)), 0.0, 0.0)
 
         monkeypatch.setattr(fit, "measure", second_long)
-        words = ["fit", "--data", folder_of_images, "--out", tmp_path / "run", *TINY[:4], "--unlabelled"]
+        words = ["fit", "--data", folder_of_images, "--out", tmp_path / "run", *TINY[:6], "--unlabelled"]
         words += ["--workers", "0", "--device", "cpu", "--budget", "30s"]
         assert sssd(*words, "--pretrain.warmup_epochs", "9") == 2
         line = one_line(capsys)

@@ -11,7 +11,7 @@ from sssd_zoo.tasks import MoCo, SelfDistillation
 SETTINGS = [
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "32"),
     *("--pretrain.queue_size", "32", "--cluster.k", "4", "--distill.epochs", "1", "--distill.batch_size", "32"),
-    *("--unlabelled", "--workers", "0", "--device", "cpu"),
+    *("--unlabelled", "--workers", "0", "--device", "cpu", "--method", "sssd"),
 ]
 
 

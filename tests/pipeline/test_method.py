@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers.commands import TINY, one_line, sssd
+from sssd_zoo.api.settings import settings_of
 from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, FitArgs, StudentConfig
 from sssd_zoo.errors import UserError
 from sssd_zoo.pipeline.fit import with_method
@@ -74,6 +75,39 @@ def test_the_method_is_saved_by_its_name(settings, method):
     assert with_method(FitArgs(**{"data": "d", "out": "o", **settings})).method == method
 
 
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ({}, "contrastive"),
+        ({"pretrain.init": "resnet18", "soft": 0.1, "warm_start": True}, "contrastive"),
+        ({"method": "sssd"}, "sssd"),
+        ({"method": None}, "sssd"),  # config.yaml of a version that did not save what it became
+        ({"distill.anchor": 0.0}, "sssd"),
+        ({"distill.anchor": 2.0}, "anchored"),
+        ({"features": "resnet18"}, "anchored"),
+        ({"distill.mix": "mixup"}, "sssd"),
+        ({"init": "resnet18"}, "sssd"),
+        ({"pretrain_model": "resnet50"}, "sssd"),
+    ],
+)
+def test_the_method_that_won_is_used_unless_what_is_given_decides(given, method, tmp_path):
+    args, names = settings_of("fit", {"data": "d", "out": str(tmp_path / "run"), **given})
+    assert with_method(args, frozenset(names)).method == method
+
+
+def test_a_run_of_a_version_that_saved_no_method_keeps_its_own(folder_of_images, tmp_path, capsys):
+    run, new = tmp_path / "run", ("--unlabelled", "--workers", "0")
+    words = ["fit", "--data", folder_of_images, "--out", run, *TINY[2:], *new]
+    assert sssd(*words, "--method", "sssd") == 0
+    assert sssd(*words) == 2
+    assert "(method: 'sssd' there, 'contrastive' now; " in one_line(capsys)
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**recorded, "method": None}))
+    assert sssd(*words) == 0
+    assert "[distill] done before" in capsys.readouterr().out
+    assert yaml.safe_load((run / "config.yaml").read_text())["method"] == "sssd"
+
+
 def test_a_method_takes_its_own_of_the_settings():
     args = FitArgs(data="d", out="o", distill=StudentConfig(epochs=3, contrast=2.0, dense=True))
     assert args.student == AnchoredConfig(epochs=3, dense=True)
@@ -84,9 +118,10 @@ def test_a_method_takes_its_own_of_the_settings():
 
 def test_fit_by_the_contrastive_method(folder_of_images, tmp_path, capsys):
     run, new = tmp_path / "run", ("--unlabelled", "--workers", "0")
-    words = ["fit", "--data", folder_of_images, "--out", run, *TINY, *new, "--method", "contrastive"]
+    words = ["fit", "--data", folder_of_images, "--out", run, *TINY[2:], *new]
     assert sssd(*words, "--distill.lr", "1e-12", "--more_epochs", "1") == 0
     said = capsys.readouterr().out
+    assert "  --method contrastive\n" in said
     assert "  --distill.optimizer adamw\n" in said
     assert "  --distill.queue_size 16\n" in said
     pretrained, trained, further = (
@@ -112,7 +147,7 @@ def test_fit_by_the_contrastive_method(folder_of_images, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--distill.mix", "mixup"), "no other view of mixed images: remove mix mixup"),
+        (("--distill.mix", "mixup", "--method", "contrastive"), "no other view of mixed images: remove mix mixup"),
         (("--distill.queue_size", "999"), "distill: queue_size 999 is larger than the data set of 48 images"),
         (("--distill.splits", "3"), "distill: splits 3 must divide"),
         (("--distill.dense", "true"), "--distill.dense is of the anchor's network"),
@@ -121,7 +156,7 @@ def test_fit_by_the_contrastive_method(folder_of_images, tmp_path, capsys):
     ],
 )
 def test_contrastive_settings_that_cannot_work_are_told_at_once(words, said, folder_of_images, tmp_path, capsys):
-    fit = ["fit", "--data", folder_of_images, "--out", tmp_path / "run", *TINY, "--method", "contrastive"]
+    fit = ["fit", "--data", folder_of_images, "--out", tmp_path / "run", *TINY[2:]]
     assert sssd(*fit, *words) == 2
     assert one_line(capsys).count(said) == 1
     assert not (tmp_path / "run").exists()

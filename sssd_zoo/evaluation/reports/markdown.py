@@ -187,7 +187,10 @@ def _accuracy(results: Results) -> list[str]:
             "network frozen; the ensemble is the mean of the exits' softmax outputs."
         )
         if RANDOM in {row["name"] for row in rows}:
-            words += f" *{RANDOM}*: the same training on labels drawn at random, without an anchor."
+            words += (
+                f" *{RANDOM}*: the same network from new weights, trained by self distillation on labels drawn at "
+                "random."
+            )
         lines += [words, ""]
         numbers = [[*row["exits"], row["ensemble"]] for row in rows]
         names = [markdown(row["name"]) for row in rows]
