@@ -19,8 +19,8 @@ STEPS_BETWEEN = 50  # steps from one checkpoint to the next, about
 SMALLEST = 16  # images in a batch, or all of them: the BatchNorm statistics of fewer are mostly noise
 EPOCHS = 10  # of a training at least
 # What a training may cost at most, all epochs together: MACs of the student's forward passes on a CPU (3,200 images of
-# 224 px through a ResNet-18; measured on one core of an EPYC with bf16: 8 minutes of MoCo v2, 3 of self distillation),
-# images on a GPU.
+# 224 px through a ResNet-18; measured on one core of an EPYC with bf16: 8 minutes of MoCo v2, 3 of the paper's self
+# distillation), images on a GPU.
 CPU_MACS = 5.8e12
 GPU_IMAGES = 100_000_000
 # Images, up to which other weights are advised: from 20,000 images of CIFAR-10 and minutes of a CPU, no network learned
