@@ -22,6 +22,7 @@ from sssd_zoo.api.results import (
 )
 from sssd_zoo.api.running import in_process, is_name, run
 from sssd_zoo.api.settings import flattened
+from sssd_zoo.configs import ContrastiveConfig
 from sssd_zoo.errors import UserError
 
 Name = str | PathLike[str]  # a path, a timm name, a Hub id, or what another function returned
@@ -57,6 +58,9 @@ def fit(
     Raises:
         UserError: for what is wrong with the arguments, the images or `out`.
     """
+    if is_dataclass(distill := settings.get("distill")) and "method" not in settings:
+        # One of no method of its own is as it was before there were others: the paper's, or with an anchor.
+        settings["method"] = "contrastive" if isinstance(distill, ContrastiveConfig) else None
     if epochs is not None:
         given = {name for name, _ in flattened(settings)}
         trainings = ["distill"] if settings.get("features") is not None else ["pretrain", "distill"]

@@ -24,7 +24,7 @@ from sssd_zoo.configs.ranges import problems
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import expand_home
 from sssd_zoo.files.untrusted import check_recipe
-from sssd_zoo.pipeline.defaults import DERIVED
+from sssd_zoo.pipeline.defaults import BY_METHOD, DERIVED
 
 # Arguments that are paths, or may be: a `~` in front of them is expanded, wherever they were given.
 PATHS = (
@@ -45,7 +45,11 @@ class DerivedHelpFormatter(HelpFormatter):
 
     def _expand_help(self, action: Any) -> str:
         text = super()._expand_help(action)
-        return re.sub(r"default: \S+\)$", "default: derived)", text) if action.dest in DERIVED else text
+        return (
+            re.sub(r"default: [^()]*(\([^()]*\))?\)$", "default: derived)", text)
+            if action.dest in DERIVED + BY_METHOD
+            else text
+        )
 
 
 def readable(text: str) -> str:
@@ -110,7 +114,9 @@ def _parser(name: str, prog: str) -> Parser:
     document = parse_docstring(arguments.__doc__)
     paragraphs = [document.short_description, document.long_description]
     if name in COMPLETED:
-        paragraphs.append("Defaults marked 'derived' depend on the images and the device; a run first lists them.")
+        paragraphs.append(
+            "Defaults marked 'derived' depend on the images, the device and the method; a run first lists them."
+        )
     parser = Parser(
         prog=prog,
         allow_abbrev=False,

@@ -23,14 +23,14 @@ class AugmentConfig(Checked):
         quarter_turns: rotate by 0, 90, 180 or 270 degrees, all equally likely, for images without a natural
             orientation.
         rotation: largest angle in degrees of a random rotation in either direction.
-        jitter: probability of jittering the colours; by default 0.8 in MoCo and SEED, and 0 in methods that learn from
-            labels.
+        jitter: probability of jittering the colours; by default 0.8 in MoCo, SEED and the query's view of contrastive
+            self distillation, and 0 in methods that learn from labels.
         brightness: strength of the jitter of brightness; by default 0.4, a factor from 0.6 to 1.4.
         contrast: strength of the jitter of contrast; by default 0.4.
         saturation: strength of the jitter of saturation; by default 0.4. For RGB images only.
         hue: strength of the jitter of hue, in turns of the colour wheel; by default 0.1. For RGB images only.
-        grey: probability of turning an image grey; by default 0.2 in MoCo and SEED, and 0 in methods that learn from
-            labels. For RGB images only.
+        grey: probability of turning an image grey; by default 0.2 where `jitter` is 0.8, and else 0. For RGB images
+            only.
         blur: probability of Gaussian blur; by default the method's own `blur`, and 0 in methods that learn from labels.
     """
 
@@ -50,7 +50,8 @@ class AugmentConfig(Checked):
         """The same with every default filled in.
 
         Args:
-            contrastive: whether the method is MoCo or SEED, rather than one that learns from labels.
+            contrastive: whether the view is one of MoCo, of SEED or of the contrast, not of a method that learns from
+                labels.
             channels: of the images.
             blur: the method's own `blur`.
 

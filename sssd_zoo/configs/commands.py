@@ -11,6 +11,7 @@ from sssd_zoo.configs.methods import (
     ClusterConfig,
     ContrastiveConfig,
     DetectorConfig,
+    Method,
     MoCoConfig,
     PretextConfig,
     SEEDConfig,
@@ -220,19 +221,18 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
         method: 'contrastive' self distillation, which starts from the weights of the network that was clustered and
             goes on with the pretext at every exit, by default with AdamW and random resized crops (docs/methods.md);
             'anchored' self distillation, in which every exit also predicts the features that were clustered
-            (docs/anchored.md); or 'sssd', the method of the paper. By default 'anchored' with `features` or
-            `distill.anchor`; 'sssd' with `init`, `pretrain_model` or `distill.mix`, with which the first was not
-            measured or cannot work; else 'contrastive'.
+            (docs/anchored.md); or 'sssd', the method of the paper. By default 'contrastive', but 'anchored' with
+            `features` or a `distill.anchor` above 0, and 'sssd' with `init`, `pretrain_model`, `distill.mix` or
+            `distill.anchor 0`.
         image_size: side of the views in pixels; by default that of the stored images if it is at most 40, otherwise
             224.
         test_split: split to measure on; by default 'test' or 'validation', otherwise a fraction held out of `split`.
         pretrain: MoCo v2.
         cluster: k-means.
-        distill: self distillation; the settings of other methods than that of `method` have no effect.
+        distill: self distillation; settings of another method than `method` are refused, or have no effect.
         augment: augmentations of all trainings, in place of those of `pretrain` and `distill`.
         warm_start: initialise the distilled network's trunk from the network that was clustered, not at random as in
-            the paper. With the method 'contrastive' this is the default, unless that network or the trunk's weights are
-            given.
+            the paper. By default with the method 'contrastive', unless `features`, `init` or `pretrain_model` is given.
         init: another network to initialise that trunk from: a run folder, or a timm name with weights, such as
             sssd_resnet18_cifar.cifar10.
         soft: temperature of soft labels, see `sssd distill`; needs `cluster.nearest` above 1, such as 8. By default
@@ -251,14 +251,14 @@ class FitArgs(DataConfig, RuntimeConfig, QualityConfig, PretextConfig):
 
     out: str
     model: str | None = None
-    method: Literal["sssd", "anchored", "contrastive"] | None = None
+    method: Method | None = None
     image_size: Pixels | None = None
     test_split: str | None = None
     pretrain: MoCoConfig = field(default_factory=MoCoConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     distill: StudentConfig = field(default_factory=StudentConfig)
     augment: AugmentConfig | None = None
-    warm_start: bool = False
+    warm_start: bool | None = None
     init: str | None = None
     soft: Temperature | None = None
     probe: ProbeConfig = field(default_factory=ProbeConfig)

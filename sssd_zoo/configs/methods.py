@@ -24,6 +24,8 @@ from sssd_zoo.configs.ranges import (
 )
 from sssd_zoo.configs.training import OptimConfig
 
+Method = Literal["sssd", "anchored", "contrastive"]  # forms of self distillation
+
 # Weights of the anchor loss: where a public encoder is distilled, and where the features are the run's own.
 ANCHOR, OWN_ANCHOR = 4.0, 1.0
 

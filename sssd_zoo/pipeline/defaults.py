@@ -32,6 +32,10 @@ DERIVED = (  # the settings that `derive` may choose whatever the method
     *("pretrain.epochs", "pretrain.batch_size", "pretrain.lr", "pretrain.queue_size", "pretrain.splits"),
     *("distill.epochs", "distill.batch_size", "distill.lr", "cluster.k", "checkpoint_epochs"),
 )
+BY_METHOD = (  # those that depend on the method, too
+    *("distill.optimizer", "distill.weight_decay", "distill.crop", "distill.crop_scale", "distill.queue_size"),
+    *("distill.splits", "warm_start"),
+)
 
 
 @dataclass(frozen=True)
@@ -113,22 +117,23 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
     processes = scale.processes
     if args.features is None:
         images = scale.pretrain_images
-        choose("pretrain.epochs", epochs_for(images, scale))
+        if args.budget is None:  # which chooses them
+            choose("pretrain.epochs", epochs_for(images, scale))
         batch = choose("pretrain.batch_size", batch_for(images, 128 if scale.device == "cpu" else 512, processes))
         if "pretrain.optimizer" not in given:
             choose("pretrain.lr", rounded(0.06 * batch / 512))
         choose("pretrain.queue_size", queue_for(images, batch))
         choose("pretrain.splits", splits_for(batch // args.pretrain.accumulate, processes))
-    choose("distill.epochs", epochs_for(scale.images, scale))
+    if args.budget is None:
+        choose("distill.epochs", epochs_for(scale.images, scale))
     batch = choose("distill.batch_size", batch_for(scale.images, 128, processes))
     if args.method == "contrastive":
         usual = ContrastiveConfig()
         if "distill.optimizer" not in given or args.distill.optimizer == usual.optimizer:
             for name in ("optimizer", "lr", "weight_decay"):
                 choose(f"distill.{name}", getattr(usual, name))
-        if "distill.crop" not in given:
-            choose("distill.crop", usual.crop)
-            choose("distill.crop_scale", usual.crop_scale)
+        choose("distill.crop", usual.crop)
+        choose("distill.crop_scale", usual.crop_scale)
         choose("distill.queue_size", queue_for(scale.images, batch))
         choose("distill.splits", splits_for(batch // args.distill.accumulate, processes, usual.splits))
     elif "distill.optimizer" not in given:

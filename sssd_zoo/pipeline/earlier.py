@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sssd_zoo.configs import FitArgs, RuntimeConfig
+from sssd_zoo.configs.methods import Method
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import RUN_MARK, read_json
 from sssd_zoo.files.run_folder import drop, kind_of
@@ -37,12 +38,13 @@ def finished_settings(out: Path) -> dict[str, Any]:
     return flat(content) if isinstance(content, dict) else {}
 
 
-def before_methods(out: Path) -> bool:
-    """Whether a folder holds a run of a version that did not save its method: it has one of those there were then."""
+def method_there(out: Path, usual: Method) -> Method | None:
+    """The method of the run in a folder, `usual` if there is none; None for a run that did not save it."""
     if not (out / "config.yaml").is_file() or kind_of(out) != "fit":
-        return False
+        return usual
     content = read_yaml(out / "config.yaml")
-    return isinstance(content, dict) and content.get("method") is None
+    there = content.get("method") if isinstance(content, dict) else None
+    return there if there in get_args(Method) else None
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

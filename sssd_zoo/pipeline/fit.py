@@ -8,7 +8,7 @@ RUN/
     distill/        the distilled network, with a class per cluster
     more-1/, ...    the same trained further, with --more_epochs
     quality/        figures of both networks that need no labels
-    baseline/       the same on random labels, where true ones exist to compare by
+    baseline/       self distillation from new weights on random labels, where true ones exist to compare by
     probe/          accuracy of both, where labels exist
     steps/          each step's inputs and result, by which the next call knows what is done
     model/          what to use: the network (with the probes as heads where labels exist) and its card
@@ -41,7 +41,7 @@ from sssd_zoo.configs import (
     SelfDistillationConfig,
     StudentConfig,
 )
-from sssd_zoo.configs.methods import OWN_ANCHOR
+from sssd_zoo.configs.methods import OWN_ANCHOR, Method
 from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.sources import short_name
@@ -77,9 +77,9 @@ from sssd_zoo.pipeline.budget import BESIDE, MARGIN, check_epochs, chosen_before
 from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.earlier import (
-    before_methods,
     check_earlier,
     is_extension,
+    method_there,
     more_epochs_there,
     remove_figures,
     remove_stages,
@@ -99,8 +99,7 @@ from sssd_zoo.training.runs import RunSpec, begin_config, save_config, save_corr
 SHOWN = 12  # clusters in the figure of them, and images of each
 # What no other method has; its queue and splits are chosen by `derive`, and so stand in saved settings.
 CONTRAST = ("contrast", "contrast_temperature", "dim", "key_momentum", "blur")
-# What decides the method where it is given; with none of them, it is the one that won (docs/methods.md).
-SETTLED = frozenset({"method", "distill.anchor", "distill.mix"})
+DEFAULT: Method = "contrastive"  # where the student can start from M_ssl's weights; it won (docs/methods.md)
 SEED_STEP = 7919  # between the seeds of a run's trainings: --more_epochs sees new views, in another order
 
 
@@ -168,14 +167,21 @@ def with_method(args: FitArgs, given: frozenset[str] | None = None) -> FitArgs:
     if (args.method in ("sssd", "contrastive") and anchor) or (args.method == "anchored" and anchor == 0):
         raise UserError(f"--method {args.method} and --distill.anchor {anchor:g} contradict each other: remove one")
     own_trunk = all(other is None for other in (args.features, args.init, args.pretrain_model))
-    if own_trunk and given is not None and not given & SETTLED and not before_methods(Path(args.out)):
-        args = replace(args, method="contrastive")
+    if own_trunk and chooses_method(args, given):
+        # A run keeps its method, also where the default was another when it was begun.
+        args = replace(args, method=DEFAULT if args.overwrite else method_there(Path(args.out), DEFAULT))
     if args.method in (None, "anchored"):
         own = OWN_ANCHOR if args.method == "anchored" else 0.0
         distill = args.distill.resolved(encoder=args.features is not None, own=own)
-        return replace(args, method="anchored" if distill.anchor else "sssd", distill=distill)
-    warm = args.warm_start or (args.method == "contrastive" and own_trunk)
-    return replace(args, distill=replace(args.distill, anchor=0.0), warm_start=warm)
+        args = replace(args, method="anchored" if distill.anchor else "sssd", distill=distill)
+    warm = args.method == "contrastive" and own_trunk if args.warm_start is None else args.warm_start
+    return replace(args, distill=replace(args.distill, anchor=args.distill.anchor or 0.0), warm_start=warm)
+
+
+def chooses_method(args: FitArgs, given: frozenset[str] | None) -> bool:
+    """Whether the method is left to `with_method`: nothing that was given decides it."""
+    decided = args.distill.anchor is not None or args.distill.mix != "none"
+    return given is not None and "method" not in given and not decided
 
 
 def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict[str, Any]]:
@@ -186,7 +192,9 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
     """
     mistakes = Mistakes()
     if args.warm_start and args.init is not None:
-        mistakes.note("--warm_start and --init both say what the student starts from: remove one")
+        mistakes.note(
+            "--warm_start and --init both say what the student starts from: remove one, or give --warm_start false"
+        )
     with mistakes.noted():
         _ = args.student
     if not args.distill.clusters and not args.distill.anchor:
@@ -212,7 +220,7 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
             return args
         chosen.clear()
         completed, more = derive(args, given, scale)
-        chosen.update(more if given & SETTLED else {"method": args.method, **more})
+        chosen.update(more if "method" in given else {"method": args.method, **more})
         return completed
 
     anchored = {"distill": args.distill} if args.distill.anchor else {}
@@ -220,7 +228,7 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
         args,
         "fit",
         lambda args: {"distill": args.student},
-        warm=args.warm_start,
+        warm=bool(args.warm_start),
         anchored=anchored,
         complete=complete,
         mistakes=mistakes,
@@ -468,7 +476,7 @@ class Plan:
         return {"label_free": figures}
 
     def baseline(self, folder: Path) -> dict[str, Any]:
-        """The same on random labels; without an anchor, which would teach the network what the labels do not say."""
+        """From new weights on random labels; without anchor and contrast, which teach what the labels do not say."""
         setup = self.setup
         labels = labels_by_name("random", setup.data, self.args.cluster.k, setup.runtime)
         plain = SelfDistillationConfig.of(self.args.distill)

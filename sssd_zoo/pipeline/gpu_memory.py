@@ -62,7 +62,7 @@ def _earlier(setup: Setup, given: frozenset[str]) -> dict[str, Any] | None:
     ]
     names += ["pretrain.splits"] if "pretrain.accumulate" in names else []
     names += ["distill.splits"] if "distill.accumulate" in names and setup.args.method == "contrastive" else []
-    return {name: settings[name] for name in names if name not in given}
+    return {name: settings[name] for name in names if name in settings and name not in given}
 
 
 def _fitting(setup: Setup, name: str, *, keep_splits: bool) -> dict[str, Any]:

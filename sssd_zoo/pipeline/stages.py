@@ -307,7 +307,11 @@ def _prepare(folder: Path, record: Path, inputs: dict[str, Any]) -> None:
 
 def _comparable(theirs: dict[str, Any], ours: dict[str, Any], name: str, late: set[str]) -> dict[str, Any]:
     """The inputs of a record of the stage `name`, less those that are not known yet of the stages `late`."""
-    return {key: value for key, value in theirs.items() if key in ours or not {name, *key.split(".")[:-1]} & late}
+    return {
+        key: value
+        for key, value in theirs.items()
+        if key in ours or not ({name, *key.split(".")[:-1]} & late and key.rpartition(".")[2] in LATER)
+    }
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

@@ -10,12 +10,14 @@ import pytest
 import sssd_zoo
 from helpers.commands import command
 from sssd_zoo import api, configs
+from sssd_zoo.api import functions
 from sssd_zoo.api.running import run
 from sssd_zoo.api.settings import settings_of
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.cli.commands import COMMANDS
-from sssd_zoo.configs import FitArgs, MoCoConfig
+from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, FitArgs, MoCoConfig, StudentConfig
 from sssd_zoo.errors import UserError
+from sssd_zoo.pipeline.fit import with_method
 
 FUNCTIONS = [name for name, value in vars(api).items() if inspect.isfunction(value)]
 
@@ -52,6 +54,30 @@ def test_every_way_to_give_a_setting_is_what_the_command_reads():
     assert args.pretrain == MoCoConfig(epochs=5)
     assert {"pretrain.epochs", "pretrain.batch_size", "pretrain.augment.rotation"} <= given
     assert settings_of("fit", {"data": "A", "out": "B"}) == (FitArgs(data="A", out="B"), {"data", "out"})
+
+
+@pytest.mark.parametrize(
+    ("distill", "method"),
+    [
+        (ContrastiveConfig(epochs=3), "contrastive"),
+        (StudentConfig(epochs=3), "sssd"),
+        (AnchoredConfig(anchor=2.0), "anchored"),
+        ({"epochs": 3}, "contrastive"),
+    ],
+)
+def test_a_dataclass_of_the_distillation_has_its_method(distill, method, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def seen(command, main, settings):
+        raise Seen(settings_of(command, {**{name: value for name, value in main.items() if value}, **settings}))
+
+    monkeypatch.setattr(functions, "run", seen)
+    with pytest.raises(Seen) as found:
+        sssd_zoo.fit("A", "B", distill=distill)
+    args, given = found.value.args[0]
+    args = with_method(args, given)
+    assert (args.method, args.distill.epochs) == (method, getattr(distill, "epochs", 3))
 
 
 def test_epochs_beside_a_whole_dataclass_are_refused():

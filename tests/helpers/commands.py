@@ -11,7 +11,6 @@ from sssd_zoo.cli import main
 
 ROOT = Path(__file__).parents[2]
 TINY = [
-    *("--method", "sssd"),  # of the methods the fastest
     *("--model", "sssd_resnet18", "--image_size", "32", "--pretrain.epochs", "1", "--pretrain.batch_size", "16"),
     *("--pretrain.splits", "2", "--pretrain.queue_size", "32", "--cluster.k", "4", "--distill.epochs", "1"),
     *("--distill.batch_size", "16", "--probe.probe_weight_decay", "0.01", "--device", "cpu"),

@@ -116,8 +116,15 @@ def test_the_contrastive_method_has_defaults_of_its_own(images, processes):
 def test_what_is_given_to_the_contrastive_method_is_taken():
     given = replace(ARGS, method="contrastive", distill=StudentConfig(optimizer="sgd", lr=0.3, crop="pad", splits=2))
     args, chosen = derive(given, frozenset({"distill.optimizer", "distill.crop", "distill.splits"}), scale(5_000))
-    assert args.distill == replace(given.distill, epochs=10, batch_size=128, queue_size=2048)
-    assert not {"distill.lr", "distill.weight_decay", "distill.crop_scale"} & chosen.keys()
+    chosen_too = {"epochs": 10, "batch_size": 128, "queue_size": 2048, "crop_scale": (0.2, 1.0)}
+    assert args.distill == replace(given.distill, **chosen_too)
+    assert not {"distill.lr", "distill.weight_decay"} & chosen.keys()
+
+
+def test_a_budget_chooses_the_epochs():
+    args, chosen = derive(replace(ARGS, budget="5h", pretrain=MoCoConfig(warmup_epochs=50)), frozenset(), scale(5_000))
+    assert not {"pretrain.epochs", "distill.epochs"} & chosen.keys()
+    assert args.pretrain.warmup_epochs == 50
 
 
 def test_few_images_get_advice_and_those_that_took_it_do_not():

@@ -53,6 +53,7 @@ def test_contradictions(method, anchor):
         ({"init": "resnet18"}, False),
         ({"features": "resnet18"}, False),
         ({"features": "run", "warm_start": True}, True),
+        ({"warm_start": False}, False),
         ({"pretrain_model": "resnet50"}, False),
     ],
 )
@@ -86,6 +87,7 @@ def test_the_method_is_saved_by_its_name(settings, method):
         ({"distill.anchor": 2.0}, "anchored"),
         ({"features": "resnet18"}, "anchored"),
         ({"distill.mix": "mixup"}, "sssd"),
+        ({"distill.mix": "none", "distill.anchor": None}, "contrastive"),
         ({"init": "resnet18"}, "sssd"),
         ({"pretrain_model": "resnet50"}, "sssd"),
     ],
@@ -95,17 +97,21 @@ def test_the_method_that_won_is_used_unless_what_is_given_decides(given, method,
     assert with_method(args, frozenset(names)).method == method
 
 
-def test_a_run_of_a_version_that_saved_no_method_keeps_its_own(folder_of_images, tmp_path, capsys):
+def test_a_run_keeps_its_method(folder_of_images, tmp_path, capsys):
     run, new = tmp_path / "run", ("--unlabelled", "--workers", "0")
-    words = ["fit", "--data", folder_of_images, "--out", run, *TINY[2:], *new]
+    words = ["fit", "--data", folder_of_images, "--out", run, *TINY, *new]
     assert sssd(*words, "--method", "sssd") == 0
-    assert sssd(*words) == 2
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    # None is what versions saved that did not know the default's name.
+    for method in ("sssd", None):
+        (run / "config.yaml").write_text(yaml.safe_dump({**saved, "method": method}))
+        capsys.readouterr()
+        assert sssd(*words) == 0
+        assert "[distill] done before" in capsys.readouterr().out
+        assert yaml.safe_load((run / "config.yaml").read_text())["method"] == "sssd"
+    assert sssd(*words, "--method", "contrastive") == 2
     assert "(method: 'sssd' there, 'contrastive' now; " in one_line(capsys)
-    recorded = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**recorded, "method": None}))
-    assert sssd(*words) == 0
-    assert "[distill] done before" in capsys.readouterr().out
-    assert yaml.safe_load((run / "config.yaml").read_text())["method"] == "sssd"
+    assert with_method(FitArgs(data="d", out=str(run), overwrite=True), frozenset()).method == "contrastive"
 
 
 def test_a_method_takes_its_own_of_the_settings():
@@ -118,7 +124,7 @@ def test_a_method_takes_its_own_of_the_settings():
 
 def test_fit_by_the_contrastive_method(folder_of_images, tmp_path, capsys):
     run, new = tmp_path / "run", ("--unlabelled", "--workers", "0")
-    words = ["fit", "--data", folder_of_images, "--out", run, *TINY[2:], *new]
+    words = ["fit", "--data", folder_of_images, "--out", run, *TINY, *new]
     assert sssd(*words, "--distill.lr", "1e-12", "--more_epochs", "1") == 0
     said = capsys.readouterr().out
     assert "  --method contrastive\n" in said
@@ -156,7 +162,7 @@ def test_fit_by_the_contrastive_method(folder_of_images, tmp_path, capsys):
     ],
 )
 def test_contrastive_settings_that_cannot_work_are_told_at_once(words, said, folder_of_images, tmp_path, capsys):
-    fit = ["fit", "--data", folder_of_images, "--out", tmp_path / "run", *TINY[2:]]
+    fit = ["fit", "--data", folder_of_images, "--out", tmp_path / "run", *TINY]
     assert sssd(*fit, *words) == 2
     assert one_line(capsys).count(said) == 1
     assert not (tmp_path / "run").exists()
