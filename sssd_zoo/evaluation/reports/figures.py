@@ -409,7 +409,7 @@ def _figures_of_quality(axes: Axes, lines: Sequence[Mapping[str, float]], names:
             axes.plot(epochs, np.array(values) / scale, color=colour, marker=".", label=MEANINGS[name].title)
     if axes.lines:
         _legend_below(axes)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.dataLim.y1 or None)  # a line that hardly moves must not lie on the frame
     else:
         axes.set_visible(False)
 
