@@ -220,7 +220,7 @@ def test_fit_leaves_all_that_it_promises(finished):
         assert f"figures/{name}.png" in report
         assert Image.open(finished / "figures" / f"{name}.png").size[0] > 300
     metrics = json.loads((finished / "metrics.json").read_text())
-    assert [row["name"] for row in metrics["accuracy"]] == ["SSSD", "random labels"]
+    assert [row["name"] for row in metrics["accuracy"]] == ["contrastive SSSD", "random labels"]
     assert all(len(row["exits"]) == 4 for row in metrics["accuracy"])
     assert (finished / "model" / "README.md").read_text().startswith("---")
     assert not list(finished.rglob(".*.sssd-tmp-*"))

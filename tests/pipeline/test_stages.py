@@ -177,14 +177,15 @@ class TestInputs:
     def test_settings_may_come_from_an_earlier_result(self, tmp_path):
         stages = Stages(tmp_path, {})
         run_stage(stages, "labels", step("7"), {})
-        later = {"later": lambda: {"k": stages.results["labels"]["value"]}, "after": ("labels",)}
+        later = {"later": lambda: {"labels": stages.results["labels"]["value"]}, "after": ("labels",)}
         run_stage(stages, "distill", step("8"), {"lr": 1}, **later)
         record = json.loads((tmp_path / "steps" / "distill.json").read_text())
-        assert record["inputs"] == {"k": "7", "lr": 1}
+        assert record["inputs"] == {"labels": "7", "lr": 1}
         again = Stages(tmp_path, {})  # before its labels are known, its other settings are compared
         labels, distil = (Stage(name=name, action=step("9"), settings={}) for name in ("labels", "distill"))
         assert again.survey([labels, replace(distil, settings={"lr": 1}, **later)]).changes == {}
         assert again.survey([labels, replace(distil, settings={"lr": 2}, **later)]).changes == {"distill.lr": (1, 2)}
+        assert again.survey([labels, replace(distil, **later)]).changes == {"distill.lr": (1, None)}
 
     def test_what_follows_a_stage_follows_an_old_result_too(self, tmp_path):
         seen: list[str] = []
