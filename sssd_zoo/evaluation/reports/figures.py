@@ -409,7 +409,8 @@ def _figures_of_quality(axes: Axes, lines: Sequence[Mapping[str, float]], names:
             axes.plot(epochs, np.array(values) / scale, color=colour, marker=".", label=MEANINGS[name].title)
     if axes.lines:
         _legend_below(axes)
-        axes.set_ylim(0, 1.08 * axes.dataLim.y1 or None)  # a line that hardly moves must not lie on the frame
+        highest = axes.dataLim.y1
+        axes.set_ylim(0, 1.08 * highest if highest > 0 else None)  # no line that hardly moves may lie on the frame
     else:
         axes.set_visible(False)
 
