@@ -126,10 +126,11 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
         )
     plan = Plan(args, setup, evaluation, start)
     print_main(plan.describe())
-    if args.budget is not None:
+    if args.budget is not None:  # which chooses the epochs that the next line names
         plan = within_budget(plan, began)
         trained = ("pretrain", "distill") if args.features is None else ("distill",)
         chosen |= {f"{name}.epochs": getattr(plan.args, name).epochs for name in trained}
+    print_main(f"labels from {plan.setup.pretext.description.replace('`', '')}")
     surveyed = plan.survey()  # refuses other settings before it says what was chosen
     if chosen:
         print_main(describe_chosen(chosen, len(setup.data)))
@@ -321,11 +322,11 @@ class Plan:
         return trained
 
     def describe(self) -> str:
-        """What is about to run, in two lines."""
+        """The images, the network and the machine, in a line."""
         data, setup = self.setup.data, self.setup
         return (
             f"{len(data)} images of {data.name}, {describe_labelling(data)}; {setup.arch} at {setup.size} px, "
-            f"{describe_machine(setup.inputs['precision'])}\nlabels from {setup.pretext.description.replace('`', '')}"
+            f"{describe_machine(setup.inputs['precision'])}"
         )
 
     def stages(self) -> list[Stage]:
