@@ -285,7 +285,7 @@ def check_finite(features: Tensor) -> None:
         number = int(bad.any(1).nonzero()[0]) + 1
         raise UserError(
             f"what exit {number} of the network gives for {int(bad.any(0).sum())} of {bad.shape[1]} images holds NaN "
-            "or infinity: give --precision fp32, or check its weights"
+            "or infinity: give --precision fp32; if that is no help, train the network again with a lower lr"
         )
 
 

@@ -259,7 +259,7 @@ def test_an_interrupted_call_is_resumed_in_the_same_process(folder_of_images, tm
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", code]
     with subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 300
         while not list(out.glob("checkpoints/step-*")) and time.monotonic() < limit:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

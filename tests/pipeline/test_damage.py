@@ -392,7 +392,7 @@ def test_sssd_fit_makes_damaged_results_again(folder_of_images, tmp_path):
 
 @pytest.mark.slow
 def test_sssd_fit_with_a_lower_rate_after_a_loss_that_is_not_finite(folder_of_images, tmp_path):
-    words = [*FIT, "--data", str(folder_of_images), "--out", str(tmp_path / "run")]
+    words = [*FIT, "--data", str(folder_of_images), "--out", str(tmp_path / "run"), "--method", "sssd"]
     done = command(*words, "--distill.lr", "10000")
     assert done.returncode == 2, done.stderr
     assert "lower lr" in done.stderr
