@@ -266,8 +266,9 @@ class Plan:
         args, pretext, clusterings = self.args, self.setup.pretext, self.clusterings
         bases = [self.base(method) for method in self.methods]
         clustered = dict.fromkeys(LABELLED[method] for method in bases if method in LABELLED)
+        taught = set(TAUGHT) & set(bases) - ({"pretext"} if self.trains_pretext else set())
         stages = [
-            *(pretext.pretrain_stages(settings_of(args.pretrain), self.runtime) if set(TAUGHT) & set(bases) else ()),
+            *(pretext.pretrain_stages(settings_of(args.pretrain), self.runtime) if taught else ()),
             *(pretext.label_stage(self.setup, clusterings[name], self.out, self.seed, name) for name in clustered),
         ]
         for method in self.methods:

@@ -108,6 +108,13 @@ def test_epochs_of_single_methods_and_the_pretext_itself(folder_of_images, tmp_p
     assert len(read_metrics(tmp_path / "seed-0" / "pretext" / "metrics.jsonl")) == 3 * 1
 
 
+def test_a_pretext_with_epochs_of_its_own_is_all_that_it_trains(folder_of_images, tmp_path):
+    words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
+    assert sssd(*words, "--methods", "[pretext]", "--epochs", "{pretext: 2}") == 0
+    assert {path.stem for path in (tmp_path / "seed-0" / "steps").iterdir()} == {"pretext", "pretext-probe"}
+    assert report(tmp_path)[0]["M_ssl itself"][-2] == "2"
+
+
 def test_other_settings_are_told_before_anything_is_trained(folder_of_images, tmp_path, capsys):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
     assert sssd(*words, "--methods", '["true"]') == 0
