@@ -65,9 +65,13 @@ def uniformity(features: Tensor) -> float:
         0 if all embeddings are the same; the lower, the more evenly they are spread, about -4 at the lowest.
     """
     rows = unit(features)
-    total = sum(float((2 * 2 * (part @ rows.T - 1)).exp().double().sum()) for part in rows.split(ROWS))
+    squares = rows.square().sum(1)  # 1, but 0 of an embedding that is all zeros
+    total = 0.0
+    for part, own in zip(rows.split(ROWS), squares.split(ROWS), strict=True):
+        distances = own[:, None] + squares - 2 * part @ rows.T  # squared
+        total += float((-2 * distances).exp().double().sum())
     pairs = len(rows) * (len(rows) - 1)
-    same = float((4 * (rows.square().sum(1) - 1)).exp().double().sum())  # of each with itself: about 1 each
+    same = len(rows)  # of each with itself
     return float(torch.tensor((total - same) / pairs, dtype=torch.float64).log())
 
 

@@ -53,10 +53,10 @@ def kmeans_from_file(
     check_kmeans(n, k, iterations, redos)
     _check_finite(features)
     faiss = import_faiss()
-    best: FloatArray | None = None
+    best: FloatArray | None = features.rows(np.arange(n)) if k == n else None  # each row its own, as in faiss
     best_inertia = np.float32(np.inf)
     with progress_bar(redos * iterations, "k-means", "pass", disable=not progress) as bar:
-        for redo in range(redos):
+        for redo in range(redos if best is None else 0):
             order = np.empty(n, dtype=np.int32)
             faiss.rand_perm(faiss.swig_ptr(order), n, first_seed(seed, redo) + 1)
             centroids = features.rows(order[:k])

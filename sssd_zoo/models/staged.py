@@ -174,7 +174,10 @@ class TokenExit(nn.Module):
 
 
 class PoolTokens(nn.Module):
-    """The class token, or the mean of the other tokens: [B, N, C] to [B, C]."""
+    """The class token, or what timm's pooling gives of the other tokens: [B, N, C] to [B, C].
+
+    Where the network itself pools by attention ('map'), its exits take the mean.
+    """
 
     def __init__(self, pool_type: str, prefix: int) -> None:
         super().__init__()
@@ -184,7 +187,14 @@ class PoolTokens(nn.Module):
         """Without pooling the tokens as they are."""
         if self.pool_type == "token":
             return x[:, 0]
-        return x[:, self.prefix :].mean(1) if self.pool_type else x
+        if not self.pool_type:
+            return x
+        tokens = x[:, self.prefix :]
+        if self.pool_type == "max":
+            return tokens.amax(1)
+        if self.pool_type == "avgmax":
+            return 0.5 * (tokens.amax(1) + tokens.mean(1))
+        return tokens.mean(1)
 
 
 class Scriptable(nn.Module):
@@ -268,14 +278,23 @@ class StagedMultiExit(MultiExit):
         Args:
             structure: of the network.
             pool_type: global pooling of the exits.
-            drop_rate: of the dropout in front of their classifiers.
+            drop_rate: of the dropout in front of all classifiers.
         """
         self.structure, self.pool_type, self.exit_drop_rate = structure, pool_type, drop_rate
+        if drop_rate:
+            self._take_over_dropout()
         self.removed: tuple[str, ...] = ()
         for number in self.exit_numbers():
             self.add_module(f"exit{number}", self._new_exit(number))
         if self.output in ("1", "2", "3"):
             self._truncate(int(self.output))
+
+    def _take_over_dropout(self) -> None:
+        """Disables the dropout in timm's head, which `dropped` does: F_C is as it is before the dropout."""
+        self.drop_rate = 0.0
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Dropout) and self.part_of(name) == "head":
+                module.p = 0.0
 
     def _new_exit(self, number: int) -> MapExit | TokenExit:
         structure, parameter = self.structure, next(self.parameters())
@@ -421,6 +440,8 @@ class StagedMultiExit(MultiExit):
         if self.output in ("1", "2", "3"):
             x = self.pooled_exit(int(self.output), x)
             x = x if pre_logits else self.get_classifier()(self.dropped(x))
+        elif self.exit_drop_rate and not pre_logits:
+            x = self.get_classifier()(self.dropped(self.last_features(x)))
         else:
             x = super().forward_head(x, pre_logits=pre_logits)
         return x
@@ -441,8 +462,7 @@ class StagedMultiExit(MultiExit):
             features.append(self.pooled_exit(number, self.exit_map(number, x)))
         x = self.stage(4, x)
         features.append(self.last_features(x))
-        logits = [self.exit_classifier(number)(self.dropped(features[number - 1])) for number in (1, 2, 3)]
-        logits.append(self.exit_classifier(4)(features[3]))
+        logits = [self.exit_classifier(number)(self.dropped(features[number - 1])) for number in (1, 2, 3, 4)]
         return Exits(logits, features), x
 
     def forward_intermediates(self, x: Tensor, indices: int | list[int] | None = None, **kwargs: Any) -> Any:

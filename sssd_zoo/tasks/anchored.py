@@ -124,8 +124,12 @@ class Anchor(nn.Module):
             known: Tensor = batch["features"]
         else:
             known = features_and_map(self.encoder, batch["encoder"], self.map_shape.side)
-        # A dimension that never moves, as of a dead ReLU, has nothing to predict.
-        scale = torch.where(self.feature_std > 1e-6, 1 / self.feature_std, 0.0)
+        # A dimension that never moves, as of a dead ReLU, has nothing to predict; nor has one of cached features, which
+        # are float16, that moves less than they resolve.
+        moves = self.feature_std > 1e-6
+        if self.encoder is None:
+            moves &= self.feature_std > self.feature_mean.abs() * 2**-11
+        scale = torch.where(moves, 1 / self.feature_std, 0.0)
         target = (known.float() - self.feature_mean) * scale
         return blend(target, batch["own"][:, None]) if "own" in batch else target
 

@@ -14,7 +14,7 @@ from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.distributed import gather, rank, world_size
 from sssd_zoo.models.multi_exit import feature_width
 from sssd_zoo.tasks.base import Task
-from sssd_zoo.tasks.queue import enqueue
+from sssd_zoo.tasks.queue import enqueue, similarities
 from sssd_zoo.tasks.split_batchnorm import split_batchnorm
 
 
@@ -54,7 +54,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> t
         The mean loss, and the fraction of queries whose own key is the nearest, in 0..1; both scalars.
     """
     positive = (query * key).sum(1, keepdim=True)
-    logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
+    logits = torch.cat([positive, similarities(query, queue)], dim=1) / temperature
     target = torch.zeros(len(query), dtype=torch.long, device=query.device)
     return F.cross_entropy(logits, target), (logits.argmax(1) == 0).float().mean()
 

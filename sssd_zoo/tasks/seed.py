@@ -13,7 +13,7 @@ from sssd_zoo.distributed import gather
 from sssd_zoo.models.multi_exit import feature_width
 from sssd_zoo.tasks.base import Task
 from sssd_zoo.tasks.moco import Encoder
-from sssd_zoo.tasks.queue import enqueue
+from sssd_zoo.tasks.queue import enqueue, similarities
 
 
 def seed_loss(
@@ -34,7 +34,7 @@ def seed_loss(
 
     def scores(embeddings: Tensor) -> Tensor:
         same_image = (embeddings * teacher).sum(1, keepdim=True)
-        return torch.cat([embeddings @ queue.T, same_image], dim=1)
+        return torch.cat([similarities(embeddings, queue), same_image], dim=1)
 
     target = F.softmax(scores(teacher) / teacher_temperature, dim=1)
     return -(target * F.log_softmax(scores(student) / temperature, dim=1)).sum(1).mean()

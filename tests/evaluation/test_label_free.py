@@ -48,6 +48,13 @@ class TestFigures:
         distances = torch.pdist(unit.double()).square()
         assert uniformity(features) == pytest.approx(float((-2 * distances).exp().mean().log()), rel=1e-4)
 
+    def test_uniformity_of_some_zeros(self):
+        """Embeddings of zeros, as of dead ReLUs, are at distance 0 from each other and at 1 from those of unit length."""
+        features = torch.cat([normal(30, 6), torch.zeros(20, 6)])
+        unit = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        distances = torch.pdist(unit.double()).square()
+        assert uniformity(features) == pytest.approx(float((-2 * distances).exp().mean().log()), rel=1e-4)
+
     def test_alignment_is_the_mean_distance_of_views(self):
         first, second = normal(50, 6), normal(50, 6, seed=1)
         unit = [value / value.norm(dim=1, keepdim=True) for value in (first, second)]
@@ -72,7 +79,7 @@ class TestFigures:
         alike = torch.full((60, 8), value)
         figures = embedding_figures(alike, alike, alike)
         assert figures["two_view_consistency"] == figures["std"] == 0
-        assert figures["uniformity"] == pytest.approx(0, abs=1e-4) or value == 0
+        assert figures["uniformity"] == pytest.approx(0, abs=1e-4)
         assert all(math.isfinite(figure) for figure in figures.values())
         assert cluster_stability(alike, 0) == {}
         assert "have collapsed" in (collapse_warning(figures, "it") or "")

@@ -35,8 +35,10 @@ COARSE = np.random.default_rng(1).integers(-3, 4, size=(9000, 3)).astype(np.floa
         (COARSE, 150, {"seed": 9, "iterations": 6}),
         (COARSE, 20, {"seed": 2**40, "iterations": 200}),
         (np.repeat(np.eye(4, dtype=np.float32), 25, axis=0), 10, {"seed": 0}),
+        (unit_vectors(200, 64), 200, {"seed": 0, "redos": 2}),
+        (np.repeat(unit_vectors(20, 64), 2, axis=0), 40, {"seed": 0}),
     ],
-    ids=["unit", "redos", "splits", "converged", "holes"],
+    ids=["unit", "redos", "splits", "converged", "holes", "each", "each-of-pairs"],
 )
 def test_it_is_the_k_means_in_memory_bit_for_bit(features, k, options, chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(chunked_kmeans, "CHUNK", chunk)

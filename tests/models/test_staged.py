@@ -193,6 +193,33 @@ def test_no_classes_one_channel_no_pooling_and_new_classifiers(name):
 
 
 @every_family
+@torch.no_grad()
+def test_dropout_is_in_front_of_all_classifiers_and_in_no_features(name):
+    model = create(name, drop_rate=0.5)
+    final = create(name, drop_rate=0.5, output="final")
+    for network in (model, final):
+        network.training = True  # of the network and its dropout alone: BatchNorm would move
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.train()
+    images = images_for(model)
+    first, second = model.forward_exits(images), model.forward_exits(images)
+    assert [torch.equal(a, b) for a, b in zip(first.features, second.features, strict=True)] == [True] * 4
+    assert [torch.equal(a, b) for a, b in zip(first.logits, second.logits, strict=True)] == [False] * 4
+    last = final.forward_features(images)
+    assert torch.equal(final.forward_head(last, pre_logits=True), final.forward_head(last, pre_logits=True))
+    assert not torch.equal(final.forward_head(last), final.forward_head(last))
+
+
+@pytest.mark.parametrize("pool", ["token", "avg", "max", "avgmax"])
+def test_exits_pool_tokens_as_the_network_does(pool):
+    model = create("sssd_vit_tiny_patch16_224_cifar", global_pool="max")
+    model.reset_classifier(7, pool)
+    tokens = torch.randn(2, 65, 192)
+    assert torch.equal(model.exit1.pool(tokens), model.pool(tokens, pool))
+
+
+@every_family
 def test_features_only(name):
     model = timm.create_model(name, features_only=True, device="meta").eval()
     with torch.device("meta"):

@@ -164,3 +164,17 @@ def test_the_network_learns_the_clusters_or_its_classifiers_alone_do(clusters):
 def test_a_dimension_that_never_moves_is_not_predicted():
     task = make(weight=1.0, feature_std=torch.tensor([0.0] * 32 + [1.0] * 32))
     assert task(batch_of(task))["loss"].isfinite()
+
+
+def test_a_dimension_that_cached_features_do_not_resolve_is_not_predicted():
+    """Features of a cache are float16: one that moves by 1e-5 around 3.0005 is a constant there, and not its mean."""
+    torch.manual_seed(0)
+    features = torch.randn(6, 64)
+    features[:, 0] = 3.0005 + 1e-5 * features[:, 0]
+    moments = {"feature_mean": features.mean(0), "feature_std": features.std(0)}
+    anchor = make(weight=1.0, **moments).anchor
+    anchor.encoder = None  # the features come with the images
+    target = anchor.target({"features": features.half()})
+    expected = (features - features.mean(0)) / features.std(0)
+    torch.testing.assert_close(target[:, 1:], expected[:, 1:], atol=0.01, rtol=0)
+    assert not target[:, 0].any()

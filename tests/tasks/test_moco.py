@@ -57,6 +57,8 @@ def test_info_nce_equals_loops():
     loss, top1 = info_nce(query, key, queue, 0.2)
     assert loss.item() == pytest.approx(total / 4, rel=1e-5)
     assert top1.item() == hits / 4
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(info_nce(query, key, queue, 0.2)[0], loss), "cosines are not rounded"
 
 
 def test_forward_equals_the_method_step_by_step():

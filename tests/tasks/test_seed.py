@@ -55,6 +55,9 @@ def test_loss_equals_loops(teacher_temperature):
         total -= sum(a * math.log(b) for a, b in zip(p, q, strict=True))
     loss = seed_loss(student, teacher, queue, temperature=0.2, teacher_temperature=teacher_temperature)
     assert loss.item() == pytest.approx(total / 4, rel=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = seed_loss(student, teacher, queue, temperature=0.2, teacher_temperature=teacher_temperature)
+    assert torch.equal(rounded, loss), "cosines are not rounded"
 
 
 def test_the_loss_is_least_where_the_student_is_its_teacher():
