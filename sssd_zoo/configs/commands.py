@@ -840,7 +840,7 @@ class PublishLabelsArgs(RepoConfig):
     Log in with `hf auth login`, or set HF_TOKEN.
 
     Args:
-        labels: folder of pseudo labels.
+        labels: folder of pseudo labels, or a run folder of `sssd fit`.
         license: licence of the labels, as the Hub names it, such as 'cc-by-4.0'; by default none is stated.
     """
 

@@ -9,7 +9,7 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,7 +20,7 @@ from sssd_zoo.data.walk import FolderContent, refuse_pointers, walk, warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError, causes
 from sssd_zoo.errors.text import listed
-from sssd_zoo.files import disk_errors, expand_home
+from sssd_zoo.files import disk_errors, expand_home, read_json
 
 logger = logging.getLogger("sssd_zoo")
 
@@ -103,7 +103,7 @@ def open_splits(
         splits = _open_path(path, streaming, unlabelled, arrays)
         return paged(splits, data) if all_pages else splits
     name, _, configuration = data.partition(":")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix == ".parquet":
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix.lower() == ".parquet":
         raise UserError(f"no file or folder {data}: give an image folder, parquet, a Hub id or {SAMPLE_NAME}")
     if all_pages:
         raise UserError(f"--pages all is for folders and lists of files, not for the Hub's {name}: remove it")
@@ -113,25 +113,26 @@ def open_splits(
 def holds_images(name: str) -> bool:
     """Whether a name is that of data with images in it, rather than of an image file."""
     path = Path(expand_home(name))
-    return not path.is_file() or path.suffix in (LIST, ".parquet", *SHARDS)
+    return not path.is_file() or path.suffix.lower() in (LIST, ".parquet", *SHARDS)
 
 
 def _open_path(path: Path, streaming: bool, unlabelled: bool, arrays: bool) -> Splits:
     from datasets import Dataset, load_from_disk
 
     if path.is_file():
-        if path.suffix == LIST:
+        ending = path.suffix.lower()
+        if ending == LIST:
             return listed_files(path, arrays=arrays)
-        if path.suffix in SHARDS:
+        if ending in SHARDS:
             return _shards({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
-        if path.suffix != ".parquet":
+        if ending != ".parquet":
             raise UserError(
                 f"{path} is another kind of file: give a folder of images, a list of files ({LIST}), parquet or .tar"
             )
         return _parquet({split_of_parquet(PurePath(path.name)): [str(path)]}, path, streaming)
     if not path.is_dir():
         raise UserError(f"{path} is neither a file nor a folder: give a parquet file or a folder")
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    if saved_by_datasets(path):
         refuse_pointers(sorted(path.rglob("*.arrow")), path)
         splits = _load(lambda: load_from_disk(str(path)), path)
         return {str(splits.split or "train"): splits} if isinstance(splits, Dataset) else splits
@@ -144,6 +145,17 @@ def _open_path(path: Path, streaming: bool, unlabelled: bool, arrays: bool) -> S
         raise found.no_images()
     found.warn()
     return _image_folder(found, unlabelled)
+
+
+def saved_by_datasets(folder: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote a folder; images may lie beside a file of such a name."""
+    splits, record = folder / "dataset_dict.json", (folder / "state.json", folder / "dataset_info.json")
+    if all(file.is_file() for file in record):
+        return True
+    with suppress(UserError):  # no JSON
+        content = read_json(splits) if splits.is_file() else None
+        return isinstance(content, dict) and "splits" in content
+    return False
 
 
 def _shard_folder(found: FolderContent, streaming: bool) -> Splits:

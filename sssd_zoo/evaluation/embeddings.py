@@ -36,6 +36,7 @@ FORMATS = (".parquet", ".csv", ".npy")
 KEY = b"sssd_zoo"  # of the schema's metadata in parquet
 KIND = "embeddings"
 CHUNK = 16_384  # rows read at a time
+FOUND = ("query", "rank", "similarity", "row", "path")  # the columns of what `sssd search` writes
 DTYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 
 FloatArray = NDArray[np.float32]
@@ -119,12 +120,20 @@ def is_embeddings(path: Path) -> bool:
     return False
 
 
+def is_found(path: Path) -> bool:
+    """Whether a file is what `sssd search` writes."""
+    with path.open("rb") as file:
+        return file.readline(200).decode(errors="replace").rstrip("\r\n") == ",".join(FOUND)
+
+
 def read_meta(path: Path) -> Meta:
     """What made a file of embeddings.
 
     Raises:
         UserError: if it is no such file.
     """
+    if not path.exists():
+        raise UserError(f"there is no file {path}: give one that `sssd embed` wrote")
     if path.suffix not in FORMATS or not path.is_file():
         raise UserError(f"{path} is not a file of `sssd embed`, which ends in {', '.join(FORMATS)}")
     content: Any

@@ -55,6 +55,8 @@ NETWORK = ("config.json", "model.safetensors")
 LABEL_ARRAYS = ("labels.parquet", "centroids.safetensors")  # their record, the JSON, holds the digests of these
 LABELS = (*LABEL_ARRAYS, "pseudo_labels.json")
 EARLY_EXIT = ("early_exit/report.md", "early_exit/report.json", "early_exit/figure.png")
+CARD_FIGURES = tuple(f"figures/{name}.png" for name in ("accuracy", "cluster_sizes", "curves", "early_exit"))
+EVAL_RESULTS = (".eval_results/exit_[1-4].yaml", ".eval_results/ensemble.yaml")
 # Of sssd_zoo/models: what a folder for transformers runs.
 TRANSFORMERS_CODE = (
     *("modeling_sssd.py", "building.py", "multi_exit.py", "multi_exit_resnet.py"),
@@ -77,8 +79,7 @@ KINDS = {
         "a network with its card",
         (
             *(*NETWORK, *EARLY_EXIT, "README.md", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl"),
-            *(f"figures/{name}.png" for name in ("accuracy", "clusters", "cluster_sizes", "curves", "early_exit")),
-            ".eval_results/*.yaml",
+            *(*CARD_FIGURES, "figures/clusters.png", *EVAL_RESULTS),  # clusters.png: of earlier versions
         ),
     ),
     "graphs": Kind("graphs of `sssd export`", ("stage[1-4].onnx", "early_exit.json")),
@@ -379,6 +380,11 @@ def replace(temporary: Path, folder: Path, kind: str, others: Collection[Path] =
     check_writable(folder)
     if folder.is_dir():
         replaced = {*_files_of(folder, kind), *others}
+        for place in temporary.rglob("*"):
+            there = folder / place.relative_to(temporary)
+            if place.is_dir() and there not in replaced and (there.is_symlink() or there.is_file()):
+                what = "link" if there.is_symlink() else "file"
+                raise UserError(f"{there} is a {what}, and a folder of that name is to be written: move it away")
         inner = {file.parent for file in replaced} - {folder}
         left_out = replaced | {path for path in inner if replaced.issuperset(path.iterdir())}
 

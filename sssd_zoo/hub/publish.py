@@ -38,7 +38,8 @@ from torch import Tensor
 
 from sssd_zoo.configs import RepoConfig
 from sssd_zoo.errors import UserError, causes
-from sssd_zoo.errors.text import code, markdown, plain
+from sssd_zoo.errors.text import code, listed, markdown, plain
+from sssd_zoo.evaluation.embeddings import is_embeddings, is_found
 from sssd_zoo.files import (
     RUN_MARK,
     atomic_write_bytes,
@@ -48,15 +49,25 @@ from sssd_zoo.files import (
 from sssd_zoo.files.bundled import cards_folder
 from sssd_zoo.files.hub_client import SilentHubError, limited_waiting
 from sssd_zoo.files.lock import LOCK
-from sssd_zoo.files.run_folder import CORRUPT, EARLY_EXIT, LABEL_ARRAYS, LABELS, NETWORK, TRACKERS
+from sssd_zoo.files.run_folder import (
+    CARD_FIGURES,
+    CORRUPT,
+    EARLY_EXIT,
+    EVAL_RESULTS,
+    LABEL_ARRAYS,
+    LABELS,
+    NETWORK,
+    TRACKERS,
+    kind_of,
+)
 from sssd_zoo.files.untrusted import copy_files, files_below, fits, hidden, read_inside
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.bundled import bundled_weights
 from sssd_zoo.models.networks import load_network
 
 CARD_FILES = (
-    *("README.md", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl", *NETWORK, "figures/*.png"),
-    *(".eval_results/*.yaml", *EARLY_EXIT),
+    *("README.md", "metrics.json", "recipe.yaml", "pretrain.jsonl", "distill.jsonl", *NETWORK, *CARD_FIGURES),
+    *(*EVAL_RESULTS, *EARLY_EXIT),
 )
 
 PICTURES = "clusters.png"  # a figure of thumbnails of the run's images, which nobody publishes unasked
@@ -226,7 +237,7 @@ def include(run: Path, folder: Path, patterns: list[str] | str) -> None:
     """Copies further files of a run that the user named, and prints how many were left out. Hidden files never go.
 
     A `*` matches no '/'. Files that show the run's images, or name them or its folders, which may be private, go only
-    if they are named exactly.
+    if they are named exactly; what `sssd clusters`, `embed` and `search` wrote is among them.
 
     Raises:
         UserError: if a pattern matches no such file, or a link.
@@ -238,11 +249,11 @@ def include(run: Path, folder: Path, patterns: list[str] | str) -> None:
         if not matching:
             raise UserError(f"--include {pattern} matches no further file of {run}; hidden files are never published")
         unnamed = [name for name in matching if name != pattern]
-        shown = [name for name in unnamed if Path(name).name in IMAGES_SHOWN]
-        named = [name for name in unnamed if any(fits(part, each) for each in NAMES_SHOWN for part in Path(name).parts)]
+        shown = [name for name in unnamed if Path(name).name in IMAGES_SHOWN or copied_image(run, name)]
+        named = [name for name in unnamed if name not in shown and names_images(run, name)]
         for private, why in ((shown, "shows images of the run"), (named, "names images or folders of this machine")):
             if private:
-                print(f"{', '.join(private)}: {why}, so --include {pattern} leaves it out; give its name")
+                print(f"{listed(private)}: {why}, so --include {pattern} leaves it out; give its name")
         for name in sorted({*matching} - {*shown, *named}):
             atomic_write_bytes(folder / name, read_inside(run, name))
             others.remove(name)
@@ -250,6 +261,20 @@ def include(run: Path, folder: Path, patterns: list[str] | str) -> None:
         examples = ", ".join(others[:3])
         rest = ", ..." if len(others) > 3 else ""
         print(f"left out without --include: {len(others)} other files of {run} ({examples}{rest})")
+
+
+def copied_image(run: Path, name: str) -> bool:
+    """Whether a file of a run lies in a folder of `sssd clusters`, which has copies of images and a list of them."""
+    return any(kind_of(run / folder) == "clusters" for folder in Path(name).parents[:-1])
+
+
+def names_images(run: Path, name: str) -> bool:
+    """Whether a file of a run names its images or folders of this machine."""
+    if any(fits(part, each) for each in NAMES_SHOWN for part in Path(name).parts):
+        return True
+    path = run / name
+    written = [path, *(path.with_name(path.name.removesuffix(ending)) for ending in (".json", ".csv"))]
+    return any(file.is_file() and (is_embeddings(file) or is_found(file)) for file in written)
 
 
 def verify_network(folder: Path, where: str) -> None:

@@ -40,8 +40,8 @@ from sssd_zoo.evaluation.embeddings import (
     write_embeddings,
 )
 from sssd_zoo.evaluation.features import run_network
-from sssd_zoo.files import atomic_write_bytes, disk_errors, read_json, write_json
-from sssd_zoo.files.run_folder import check_replaceable, check_writable, claim, discard, drop
+from sssd_zoo.files import atomic_write_bytes, damage, disk_errors, read_json, recorded_sha256, write_json
+from sssd_zoo.files.run_folder import check_replaceable, check_writable, claim, discard, drop, tidy
 from sssd_zoo.models import MultiExit
 from sssd_zoo.models.networks import config_for, load_encoder, weights_digest
 from sssd_zoo.training.hardware import make_accelerator
@@ -104,7 +104,7 @@ def embed(args: EmbedArgs) -> None:
         "max_pixels": config.max_pixels,
         **({} if data.pixels is None else data.pixels.identity),
     }
-    parts = Parts(out.with_name(f".{out.name}.parts"), len(data), args.batch_size)
+    parts = Parts(parts_of(out), len(data), args.batch_size)
     missing = on_main(lambda: parts.open(identity, overwrite=args.overwrite))
     compute(args, network, data, parts, missing[rank() :: world_size()])
     barrier()
@@ -129,15 +129,38 @@ def check_target(args: EmbedArgs, out: Path) -> None:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"--out {out} lies in --data {source}, where it would be read as data: give another place")
     check_replaceable(out, args.overwrite, "embeddings of `sssd embed`", is_embeddings)
+    for path in sidecars(out):
+        tidy(path)
     foreign = [path for path in sidecars(out) if os.path.lexists(path) and not is_ours(sidecars(out)[0])]
     if foreign:
         raise UserError(f"{foreign[0]} is not of `sssd embed`, so it is kept: give another --out")
+    # Parts are left where it was killed between writing one of its files and another.
+    if not parts_of(out).is_dir() and (changed := changed_since(out)):
+        raise UserError(
+            f"{changed} was changed after `sssd embed` wrote it, so it is kept: move it, or give another --out"
+        )
 
 
 def is_ours(record: Path) -> bool:
     """Whether a file of metadata is of `sssd embed`."""
     content = read_json(record) if record.is_file() else None
     return isinstance(content, dict) and content.get("kind") == KIND
+
+
+def changed_since(out: Path) -> Path | None:
+    """A file of embeddings in CSV or .npy, or one beside it, that is not as it was written; or None."""
+    for record in sidecars(out)[:1]:
+        if record.is_file():
+            written = recorded_sha256(read_json(record), [path.name for path in (out, *sidecars(out)[1:])])
+            for name, digest in written.items():
+                if (out.parent / name).is_file() and damage(out.parent, {name: digest}):
+                    return out.parent / name
+    return None
+
+
+def parts_of(out: Path) -> Path:
+    """The folder of the parts of a file that is not complete yet."""
+    return out.with_name(f".{out.name}.parts")
 
 
 class Parts:

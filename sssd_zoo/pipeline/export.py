@@ -16,6 +16,7 @@ network for grey images; `input_size` in the metadata is [C, S, S].
 
 import io
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -265,6 +266,8 @@ def check_request(args: ExportArgs) -> None:
     """
     if args.int8 and (args.format != "onnx" or args.output == "early-exit" or args.data is None):
         raise UserError("--int8 is for --format onnx of one graph (not early-exit), and needs --data to calibrate on")
+    if args.data is not None and not args.int8:
+        raise UserError("--data is what --int8 calibrates on, which is not given: give --int8, or remove --data")
     output = asked_output(args)
     if args.format == "timm" and output not in ("4", "final"):
         raise UserError(
@@ -294,6 +297,9 @@ def open_target(args: ExportArgs, out: Path) -> None:
         UserError: if something else is there.
     """
     folder = writes_folder(args)
+    if not folder and args.out.endswith(os.sep):
+        name = "model.onnx" if args.format == "onnx" else "model.pt2"
+        raise UserError(f"--out {args.out} is a folder, and --format {args.format} writes a file: give {out / name}")
     if folder and out.suffix in FILE_NAMES and not out.exists():
         raise UserError(
             f"--out {out} is the name of a file, and --format {args.format} writes a folder here: give --out "

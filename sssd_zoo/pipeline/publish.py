@@ -26,6 +26,11 @@ def publish(args: PublishArgs) -> None:
         if is_card and not (run / "model" / "config.json").is_file():  # a run's own config.json is a link to that
             if args.calibrated is not None:
                 raise UserError(f"{run} was written by `sssd card`: give --calibrated to that command")
+            if args.license is not None:
+                raise UserError(
+                    f"{run} has a card, which states its licence: give --license to `sssd card`, or change `license` "
+                    f"at the top of {run / 'README.md'}"
+                )
             copy_card(run, folder)
         else:
             with copy_sources(run, check_calibrated(run, args.calibrated)) as (copy, calibrated):

@@ -13,7 +13,7 @@ from sssd_zoo.files import (
     sha256_of,
     write_json,
 )
-from sssd_zoo.files.run_folder import LABEL_ARRAYS
+from sssd_zoo.files.run_folder import LABEL_ARRAYS, kind_of
 from sssd_zoo.files.untrusted import copy_files
 from sssd_zoo.hub.publish import check_repo, labels_card, send, verify_labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
@@ -23,6 +23,8 @@ def publish_labels(args: PublishLabelsArgs) -> None:
     """`sssd publish-labels`."""
     check_repo(args)
     source = Path(args.labels)
+    if kind_of(source) == "fit":
+        source /= "labels"
     labels = PseudoLabels.load(source)
     with TemporaryDirectory() as scratch, disk_errors(Path(scratch)):
         folder = Path(scratch)

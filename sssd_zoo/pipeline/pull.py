@@ -28,6 +28,8 @@ def pull(args: PullArgs) -> None:
     name = with_current_prefix(args.name).removeprefix("hf-hub:")
     if args.labels and "/" not in name:
         raise UserError(f"--labels pulls ORG/NAME from the Hub, not '{name}': give ORG/NAME, or remove --labels")
+    if args.revision is not None and "/" not in name:
+        raise UserError(f"--revision is of a repository on the Hub, and '{name}' is bundled: remove it")
     kind = "pulled-labels" if args.labels else "card"
     out = open_out(args, kind)
     with atomic_dir(out, kind) as folder:

@@ -77,10 +77,15 @@ def find(given: Path) -> tuple[Path | None, Path]:
     if not given.is_dir():
         raise UserError(f"there is no folder '{given}': give the run folder of `sssd fit`, or the folder of a network")
     named, given = given, given.resolve()  # '.' and a link do not say what the folder is called, and where it lies
-    if (given.parent / "steps" / f"{given.name}.json").is_file():
-        raise UserError(f"{named} is a step of a run, whose files are checked: give the run, {given.parent}")
+    for step in (given, given.parent):  # the network of the step 'probe' lies in a folder of its own
+        if (step.parent / "steps" / f"{step.name}.json").is_file():
+            raise UserError(f"{named} is of a step of a run, whose files are checked: give the run, {step.parent}")
     run = given.parent if given.name == "model" else given
+    if "finetune" in (kind_of(run), kind_of(given.parent)):
+        raise UserError(f"{named} was trained by `sssd finetune` on classes, not clusters, so there is nothing to name")
     if kind_of(run) != "fit":
+        if (given / "metrics.json").is_file() and read_results(given).get("accuracy"):
+            raise UserError(f"the network of {named} predicts classes, as its card says, not clusters: nothing to name")
         return None, given
     if read_results(run).get("accuracy"):
         raise UserError(

@@ -19,15 +19,13 @@ from sssd_zoo.data.opening import encoded
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
-from sssd_zoo.evaluation.embeddings import EmbeddingFile, FloatArray
+from sssd_zoo.evaluation.embeddings import FOUND, EmbeddingFile, FloatArray, is_found
 from sssd_zoo.evaluation.features import run_network
 from sssd_zoo.files import atomic_write_text, csv_text
 from sssd_zoo.files.run_folder import check_replaceable
 from sssd_zoo.labels.kmeans import IntArray, import_faiss, normalise
 from sssd_zoo.pipeline.embed import load_exits
 from sssd_zoo.pipeline.predict import find_images
-
-COLUMNS = ("query", "rank", "similarity", "row", "path")
 
 
 class Found(NamedTuple):
@@ -185,10 +183,4 @@ def show(found: list[Found], form: str, several: set[int]) -> None:
 
 def as_csv(found: list[Found]) -> str:
     """What was found as CSV."""
-    return csv_text(COLUMNS, ([*one[:2], f"{one.similarity:.6f}", one.row, one.path or ""] for one in found))
-
-
-def is_found(path: Path) -> bool:
-    """Whether a file is what `as_csv` writes."""
-    with path.open("rb") as file:
-        return file.readline(200).decode(errors="replace").rstrip("\r\n") == ",".join(COLUMNS)
+    return csv_text(FOUND, ([*one[:2], f"{one.similarity:.6f}", one.row, one.path or ""] for one in found))

@@ -12,6 +12,9 @@ from sssd_zoo.hub.space import assemble, check_push, push
 
 def space(args: SpaceArgs) -> None:
     """`sssd space`."""
+    if args.push is None and (args.dry_run or args.private):
+        option = "--dry_run" if args.dry_run else "--private"
+        raise UserError(f"{option} is of what --push publishes, which is not given: give --push ORG/NAME, too")
     if args.push is not None:
         check_push(args.push, dry_run=args.dry_run)
     elif importlib.util.find_spec("gradio") is None:

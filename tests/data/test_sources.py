@@ -71,6 +71,19 @@ class TestSources:
         assert (data.labels.tolist(), data.class_names) == ([0, 1, 0], ["3", "5"])
         np.testing.assert_array_equal(data.gather(torch.tensor([0]))[0], np.asarray(picture(2)).transpose(2, 0, 1))
 
+    @pytest.mark.parametrize("name", ["state.json", "dataset_dict.json"])
+    @pytest.mark.parametrize("content", ["{}", "no JSON"])
+    def test_images_beside_a_file_of_such_a_name(self, name, content, tmp_path):
+        write(tmp_path / "a.png", picture(0))
+        (tmp_path / name).write_text(content)
+        assert len(load(tmp_path)) == 1
+
+    def test_endings_in_capitals(self, tmp_path):
+        image = write(tmp_path / "photos" / "a.png", picture(0))
+        (tmp_path / "LIST.TXT").write_text(f"{image}\n")
+        write_parquet(tmp_path / "ROWS.PARQUET", [file_bytes(picture(1))])
+        assert len(load(tmp_path / "LIST.TXT")) == len(load(tmp_path / "ROWS.PARQUET")) == 1
+
     def test_raw_bytes_in_plain_parquet(self, tmp_path):
         pictures = [file_bytes(picture(seed)) for seed in range(3)]
         pq.write_table(pa.table({"img": pictures, "kind": [1, 2, 3]}), tmp_path / "plain.parquet")

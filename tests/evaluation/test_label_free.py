@@ -49,7 +49,7 @@ class TestFigures:
         assert uniformity(features) == pytest.approx(float((-2 * distances).exp().mean().log()), rel=1e-4)
 
     def test_uniformity_of_some_zeros(self):
-        """Embeddings of zeros, as of dead ReLUs, are at distance 0 from each other and at 1 from those of unit length."""
+        """Embeddings of zeros, as of dead ReLUs, are at distance 0 from each other and at 1 from the others."""
         features = torch.cat([normal(30, 6), torch.zeros(20, 6)])
         unit = features / features.norm(dim=1, keepdim=True).clamp(min=1e-12)
         distances = torch.pdist(unit.double()).square()

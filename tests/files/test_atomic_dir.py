@@ -96,6 +96,28 @@ def test_files_of_the_kind_are_replaced_and_others_stay(tmp_path):
     }
 
 
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_stands_where_a_folder_is_to_be_written_stays(kind, tmp_path):
+    def write_card(*names: str) -> None:
+        with atomic_dir(tmp_path / "card", "card") as temporary:
+            for name in names:
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_text("of the card")
+
+    write_card("README.md")
+    place, elsewhere = tmp_path / "card" / "figures", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.png").write_text("mine")
+    if kind == "link":
+        place.symlink_to(elsewhere)
+    else:
+        place.write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"figures is a {kind}, and a folder of that name is to be written: move it"):
+        write_card("README.md", "figures/accuracy.png")
+    assert contents(tmp_path) == before
+
+
 def test_a_folder_of_the_user_s_is_refused_before_anything_is_done(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("a cat")

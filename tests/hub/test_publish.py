@@ -24,11 +24,12 @@ from safetensors.torch import load
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import ROOT
 from helpers.labels import pseudo_labels
+from helpers.runs import made_run
 from hub_server import Fault, Hub
 from sssd_zoo.configs import PullArgs
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.calibration import fold
-from sssd_zoo.files import read_json, write_json
+from sssd_zoo.files import RUN_MARK, read_json, write_json
 from sssd_zoo.files.run_folder import mark, release_all
 from sssd_zoo.hub.cards import calibration_note
 from sssd_zoo.hub.model_card import save_model_folder
@@ -269,6 +270,17 @@ def test_thumbnails_in_a_card_of_an_earlier_version_are_not_copied(tmp_path):
     assert (card / "figures" / "clusters.png").exists()
 
 
+def test_a_user_s_files_in_a_card_s_folders_are_not_copied(tmp_path):
+    card = tmp_path / "card"
+    ours = {"figures/accuracy.png", ".eval_results/exit_4.yaml", ".eval_results/ensemble.yaml", "README.md"}
+    for name in (*ours, "model.safetensors", "figures/private_photo.png", ".eval_results/mine.yaml"):
+        (card / name).parent.mkdir(parents=True, exist_ok=True)
+        (card / name).write_bytes(b"x")
+    copy_card(card, tmp_path / "copy")
+    copied = {path.relative_to(tmp_path / "copy").as_posix() for path in (tmp_path / "copy").rglob("*.*")}
+    assert copied - {"model.safetensors", ".eval_results"} == ours
+
+
 def test_a_calibrated_network_is_published_with_its_thresholds(empty, sssd, run, tmp_path):
     calibrated = tmp_path / "calibrated"  # as `sssd early-exit` leaves it
     network = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
@@ -353,6 +365,11 @@ def test_a_branch_a_pull_request_and_a_tag_that_stays(published, sssd, run, tmp_
         (f"publish {{run}} --repo {REPO} --include *.gif", "matches no further file"),
         ("pull resnet --out {tmp_path}/x", "no bundled weights 'resnet'"),
         ("pull sssd_resnet18_cifar.cifar10 --labels --out {tmp_path}/x", "give ORG/NAME, or remove --labels"),
+        ("pull sssd_resnet18_cifar.cifar10 --revision v1 --out {tmp_path}/x", "is bundled: remove it"),
+        (
+            f"publish {ROOT}/hub_cards/sssd_resnet18_cifar.cifar10 --repo {REPO} --license mit",
+            "has a card, which states its licence: give --license to `sssd card`",
+        ),
         (f"pull {REPO} --out {{tmp_path}} --overwrite", "holds mine;"),
     ],
 )
@@ -529,6 +546,30 @@ def test_files_that_name_images_or_folders_go_only_when_they_are_named(empty, ss
     assert "distill/own.txt" in unasked
     assert not named & unasked
     assert sent(*named) == named
+
+
+def test_copies_of_images_and_lists_of_them_go_only_when_they_are_named(empty, sssd, run, folder_of_images, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    sorted_images = sssd("clusters", made_run(tmp_path / "made", folder_of_images), "--out", copy / "sorted")
+    assert sorted_images.status == 0, sorted_images
+    for name in ("e.npy", "e.csv", "e.parquet"):
+        done = sssd("embed", copy, "--data", folder_of_images, "--out", copy / name, "--workers", "0")
+        assert done.status == 0, done
+    image = next((copy / "sorted").glob("*/*.png"))
+    words = [copy, copy / "e.npy", image, "--out", copy / "found.csv"]
+    assert sssd("search", *words).status == 0
+    (copy / "own.csv").write_text("query,mine\n")
+
+    def sent(*patterns: str) -> tuple[set[str], str]:
+        done = sssd("publish", copy, "--repo", REPO, "--include", f"[{', '.join(patterns)}]", "--dry_run")
+        assert done.status == 0, done
+        return {line.split()[-1] for line in done.out.splitlines() if line.startswith(" ")} - FILES, done.out
+
+    files, said = sent("'*.csv'", "'*.json'", "'*.npy'", "'*.parquet'", "'sorted/*'", "'sorted/*/*'")
+    assert files == {"own.csv"}
+    assert "shows images of the run, so --include sorted/*/* leaves it out" in said
+    named = {"sorted/clusters.csv", image.relative_to(copy).as_posix(), "e.npy", "e.npy.csv", "found.csv"}
+    assert sent(*named)[0] == named
 
 
 def test_publish_says_when_what_came_back_is_damaged(empty, sssd, run):
@@ -757,3 +798,5 @@ def test_labels_go_to_the_hub_and_back(empty, sssd, labels, tmp_path):
         assert "labels.parquet" in sssd("pull", repo, "--labels", "--out", tmp_path / "damaged").error
     assert not (tmp_path / "damaged").exists()
     assert "folder of pseudo labels" in sssd("publish-labels", tmp_path, "--repo", repo).error
+    (tmp_path / RUN_MARK).write_text('{"kind": "fit"}')
+    assert "unchanged" in sssd("publish-labels", tmp_path, "--repo", repo).out, "of a run its labels"

@@ -305,6 +305,8 @@ def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path, monke
         ([SHIPPED, "--push", "name"], "the owner is missing"),
         ([SHIPPED, "--push", "org/na me"], "not a repository name"),
         ([SHIPPED, "--push", "org/name"], "run `hf auth login`, or set HF_TOKEN"),
+        ([SHIPPED, "--dry_run"], "--dry_run is of what --push publishes"),
+        ([SHIPPED, "--private"], "--private is of what --push publishes"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

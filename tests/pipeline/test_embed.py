@@ -211,6 +211,32 @@ def test_nothing_of_the_users_is_replaced(network, photos, tmp_path, capsys):
     assert "was not made by sssd-zoo" in one_line(capsys)
 
 
+@pytest.mark.parametrize("changed", ["e.npy", "e.npy.csv"])
+def test_a_file_that_was_changed_since_is_not_replaced(changed, network, photos, tmp_path, capsys):
+    out = tmp_path / "e.npy"
+    assert embed(network, photos, out) == 0
+    assert embed(network, photos, out, "--overwrite") == 0
+    if changed == "e.npy":
+        np.save(out, np.zeros((17, 4), np.float32))
+    else:
+        (tmp_path / changed).write_text("row,path,mine\n0,a,b\n")
+        out.unlink()  # the table alone was kept
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert embed(network, photos, out, *(["--overwrite"] if changed == "e.npy" else [])) == 2
+    assert f"{changed} was changed after `sssd embed` wrote it, so it is kept" in one_line(capsys)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_what_a_kill_leaves_beside_the_table_goes(network, photos, tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for name in ("e.npy", "e.npy.csv"):
+        (tmp_path / f".{name}.sssd-tmp-{ended.pid}").write_text("half")
+    assert embed(network, photos, tmp_path / "e.npy") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"e.npy", "e.npy.csv", "e.npy.json"}
+
+
 def test_a_link_is_followed(network, photos, tmp_path, capsys):
     real, link = tmp_path / "v1.npy", tmp_path / "latest.npy"
     assert embed(network, photos, real) == 0

@@ -262,6 +262,8 @@ def plain(tmp_path_factory):
         (["{folder}", "--output", "early-exit", "--format", "torch-export"], "stages"),
         (["{folder}", "--out", "{folder}", "--overwrite"], "must be a file"),
         (["resnet10t"], "resnet10t"),
+        (["{folder}", "--data", "photos"], "--data is what --int8 calibrates on"),
+        (["{folder}", "--out", "{tmp_path}/x/"], "x/ is a folder, and --format onnx writes a file: give"),
         (["{folder}", "--format", "safetensors", "--out", "{tmp_path}/x.onnx"], "x.onnx is the name of a file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -13,6 +13,7 @@ from helpers.commands import TINY, one_line, sssd
 from helpers.disk import contents
 from helpers.networks import save_tiny
 from helpers.runs import made_run
+from sssd_zoo.files import RUN_MARK
 from sssd_zoo.hub.page import Demo
 from sssd_zoo.hub.space import assemble
 from sssd_zoo.models.merged import Answers
@@ -169,7 +170,7 @@ def test_a_folder_is_known_by_any_name(run, tmp_path, capsys, monkeypatch):
         if step == "link":
             Path("link").symlink_to(copy / "distill")
         assert sssd("rename", step, names) == 2
-        assert f"{step.rstrip('/')} is a step of a run" in one_line(capsys)
+        assert f"{step.rstrip('/')} is of a step of a run" in one_line(capsys)
     assert contents(copy) == before
     # The network of a run is renamed with the run.
     (tmp_path / "network of the run").symlink_to(copy / "model")
@@ -193,7 +194,7 @@ def test_networks_that_are_not_renamed(run, network, folder_of_images, tmp_path,
     assert load_network(str(network)).pretrained_cfg["label_names"][1] == "cats"
     for model, words in (
         (tmp_path / "none", "there is no folder"),
-        (run / "distill", "is a step of a run"),
+        (run / "distill", "is of a step of a run"),
         (folder_of_images, "was not made by sssd-zoo"),
     ):
         assert sssd("rename", model, names) == 2
@@ -204,8 +205,25 @@ def test_networks_that_are_not_renamed(run, network, folder_of_images, tmp_path,
     results = json.loads((labelled / "metrics.json").read_text())
     accuracy = [{"name": "SSSD", "exits": [1.0] * 4, "ensemble": 1.0}]
     (labelled / "metrics.json").write_text(json.dumps({**results, "accuracy": accuracy}))
-    assert sssd("rename", labelled, names) == 2
-    assert "nothing to name" in one_line(capsys)
+    # The network with the probes as its classifiers, a card of it, and one fine-tuned on classes.
+    probe, card, tuned = labelled / "probe" / "network", tmp_path / "card", tmp_path / "tuned"
+    for folder in (probe, card, tuned / "model"):
+        save_tiny(folder, classes=4)
+    (labelled / "steps").mkdir(exist_ok=True)
+    (labelled / "steps" / "probe.json").write_text("{}")
+    shutil.copyfile(labelled / "metrics.json", card / "metrics.json")
+    (tuned / RUN_MARK).write_text('{"kind": "finetune"}')
+    before = contents(tmp_path)
+    for model, words in (
+        (labelled, "nothing to name"),
+        (probe, "is of a step of a run"),
+        (card, "predicts classes, as its card says, not clusters"),
+        (tuned, "was trained by `sssd finetune` on classes"),
+        (tuned / "model", "was trained by `sssd finetune` on classes"),
+    ):
+        assert sssd("rename", model, names) == 2
+        assert words in one_line(capsys)
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")], ids=["missing", "cut"])

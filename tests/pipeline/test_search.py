@@ -120,7 +120,7 @@ def test_rows_without_files_are_named_by_number(place, tmp_path, capsys):
         (["network", "photos/00.png"], "is not a file of `sssd embed`"),
         (["network", "mine.npy"], "was not written by `sssd embed`"),
         (["network", "broken.parquet"], "cannot read"),
-        (["network", "none.npy"], "is not a file of `sssd embed`"),
+        (["network", "none.npy"], "there is no file "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
