@@ -52,7 +52,7 @@ class MomentumContrastConfig(Checked):
 
 @dataclass(kw_only=True)
 class MoCoConfig(MomentumContrastConfig, OptimConfig):
-    """MoCo v2; the defaults are for 32-px images, recipes have those for other sizes.
+    """MoCo v2; the defaults are for 32-px images on a GPU. Recipes have others, `sssd fit` chooses others on a CPU.
 
     Args:
         lr: peak learning rate; the default 0.06 is 0.03 per 256 images.

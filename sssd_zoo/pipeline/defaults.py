@@ -23,6 +23,9 @@ EPOCHS = 10  # of a training at least
 # distillation), images on a GPU.
 CPU_MACS = 5.8e12
 GPU_IMAGES = 100_000_000
+# MoCo on a CPU trains for so few steps that the settings above teach it next to nothing (docs/own_images.md). The
+# asymmetric loss costs half of the symmetric one, so there are twice as many epochs of it.
+SHORT = MoCoConfig(optimizer="adamw", lr=0.001, weight_decay=0.05, temperature=0.2, symmetric=False)
 # Images, up to which other weights are advised: from 20,000 images of CIFAR-10 and minutes of a CPU, no network learned
 # from scratch what bundled weights, of other images, had from the start (docs/own_images.md).
 FEW = 20_000
@@ -30,6 +33,7 @@ FEW = 20_000
 
 DERIVED = (  # the settings that `derive` may choose whatever the method
     *("pretrain.epochs", "pretrain.batch_size", "pretrain.lr", "pretrain.queue_size", "pretrain.splits"),
+    *("pretrain.optimizer", "pretrain.weight_decay", "pretrain.temperature", "pretrain.symmetric"),
     *("distill.epochs", "distill.batch_size", "distill.lr", "cluster.k", "checkpoint_epochs"),
 )
 BY_METHOD = (  # those that depend on the method, too
@@ -116,13 +120,19 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
 
     processes = scale.processes
     if args.features is None:
-        images = scale.pretrain_images
+        images, on_cpu = scale.pretrain_images, scale.device == "cpu"
+        symmetric = choose("pretrain.symmetric", SHORT.symmetric) if on_cpu else args.pretrain.symmetric
         if args.budget is None:  # which chooses them
-            choose("pretrain.epochs", epochs_for(images, scale))
-        batch = choose("pretrain.batch_size", batch_for(images, 128 if scale.device == "cpu" else 512, processes))
-        if "pretrain.optimizer" not in given:
+            choose("pretrain.epochs", epochs_for(images, scale) * (2 if on_cpu and not symmetric else 1))
+        batch = choose("pretrain.batch_size", batch_for(images, 128 if on_cpu else 512, processes))
+        if on_cpu:
+            choose("pretrain.temperature", SHORT.temperature)
+            if "pretrain.optimizer" not in given or args.pretrain.optimizer == SHORT.optimizer:
+                for name in ("optimizer", "lr", "weight_decay"):
+                    choose(f"pretrain.{name}", getattr(SHORT, name))
+        elif "pretrain.optimizer" not in given:
             choose("pretrain.lr", rounded(0.06 * batch / 512))
-        choose("pretrain.queue_size", queue_for(images, batch))
+        choose("pretrain.queue_size", min(images, 2 * batch) if on_cpu else queue_for(images, batch))
         choose("pretrain.splits", splits_for(batch // args.pretrain.accumulate, processes))
     if args.budget is None:
         choose("distill.epochs", epochs_for(scale.images, scale))
@@ -159,6 +169,8 @@ def describe_chosen(chosen: dict[str, Any], images: int) -> str:
 def _written(value: Any) -> str:
     if isinstance(value, tuple):
         return shlex.quote(f"[{','.join(map(_written, value))}]")
+    if isinstance(value, bool):
+        return "true" if value else "false"
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 

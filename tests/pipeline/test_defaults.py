@@ -86,16 +86,35 @@ def test_each_choice_is_a_line_that_is_the_flag_that_changes_it(tmp_path):
     lines = describe_chosen(chosen, 300).split("\n")
     assert lines[0].startswith("chosen for 300 images")
     assert "  --pretrain.batch_size 16" in lines
-    assert "  --pretrain.lr 0.00187" in lines
+    assert "  --pretrain.lr 0.001" in lines
+    assert "  --pretrain.symmetric false" in lines
+    gpu = describe_chosen(derive(ARGS, frozenset(), scale(300, device="cuda"))[1], 300).split("\n")
+    assert "  --pretrain.lr 0.00187" in gpu
     assert len(lines) == 1 + len(chosen)
 
 
 def test_the_learning_rate_follows_the_batch_size_unless_the_optimiser_is_given():
-    args, _ = derive(ARGS, frozenset(), scale(1_000))
+    args, _ = derive(ARGS, frozenset(), scale(1_000, device="cuda"))
     assert args.pretrain.lr == pytest.approx(0.06 * args.pretrain.batch_size / 512, rel=1e-2)
     assert args.distill.lr == pytest.approx(0.1 * args.distill.batch_size / 128, rel=1e-2)
-    other, _ = derive(ARGS, frozenset({"pretrain.optimizer"}), scale(1_000))
-    assert other.pretrain.lr == ARGS.pretrain.lr
+    for device in ("cpu", "cuda"):
+        other, _ = derive(ARGS, frozenset({"pretrain.optimizer"}), scale(1_000, device=device))
+        assert other.pretrain.lr == ARGS.pretrain.lr
+
+
+def test_moco_on_a_cpu_has_settings_of_short_trainings():
+    args, _ = derive(ARGS, frozenset(), scale(5_000, size=224))
+    assert (args.pretrain.optimizer, args.pretrain.lr, args.pretrain.weight_decay) == ("adamw", 0.001, 0.05)
+    assert (args.pretrain.temperature, args.pretrain.symmetric) == (0.2, False)
+    assert (args.pretrain.batch_size, args.pretrain.queue_size) == (128, 256)
+    assert args.pretrain.epochs == 2 * args.distill.epochs, "each costs half of a symmetric one"
+    given = replace(ARGS, pretrain=MoCoConfig(optimizer="sgd", symmetric=True, temperature=0.1))
+    names = frozenset({"pretrain.optimizer", "pretrain.symmetric", "pretrain.temperature"})
+    args, chosen = derive(given, names, scale(5_000, size=224))
+    kept = {"optimizer": "sgd", "symmetric": True, "temperature": 0.1, "lr": 0.06, "weight_decay": 5e-4}
+    assert {name: getattr(args.pretrain, name) for name in kept} == kept
+    assert args.pretrain.epochs == args.distill.epochs
+    assert not {"pretrain.lr", "pretrain.weight_decay"} & chosen.keys()
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
