@@ -25,7 +25,7 @@ CPU_MACS = 5.8e12
 GPU_IMAGES = 100_000_000
 # MoCo on a CPU trains for so few steps that the settings above teach it next to nothing (docs/own_images.md). The
 # asymmetric loss costs half of the symmetric one, so there are twice as many epochs of it.
-SHORT = MoCoConfig(optimizer="adamw", lr=0.001, weight_decay=0.05, temperature=0.2, symmetric=False)
+SHORT = MoCoConfig(optimizer="adamw", lr=0.001, weight_decay=0.05, temperature=0.2, queue_size=256, symmetric=False)
 # Images, up to which other weights are advised: from 20,000 images of CIFAR-10 and minutes of a CPU, no network learned
 # from scratch what bundled weights, of other images, had from the start (docs/own_images.md).
 FEW = 20_000
@@ -132,7 +132,8 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
                     choose(f"pretrain.{name}", getattr(SHORT, name))
         elif "pretrain.optimizer" not in given:
             choose("pretrain.lr", rounded(0.06 * batch / 512))
-        choose("pretrain.queue_size", min(images, 2 * batch) if on_cpu else queue_for(images, batch))
+        queue = min(images, max(batch, SHORT.queue_size)) if on_cpu else queue_for(images, batch)
+        choose("pretrain.queue_size", queue)
         choose("pretrain.splits", splits_for(batch // args.pretrain.accumulate, processes))
     if args.budget is None:
         choose("distill.epochs", epochs_for(scale.images, scale))

@@ -65,7 +65,7 @@ def test_what_is_given_is_taken():
     names = frozenset({"cluster.k", "pretrain.batch_size", "pretrain.lr", "checkpoint_epochs"})
     args, chosen = derive(given, names, scale(300))
     assert (args.cluster.k, args.pretrain.batch_size, args.checkpoint_epochs) == (7, 64, 1)
-    assert args.pretrain.queue_size == 128
+    assert args.pretrain.queue_size == 256
     assert not names & chosen.keys()
 
 
