@@ -93,9 +93,9 @@ def splits_for(batch: int, processes: int, most: int = MoCoConfig.splits) -> int
     return max(fitting, default=processes)
 
 
-def queue_for(images: int, batch: int) -> int:
-    """Keys of a momentum contrast: 4,096, or half of fewer images, and a batch at least."""
-    return max(min(batch, images), min(4096, power_of_two(images / 2)))
+def queue_for(images: int, batch: int, most: int) -> int:
+    """Keys of a momentum contrast: `most`, or half of fewer images, and a batch at least."""
+    return max(min(batch, images), min(most, power_of_two(images / 2)))
 
 
 def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs, dict[str, Any]]:
@@ -132,8 +132,7 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
                     choose(f"pretrain.{name}", getattr(SHORT, name))
         elif "pretrain.optimizer" not in given:
             choose("pretrain.lr", rounded(0.06 * batch / 512))
-        queue = min(images, max(batch, SHORT.queue_size)) if on_cpu else queue_for(images, batch)
-        choose("pretrain.queue_size", queue)
+        choose("pretrain.queue_size", queue_for(images, batch, SHORT.queue_size if on_cpu else 4096))
         choose("pretrain.splits", splits_for(batch // args.pretrain.accumulate, processes))
     if args.budget is None:
         choose("distill.epochs", epochs_for(scale.images, scale))
@@ -145,7 +144,7 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
                 choose(f"distill.{name}", getattr(usual, name))
         choose("distill.crop", usual.crop)
         choose("distill.crop_scale", usual.crop_scale)
-        choose("distill.queue_size", queue_for(scale.images, batch))
+        choose("distill.queue_size", queue_for(scale.images, batch, 1024 if scale.device == "cpu" else 4096))
         choose("distill.splits", splits_for(batch // args.distill.accumulate, processes, usual.splits))
     elif "distill.optimizer" not in given:
         choose("distill.lr", rounded(0.1 * batch / 128))

@@ -65,7 +65,7 @@ def test_what_is_given_is_taken():
     names = frozenset({"cluster.k", "pretrain.batch_size", "pretrain.lr", "checkpoint_epochs"})
     args, chosen = derive(given, names, scale(300))
     assert (args.cluster.k, args.pretrain.batch_size, args.checkpoint_epochs) == (7, 64, 1)
-    assert args.pretrain.queue_size == 256
+    assert args.pretrain.queue_size == 128
     assert not names & chosen.keys()
 
 
@@ -135,7 +135,7 @@ def test_the_contrastive_method_has_defaults_of_its_own(images, processes):
 def test_what_is_given_to_the_contrastive_method_is_taken():
     given = replace(ARGS, method="contrastive", distill=StudentConfig(optimizer="sgd", lr=0.3, crop="pad", splits=2))
     args, chosen = derive(given, frozenset({"distill.optimizer", "distill.crop", "distill.splits"}), scale(5_000))
-    chosen_too = {"epochs": 10, "batch_size": 128, "queue_size": 2048, "crop_scale": (0.2, 1.0)}
+    chosen_too = {"epochs": 10, "batch_size": 128, "queue_size": 1024, "crop_scale": (0.2, 1.0)}
     assert args.distill == replace(given.distill, **chosen_too)
     assert not {"distill.lr", "distill.weight_decay"} & chosen.keys()
 
