@@ -84,7 +84,7 @@ def find(given: Path) -> tuple[Path | None, Path]:
     if "finetune" in (kind_of(run), kind_of(given.parent)):
         raise UserError(f"{named} was trained by `sssd finetune` on classes, not clusters, so there is nothing to name")
     if kind_of(run) != "fit":
-        if (given / "metrics.json").is_file() and read_results(given).get("accuracy"):
+        if kind_of(given) == "card" and read_results(given).get("accuracy"):
             raise UserError(f"the network of {named} predicts classes, as its card says, not clusters: nothing to name")
         return None, given
     if read_results(run).get("accuracy"):

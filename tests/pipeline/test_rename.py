@@ -212,7 +212,8 @@ def test_networks_that_are_not_renamed(run, network, folder_of_images, tmp_path,
     (labelled / "steps").mkdir(exist_ok=True)
     (labelled / "steps" / "probe.json").write_text("{}")
     shutil.copyfile(labelled / "metrics.json", card / "metrics.json")
-    (tuned / RUN_MARK).write_text('{"kind": "finetune"}')
+    for folder, kind in ((card, "card"), (tuned, "finetune")):
+        (folder / RUN_MARK).write_text(json.dumps({"kind": kind}))
     before = contents(tmp_path)
     for model, words in (
         (labelled, "nothing to name"),
