@@ -54,6 +54,15 @@ def rows_of(args: Any) -> set[tuple]:
     }
 
 
+def test_a_recipe_means_the_same_on_every_device():
+    """On a CPU `sssd fit` chooses what is not given of these, so a recipe that gives one gives all."""
+    names = {"optimizer", "lr", "weight_decay", "temperature", "symmetric", "queue_size"}
+    paths = sorted((ROOT / "train" / "recipes").rglob("*.yaml"))
+    given = {path.name: set(yaml.safe_load(path.read_text()).get("pretrain") or ()) & names for path in paths}
+    assert {name: names - found for name, found in given.items() if found and found != names} == {}
+    assert sum(map(bool, given.values())) >= 15
+
+
 def test_every_row_of_the_papers_tables_has_a_command_and_there_are_no_others():
     made = set().union(*(rows_of(parsed(words)) for words in FULL))
     wanted = {row[:5] for number in (1, 2, 3, 6) for row in TABLES[number]}
