@@ -9,7 +9,7 @@ import re
 import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,7 +20,7 @@ from sssd_zoo.data.walk import FolderContent, refuse_pointers, walk, warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.errors import UserError, causes
 from sssd_zoo.errors.text import listed
-from sssd_zoo.files import disk_errors, expand_home, read_json
+from sssd_zoo.files import disk_errors, expand_home
 
 logger = logging.getLogger("sssd_zoo")
 
@@ -149,13 +149,8 @@ def _open_path(path: Path, streaming: bool, unlabelled: bool, arrays: bool) -> S
 
 def saved_by_datasets(folder: Path) -> bool:
     """Whether `save_to_disk` of `datasets` wrote a folder; images may lie beside a file of such a name."""
-    splits, record = folder / "dataset_dict.json", (folder / "state.json", folder / "dataset_info.json")
-    if all(file.is_file() for file in record):
-        return True
-    with suppress(UserError):  # no JSON
-        content = read_json(splits) if splits.is_file() else None
-        return isinstance(content, dict) and "splits" in content
-    return False
+    parts = {"state.json": "*.arrow", "dataset_dict.json": "*/*.arrow"}  # of one split, and of several
+    return any((folder / name).is_file() and any(folder.glob(rows)) for name, rows in parts.items())
 
 
 def _shard_folder(found: FolderContent, streaming: bool) -> Splits:
