@@ -824,7 +824,8 @@ class PublishArgs(RepoConfig):
         run: run folder of `sssd fit`, or folder of `sssd card`.
         calibrated: folder that `sssd early-exit` made from the run; its network, which has thresholds, is published.
         include: shell patterns of other files in `run` to publish, such as 'report.md' or '[report.md, "*.svg"]'.
-        license: licence of the weights, as the Hub names it, such as 'apache-2.0'; by default none is stated.
+        license: licence of the weights of a run, as the Hub names it, such as 'apache-2.0'; by default none is stated.
+            A folder of `sssd card` states its own.
     """
 
     run: str

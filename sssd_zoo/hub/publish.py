@@ -273,7 +273,7 @@ def names_images(run: Path, name: str) -> bool:
     if any(fits(part, each) for each in NAMES_SHOWN for part in Path(name).parts):
         return True
     path = run / name
-    written = [path, *(path.with_name(path.name.removesuffix(ending)) for ending in (".json", ".csv"))]
+    written = {path.with_name(path.name.removesuffix(ending)) for ending in ("", ".json", ".csv")}
     return any(file.is_file() and (is_embeddings(file) or is_found(file)) for file in written)
 
 

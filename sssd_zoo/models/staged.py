@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, SelectAdaptivePool2d, trunc_normal_
 from timm.models import checkpoint, is_model, model_entrypoint
 from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
 from sssd_zoo.errors import UserError
@@ -174,27 +175,17 @@ class TokenExit(nn.Module):
 
 
 class PoolTokens(nn.Module):
-    """The class token, or what timm's pooling gives of the other tokens: [B, N, C] to [B, C].
-
-    Where the network itself pools by attention ('map'), its exits take the mean.
-    """
+    """timm's pooling of tokens, [B, N, C] to [B, C]; the mean where the network itself pools by attention ('map')."""
 
     def __init__(self, pool_type: str, prefix: int) -> None:
         super().__init__()
-        self.pool_type, self.prefix = pool_type, prefix
+        self.pool_type = pool_type if pool_type in ("", "token", "avg", "max", "avgmax") else "avg"
+        self.prefix = prefix
 
     def forward(self, x: Tensor) -> Tensor:
         """Without pooling the tokens as they are."""
-        if self.pool_type == "token":
-            return x[:, 0]
-        if not self.pool_type:
-            return x
-        tokens = x[:, self.prefix :]
-        if self.pool_type == "max":
-            return tokens.amax(1)
-        if self.pool_type == "avgmax":
-            return 0.5 * (tokens.amax(1) + tokens.mean(1))
-        return tokens.mean(1)
+        x = global_pool_nlc(x, self.pool_type, self.prefix)
+        return x
 
 
 class Scriptable(nn.Module):

@@ -3,7 +3,7 @@
 At the paper's sizes, what the paper gives is followed: 50,000 images give 1,000 clusters and 200 epochs of pretraining,
 1.28 million images about 5,000 clusters. The paper does not give the rest; 50,000 images give batches of 512 and 128, a
 queue of 4,096 and 200 epochs of distillation. A CPU, which cannot train so long, has smaller batches and fewer epochs:
-so few that a training of up to 300 images of 224 px takes minutes.
+so few that a training of up to 300 images of 224 px takes minutes. There MoCo has settings for short trainings.
 """
 
 import shlex
@@ -23,8 +23,8 @@ EPOCHS = 10  # of a training at least
 # distillation), images on a GPU.
 CPU_MACS = 5.8e12
 GPU_IMAGES = 100_000_000
-# MoCo on a CPU trains for so few steps that the settings above teach it next to nothing (docs/own_images.md). The
-# asymmetric loss costs half of the symmetric one, so there are twice as many epochs of it.
+# MoCo on a CPU: in trainings that are so short, it learns far more by these settings than by those of `MoCoConfig` (see
+# docs/own_images.md). The asymmetric loss costs half of the symmetric one, so there are twice as many epochs of it.
 SHORT = MoCoConfig(optimizer="adamw", lr=0.001, weight_decay=0.05, temperature=0.2, queue_size=256, symmetric=False)
 # Images, up to which other weights are advised: from 20,000 images of CIFAR-10 and minutes of a CPU, no network learned
 # from scratch what bundled weights, of other images, had from the start (docs/own_images.md).
@@ -132,7 +132,7 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
                     choose(f"pretrain.{name}", getattr(SHORT, name))
         elif "pretrain.optimizer" not in given:
             choose("pretrain.lr", rounded(0.06 * batch / 512))
-        choose("pretrain.queue_size", queue_for(images, batch, SHORT.queue_size if on_cpu else 4096))
+        choose("pretrain.queue_size", queue_for(images, batch, SHORT.queue_size if on_cpu else MoCoConfig.queue_size))
         choose("pretrain.splits", splits_for(batch // args.pretrain.accumulate, processes))
     if args.budget is None:
         choose("distill.epochs", epochs_for(scale.images, scale))
@@ -144,7 +144,8 @@ def derive(args: FitArgs, given: frozenset[str], scale: Scale) -> tuple[FitArgs,
                 choose(f"distill.{name}", getattr(usual, name))
         choose("distill.crop", usual.crop)
         choose("distill.crop_scale", usual.crop_scale)
-        choose("distill.queue_size", queue_for(scale.images, batch, 1024 if scale.device == "cpu" else 4096))
+        keys = 1024 if scale.device == "cpu" else usual.queue_size  # chosen as compare-cifar10-contrastive.yaml says
+        choose("distill.queue_size", queue_for(scale.images, batch, keys))
         choose("distill.splits", splits_for(batch // args.distill.accumulate, processes, usual.splits))
     elif "distill.optimizer" not in given:
         choose("distill.lr", rounded(0.1 * batch / 128))
