@@ -19,7 +19,6 @@ from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
 from sssd_zoo.evaluation.protocol import set_storage_size
-from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import (
@@ -284,6 +283,8 @@ def run_training(
         if spec.arguments is not None and rank() == 0 and out.exists():  # a run folder that was removed stays so
             save_corrupt(out, loader.data.corrupt, resumed=resumed)
     if rank() == 0:
+        from sssd_zoo.evaluation.reports import figures  # matplotlib: commands that only measure start without it
+
         remove(out, VIEW_CACHE)
         figures.loss_curves({spec.title: read_metrics(out / "metrics.jsonl")}, out / "curves.png")
         save_network(out, network, spec.arch, input_size=spec.size)
