@@ -34,7 +34,8 @@ class DataConfig(Checked):
             command needs them.
         unlabelled: ignore all labels, for instance where sub-folders are dates or cameras rather than classes.
         channels: read images as they are stored, with this number of channels, 1 to 16, and 8 or 16 bits each; their
-            mean and std are then measured. By default as RGB of 8 bits.
+            mean and std are then measured. By default as RGB of 8 bits, which --channels 3 is, too, unless images have
+            more bits.
         bits: bits per channel to keep with `channels`, 8 or 16; by default 16 if images of a sample have more than 8.
         pages: 'first' reads the first page of a TIFF or DICOM file with several, 'all' makes an image of each.
         storage_size: side in pixels of the square that each image is stored as; by default the images' own size if all

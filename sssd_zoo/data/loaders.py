@@ -30,7 +30,8 @@ class EpochLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from its step `start` on."""
         order = self.order.epoch(epoch, start)
-        return self.data.batches(order if self.positions is None else (self.positions[index] for index in order))
+        yield from self.data.batches(order if self.positions is None else (self.positions[index] for index in order))
+        self.data.share_corrupt()
 
 
 class StreamLoader:
@@ -55,4 +56,5 @@ class StreamLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from its step `start` on."""
         stream = self.data.batches(self.batch_size, self.seed, epoch, start, rank(), world_size())
-        return islice(stream, self.steps_per_epoch - start)
+        yield from islice(stream, self.steps_per_epoch - start)
+        self.data.share_corrupt()

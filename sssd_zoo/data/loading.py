@@ -37,11 +37,11 @@ from sssd_zoo.data.images import (
     spaced,
     take,
 )
-from sssd_zoo.data.opening import Encoded, pages_of
+from sssd_zoo.data.opening import Encoded, pages_of, within_limit
 from sssd_zoo.data.pixels import Channelled, PixelFormat, moments, pixel_format, shown
 from sssd_zoo.data.several import open_data
 from sssd_zoo.data.walk import warn_once
-from sssd_zoo.distributed import rank
+from sssd_zoo.distributed import gather_lists, rank
 from sssd_zoo.distributed.hardware import decoding_workers
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
@@ -100,7 +100,7 @@ class CorruptTally:
         self.corrupt: list[Corrupt] = []
 
     def add(self, corrupt: list[Corrupt], tried: int, *, shared: bool = False) -> None:
-        """Adds the corrupt ones of `tried` images; if all processes find the same (`shared`), only one reports them.
+        """Adds the corrupt ones of `tried` images; if all processes find the same (`shared`), only one tells of them.
 
         Raises:
             UserError: if the limit is exceeded, or all of them are corrupt.
@@ -108,19 +108,31 @@ class CorruptTally:
         known = set(self.corrupt)
         new = [image for image in dict.fromkeys(corrupt) if image not in known]
         self.corrupt += new
+        told = shared and rank() != 0
         if len(self.corrupt) > self.limit:
-            raise UserError(
+            raise _told(
                 f"{len(self.corrupt)} images of {self.origin} cannot be decoded, more than max_corrupt {self.limit} "
-                f"({_named(self.corrupt)}): fix or remove them, or raise --max_corrupt to skip them"
+                f"({_named(self.corrupt)}): fix or remove them, or raise --max_corrupt to skip them",
+                told,
             )
         if corrupt and len(corrupt) == tried:
-            raise UserError(
+            raise _told(
                 f"none of {tried} images of {self.origin} can be decoded ({_named(corrupt)}): check that they are "
-                "complete, or give other data"
+                "complete, or give other data",
+                told,
             )
-        if new and (not shared or rank() == 0):
+        if new and not told:
             total = len(self.corrupt)
             logger.warning("skipped %d corrupt images of %s, %d so far (%s)", len(new), self.origin, total, _named(new))
+
+    def share(self) -> None:
+        """Adds what the tallies of the other processes hold; every process calls it.
+
+        Raises:
+            UserError: if the limit is exceeded by all of them together.
+        """
+        found = gather_lists(self.corrupt)
+        self.add(found, len(found) + 1, shared=True)
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,7 @@ class OpenedImages(Channelled):
         kept: Tensor | None = None
         tally = CorruptTally(f"{self.name} ({self.split})", config.max_corrupt)
         if keep or verify:
-            decoder = _Decoder(encoded, rows, self.size if keep else 1, config.max_pixels, self.pixels)
+            decoder = _Decoder(encoded, rows, self.size, config.max_pixels, self.pixels, check=not keep)
             workers = decoding_workers(config.workers, None)
             run = decode_in_processes if self.small and len(encoded) >= IN_PROCESSES else decode_in_threads
             kept, rows, corrupt = decode_all(decoder, run, keep=keep, workers=workers, progress=progress)
@@ -267,9 +279,7 @@ class ImageData(Channelled):
         """
         if self._kept is not None:
             return take(self._kept, index.to(self._kept.device)).cpu()
-        _, images, corrupt = self._decoder[index.numpy()]
-        self._tally.add(corrupt, len(index))
-        return images
+        return self._completed(*self._decoder[index.numpy()])[1]
 
     def paths(self, index: NDArray[np.int64] | None = None) -> list[str | None]:
         """The files of the images at `index`, int64 [B] positions; by default of all.
@@ -295,7 +305,8 @@ class ImageData(Channelled):
 
         Yields:
             The positions, int64 [B], and their images, uint8 [B, 3, S, S] or as `pixels` says, on the device that
-            `move` put them on. A corrupt image is replaced, in both, by another of its batch, unless `leave_out`.
+            `move` put them on. A corrupt image is replaced, in both, by another of its batch, or, if all of that are
+            corrupt, by the first that is not, unless `leave_out`.
 
         Raises:
             UserError: if more than `max_corrupt` images are corrupt.
@@ -306,8 +317,39 @@ class ImageData(Channelled):
             return
         workers = decoding_workers(self._workers if workers is None else workers, self._device)
         for index, images, corrupt in read_in_order(self._decoder, order, workers):
-            self._tally.add(corrupt, len(self) if leave_out else len(index))
-            yield without_corrupt(index, images, corrupt) if leave_out else (index, images)
+            if leave_out:
+                self._tally.add(corrupt, len(self))
+                yield without_corrupt(index, images, corrupt)
+            else:
+                yield self._completed(index, images, corrupt)
+
+    def _completed(self, index: Tensor, images: Tensor, corrupt: list[Corrupt]) -> tuple[Tensor, Tensor]:
+        """A batch of the decoder, its corrupt images counted; if all of them are, another image stands for each."""
+        self._tally.add(corrupt, len(self))
+        if not corrupt or len(corrupt) < len(index):
+            return index, images
+        position, image = self._first_good
+        return torch.full_like(index, position), image.expand_as(images).clone()
+
+    @cached_property
+    def _first_good(self) -> tuple[int, Tensor]:
+        """Position of the first image that can be decoded, and the image: the same whenever a run is resumed."""
+        found: list[Corrupt] = []
+        for position in range(len(self)):
+            _, image, corrupt = self._decoder[np.array([position])]
+            if not corrupt:
+                return position, image
+            found += corrupt
+            self._tally.add(found, len(self))
+        raise UserError(f"{self.name} ({self.split}) has no images: choose another split")
+
+    def share_corrupt(self) -> None:
+        """Counts the corrupt images that the other processes met; every process calls it.
+
+        Raises:
+            UserError: if all processes together met more than `max_corrupt`.
+        """
+        self._tally.share()
 
 
 def load_images(
@@ -452,7 +494,11 @@ class GlobalBatches:
 
 
 class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
-    """Batches as items, for DataLoader workers: positions in; positions, images and corrupt images out."""
+    """Batches as items, for DataLoader workers: positions in; positions, images and corrupt images out.
+
+    With `check` the images are decoded only to find the corrupt ones, those of `size` px: to a single pixel, for which
+    a JPEG is decoded at the lowest of its resolutions.
+    """
 
     def __init__(
         self,
@@ -461,15 +507,20 @@ class _Decoder(Dataset[tuple[Tensor, Tensor, list[Corrupt]]]):
         size: int,
         max_pixels: int,
         pixels: PixelFormat | None,
+        *,
+        check: bool = False,
     ) -> None:
-        self.encoded, self.rows, self.size, self.max_pixels, self.pixels = encoded, rows, size, max_pixels, pixels
+        self.encoded, self.rows, self.max_pixels, self.pixels = encoded, rows, max_pixels, pixels
+        self.size = 1 if check else size
+        self.checked_for = size if check else None
 
     def __getitem__(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor, list[Corrupt]]:
         with quiet_pillow():
-            images, places, corrupt = decode_batch(
-                self.encoded.read(self.rows[positions]), self.size, max_pixels=self.max_pixels, pixels=self.pixels
-            )
-        return torch.from_numpy(positions[places]), images, corrupt
+            images = self.encoded.read(self.rows[positions])
+            if self.checked_for is not None:
+                images = [within_limit(image, self.checked_for, self.max_pixels) for image in images]
+            decoded, places, corrupt = decode_batch(images, self.size, max_pixels=self.max_pixels, pixels=self.pixels)
+        return torch.from_numpy(positions[places]), decoded, corrupt
 
 
 def without_corrupt(positions: Tensor, images: Tensor, corrupt: list[Corrupt]) -> tuple[Tensor, Tensor]:
@@ -550,31 +601,27 @@ def decode_all(
 
 
 def read_in_order(dataset: Dataset[Batch], order: Iterable[Tensor], workers: int) -> Iterator[Batch]:
-    """Reads batches of a dataset that is indexed by positions, int64 [B], in this order in DataLoader workers."""
-    with warnings.catch_warnings():  # of more workers than CPUs, which were asked for
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        batches = iter(
-            DataLoader(
-                dataset,
-                batch_size=None,
-                sampler=(positions.numpy() for positions in order),
-                num_workers=workers,
-                collate_fn=_shared if workers else _unchanged,
-                generator=torch.Generator(),  # otherwise it would draw from, and so advance, the global generator
-            )
-        )
-    return _without_tracebacks(batches)
-
-
-def _without_tracebacks(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The batches, with errors that say what to do.
+    """Reads batches of a dataset that is indexed by positions, int64 [B], in this order in DataLoader workers.
 
     A `UserError` of a worker, whose text torch replaces by its traceback, has its own text again.
 
     Raises:
         UserError: that, for workers without enough shared memory, and for one that the system ended.
     """
+    batches: Any = None
     try:
+        with warnings.catch_warnings():  # of more workers than CPUs, which were asked for
+            warnings.filterwarnings("ignore", "This DataLoader will create")
+            batches = iter(
+                DataLoader(
+                    dataset,
+                    batch_size=None,
+                    sampler=(positions.numpy() for positions in order),
+                    num_workers=workers,
+                    collate_fn=_shared if workers else _unchanged,
+                    generator=torch.Generator(),  # otherwise it would draw from, and so advance, the global generator
+                )
+            )
         yield from batches
     except UserError as error:
         raise UserError(str(error).rpartition(f"{UserError.__module__}.UserError: ")[2]) from error
@@ -582,6 +629,11 @@ def _without_tracebacks(batches: Iterator[Batch]) -> Iterator[Batch]:
         if (problem := full_shared_memory(error) or lost_worker(error)) is None:
             raise
         raise problem from error
+    finally:
+        # torch leaves this to the garbage collector. After an error, that would close the pipes to the workers while a
+        # thread of torch's closes them, too: a file that got the number of one in between would be closed instead.
+        if workers and batches is not None:
+            batches._shutdown_workers()
 
 
 def _unchanged(batch: Batch) -> Batch:
@@ -623,6 +675,13 @@ def fits_in_memory(size: int) -> bool:
 def fits_on_gpu(tensor: Tensor, device: torch.device) -> bool:
     """Whether `device` is a GPU and `tensor` would take at most a quarter of its free memory."""
     return device.type == "cuda" and tensor.nbytes <= torch.cuda.mem_get_info(device)[0] // 4
+
+
+def _told(message: str, told: bool) -> UserError:
+    """An error, which the main process may have told of already."""
+    error = UserError(message)
+    error.told = told
+    return error
 
 
 def _named(corrupt: list[Corrupt]) -> str:

@@ -115,6 +115,25 @@ def format_of(data: bytes) -> str | None:
         return None
 
 
+def within_limit(image: Encoded, size: int, max_pixels: int) -> Encoded:
+    """The image, with a reason in place of its bytes where decoding it for this size would decode too many pixels.
+
+    Args:
+        image: as it is stored.
+        size: side in pixels that it is decoded for.
+        max_pixels: largest number of pixels that may be decoded, see `opened`.
+    """
+    if image.error is not None or containers.is_array(image.data):  # arrays are counted whole at every size
+        return image
+    try:
+        with opened(image.data, max_pixels, shrink_to=size):
+            return image
+    except CorruptImageError as error:
+        return Encoded(image.name, b"", str(error))
+    except Exception:  # decoding reports it
+        return image
+
+
 @contextmanager
 def opened(data: bytes, max_pixels: int = MAX_PIXELS, shrink_to: int | None = None) -> Iterator[Image.Image]:
     """Opens an encoded image without decoding it, if its header states a permitted size.

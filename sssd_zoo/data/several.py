@@ -128,21 +128,19 @@ def _common_classes(labels: Iterable[Sequence[columns.Labels] | None]) -> list[s
 
 def _told(rows: Any, paths: Sequence[Sequence[str | None]], names: Sequence[str], split: str) -> Any:
     """The rows without files that an earlier part has already; files of the same content in several parts are told."""
-    every = [path for part in paths for path in part if path is not None]
-    if PAGE in rows.column_names or not every:  # the pages of a file share its path
+    every = [path for part in paths for path in dict.fromkeys(part) if path is not None]
+    if not every:
         return rows
     where = " and ".join(sources.short_name(name) for name in names)
     kept, again = without_repeats(every)
+    known = set(kept)
     if again:
         warn_once(f"{len(again)} files ({split}) lie in several of {where} ({listed(again)}): each is read once")
-        first, places = set(kept), []
-        for place, path in enumerate(path for part in paths for path in part):
-            if path is None or path in first:
-                places.append(place)
-                first.discard(path or "")
-        rows = rows.select(places)
-    known = set(kept)
-    if alike := _same_content([[path for path in part if path in known] for part in paths]):
+        # The pages of a file share its path, within the part that has the file first.
+        owner = {path: number for number, part in reversed(list(enumerate(paths))) for path in part if path in known}
+        whose = ((number, path) for number, part in enumerate(paths) for path in part)
+        rows = rows.select([at for at, (number, path) in enumerate(whose) if path is None or owner.get(path) == number])
+    if alike := _same_content([[path for path in dict.fromkeys(part) if path in known] for part in paths]):
         pairs = [" = ".join(group) for group in alike]
         warn_once(
             f"{len(alike)} images ({split}) lie in several of {where} under different names ({listed(pairs, 10)}): "

@@ -113,7 +113,7 @@ class StreamingImages(Channelled):
         Yields:
             The position of each image in this process's stream, int64 [batch_size / world], and the images, uint8
             [batch_size / world, 3, S, S] or as `pixels` says. A corrupt image is replaced, in both, by another of
-            its batch.
+            its batch; a batch of corrupt images alone is replaced by the first that is not.
 
         Raises:
             UserError: if the batch size is not a multiple of the processes, too many images are corrupt, or the
@@ -134,8 +134,32 @@ class StreamingImages(Channelled):
             for step in count(start):
                 images, places, corrupt = ahead.result()
                 ahead = reader.submit(read)
-                self._tally.add(corrupt, part)
+                self._tally.add(corrupt, part + 1)
+                if corrupt and len(corrupt) == part:
+                    images = self._first_good.expand_as(images).clone()
                 yield torch.from_numpy(places) + step * part, images
+
+    @cached_property
+    def _first_good(self) -> Tensor:
+        """The first image that can be decoded, of those whose sizes are looked at."""
+        found: list[Corrupt] = []
+        for row in self._rows.take(SAMPLED_SIZES):
+            image, _, corrupt = decode_batch(
+                [_encoded(row[self._column])], self.size, map, self._max_pixels, self.pixels
+            )
+            if not corrupt:
+                return image
+            found += corrupt
+        self._tally.add(found, len(found))
+        raise AssertionError("all of them are corrupt, which the tally refuses")
+
+    def share_corrupt(self) -> None:
+        """Counts the corrupt images that the other processes met; every process calls it.
+
+        Raises:
+            UserError: if all processes together met more than `max_corrupt`.
+        """
+        self._tally.share()
 
     @contextmanager
     def _connected(self) -> Iterator[None]:

@@ -61,6 +61,15 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_lists(items: list[T]) -> list[T]:
+    """The items of all processes, those of the first one first; every process calls it."""
+    if world_size() == 1:
+        return items
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
 def print_main(text: str) -> None:
     """Prints on the main process; on a terminal, lines are broken between words."""
     if rank() == 0:

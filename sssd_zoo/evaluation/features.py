@@ -245,7 +245,7 @@ def stack_features(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tens
         float32 [E, N, D].
 
     Raises:
-        ValueError: if a position is missing.
+        UserError: if a position is missing, as of an image that could be decoded and no longer can.
     """
     features: Tensor | None = None
     seen = torch.zeros(count, dtype=torch.bool)
@@ -255,7 +255,10 @@ def stack_features(batches: Iterable[tuple[Tensor, Tensor]], count: int) -> Tens
         features[:, index] = pooled
         seen[index] = True
     if features is None or not seen.all():
-        raise ValueError(f"the batches hold {int(seen.sum())} of {count} images")
+        raise UserError(
+            f"{count - int(seen.sum())} of {count} images can no longer be decoded: do not move or change the files "
+            "while the command runs; run it again"
+        )
     return features
 
 
@@ -278,12 +281,16 @@ def feature_moments(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
     return mean.float(), (squares / (count - 1)).sqrt().float()
 
 
+class NotFiniteError(UserError):
+    """What a network gives holds NaN or infinity."""
+
+
 def check_finite(features: Tensor) -> None:
-    """Raises `UserError` if the features of an image, or its logits, float32 [exits, N, D], hold NaN or infinity."""
+    """Raises `NotFiniteError` if features, or logits, of an image hold NaN or infinity; float32 [exits, N, D]."""
     bad = ~features.isfinite().all(2)
     if bad.any():
         number = int(bad.any(1).nonzero()[0]) + 1
-        raise UserError(
+        raise NotFiniteError(
             f"what exit {number} of the network gives for {int(bad.any(0).sum())} of {bad.shape[1]} images holds NaN "
             "or infinity: give --precision fp32; if that is no help, train the network again with a lower lr"
         )

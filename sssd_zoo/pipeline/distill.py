@@ -261,6 +261,11 @@ def check_choices(args: DistillArgs, config: AnchoredConfig, *, named: bool) -> 
     """
     if args.method == "clusterfit" and args.exits != "plain":
         raise UserError(f"--method clusterfit trains a network without exits: remove --exits {args.exits}")
+    without = [name for name in ("alpha", "lam", "temperature") if getattr(args, name) != getattr(DistillArgs, name)]
+    if args.method == "clusterfit" and without:
+        raise UserError(f"--method clusterfit has no self distillation: remove --{without[0]}")
+    if args.k != DistillArgs.k and args.labels not in ("random", "own"):
+        raise UserError(f"--k is the number of 'random' and 'own' labels, and {args.labels!r} has its own: remove --k")
     if config.anchor and args.encoder is None:
         raise UserError("--anchor needs the network whose features the exits predict: give --encoder")
     if args.encoder is not None and not config.anchor:

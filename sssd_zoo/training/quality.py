@@ -9,6 +9,7 @@ from sssd_zoo.configs import QualityConfig, RuntimeConfig
 from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.data.loading import ImageData
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.features import NotFiniteError
 from sssd_zoo.evaluation.label_free import collapse_warning
 from sssd_zoo.evaluation.subset import Subset, figures_of
 
@@ -56,7 +57,7 @@ class QualityMonitor:
         """
         try:
             features = self.subset.features(self.network, self.spec)
-        except UserError as error:
+        except NotFiniteError as error:
             tqdm.write(f"quality not measured: {error}", file=sys.stderr)
             return {}
         figures = figures_of([view[-1] for view in features], self.subset)

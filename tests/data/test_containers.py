@@ -77,6 +77,20 @@ class TestPages:
         write_pages(tmp_path / "stack.tif", pages())
         np.testing.assert_array_equal(pixels(load(tmp_path, channels=4))[0], pages())
 
+    def test_a_file_that_lies_in_several_folders_is_read_once(self, tmp_path, caplog):
+        pytest.importorskip("tifffile")
+        for number in range(2):
+            write_pages(tmp_path / "a" / f"{number}.tif", pages(number, 3))
+        write_pages(tmp_path / "b" / "copy.tif", pages(0, 3))
+        write_pages(tmp_path / "b" / "own.tif", pages(5, 2))
+        (tmp_path / "b" / "again.tif").symlink_to(tmp_path / "a" / "1.tif")
+        config = DataConfig(data=[str(tmp_path / "a"), str(tmp_path / "b")], pages="all", channels=1)
+        data = load_images(config, progress=False)
+        expected = [*pages(0, 3), *pages(1, 3), *pages(0, 3), *pages(5, 2)]
+        np.testing.assert_array_equal(pixels(data)[:, 0], np.stack(expected))
+        assert "1 files (train) lie in several of a and b" in caplog.text
+        assert "1 images (train) lie in several of a and b under different names" in caplog.text
+
     def test_of_what_is_no_file(self):
         with pytest.raises(UserError, match="--pages all is for folders and lists"):
             load("cifar10-sample", pages="all")

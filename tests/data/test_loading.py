@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from helpers.commands import command
 from helpers.data import everything, load
-from helpers.images import file_bytes, picture, write_parquet
+from helpers.images import file_bytes, picture, write, write_parquet
 from helpers.processes import run_together
 from sssd_zoo.configs import SettingsError
 from sssd_zoo.data import images, loading
@@ -127,9 +128,68 @@ class TestCorrupt:
         data = load(broken, in_memory=False, verify=False, max_corrupt=1)
         with pytest.raises(UserError, match=r"3 images .*more than max_corrupt 1 .*dog/1.png"):
             everything(data, batch=5, workers=workers)
-        data = load(broken, in_memory=False, verify=False, max_corrupt=9)
-        with pytest.raises(UserError, match="none of 1 images"):
-            everything(data, batch=1, workers=workers)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_for_a_batch_of_corrupt_images_stands_the_first_good_one(self, classes, workers):
+        for name in ("cat/0.png", "cat/1.png", "dog/0.png"):
+            (classes / name).write_bytes(b"nonsense")
+        data = load(classes, in_memory=False, verify=False, max_corrupt=3)
+        index, images = everything(data, batch=1, workers=workers)
+        first = next(row for row, name in enumerate(data.paths()) if (classes / name).read_bytes() != b"nonsense")
+        corrupt = {name for name, _ in data.corrupt}
+        assert len(corrupt) == 3
+        for row, (position, image) in enumerate(zip(index.tolist(), images, strict=True)):
+            assert position == (first if str(classes / data.paths()[row]) in corrupt else row)
+            assert torch.equal(image, data.gather(torch.tensor([position]))[0])
+        assert torch.equal(data.gather(torch.tensor([0])), images[first : first + 1]), "as in batches"
+
+    def test_a_batch_of_nothing_but_corrupt_images_is_an_error_where_all_are(self, tmp_path):
+        file = write_parquet(tmp_path / "my.parquet", [b"x", b"y"])
+        data = load(file, in_memory=False, verify=False, max_corrupt=5, storage_size=8)
+        with pytest.raises(UserError, match="none of 2 images"):
+            everything(data, batch=1)
+
+    @pytest.mark.parametrize("channels", [None, 1])
+    def test_the_check_counts_the_pixels_that_reading_decodes(self, tmp_path, channels):
+        """A JPEG of 512 px is decoded at 512 px to store 200 px, though the check needs 64 px of it."""
+        for name, side in (("large.jpg", 512), ("small.jpg", 100), ("whole.png", 512), ("cut.png", 60)):
+            write(tmp_path / name, picture(1, side))
+        (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:-50])
+        options = {"storage_size": 200, "max_pixels": 200_000, "max_corrupt": 3, "channels": channels}
+        memory, disk = (load(tmp_path, in_memory=keep, **options) for keep in (True, False))
+        assert memory.rows.tolist() == disk.rows.tolist() == [2]
+        assert memory.corrupt == disk.corrupt
+        assert "512 x 512 pixels are more than --max_pixels 200000" in dict(disk.corrupt)[str(tmp_path / "large.jpg")]
+        index, images = everything(disk)
+        assert index.tolist() == [0]
+        assert torch.equal(images, everything(memory)[1])
+        smaller = {**options, "storage_size": 100}  # the JPEG is decoded at 256 px, and passes
+        memory, disk = (load(tmp_path, in_memory=keep, **smaller) for keep in (True, False))
+        assert memory.rows.tolist() == disk.rows.tolist() == [1, 2]
+
+    def test_processes_count_theirs_together(self, broken, tmp_path):
+        """Each reads a half of the images: 1 and 2 of them are corrupt."""
+        code = f"""
+import logging
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.data.loaders import EpochLoader
+from sssd_zoo.data.loading import load_images
+from sssd_zoo.errors import UserError
+for limit in (3, 2):
+    options = dict(in_memory=False, max_corrupt=limit, workers=0)
+    data = load_images(DataConfig(data={str(broken)!r}, **options), progress=False, verify=False)
+    loader = EpochLoader(data, 10, seed=0)
+    try:
+        list(loader.epoch(0))
+        print(limit, sorted(name.split("/")[-1] for name, _ in data.corrupt))
+    except UserError as error:
+        print(limit, error.told, str(error).split(" (")[0], "max_corrupt 2" in str(error))
+"""
+        (tmp_path / "meeting").mkdir()
+        for rank, said in enumerate(run_together(code, tmp_path / "meeting")):
+            good, bad = said.splitlines()
+            assert good == "3 ['0.png', '1.png', 'gone.png']"
+            assert bad == f"2 {rank == 1} 3 images of classes True"
 
 
 class TestBackends:
@@ -269,6 +329,47 @@ def test_workers_without_shared_memory_are_one_line(dataset):
     said = r"not have enough shared memory \(/dev/shm\): give --workers 0, or .*--shm-size 8g"
     with pytest.raises(UserError, match=said):
         next(read_in_order(dataset(), [torch.arange(2)], 1))
+
+
+def test_workers_are_gone_once_the_reading_has_ended(tmp_path):
+    """However it ended; that of the garbage collector closes a pipe twice, and once another file in its place."""
+    code = """
+import gc, multiprocessing, multiprocessing.connection, threading, time, torch
+from torch.utils.data import Dataset
+from sssd_zoo.data.loading import read_in_order
+from sssd_zoo.errors import UserError
+class Mistaken(Dataset):
+    def __getitem__(self, positions):
+        if positions[0] == 2:
+            raise UserError("a mistake")
+        return torch.from_numpy(positions)
+close = multiprocessing.connection.Connection._close
+def slowly(self, *args):
+    if "Feeder" in threading.current_thread().name:
+        time.sleep(0.05)
+    return close(self, *args)
+multiprocessing.connection.Connection._close = slowly
+threading.excepthook = lambda problem: print("in a thread:", repr(problem.exc_value))
+gc.disable()
+kept = []
+def read(first, take):
+    batches = read_in_order(Mistaken(), [torch.tensor([first])], 2)
+    try:
+        for _, batch in zip(range(take), batches):
+            print(batch.tolist())
+    except UserError as error:
+        error.cycle = error
+        print(error)
+    kept.append(batches)
+read(2, 1)
+print("left", multiprocessing.active_children())
+read(0, 2)
+print("left", multiprocessing.active_children())
+gc.collect()
+time.sleep(0.3)
+"""
+    done = command("-c", code)
+    assert done.stdout.splitlines() == ["a mistake", "left []", "[0]", "left []"], done.stderr
 
 
 class Broken(Dataset):

@@ -88,6 +88,11 @@ class TestStreaming:
         assert f"image {hashlib.sha256(b'x').hexdigest()[:12]}: it is not an image" in caplog.text
         with pytest.raises(UserError, match=r"1 images of .* more than max_corrupt 0"):
             self.numbers(file, 4)
+        alone = self.numbers(file, 8, batch=1, max_corrupt=1)
+        assert sorted(alone) == [0, 0, 1, 2, 4, 5, 6, 7], "the first image stands for a batch of corrupt ones"
+        nothing = write_parquet(tmp_path / "nothing.parquet", [b"x", b"y"])
+        with pytest.raises(UserError, match="none of 2 images"):
+            self.numbers(nothing, 1, batch=1, max_corrupt=9)
 
     def test_identity_tells_splits_and_revisions_apart(self, data):
         config = DataConfig(data=str(data), streaming=True)
