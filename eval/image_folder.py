@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from torchvision.io import write_png
 
+from sssd_zoo.cli.guard import guarded
 from sssd_zoo.configs import DataConfig
 from sssd_zoo.data.loading import load_images
+from sssd_zoo.errors import UserError
 
 
 def main() -> None:
@@ -20,6 +22,8 @@ def main() -> None:
     parser.add_argument("--split", help="as for `sssd`")
     parser.add_argument("--out", required=True, type=Path, help="folder to create")
     args = parser.parse_args()
+    if args.out.exists():
+        raise UserError(f"{args.out} exists: give a folder to create")
     data = load_images(DataConfig(data=args.data, split=args.split, unlabelled=True))
     args.out.mkdir(parents=True)
     for positions, images in data.batches(torch.arange(len(data)).split(1000)):
@@ -29,4 +33,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with guarded():
+        main()

@@ -115,8 +115,18 @@ def correlations(rows: dict[str, dict[str, float]], names: list[str]) -> dict[st
     return found
 
 
-def report(rows: dict[str, dict[str, float]], sources: dict[str, str], args: argparse.Namespace) -> str:
-    """The figures of all networks, from the lowest accuracy to the highest, and the correlations, as Markdown."""
+def report(
+    rows: dict[str, dict[str, float]], sources: dict[str, str], args: argparse.Namespace, train: int, test: int
+) -> str:
+    """The figures of all networks, from the lowest accuracy to the highest, and the correlations, as Markdown.
+
+    Args:
+        rows: figures of each network.
+        sources: where each network comes from.
+        args: of the command line.
+        train: number of training images that there are.
+        test: number of test images that there are.
+    """
     meanings = {
         "probe": Meaning("linear probe", "", "", 2),
         "dim": Meaning("width", "", "", 0),
@@ -137,8 +147,9 @@ def report(rows: dict[str, dict[str, float]], sources: dict[str, str], args: arg
         [
             "# Quality without labels against linear probes",
             "",
-            f"- **Data**: {code(args.data)}; figures of {args.images:,} training images, probes trained on "
-            f"{args.probe:,} training images and measured on {args.test:,} of the test split; seed {args.seed}",
+            f"- **Data**: {code(args.data)}; figures of {min(args.images, train):,} training images, probes trained on "
+            f"{min(args.probe, train):,} training images and measured on {min(args.test, test):,} of the test split; "
+            f"seed {args.seed}",
             f"- **Machine**: {markdown(describe_machine(resolve_precision(args.precision, args.device)))}",
             f"- **Networks**: {', '.join(f'{code(name)} is {code(source)}' for name, source in sources.items())}",
             "",
@@ -164,10 +175,22 @@ def write_csv(path: Path, rows: dict[str, dict[str, float]]) -> None:
     atomic_write_text(path, text.getvalue())
 
 
+def named(pair: str) -> tuple[str, str]:
+    """Name and network of NAME=NETWORK."""
+    name, sign, network = pair.partition("=")
+    if not (name and sign and network):
+        raise argparse.ArgumentTypeError(f"{pair!r} is not NAME=NETWORK")
+    return name, network
+
+
 def arguments() -> argparse.Namespace:
-    """Of the command line."""
+    """Of the command line.
+
+    Raises:
+        UserError: if two networks have one name.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="+", metavar="NAME=NETWORK")
+    parser.add_argument("networks", nargs="+", metavar="NAME=NETWORK", type=named)
     parser.add_argument("--data", required=True)
     parser.add_argument("--features", required=True, type=Path, help="folder that keeps what networks make of images")
     parser.add_argument("--out", required=True, type=Path, help="folder of the report")
@@ -177,7 +200,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    names = [name for name, _ in args.networks]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"two networks are called {', '.join(twice)}: give each a name of its own")
+    return args
 
 
 def main() -> None:
@@ -186,7 +213,7 @@ def main() -> None:
     tune_cpu()
     for folder in (args.out, args.features):
         folder.mkdir(parents=True, exist_ok=True)
-    sources = dict(pair.split("=", 1) for pair in args.networks)
+    sources = dict(args.networks)
     train, test = (
         load_images(DataConfig(data=args.data, split=split), default_size=storage_default(32), require_labels=True)
         for split in ("train", "test")
@@ -197,7 +224,7 @@ def main() -> None:
         rows[name] = measure(tensors, len(train.class_names or []), args.seed)
         print(f"{name}: linear probe {rows[name]['probe']:.2f} percent", flush=True)
     write_csv(args.out / "results.csv", rows)
-    atomic_write_text(args.out / "report.md", report(rows, sources, args))
+    atomic_write_text(args.out / "report.md", report(rows, sources, args, len(train), len(test)))
 
 
 if __name__ == "__main__":

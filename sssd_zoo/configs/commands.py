@@ -735,7 +735,8 @@ class SpaceArgs(Checked):
     """Serves a page to try a network on, or publishes it as a Space: `sssd space RUN`.
 
     Args:
-        run: run folder of `sssd fit`, folder of a network, or its name: 'sssd_resnet18_cifar.cifar10', 'hf-hub:...'.
+        run: run folder of `sssd fit` or `sssd finetune`, folder of a network, or its name:
+            'sssd_resnet18_cifar.cifar10', 'hf-hub:...'.
         port: port of the page on this machine; by default the first free one from 7860 on.
         run_images: show images of the run's data set, as examples and beside their clusters. By default the page on
             this machine shows them, and with --push they are not published.

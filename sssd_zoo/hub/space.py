@@ -30,7 +30,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports.markdown import config_of, read_results
 from sssd_zoo.files import atomic_write_bytes, atomic_write_text, disk_errors, write_json
 from sssd_zoo.files.bundled import PACKAGE, cards_folder
-from sssd_zoo.files.run_folder import NETWORK
+from sssd_zoo.files.run_folder import NETWORK, kind_of
 from sssd_zoo.files.untrusted import read_inside
 from sssd_zoo.hub.publish import announce, check_name, hub_errors
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
@@ -120,7 +120,7 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
     """Fills an empty folder with a network's Space.
 
     Args:
-        run: run folder of `sssd fit`, a folder with a network, or a timm name with weights.
+        run: run folder of `sssd fit` or `sssd finetune`, a folder with a network, or a timm name with weights.
         folder: to fill.
         run_images: show images of the run's data; otherwise only bundled ones.
 
@@ -130,15 +130,16 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
     Raises:
         UserError: if there is no network, or it lacks exits or classifiers.
     """
-    fitted = (Path(run) / "model/config.json").is_file()
-    source = str(Path(run) / "model") if fitted else run
+    folder_of_runs = (Path(run) / "model/config.json").is_file()
+    fitted = folder_of_runs and kind_of(Path(run)) != "finetune"
+    source = str(Path(run) / "model") if folder_of_runs else run
     network = load_network(source)
     if getattr(network, "output", None) != "ensemble" or not network.num_classes:
         raise UserError(f"'{run}' is not a network with four exits and classifiers, which the page needs")
     architecture = architecture_of(network)
     names = network.pretrained_cfg.get("label_names")
     if Path(source).is_dir():
-        copy_network(Path(run), "model" if fitted else ".", folder / "model")
+        copy_network(Path(run), "model" if folder_of_runs else ".", folder / "model")
     else:
         save_network(folder / "model", network, architecture, label_names=names)
     title = architecture if Path(run).is_dir() else run.rpartition(":")[2]

@@ -17,9 +17,9 @@ def complete_stages(run: Path) -> list[Path]:
 
     A stage that is being made beside an older result, or that is to be resumed, is none.
     """
-    if kind_of(run) in ("training", "detector"):
-        complete = (run / "model.safetensors").is_file() and (run / "config.json").is_file()
-        return [run] if complete else []
+    last = {"training": "config.json", "detector": "detector.json"}.get(kind_of(run) or "")  # file that is written
+    if last is not None:
+        return [run] if (run / "model.safetensors").is_file() and (run / last).is_file() else []
     found = []
     for record in sorted(run.rglob("steps/*.json")):
         folder = record.parent.parent / record.stem

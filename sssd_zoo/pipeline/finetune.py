@@ -489,8 +489,13 @@ def report_lines(plan: Plan, rows: list[dict[str, Any]], curves: dict[str, dict[
 
 
 def results_csv(rows: list[dict[str, Any]]) -> str:
-    """All rows as CSV."""
+    """All rows as CSV; those of networks with exits also have the accuracy of each."""
     keys = ("model", "amount", "labels", "seed", "accuracy")
-    exits = [f"exit {number}" for number in range(1, max(len(row["exits"]) for row in rows) + 1)]
-    lines = ([*(row[key] for key in keys), *row["exits"], row["steps"], row["seconds"]] for row in rows)
+    count = max(len(row["exits"]) for row in rows)
+    exits = [f"exit {number}" for number in range(1, count + 1)] if count > 1 else []
+    blank = [""] * len(exits)
+    lines = (
+        [*(row[key] for key in keys), *(row["exits"] if len(row["exits"]) > 1 else blank), row["steps"], row["seconds"]]
+        for row in rows
+    )
     return csv_text([*keys, *exits, "steps", "seconds"], lines)

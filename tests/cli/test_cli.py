@@ -398,6 +398,9 @@ def test_seed_teaches_a_student(finished, folder_of_images, tmp_path, capsys):
         ("distill", ["--labels", "none"]),
         ("distill", ["--init", "none"]),
         ("distill", ["--batch_size", "17", "--accumulate", "2"]),
+        ("distill", ["--labels", "true", "--k", "7"]),
+        ("distill", ["--method", "clusterfit", "--alpha", "0.9"]),
+        ("distill", ["--method", "clusterfit", "--lam", "5"]),
     ],
 )
 def test_a_mistake_beside_overwrite_costs_nothing(command, mistake, finished, folder_of_images, tmp_path, capsys):

@@ -491,6 +491,13 @@ class TestTestData:
         assert to_measure_on(file)[1] is None
         assert len(to_measure_on(file, test_data=[voc])[1]) == 3
 
+    def test_a_coco_file_has_no_splits(self, voc, tmp_path):
+        file = write_coco(tmp_path / "coco", range(3))
+        for options in ({"split": "val"}, {"test_split": "val"}):
+            with pytest.raises(UserError, match="COCO files have no splits, so none is called val: give the file"):
+                to_measure_on(file, **options)
+        assert len(to_measure_on(voc, test_data=[file], split="trainval")[1]) == 3, "that is a split of the VOC tree"
+
 
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory):

@@ -32,6 +32,7 @@ from sssd_zoo.data.augment import normalise, resize, to_float
 from sssd_zoo.data.formats import CorruptImageError
 from sssd_zoo.data.loading import load_images
 from sssd_zoo.errors import UserError
+from sssd_zoo.files.run_folder import mark
 from sssd_zoo.hub.page import Analysis, Demo
 from sssd_zoo.hub.space import NEAREST, assemble, push
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
@@ -294,6 +295,15 @@ def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path, monke
     for folder in ("asked", "lost", "other", "bare", "undecodable"):
         assert Demo(tmp_path / folder).clusters is None
         assert pictures(tmp_path / folder) == bundled, "only the bundled images are shown"
+
+
+def test_a_fine_tuned_network(fitted, tmp_path):
+    shutil.copytree(fitted / "model", tmp_path / "tuned" / "model")
+    mark(tmp_path / "tuned", "finetune")
+    said = assemble(str(tmp_path / "tuned"), tmp_path / "page")
+    assert said == ["sssd_resnet18: 3 classes at 32 px"]
+    assert Demo(tmp_path / "page").clusters is None
+    assert list((tmp_path / "page" / "examples").iterdir()), "bundled images, as it has none of its own"
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,14 @@ def test_of_a_comparison_and_of_a_single_training(tmp_path, capsys):
     assert sssd("clean", single) == 0
     assert "2.0 MB freed" in capsys.readouterr().out
     assert (single / "model.safetensors").exists()
+    detector = tmp_path / "detector"
+    mark(detector, "detector")
+    train(detector)
+    assert sssd("clean", detector) == 0
+    assert "0.0 MB freed" in capsys.readouterr().out, "without detector.json it is not complete"
+    (detector / "detector.json").write_text("{}")
+    assert sssd("clean", detector) == 0
+    assert "2.0 MB freed" in capsys.readouterr().out
 
 
 def test_a_link_is_not_followed(run, tmp_path, capsys):

@@ -22,7 +22,7 @@ from sssd_zoo.evaluation.reports.paper import TABLE_4
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline import deploy as deploying
 from sssd_zoo.pipeline.deploy import choose
-from sssd_zoo.pipeline.finetune import labelled_subset, starting_network, step_plan
+from sssd_zoo.pipeline.finetune import labelled_subset, results_csv, starting_network, step_plan
 from sssd_zoo.tasks import ClusterFit, SelfDistillation
 from sssd_zoo.training import engine
 
@@ -189,6 +189,18 @@ def test_the_sweep_reuses_what_is_there_and_draws(folder_of_images, distilled, t
     assert printed.count("done before") == 2, (
         "a change of the first network is one of scratch's weights only by its name"
     )
+
+
+def test_accuracies_of_exits_are_in_the_table_where_there_are_several():
+    row = {"model": "a", "amount": 1.0, "labels": 9, "seed": 0, "accuracy": 75.0, "steps": 4, "seconds": 9.2}
+    final, exits = {**row, "exits": [75.0]}, {**row, "exits": [50.0, 60.0]}
+    assert results_csv([final]).splitlines() == [
+        "model,amount,labels,seed,accuracy,steps,seconds",
+        "a,1.0,9,0,75.0,4,9.2",
+    ]
+    head, first, second = results_csv([final, exits]).splitlines()
+    assert head == "model,amount,labels,seed,accuracy,exit 1,exit 2,steps,seconds"
+    assert (first, second) == ("a,1.0,9,0,75.0,,,4,9.2", "a,1.0,9,0,75.0,50.0,60.0,4,9.2")
 
 
 def test_runs_from_scratch_are_those_of_an_architecture(folder_of_images, distilled, tmp_path, capsys):

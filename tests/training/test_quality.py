@@ -1,6 +1,7 @@
 """Quality without labels during pretraining: in the log, without touching the training, and for keep_best."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from helpers.training import Regression, Tensors
 from sssd_zoo.configs import DataConfig, OptimConfig, QualityConfig, RuntimeConfig
 from sssd_zoo.data.inputs import input_spec
 from sssd_zoo.data.loading import load_images
+from sssd_zoo.errors import UserError
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.training.checkpoints import Checkpoints
 from sssd_zoo.training.engine import Trainer
@@ -163,3 +165,16 @@ def test_features_that_are_not_finite_are_told_and_the_training_goes_on(folder_o
         "quality not measured: what exit 4 of the network gives for 48 of 48 images holds NaN"
         in capsys.readouterr().err
     )
+
+
+def test_more_corrupt_images_than_are_allowed_end_the_training(folder_of_images, tmp_path):
+    shutil.copytree(folder_of_images, tmp_path / "images")
+    for file in sorted((tmp_path / "images").rglob("*.png"))[:2]:
+        file.write_bytes(b"nonsense")
+    config = DataConfig(data=str(tmp_path / "images"), workers=0, in_memory=False, max_corrupt=1)
+    data = load_images(config, progress=False, verify=False)
+    trunk = timm.create_model("sssd_resnet18", num_classes=0)
+    runtime = RuntimeConfig(device="cpu", precision="fp32")
+    monitor = QualityMonitor(trunk, data, QualityConfig(quality_every=1), runtime, input_spec(trunk, 32))
+    with pytest.raises(UserError, match=r"^2 images of images \(train\) cannot be decoded, more than max_corrupt 1"):
+        monitor.measure()

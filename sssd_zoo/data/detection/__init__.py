@@ -270,6 +270,11 @@ def load_detection(
     parts = (config.split or "").split("+")
     if len(set(parts)) < len(parts):
         raise UserError(f"--split {config.split} names a split twice: name each once")
+    if config.split and all(coco.is_coco(Path(expand_home(source))) for source in config.data):
+        raise UserError(
+            f"{listed(config.data)}: COCO files have no splits, so none is called {config.split}: give the file of the "
+            "split by --data, or the one to measure a training on by --test_data"
+        )
     joined = Annotations()
     for source in config.data:
         annotations = _read(source, config)
