@@ -8,6 +8,7 @@ from typing import Any
 from sssd_zoo.evaluation.prediction import Prediction
 from sssd_zoo.files import read_json
 from sssd_zoo.files.json_lines import read_metrics
+from sssd_zoo.files.run_folder import files_of, kind_of
 
 __all__ = [
     "Accuracy",
@@ -254,9 +255,9 @@ class Export(Result):
 
     @classmethod
     def read(cls, path: Path, *, int8: bool = False) -> "Export":
-        """What lies there."""
+        """What it wrote there."""
         if path.is_dir():
-            return cls(path, sorted(file for file in path.iterdir() if not file.name.startswith(".")))
+            return cls(path, sorted(files_of(path, kind_of(path) or "network")))
         return cls(path, [path, *([path.with_suffix(".int8.onnx")] if int8 else [])])
 
 

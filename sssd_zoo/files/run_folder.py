@@ -72,7 +72,7 @@ KINDS = {
     "probe": Kind("a network of `sssd linear`", (*NETWORK, "config.yaml", "metrics.json")),
     "labels": Kind("pseudo labels", LABELS),
     "pulled-labels": Kind("pseudo labels of `sssd pull`", (*LABELS, "README.md")),
-    "network": Kind("a network", (*NETWORK, "README.md")),
+    "network": Kind("a network", NETWORK),  # its mark lists README.md where this package wrote that, too
     "transformers": Kind("a network for transformers", (*NETWORK, *TRANSFORMERS_CODE)),
     "early-exit": Kind("a network of `sssd early-exit`", (*NETWORK, *EARLY_EXIT)),
     "card": Kind(
@@ -253,7 +253,7 @@ def mark(folder: Path, kind: str, files: Sequence[str] = ()) -> None:
 
 def adopt(folder: Path, kind: str) -> None:
     """Marks a recorded folder of a version without marks, if it holds files of the kind."""
-    actual = kind_of(folder) or (kind if _files_of(folder, kind) else None)
+    actual = kind_of(folder) or (kind if files_of(folder, kind) else None)
     if actual is not None and not (folder / RUN_MARK).exists():
         mark(folder, actual)
 
@@ -338,8 +338,12 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _files_of(folder: Path, kind: str) -> list[Path]:
-    return [path for pattern in KINDS[kind].files for path in folder.glob(pattern)]
+def files_of(folder: Path, kind: str) -> list[Path]:
+    """The files in a folder of this package that are of a kind; what else lies there is the user's."""
+    found = [path for pattern in KINDS[kind].files for path in folder.glob(pattern)]
+    card = folder / "README.md"
+    carded = kind == "network" and card.name in (_content(folder / RUN_MARK).get("files") or [])
+    return [*found, card] if carded and card.is_file() else found
 
 
 def drop(folder: Path, kind: str) -> None:
@@ -379,7 +383,7 @@ def replace(temporary: Path, folder: Path, kind: str, others: Collection[Path] =
     """
     check_writable(folder)
     if folder.is_dir():
-        replaced = {*_files_of(folder, kind), *others}
+        replaced = {*files_of(folder, kind), *others}
         for place in temporary.rglob("*"):
             there = folder / place.relative_to(temporary)
             if place.is_dir() and there not in replaced and (there.is_symlink() or there.is_file()):
@@ -428,6 +432,8 @@ def atomic_dir(path: str | Path, kind: str, others: Collection[Path] = ()) -> It
             shutil.rmtree(temporary, ignore_errors=True)
             mark(temporary, kind)
             yield temporary
+            if kind == "network" and (temporary / "README.md").exists():
+                mark(temporary, kind, ["README.md"])
             replace(temporary, path, kind, others)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

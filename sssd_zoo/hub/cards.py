@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
 
@@ -233,7 +233,7 @@ def write_card(
     config = {**read_json(source / "config.json"), "dtype": "float32", "sha256": {"model.safetensors": digest}}
     results = read_results(run)
     results["data"] = short_name(results["data"])
-    recipe = public_recipe(run, results["data"])
+    recipe = public_recipe(run, results)
     figures = figure_files(run, results, calibrated)
     context: Results = {
         **results,
@@ -269,22 +269,22 @@ def write_card(
     return weights
 
 
-def public_recipe(run: Path, data: str) -> dict[str, Any]:
+def public_recipe(run: Path, results: Results) -> dict[str, Any]:
     """A run's recipe without its output folder, and with the names of folders instead of their paths.
 
     Args:
         run: the run's folder.
-        data: what to call its data.
+        results: of the run, which name its data.
 
     Raises:
         UserError: if its config.yaml cannot be read.
     """
     recipe: dict[str, Any] = read_yaml(run / "config.yaml")
     check_content(run / "config.yaml", recipe, Recipe)
-    recipe["data"] = data
-    # What lies above a folder is nobody else's business.
+    recipe["data"] = results["data"]
     if recipe.get("pretrain_data"):
-        recipe["pretrain_data"] = short_name(recipe["pretrain_data"])
+        # What lies above a folder is nobody else's business, and whether a/b was one is known while it is trained on.
+        recipe["pretrain_data"] = results.get("pretrain_data") or PurePath(short_name(recipe["pretrain_data"])).name
     for settings, key in ((recipe, "features"), (recipe, "init"), (recipe["pretrain"], "init")):
         if settings.get(key):
             settings[key] = network_source(settings[key])

@@ -155,12 +155,14 @@ class MultiExit(Module):
             thresholds: of the exits 1 to 3, in 0..1; by default those stored with the network.
 
         Raises:
-            UserError: if the network was not built with `output='ensemble'` or is in training mode (BatchNorm would see
-                the hard images only), for thresholds that are not three numbers in 0..1, or if none are given and the
-                network has none.
+            UserError: if the network was not built with `output='ensemble'`, has no classifiers or is in training mode
+                (BatchNorm would see the hard images only), for thresholds that are not three numbers in 0..1, or if
+                none are given and the network has none.
         """
         if not self.ensemble or self.training:
             raise UserError("forward_early needs a network created with output='ensemble', in eval mode")
+        if not self.num_classes:
+            raise UserError("forward_early needs classifiers, and the network was created with num_classes=0")
         if thresholds is None and self.thresholds is None:
             raise UserError(
                 "the network has no thresholds of its own: give three, or calibrate it by `sssd early-exit`"
@@ -261,9 +263,14 @@ def check_thresholds(thresholds: Sequence[float]) -> list[float]:
     """Three thresholds as numbers.
 
     Raises:
-        UserError: for another number of them, or one outside of 0..1.
+        UserError: for another number of them, one outside of 0..1, and what is no list of numbers.
     """
-    values = [float(threshold) for threshold in thresholds]
+    try:
+        values = [float(threshold) for threshold in thresholds]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"early exit needs a list of three thresholds in 0..1, for the exits 1 to 3; got {thresholds!r}"
+        ) from None
     if len(values) != 3 or not all(0 <= value <= 1 for value in values):
         raise UserError(f"early exit needs three thresholds in 0..1, for the exits 1 to 3; got {values}")
     return values

@@ -560,6 +560,8 @@ def write_results(plan: Plan, stages: Stages) -> Results:
     }
     if setup.pretext.source is None:
         results["encoder"] = short_name(setup.pretext.arch)
+    if setup.pretext.source is not None and not setup.pretext.same_data:
+        results["pretrain_data"] = setup.pretext.source.name
     measured = {}
     if probe:
         results["test"], results["test_images"] = probe["test"], probe["test_images"]

@@ -173,6 +173,11 @@ def test_export_names_what_it_wrote(network, tmp_path):
     assert [file.name for file in exported.files] == ["config.json", "model.safetensors"]
     with pytest.raises(UserError, match="already holds"):
         sssd_zoo.export(network, tmp_path / "plain", format="timm")
+    for name in ("README.md", "notes.txt"):
+        (tmp_path / "plain" / name).write_text("mine")
+    again = sssd_zoo.export(network, tmp_path / "plain", format="timm", overwrite=True)
+    assert again.files == exported.files
+    assert [(tmp_path / "plain" / name).read_text() for name in ("README.md", "notes.txt")] == ["mine"] * 2
 
 
 @pytest.mark.slow

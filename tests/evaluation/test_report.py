@@ -201,6 +201,9 @@ def test_accuracy_cost(tmp_path: Path, drawn: list[Figure]) -> None:
     assert "million" in axes.get_xlabel()
     accuracy_cost(ROWS[:1], {name: 30 * cost for name, cost in MACS.items()}, tmp_path / "one.png")
     assert "billion" in drawn[1].axes[0].get_xlabel()
+    many = [{**ROWS[0], "name": f"network {number}"} for number in range(10)]
+    accuracy_cost(many, MACS, tmp_path / "many.png")
+    assert {f"network {number}" for number in range(10)} <= set(drawn[2].axes[0].get_legend_handles_labels()[1])
 
 
 def test_cluster_sheet(tmp_path: Path, drawn: list[Figure]) -> None:

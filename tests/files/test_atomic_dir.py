@@ -85,15 +85,25 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
 
 
 def test_files_of_the_kind_are_replaced_and_others_stay(tmp_path):
-    write(tmp_path / "network", "old")
-    (tmp_path / "network" / "notes.txt").write_text("the user's")
-    (tmp_path / "network" / "README.md").write_text("of the old network")
-    write(tmp_path / "network", "new")
-    assert {path.name: path.read_text() for path in (tmp_path / "network").glob("[a-zA-Z]*")} == {
-        "config.json": "new",
-        "model.safetensors": "new",
-        "notes.txt": "the user's",
-    }
+    folder = tmp_path / "network"
+
+    def visible() -> dict[str, str]:
+        return {path.name: path.read_text() for path in folder.glob("[a-zA-Z]*")}
+
+    write(folder, "old")
+    (folder / "notes.txt").write_text("the user's")
+    (folder / "README.md").write_text("the user's")
+    write(folder, "new")
+    kept = {"notes.txt": "the user's"}
+    assert visible() == {"config.json": "new", "model.safetensors": "new", "README.md": "the user's", **kept}
+    with atomic_dir(folder, "network") as temporary:
+        (temporary / "model.safetensors").write_text("with a card")
+        (temporary / "README.md").write_text("the card")
+    assert visible() == {"model.safetensors": "with a card", "README.md": "the card", **kept}
+    write(folder, "newer")
+    assert visible() == {"config.json": "newer", "model.safetensors": "newer", **kept}, (
+        "the card was of the old network"
+    )
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])

@@ -28,10 +28,15 @@ def test_a_recipe_has_no_paths_of_a_machine(tmp_path):
         **{"pretrain_data": [f"{SECRET}/a", "~/b"], "pretrain": {"init": "hf-hub:timm/resnet18.a1_in1k"}},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
-    assert public_recipe(tmp_path, "images") == {
+    assert public_recipe(tmp_path, {"data": "images"}) == {
         **{"data": "images", "features": "encoder", "init": "run/model", "pretrain_data": "a + b"},
         "pretrain": {"init": "hf-hub:timm/resnet18.a1_in1k"},
     }
+    # A name of two parts may be a relative path, which no longer leads anywhere, or an id of the Hub.
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**recipe, "pretrain_data": "customer/photos"}))
+    assert public_recipe(tmp_path, {"data": "images"})["pretrain_data"] == "photos"
+    known = {"data": "images", "pretrain_data": "org/set"}
+    assert public_recipe(tmp_path, known)["pretrain_data"] == "org/set", "as it was called while it was trained on"
 
 
 @pytest.mark.parametrize(

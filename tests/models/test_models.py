@@ -357,6 +357,11 @@ def test_bad_arguments(images, network):
             network.forward_early(images, wrong)
     with pytest.raises(UserError, match="three thresholds"):
         timm.create_model("sssd_resnet18", thresholds=[0.5], device="meta")
+    for wrong in (0.5, "abc", [None] * 3):
+        with pytest.raises(UserError, match="a list of three thresholds in 0"):
+            network.forward_early(images, wrong)
+    with pytest.raises(UserError, match="needs classifiers"):
+        timm.create_model("sssd_resnet18", num_classes=0, device="meta").eval().forward_early(images, (0.5, 0.5, 0.5))
     with pytest.raises(UserError, match="no thresholds of its own"):
         network.forward_early(images)
     with pytest.raises(UserError, match="eval mode"):

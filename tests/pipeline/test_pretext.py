@@ -95,6 +95,7 @@ def test_a_pretext_of_another_network_on_other_data(folder_of_images, other_imag
     assert labels["pretrain.arch"] == "sssd_resnet34"
     assert labels["pretrain.data"] == record["data"] != labels["data"]
     assert f"on `{other_images.name}`, 36 images" in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "metrics.json").read_text())["pretrain_data"] == other_images.name
 
     words = ["fit", "--overwrite", *words[1:]]
     assert sssd(*words, "--model", "sssd_resnet34") == 0  # another student: the pretext stays

@@ -171,7 +171,7 @@ def accuracy_cost(
     figure = Figure(figsize=(8 if crowded else 6, 3.8), layout="constrained")
     axes = figure.subplots()
     best = max(rows, key=lambda row: row["ensemble"])["name"]
-    for row, colour in zip(rows, [COLOURS[0], FAINT, *COLOURS[1:]], strict=False):
+    for row, colour in zip(rows, cycle([COLOURS[0], FAINT, *COLOURS[1:]]), strict=False):
         label: dict[str, Any] = {"textcoords": "offset points", "color": colour, "fontsize": 8, "va": "center"}
         offset = 10 if row["name"] == best else -10
         axes.plot(costs, row["exits"], color=colour, marker="o", label=_label(row["name"]))

@@ -42,6 +42,7 @@ class Results(TypedDict, total=False):
         image_size: side of its images in pixels.
         data: name of the training data.
         split: of it.
+        pretrain_data: name of the images that were pretrained on, where they are others.
         images: number of training images.
         corrupt: number of images skipped because they could not be read.
         fingerprint: of the training data.
@@ -71,6 +72,7 @@ class Results(TypedDict, total=False):
     image_size: int
     data: str
     split: str
+    pretrain_data: str
     images: int
     corrupt: int
     fingerprint: str
