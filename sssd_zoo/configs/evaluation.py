@@ -29,7 +29,7 @@ class KNNConfig(Checked):
     """Weighted k-nearest-neighbour classification of frozen features.
 
     Args:
-        neighbours: number of neighbours (k).
+        neighbours: number of neighbours (k); by default all training images, where they are fewer.
         temperature: temperature of the neighbours' weights, exp(cosine similarity / temperature).
     """
 

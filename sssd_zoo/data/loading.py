@@ -685,5 +685,8 @@ def _told(message: str, told: bool) -> UserError:
 
 
 def _named(corrupt: list[Corrupt]) -> str:
-    images = [f"{f'row {name}' if isinstance(name, int) else name}: {reason}" for name, reason in corrupt]
-    return listed(images, NAMED, "; ")
+    names: dict[str, list[str]] = {}  # by the reason
+    for name, reason in corrupt[:NAMED]:
+        names.setdefault(reason, []).append(f"row {name}" if isinstance(name, int) else str(name))
+    parts = [f"{', '.join(alike)}: {reason}" for reason, alike in names.items()]
+    return "; ".join([*parts, *([f"and {len(corrupt) - NAMED} more"] if len(corrupt) > NAMED else [])])

@@ -112,7 +112,7 @@ def check_earlier(out: Path, args: FitArgs, stages: Iterable[str], survey: Surve
     if changes:
         raise UserError(
             f"{out} was made with other settings or data ({describe_changes(changes)}): give a new --out, or "
-            "--overwrite to repeat what depends on them and to remove the rest"
+            "--overwrite to repeat what depends on them and to remove other results (files of yours stay)"
         )
 
 

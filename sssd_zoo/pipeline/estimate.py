@@ -117,8 +117,9 @@ def epochs_within(setup: Setup, work: Work, rates: Rates, seconds: float) -> int
     )
     if (seconds - fixed) < epoch:
         raise UserError(
-            f"--budget is too short: one epoch of each stage takes about {duration(fixed + epoch)} from here on this "
-            "machine; give more, or a smaller --image_size"
+            f"--budget is too short: one epoch of each stage takes about {duration(fixed + epoch)} on this machine, "
+            f"and {duration(max(0, seconds))} of it are left after reading and measuring; give more, or a smaller "
+            "--image_size"
         )
     return min(LONGEST, int((seconds - fixed) / epoch))
 

@@ -1,5 +1,6 @@
 """`sssd knn`: nearest-neighbour accuracy of every exit of a frozen network."""
 
+from dataclasses import replace
 from typing import Any
 
 from sssd_zoo.configs import KNNArgs
@@ -16,6 +17,8 @@ def knn(args: KNNArgs) -> dict[str, Any]:
     """
     tune_cpu()
     _, evaluation, features = evaluate_frozen(args)
+    if args.neighbours == KNNArgs.neighbours:
+        args = replace(args, neighbours=min(args.neighbours, len(features.train_y)))
     accuracies = knn_features(features, args)
     print(
         f"weighted {args.neighbours}-nearest-neighbour accuracy of {args.model} in percent on {evaluation.describe()}:"

@@ -82,8 +82,18 @@ def embed_command(network: str, args: DataConfig) -> str:
 
 
 def from_scratch(args: FitArgs) -> bool:
-    """Whether a run of `sssd fit` learns from its images alone, without weights or features of another network."""
-    return all(each is None for each in (args.features, args.init, args.pretrain.init, args.pretrain_data))
+    """Whether a run of `sssd fit` learns from its images alone, without weights or features of another network.
+
+    Those of a run that learned from a few images alone are none that knew more.
+    """
+    others = [name for name in (args.features, args.init, args.pretrain.init) if name is not None]
+    return args.pretrain_data is None and all(of_few_images(name) for name in others)
+
+
+def of_few_images(network: str) -> bool:
+    """Whether a network is of a run of `sssd fit` that learned from too few images alone."""
+    results = results_of(network)
+    return results.get("from_scratch", False) and results.get("images", TOO_FEW) < TOO_FEW
 
 
 def run_verdict(args: FitArgs, arch: str, images: int, figures: dict[str, float]) -> Verdict:
@@ -173,11 +183,16 @@ def quality_commands(args: QualityArgs, model: Any) -> Commands:
 
 def run_on(model: str, data: ImageData) -> Results:
     """The results of the run of `sssd fit` whose network was measured, if it was trained on these images; else {}."""
-    path = Path(expand_home(model)).absolute()
+    results = results_of(model)
+    return results if results.get("fingerprint") == data.fingerprint else {}
+
+
+def results_of(network: str) -> Results:
+    """The results of the run of `sssd fit` that a network is of; {} for any other."""
+    path = Path(expand_home(network).removeprefix("local-dir:")).absolute()
     for folder in (path, *path.parents[:2]):  # the run itself, its model, probe/network
         if path.is_dir() and kind_of(folder) == "fit" and (folder / "metrics.json").is_file():
-            results = read_results(folder)
-            return results if results.get("fingerprint") == data.fingerprint else {}
+            return read_results(folder)
     return {}
 
 

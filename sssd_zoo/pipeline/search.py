@@ -153,7 +153,7 @@ def described(files: list[Path], similarities: FloatArray, places: IntArray, ind
     """What was found for each file, nearest first."""
     rows, paths = index.images()
     folder = index.meta["folder"]
-    for file, values, numbers in zip(files, similarities.tolist(), places.tolist(), strict=True):
+    for file, values, numbers in zip(files, similarities.clip(-1, 1).tolist(), places.tolist(), strict=True):
         for rank, (similarity, place) in enumerate(zip(values, numbers, strict=True), start=1):
             path = paths[place]
             path = path if path is None or folder is None else str(Path(folder, path))

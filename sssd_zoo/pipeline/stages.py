@@ -198,8 +198,18 @@ class Stages:
         if before is not None and changed and not self._may_repeat(changed, stage):
             raise _of_others(folder, {key: (before["inputs"].get(key), inputs.get(key)) for key in changed})
         if changed:
-            print_main(f"[{name}] repeated, for other {', '.join(CALLED.get(key, key) for key in changed[:5])}")
+            print_main(f"[{name}] repeated, for {self._described(stage, changed)}")
         print_main(f"[{name}]{self._where(name)} -> {folder}")
+
+    def _described(self, stage: Stage, changed: list[str]) -> str:
+        """What changed of a stage's inputs: its own by their names, and the earlier stages whose inputs did."""
+        known = {path.stem for path in (self.out / "steps").glob("*.json")} | {*stage.after}
+        own = [CALLED.get(key, key) for key in changed if key.partition(".")[0] not in known or key in known]
+        earlier = [
+            name for name in stage.after if name not in own and any(key.startswith(f"{name}.") for key in changed)
+        ]
+        parts = [f"other {', '.join(own[:5])}"] if own else []
+        return " and ".join([*parts, *(f"another result of [{name}]" for name in earlier)]) or "other earlier stages"
 
     def _perform(self, stage: Stage, inputs: dict[str, Any], *, new: bool) -> None:
         """Does a stage; where it is `new`, beside the old result, which it then replaces."""
@@ -329,5 +339,13 @@ def _of_others(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> UserErro
 
 def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
     """What differs, in words: the first names with their values there and now."""
-    named = [f"{key}: {there!r:.30} there, {now!r:.30} now" for key, (there, now) in list(changes.items())[:4]]
+    named = [
+        "other images" if key == "data" else f"{key}: {_shortened(there)} there, {_shortened(now)} now"
+        for key, (there, now) in list(changes.items())[:4]
+    ]
     return "; ".join(named + [f"and {len(changes) - 4} more"] * (len(changes) > 4))
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 30 else f"{text[:27]}..."

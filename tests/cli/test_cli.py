@@ -352,6 +352,10 @@ def test_the_steps_one_by_one(finished, folder_of_images, tmp_path, capsys):
     capsys.readouterr()
     assert sssd("knn", *data, "--model", finished / "distill", "--neighbours", "5") == 0
     assert "exit 4" in capsys.readouterr().out
+    assert sssd("knn", *data, "--model", finished / "distill") == 0
+    assert re.search(r"weighted (\d\d)-nearest-neighbour accuracy", capsys.readouterr().out), "fewer than 200 images"
+    assert sssd("knn", *data, "--model", finished / "distill", "--neighbours", "201") == 2
+    assert "give --neighbours from 1" in one_line(capsys)
     assert sssd("models") == 0
     assert "sssd_resnet101" in capsys.readouterr().out
 

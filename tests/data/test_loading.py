@@ -94,6 +94,19 @@ class TestCorrupt:
         with pytest.raises(MemoryError):
             load(classes, max_corrupt=100)
 
+    def test_images_with_one_reason_are_named_together(self, classes):
+        for name in ("cat/0.png", "cat/1.png", "dog/0.png"):
+            (classes / name).write_bytes(b"nonsense")
+        (classes / "dog" / "1.png").unlink()
+        (classes / "dog" / "1.png").symlink_to(classes / "nowhere.png")
+        with pytest.raises(UserError) as error:
+            load(classes)
+        said = str(error.value)
+        first, second = (f"{classes / name}" for name in ("cat/0.png", "cat/1.png"))
+        assert f"({first}, {second}, {classes / 'dog/0.png'}: it is not an image" in said
+        assert f"; {classes / 'dog/1.png'}: No such file" in said
+        assert said.count("it is not an image") == 1
+
     def test_rows_are_named_by_number(self, tmp_path):
         file = write_parquet(tmp_path / "my.parquet", [file_bytes(picture(0)), b"x", file_bytes(picture(1))])
         with pytest.raises(UserError, match=r"1 images .*\(row 1: it is not an image"):

@@ -123,7 +123,7 @@ def test_the_unweighted_term_has_a_chart_of_its_own():
 
 def test_measures_of_some_epochs_are_drawn_where_they_are():
     lines = [{**line, **({"rank_me": 7.0} if line["step"] % 100 == 0 else {}), "note": "text"} for line in LINES]
-    found = next(each for each in stage_charts(lines) if each.title == "Rank me")
+    found = next(each for each in stage_charts(lines) if each.title == "Effective rank (RankMe)")
     assert len(re.findall(r"[\d.]+,[\d.]+", found.svg)) == 10
     assert not stage_charts([])
 

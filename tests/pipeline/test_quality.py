@@ -13,7 +13,16 @@ from helpers.networks import save_tiny
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.configs import FitArgs, MoCoConfig, QualityArgs
 from sssd_zoo.evaluation.reports.markdown import read_results
-from sssd_zoo.pipeline.quality import data_words, embed_command, image_of, quality_commands, run_verdict
+from sssd_zoo.files import write_json
+from sssd_zoo.files.run_folder import mark
+from sssd_zoo.pipeline.quality import (
+    data_words,
+    embed_command,
+    from_scratch,
+    image_of,
+    quality_commands,
+    run_verdict,
+)
 from sssd_zoo.training.runs import save_config
 
 
@@ -66,6 +75,33 @@ def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, cap
         assert sssd("quality", network, "--data", photos, "--format", "json") == 0
         again = json.loads(capsys.readouterr().out)["verdict"]
         assert "learned from 40 images alone" in again["sentence"], "the same images, so the same verdict"
+
+
+def test_features_and_weights_of_a_run_on_few_images_know_no_more(tmp_path):
+    for name, results in (
+        ("few", {"from_scratch": True, "images": 300}),
+        ("many", {"from_scratch": True, "images": 50_000}),
+        ("other", {"from_scratch": False, "images": 300}),
+    ):
+        mark(tmp_path / name, "fit")
+        (tmp_path / name / "model").mkdir()
+        write_json(
+            tmp_path / name / "metrics.json",
+            {**results, **{"data": "x", "split": "train", "model": "sssd_resnet18", "image_size": 32}},
+        )
+
+    def alone(**settings):
+        return from_scratch(FitArgs(data="x", out="y", **settings))
+
+    few, many, other = (str(tmp_path / name) for name in ("few", "many", "other"))
+    assert alone()
+    assert alone(features=few, init=f"{few}/model")
+    assert alone(features=f"local-dir:{few}/model")
+    assert alone(pretrain=MoCoConfig(init=few))
+    assert not alone(features=few, pretrain_data="more")
+    assert not alone(features=few, init=many)
+    assert not alone(init=other)
+    assert not alone(features="resnet18")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_a_finished_step_goes_only_when_told_to_and_its_successor_is_complete(tm
     before = contents(tmp_path)
     with pytest.raises(UserError, match=r"train was made with other.*\(lr: 1 there, 2 now\).*--overwrite"):
         run_stage(old, "train", step("2"), {"lr": 2})
-    with pytest.raises(UserError, match=r"data: 'x+ there, 'y+ now\).*--overwrite"):
+    with pytest.raises(UserError, match=r"\(other images\).*--overwrite"):
         run_stage(Stages(tmp_path, {"data": "y" * 64}), "train", step("2"), {"lr": 1})
     assert contents(tmp_path) == before
 
@@ -168,6 +168,20 @@ class TestInputs:
         assert run(lr=1, k=4) == []
         assert run(lr=1, k=5) == ["labels", "probe"]
         assert run(lr=2, k=5) == ["train", "labels", "probe"]
+
+    def test_why_one_is_repeated(self, tmp_path, capsys):
+        for lr, decay in ((1, 1), (2, 1), (2, 3), (4, 5)):
+            stages = Stages(tmp_path, {"data": "x"}, overwrite=True)
+            run_stage(stages, "train", step("1"), {"lr": lr, "optim.decay": 0})
+            run_stage(stages, "measure", step("2"), {"decay": decay}, after=("train",))
+        said = [line for line in capsys.readouterr().out.splitlines() if "repeated, for" in line]
+        assert said == [
+            "[train] repeated, for other lr",
+            "[measure] repeated, for another result of [train]",
+            "[measure] repeated, for other decay",
+            "[train] repeated, for other lr",
+            "[measure] repeated, for other decay and another result of [train]",
+        ]
 
     def test_common_inputs_give_way_to_a_stage_s_own(self, tmp_path):
         for seed in (0, 1):

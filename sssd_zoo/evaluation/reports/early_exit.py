@@ -84,7 +84,8 @@ def _facts(results: dict[str, Any]) -> list[str]:
             for batch in BATCHES
         ),
         f"**Machine**: {markdown(results['machine'])}; medians of {results['runs']} runs, all networks in turn in one "
-        "process",
+        "process. Each throughput is the median of the runs' ratios; on a busy machine this is not quite the ratio of "
+        "the medians in the table",
         f"**Command**: {code(results['command'])}",
     ]
 

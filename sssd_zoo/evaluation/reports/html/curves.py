@@ -10,6 +10,7 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from sssd_zoo.errors.text import html, plain
+from sssd_zoo.evaluation.meanings import MEANINGS as FIGURES
 from sssd_zoo.evaluation.reports.figures import OWN_SCALE
 
 WIDTH, HEIGHT = 420, 230
@@ -195,6 +196,8 @@ def _number(value: Any) -> bool:
 
 
 def _words(name: str) -> str:
+    if name in FIGURES:
+        return FIGURES[name].title
     return TITLES.get(name, name.replace("_top1", " top-1").replace("_", " "))
 
 

@@ -33,7 +33,7 @@ QUALITIES = (82, 70, 55, 40)  # of WebP
 COLUMNS = 10  # of a sheet, and as many rows
 NEIGHBOURS = 8  # that are shown of an image
 EXAMPLES = 12  # images whose neighbours are shown without being asked for
-OUTLIERS = 36
+OUTLIERS = 36  # at most, and a twentieth of the images, but not fewer than 6
 GROUPS = 60  # of copies that are shown
 MEMBERS = 8  # of one group
 HASHED = 200_000  # images up to which files are compared, as the data's fingerprint does
@@ -161,7 +161,7 @@ def gallery(network: Any, data: ImageData, clusters: Clusters, forward: ForwardC
         limit: number of images to show, beyond which they are a sample; outliers and copies come to it.
     """
     same = identical(data.encoded, clusters.rows) if len(clusters.rows) <= HASHED else []
-    farthest = np.argsort(-clusters.distances, kind="stable")[:OUTLIERS]
+    farthest = np.argsort(-clusters.distances, kind="stable")[: min(OUTLIERS, max(6, len(clusters.distances) // 20))]
     extra = [place for group in same[:GROUPS] for place in group[:MEMBERS]]
     chosen = np.unique(np.concatenate([spread(clusters.labels, clusters.distances, limit), farthest, extra]))
     chosen = chosen.astype(np.int64)
