@@ -287,9 +287,12 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
     if misfits:
         first = misfits[0]
         there, here = (list(state[first].shape) if first in state else "missing" for state in (weights, ours))
+        theirs, name = (getattr(each, "pretrained_cfg", {}).get("architecture", "") for each in (source, model))
+        origin, place = f", which are of {theirs}," if theirs else "", f" of {name}" if name else ""
+        other = f"--model {theirs}, or " if theirs and theirs != name else ""
         raise UserError(
-            f"the weights to start from do not fit the trunk ({first} is {there} there, {here} here); give a "
-            "network of the same architecture and channels"
+            f"the weights to start from{origin} do not fit the trunk{place} ({first} is {there} there, {here} here): give "
+            f"{other}weights of a network of the same architecture and channels"
         )
     model.load_state_dict(weights, strict=False)
 
