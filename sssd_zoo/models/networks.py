@@ -291,8 +291,8 @@ def load_trunk(model: nn.Module, source: nn.Module) -> None:
         origin, place = f", which are of {theirs}," if theirs else "", f" of {name}" if name else ""
         other = f"--model {theirs}, or " if theirs and theirs != name else ""
         raise UserError(
-            f"the weights to start from{origin} do not fit the trunk{place} ({first} is {there} there, {here} here): give "
-            f"{other}weights of a network of the same architecture and channels"
+            f"the weights to start from{origin} do not fit the trunk{place} ({first} is {there} there, {here} here): "
+            f"give {other}weights of a network of the same architecture and channels"
         )
     model.load_state_dict(weights, strict=False)
 
