@@ -100,7 +100,7 @@ class CorruptTally:
         self.corrupt: list[Corrupt] = []
 
     def add(self, corrupt: list[Corrupt], tried: int, *, shared: bool = False) -> None:
-        """Adds the corrupt ones of `tried` images; if all processes find the same (`shared`), only one tells of them.
+        """Adds the corrupt ones of `tried` images; if all processes find the same (`shared`), only one reports them.
 
         Raises:
             UserError: if the limit is exceeded, or all of them are corrupt.
@@ -109,12 +109,7 @@ class CorruptTally:
         new = [image for image in dict.fromkeys(corrupt) if image not in known]
         self.corrupt += new
         told = shared and rank() != 0
-        if len(self.corrupt) > self.limit:
-            raise _told(
-                f"{len(self.corrupt)} images of {self.origin} cannot be decoded, more than max_corrupt {self.limit} "
-                f"({_named(self.corrupt)}): fix or remove them, or raise --max_corrupt to skip them",
-                told,
-            )
+        self._check(told=told)
         if corrupt and len(corrupt) == tried:
             raise _told(
                 f"none of {tried} images of {self.origin} can be decoded ({_named(corrupt)}): check that they are "
@@ -126,13 +121,22 @@ class CorruptTally:
             logger.warning("skipped %d corrupt images of %s, %d so far (%s)", len(new), self.origin, total, _named(new))
 
     def share(self) -> None:
-        """Adds what the tallies of the other processes hold; every process calls it.
+        """Adds what the tallies of the other processes hold, which have told of it; every process calls this.
 
         Raises:
             UserError: if the limit is exceeded by all of them together.
         """
-        found = gather_lists(self.corrupt)
-        self.add(found, len(found) + 1, shared=True)
+        known = set(self.corrupt)
+        self.corrupt += [image for image in dict.fromkeys(gather_lists(self.corrupt)) if image not in known]
+        self._check(told=rank() != 0)
+
+    def _check(self, *, told: bool) -> None:
+        if len(self.corrupt) > self.limit:
+            raise _told(
+                f"{len(self.corrupt)} images of {self.origin} cannot be decoded, more than max_corrupt {self.limit} "
+                f"({_named(self.corrupt)}): fix or remove them, or raise --max_corrupt to skip them",
+                told,
+            )
 
 
 @dataclass(frozen=True)
