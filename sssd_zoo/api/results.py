@@ -8,7 +8,6 @@ from typing import Any
 from sssd_zoo.evaluation.prediction import Prediction
 from sssd_zoo.files import read_json
 from sssd_zoo.files.json_lines import read_metrics
-from sssd_zoo.files.run_folder import files_of, kind_of
 
 __all__ = [
     "Accuracy",
@@ -256,6 +255,8 @@ class Export(Result):
     @classmethod
     def read(cls, path: Path, *, int8: bool = False) -> "Export":
         """What it wrote there."""
+        from sssd_zoo.files.run_folder import files_of, kind_of  # imports torch, which naming a function must not
+
         if path.is_dir():
             return cls(path, sorted(files_of(path, kind_of(path) or "network")))
         return cls(path, [path, *([path.with_suffix(".int8.onnx")] if int8 else [])])
