@@ -211,7 +211,7 @@ def _labelled(root: Path, splits: Mapping[str, list[PurePath]], depth: int) -> s
         elif len(loose) < len(images):
             warn_once(
                 f"{root} ({split}) has no labels: {len(loose)} of its images lie beside the sub-folders "
-                f"({listed(loose)}); to have labels, move them into class folders; --unlabelled says that there are none"
+                f"({listed(loose)}); for labels, move them into class folders; --unlabelled says that there are none"
             )
     known = {composed(image.parts[depth]) for image in splits.get("train", ()) if "train" in labelled}
     for split in sorted(labelled - {"train"} if known else ()):
