@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from sssd_zoo.configs import EarlyExitArgs
 from sssd_zoo.errors import UserError
@@ -72,6 +71,9 @@ def calibration_error(logits: Tensor, labels: Tensor) -> float:
         logits: float [N, C].
         labels: int64 [N].
     """
+    # Imported here, as it brings in transformers where that is installed, which takes seconds.
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     return float(
         multiclass_calibration_error(logits.softmax(1), labels, num_classes=logits.shape[1], n_bins=BINS, norm="l1")
     )

@@ -92,6 +92,10 @@ import sssd_zoo
 assert not {"torch", "timm", "numpy"} & sys.modules.keys()
 import sssd_zoo.models.networks
 print(*({"matplotlib", "accelerate", "faiss", "sssd_zoo.training.engine"} & sys.modules.keys()))
+import sssd_zoo.pipeline.knn
+print(*({"matplotlib"} & sys.modules.keys()))
+import sssd_zoo.pipeline.fit
+print(*({"torchmetrics", "transformers", "faiss", "datasets"} & sys.modules.keys()))
 """
     done = command("-c", code)
     assert done.returncode == 0, done.stderr
