@@ -130,16 +130,16 @@ def assemble(run: str, folder: Path, *, run_images: bool = True) -> list[str]:
     Raises:
         UserError: if there is no network, or it lacks exits or classifiers.
     """
-    folder_of_runs = (Path(run) / "model/config.json").is_file()
-    fitted = folder_of_runs and kind_of(Path(run)) != "finetune"
-    source = str(Path(run) / "model") if folder_of_runs else run
+    in_run = (Path(run) / "model/config.json").is_file()
+    fitted = in_run and kind_of(Path(run)) != "finetune"
+    source = str(Path(run) / "model") if in_run else run
     network = load_network(source)
     if getattr(network, "output", None) != "ensemble" or not network.num_classes:
         raise UserError(f"'{run}' is not a network with four exits and classifiers, which the page needs")
     architecture = architecture_of(network)
     names = network.pretrained_cfg.get("label_names")
     if Path(source).is_dir():
-        copy_network(Path(run), "model" if folder_of_runs else ".", folder / "model")
+        copy_network(Path(run), "model" if in_run else ".", folder / "model")
     else:
         save_network(folder / "model", network, architecture, label_names=names)
     title = architecture if Path(run).is_dir() else run.rpartition(":")[2]

@@ -62,30 +62,26 @@ def test_checkpoints_and_caches_of_complete_stages_go_and_nothing_else(run, caps
     assert "0.0 MB freed" in capsys.readouterr().out
 
 
-def test_of_a_comparison_and_of_a_single_training(tmp_path, capsys):
+def test_of_a_comparison(tmp_path, capsys):
     mark(tmp_path / "compare", "compare")
     Stages(tmp_path / "compare" / "seed-0", {}, keep_checkpoints=True).run(
         Stage(name="sssd", action=train, settings={})
     )
     assert sssd("clean", tmp_path / "compare") == 0
     assert "2.0 MB freed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "last"), [("training", "config.json"), ("detector", "detector.json")])
+def test_of_a_single_training(kind, last, tmp_path, capsys):
     single = tmp_path / "single"
-    mark(single, "training")
+    mark(single, kind)
     train(single)
     assert sssd("clean", single) == 0
-    assert "0.0 MB freed" in capsys.readouterr().out, "without config.json it is not complete"
-    (single / "config.json").write_text("{}")
+    assert "0.0 MB freed" in capsys.readouterr().out, f"without {last} it is not complete"
+    (single / last).write_text("{}")
     assert sssd("clean", single) == 0
     assert "2.0 MB freed" in capsys.readouterr().out
     assert (single / "model.safetensors").exists()
-    detector = tmp_path / "detector"
-    mark(detector, "detector")
-    train(detector)
-    assert sssd("clean", detector) == 0
-    assert "0.0 MB freed" in capsys.readouterr().out, "without detector.json it is not complete"
-    (detector / "detector.json").write_text("{}")
-    assert sssd("clean", detector) == 0
-    assert "2.0 MB freed" in capsys.readouterr().out
 
 
 def test_a_link_is_not_followed(run, tmp_path, capsys):
