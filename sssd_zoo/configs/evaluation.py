@@ -29,7 +29,7 @@ class KNNConfig(Checked):
     """Weighted k-nearest-neighbour classification of frozen features.
 
     Args:
-        neighbours: number of neighbours (k); by default all training images, where they are fewer.
+        neighbours: number of neighbours (k); the default is lowered to the number of training images if need be.
         temperature: temperature of the neighbours' weights, exp(cosine similarity / temperature).
     """
 
