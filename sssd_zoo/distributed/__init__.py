@@ -30,6 +30,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Ends the communication of a process that is done with it; nothing for one process.
+
+    Gloo's threads may still hold tensors; one that frees them while Python shuts down aborts the process, though all of
+    its work is done (pytorch/pytorch#179291).
+    """
+    if world_size() > 1:
+        dist.destroy_process_group()
+
+
 def on_main(action: Callable[[], T]) -> T:
     """Runs `action` in the main process, and returns its result, or raises its `UserError`, in every process."""
     if world_size() == 1:

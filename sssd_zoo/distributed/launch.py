@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import psutil
 
-from sssd_zoo.distributed import world_size
+from sssd_zoo.distributed import leave, world_size
 from sssd_zoo.errors import UserError
 
 _POLL = 0.5  # seconds between checks of the other processes
@@ -76,13 +76,14 @@ def others_tell_first() -> Iterator[None]:
 
 
 def end_other_processes(others: list[subprocess.Popen[bytes]], error: BaseException | None) -> None:
-    """Waits for the processes that were started; if this one failed, ends it and them at once.
+    """Leaves the group and waits for the processes that were started; if this one failed, ends it and them at once.
 
     Args:
         others: from `start_other_processes`.
         error: the exception that ends this process, already reported if it is a `SystemExit`; None if there is none.
     """
     if error is None:
+        leave()
         for number, process in enumerate(others, start=1):
             if process.wait():
                 _end_for(number, process)

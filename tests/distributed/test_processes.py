@@ -182,7 +182,7 @@ def test_sssd_fit_ends_in_every_stage(stage, start, folder_of_images, tmp_path):
 
 OTHER_RUN = """
 import torch.distributed as dist
-from sssd_zoo.distributed import on_main, rank
+from sssd_zoo.distributed import leave, on_main, rank
 from sssd_zoo.training.checkpoints import OtherRun
 
 dist.init_process_group("gloo")
@@ -194,6 +194,7 @@ try:
     on_main(fail)
 except OtherRun as error:
     print(f"rank {rank()}: {error}, told: {error.told}")
+leave()
 """
 
 
