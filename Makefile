@@ -14,7 +14,7 @@ endef
 export TRY_WHEEL
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test coverage test-slow test-min wheel check-tag release lint typecheck docs clean
+.PHONY: help venv demo test test-long coverage test-slow test-min wheel check-tag release lint typecheck docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -50,14 +50,17 @@ demo: $(VENV)/.installed ## run the whole pipeline on the bundled sample (10,000
 test: $(VENV)/.installed-dev ## run the fast tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --durations=20
 
-coverage: $(VENV)/.installed-dev ## run the fast tests and print what they cover; slower
-	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term:skip-covered
+test-long: $(VENV)/.installed-dev ## run the tests of five seconds to a minute, which `make test` leaves out
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=20 -m 'long and not slow'
+
+coverage: $(VENV)/.installed-dev ## run the tests of `make test` and `make test-long` and print what they cover; slower
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow' --cov --cov-report=term:skip-covered
 
 test-slow: $(VENV)/.installed-dev ## run every test, the slow ones too
 	$(BIN)/python -m pytest -n auto --dist loadfile -m ''
 
-test-min: $(VENV_MIN)/.installed ## run the fast tests with the lowest versions of the dependencies
-	$(VENV_MIN)/bin/python -m pytest -n auto --dist loadfile
+test-min: $(VENV_MIN)/.installed ## run the tests of `make test` and `make test-long` with the lowest versions of the dependencies
+	$(VENV_MIN)/bin/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 wheel: ## build dist/, install the wheel in an environment of its own and try it
 	rm -rf dist

@@ -47,6 +47,7 @@ def rows(folder_of_images):
     return datasets.Dataset.from_dict({"image": pictures, "label": labels}, features)
 
 
+@pytest.mark.long
 def test_training_gives_the_weights_of_the_command_and_leaves_the_program_as_it_was(folder_of_images, tmp_path):
     torch.manual_seed(7)
     state, threads, precision = torch.get_rng_state(), torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -148,6 +149,7 @@ def test_a_list_of_image_files_is_a_data_set_and_one_of_folders_several(network,
     assert len(sssd_zoo.embed(network, folders, tmp_path / "folders.npy", **HERE).array()) == 32
 
 
+@pytest.mark.long
 def test_measures_are_those_of_the_commands(network, folder_of_images, rows, tmp_path, capsys):
     found = sssd_zoo.knn(network, rows, neighbours=5, **HERE)
     assert list(found.exits) == ["1", "2", "3", "4"]

@@ -251,6 +251,7 @@ def test_the_saved_heads_have_the_reported_accuracy(finished, folder_of_images):
     assert ours == pytest.approx(reported, abs=0.01)
 
 
+@pytest.mark.long
 def test_a_second_call_does_nothing_and_a_change_runs_what_depends_on_it(finished, folder_of_images, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
     words = ["fit", "--data", folder_of_images, "--out", run, *TINY]
@@ -285,6 +286,7 @@ def test_the_report_names_the_machine_that_trained(finished, folder_of_images, t
     assert "- **Machine**: a GPU elsewhere" in (run / "report.md").read_text()
 
 
+@pytest.mark.long
 def test_card_of_a_run(finished, tmp_path, capsys):
     out, weights = tmp_path / "card", tmp_path / "weights.safetensors"
     words = ["card", "--run", finished, "--out", out, "--weights", weights, "--name", "sssd_resnet18.toy"]
@@ -315,6 +317,7 @@ def test_card_of_a_run(finished, tmp_path, capsys):
     assert not [name for name in listed if "checkpoint" in name or "state" in name]
 
 
+@pytest.mark.long
 def test_warm_start_begins_with_the_pretrained_trunk(folder_of_images, tmp_path):
     words = ["--warm_start", "--distill.lr", "0", "--distill.sizes", "[32, 48]", "--baseline", "false"]
     assert sssd("fit", "--data", folder_of_images, "--out", tmp_path, *TINY, *words) == 0
@@ -382,6 +385,7 @@ def test_clusterfit_trains_a_plain_network_on_the_same_labels(finished, folder_o
     assert "exit" not in out
 
 
+@pytest.mark.long
 def test_seed_teaches_a_student(finished, folder_of_images, tmp_path, capsys):
     words = ["--data", folder_of_images, "--model", "sssd_resnet18", "--image_size", "32", "--epochs", "1"]
     words += ["--batch_size", "16", "--out", tmp_path / "run"]
@@ -443,6 +447,7 @@ def test_checkpoint_of_another_architecture_is_refused(finished, folder_of_image
     assert "do not fit" in one_line(capsys)
 
 
+@pytest.mark.long
 def test_without_labels_there_is_a_report_without_accuracy(folder_of_images, tmp_path):
     data = tmp_path / "flat"
     data.mkdir()
@@ -480,6 +485,7 @@ def full_disk(folder: Path, data: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_nothing_half_written(folder_of_images, tmp_path):
     with small_disk(tmp_path / "disk", megabytes=20) as disk:
         done = full_disk(disk / "run", folder_of_images)
@@ -490,6 +496,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(folder_of_images, tmp_
         assert {path.name for path in left} <= {"config.yaml", "metrics.jsonl", ".sssd-zoo.json"}, left
 
 
+@pytest.mark.long
 def test_a_file_size_limit_is_one_line(folder_of_images, tmp_path):
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))

@@ -201,6 +201,7 @@ def test_names_that_the_console_cannot_show(monkeypatch):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_a_command_with_such_names(encoding, tmp_path):
     environment = {**BUFFERED, "PYTHONIOENCODING": encoding, "LC_ALL": "C"}
     words = [sys.executable, "-m", "sssd_zoo.cli", "predict", "sssd_resnet18", os.fsencode(tmp_path / "猫") + b"\xff"]

@@ -180,6 +180,7 @@ class TestCorrupt:
         memory, disk = (load(tmp_path, in_memory=keep, **smaller) for keep in (True, False))
         assert memory.rows.tolist() == disk.rows.tolist() == [1, 2]
 
+    @pytest.mark.long
     def test_processes_count_theirs_together(self, broken, tmp_path):
         """Each reads a half of the images: 1 and 2 of them are corrupt."""
         code = f"""
@@ -300,6 +301,7 @@ class TestMemory:
         assert fits_in_memory(most)
         assert not fits_in_memory(most + 1)
 
+    @pytest.mark.long
     def test_all_processes_do_as_the_first(self, tmp_path):
         """Each asks for another size, of which only the first fits."""
         code = "from sssd_zoo.data.loading import fits_in_memory\nprint(fits_in_memory([1, 10**18][rank]))"

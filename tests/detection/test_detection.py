@@ -600,6 +600,7 @@ class TestCommands:
         assert metrics["machine"]["processes"] == 2
         assert metrics["ap"] >= 0
 
+    @pytest.mark.long
     def test_trunks_of_runs_and_of_timm(self, voc, tmp_path, capsys):
         from sssd_zoo.models.saving import save_network
 

@@ -26,6 +26,7 @@ OF_ACCELERATE = {"MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}
 
 
 @pytest.mark.parametrize("asked", ["--num_processes 3", pytest.param("--num-processes=3", marks=pytest.mark.slow)])
+@pytest.mark.long
 def test_as_many_start_as_the_launcher_was_asked_for(asked, tmp_path):
     (tmp_path / "training.py").write_text(TRAINING)
     words = [sys.executable, "-c", LAUNCHER, f"{tmp_path / 'training.py'} {tmp_path} --epochs 3", *asked.split()]

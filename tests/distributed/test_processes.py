@@ -126,6 +126,7 @@ def test_an_error_of_the_main_process_alone_ends_all(launcher, start, folder_of_
         ),
     ],
 )
+@pytest.mark.long
 def test_a_signal_to_one_process_ends_all(launcher, number, name, start, folder_of_images, tmp_path):
     out = tmp_path / "run"
     run = start(launcher, [*PRETRAIN, "--data", str(folder_of_images), "--out", str(out)])
@@ -198,6 +199,7 @@ leave()
 """
 
 
+@pytest.mark.long
 def test_an_error_of_the_main_process_has_its_type_in_all(tmp_path):
     (tmp_path / "script.py").write_text(OTHER_RUN)
     done = command(*LAUNCHERS["torchrun"], str(tmp_path / "script.py"))

@@ -72,6 +72,7 @@ def test_a_terminal_sees_control_characters_as_escapes():
     assert buffer.getvalue() == start + "\\x1b[2J\\x9b\\u202e\\rerror: all well\n日本語 👩\u200d🔬\n"
 
 
+@pytest.mark.long
 def test_what_a_command_says_passes_through_it(tmp_path):
     name = tmp_path / "\x1b[31mred\u202e.png"
     name.write_bytes(b"no image")

@@ -262,6 +262,7 @@ def test_a_shared_threshold_is_the_last_that_passes():
 
 
 @pytest.mark.parametrize("by_agreement", [True, False])
+@pytest.mark.long
 def test_budgets_are_kept_on_other_images(by_agreement):
     """Of 60 samples of 600 images, 3 in the mean may give a threshold that breaks the budget of 3 points."""
     logits, labels = random_logits(count=40_000)

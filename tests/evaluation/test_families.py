@@ -135,6 +135,7 @@ def test_two_networks_are_trained_for_the_same_time_and_a_second_call_resumes(tm
     assert (tmp_path / "report" / "report.md").read_text() == report
 
 
+@pytest.mark.long
 def test_the_report_of_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "report.md").write_text("mine")
     done = command("eval/families.py", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path))

@@ -131,6 +131,7 @@ def test_a_command_that_fails_leaves_no_folder(tmp_path, capsys):
     assert list(contents(tmp_path)) == ["empty"]
 
 
+@pytest.mark.long
 def test_overwrite_takes_what_the_command_wrote_and_leaves_the_rest(folder_of_images, tmp_path, capsys):
     out = tmp_path / "run"
     words = ["distill", "--data", folder_of_images, "--out", out, "--labels", "random", "--k", "4", *SMALL]
@@ -208,6 +209,7 @@ def test_out_may_be_the_current_folder_or_a_link(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+@pytest.mark.long
 def test_export_replaces_only_an_export(suffix, tmp_path, capsys):
     model = timm.create_model("sssd_resnet18", num_classes=3, channels=(8, 8, 8, 8), layers=(1, 1, 1, 1))
     save_network(tmp_path / "net", model, "sssd_resnet18", input_size=32)

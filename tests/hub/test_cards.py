@@ -24,6 +24,7 @@ def test_every_pretrained_network_has_a_card_and_the_other_way_round():
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.long
 def test_bundled_weights_are_as_good_as_their_card_says(name):
     weights = Path(sssd_zoo.__file__).parent / "weights" / f"{name}.safetensors"
     card = read_json(CARDS / name / "metrics.json")

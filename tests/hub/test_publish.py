@@ -193,6 +193,7 @@ def writes(hub: Hub) -> list[str]:
     return [line for line in hub.log if "/commit/" in line or line.startswith("PUT") or "create" in line]
 
 
+@pytest.mark.long
 def test_dry_run_lists_the_files_and_asks_nothing(empty, sssd, run):
     for option in ("--dry-run", "--dry_run"):
         done = sssd("publish", run, "--repo", REPO, option)
@@ -670,6 +671,7 @@ def test_weights_that_are_not_those_of_the_card_are_refused(published, sssd, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_machine_without_a_network_is_told_within_seconds(run, tmp_path, monkeypatch):
     down = Client("http://127.0.0.1:9", tmp_path / "home")
     done = down("pull", REPO, "--out", tmp_path / "net")
@@ -728,6 +730,7 @@ print(json.dumps(answers))
 """
 
 
+@pytest.mark.long
 def test_timm_and_transformers_load_it_from_a_folder_and_from_the_hub(published, sssd, tmp_path):
     pytest.importorskip("transformers")
     assert sssd("pull", REPO, "--out", tmp_path / "net").status == 0

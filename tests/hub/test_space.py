@@ -106,6 +106,7 @@ def test_the_folder_is_a_whole_space(page, fitted):
     assert set((page / "requirements.txt").read_text().split()) <= {*space, *project["dependencies"]}
 
 
+@pytest.mark.long
 def test_the_page_runs_on_what_the_space_installs(page):
     needed = (page / "requirements.txt").read_text()
     others = ["accelerate", "datasets", "faiss", "jsonargparse", "matplotlib", "psutil", "sklearn", "torchmetrics"]
@@ -183,6 +184,7 @@ def test_examples_are_of_every_class(page, demo, folder_of_images):
     assert {position // 16 for position in found} == {0, 1, 2}
 
 
+@pytest.mark.long
 def test_a_network_without_labels_answers_with_clusters(folder_of_images, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -263,6 +265,7 @@ def no_image(*_: Any) -> None:
     raise UserError("no image of images (test) can be decoded")
 
 
+@pytest.mark.long
 def test_without_the_images_of_the_run(fitted, folder_of_images, tmp_path, monkeypatch):
     assemble(str(fitted), tmp_path / "asked", run_images=False)
     moved = tmp_path / "moved"

@@ -192,6 +192,7 @@ def test_faiss_is_imported_late_and_uses_the_vector_units(monkeypatch):
         assert printed[5:] == [kernel]
 
 
+@pytest.mark.long
 def test_faiss_imported_first_keeps_the_kernel_of_the_user():
     printed = python(TOGETHER.format(first="faiss"), OMP_NUM_THREADS="2", OPENBLAS_CORETYPE="Nehalem")
     assert printed[:5] == ["True", "False", "2000", "20", "Nehalem"]

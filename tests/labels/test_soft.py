@@ -63,6 +63,7 @@ def test_mistakes():
         SoftLabels(labels_of(features), np.array([0]), 0.0)
 
 
+@pytest.mark.long
 def test_the_commands(folder_of_images, tmp_path, capsys):
     """`fit`, and the same by `pseudo-label` and `distill`: in memory and from disk, hard and soft."""
     out = tmp_path / "run"

@@ -142,6 +142,7 @@ def test_activations():
     assert numbers["1"] < numbers["2"] < numbers["3"] < numbers["ensemble"]
 
 
+@pytest.mark.long
 def test_device_modules():
     """Timm's train.py imports the modules named by --device-modules, then asks for the network by name."""
     code = (

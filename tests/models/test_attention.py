@@ -123,6 +123,7 @@ def test_cost():
     assert costs["attention"]["ensemble"] - costs["attention"]["4"] < 0.08 * costs["attention"]["4"]
 
 
+@pytest.mark.long
 def test_distill_takes_them_and_their_folder_remembers(folder_of_images, tmp_path, capsys):
     words = ["--data", folder_of_images, "--labels", "random", "--k", "4", "--model", "sssd_resnet18"]
     words += ["--image_size", "32", "--epochs", "1", "--batch_size", "16", "--exits", "attention"]

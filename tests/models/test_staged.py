@@ -278,6 +278,7 @@ def test_copies(name):
 @pytest.mark.parametrize("output", ["ensemble", 2])
 @pytest.mark.parametrize("name", [FEW[0], *REST])
 @torch.no_grad()
+@pytest.mark.long
 def test_graphs(name, output):
     model = create(name, output=output)
     images = images_for(model)
@@ -344,6 +345,7 @@ print(same(trunk(images)[-1], wanted["map"]))
 
 
 @torch.no_grad()
+@pytest.mark.long
 def test_a_network_named_while_running_loads_in_another_process(tmp_path):
     name = choose_model("regnetx_002", 32, exits=True)
     assert name == "sssd_regnetx_002_cifar"

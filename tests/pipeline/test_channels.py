@@ -148,6 +148,7 @@ class TestExport:
         torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.long
 def test_measuring_and_calibrating(grey, images, tmp_path, capsys):
     data = ["--data", images, "--workers", "1"]
     assert sssd("knn", "--model", grey, *data, "--neighbours", "5", *CPU) == 0
@@ -167,6 +168,7 @@ def test_measuring_and_calibrating(grey, images, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.long
 def test_the_check_of_a_card(grey):
     from sssd_zoo.hub.cards import sample_accuracy
 
@@ -194,6 +196,7 @@ def test_a_grey_teacher_teaches_an_rgb_student(grey, images, tmp_path, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.long
 def test_a_detector_on_a_grey_trunk(grey, tmp_path, capsys):
     from sssd_zoo.detection.detector import load_detector
 

@@ -91,6 +91,7 @@ def test_seeds_teacher_sees_its_images_at_teacher_size_and_macs_are_of_the_probe
     assert results["sssd"]["macs"] == multiply_adds(network, (3, 32, 32))
 
 
+@pytest.mark.long
 def test_epochs_of_single_methods_and_the_pretext_itself(folder_of_images, tmp_path, capsys):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
     assert sssd(*words, "--methods", "[sssd, clusterfit, pretext]") == 0
@@ -108,6 +109,7 @@ def test_epochs_of_single_methods_and_the_pretext_itself(folder_of_images, tmp_p
     assert len(read_metrics(tmp_path / "seed-0" / "pretext" / "metrics.jsonl")) == 3 * 1
 
 
+@pytest.mark.long
 def test_a_pretext_with_epochs_of_its_own_is_all_that_it_trains(folder_of_images, tmp_path):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
     assert sssd(*words, "--methods", "[pretext]", "--epochs", "{pretext: 2}") == 0
@@ -126,6 +128,7 @@ def test_other_settings_are_told_before_anything_is_trained(folder_of_images, tm
     assert "[true] done before" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_contrastive_starts_from_the_pretext(folder_of_images, tmp_path, capsys):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
     assert sssd(*words, "--methods", "[contrastive]", "--contrastive.lr", "1e-12") == 0
@@ -144,6 +147,7 @@ def test_contrastive_starts_from_the_pretext(folder_of_images, tmp_path, capsys)
     assert "contrastive.contrast: 3.0 there, 2.0 now" in one_line(capsys)
 
 
+@pytest.mark.long
 def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
     variants = "{mixed: {method: anchored-warm, mix: mixup}, twice: {method: clusterfit, epochs: 2}}"
@@ -208,6 +212,7 @@ def test_true_labels_need_a_batch_of_the_images_that_are_not_measured(folder_of_
     assert not (tmp_path / "seed-0").exists(), "nothing was trained"
 
 
+@pytest.mark.long
 def test_a_result_keeps_the_machine_that_trained_it(folder_of_images, tmp_path):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]", "--methods"]
     assert sssd(*words, "[sssd]") == 0

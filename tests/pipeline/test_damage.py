@@ -151,6 +151,7 @@ class Wide(Regression):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.long
 def test_a_disk_that_is_full_at_any_byte_of_a_checkpoint(tmp_path):
     with small_disk(tmp_path / "disk", megabytes=64) as disk:
         optim, out, filler = OptimConfig(epochs=1, batch_size=8, lr=0.05), disk / "run", disk / "filler"

@@ -287,6 +287,7 @@ def test_names_in_a_locale_without_them(name, network, photos, tmp_path):
     assert EmbeddingFile(tmp_path / name).meta["count"] == 17
 
 
+@pytest.mark.long
 def test_an_image_that_is_too_large_is_told_once_and_plainly(network, tmp_path):
     write(tmp_path / "photos" / "a.png", picture(0))
     Image.new("L", (9500, 9500)).save(tmp_path / "photos" / "b.png", compress_level=1)

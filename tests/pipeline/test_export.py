@@ -124,6 +124,7 @@ def test_export_onnx_and_int8(folder, folder_of_images, tmp_path, capsys):
     )
 
 
+@pytest.mark.long
 def test_int8_takes_the_options_that_its_mistakes_advise(folder, folder_of_images, tmp_path, capsys):
     data = shutil.copytree(folder_of_images, tmp_path / "data")
     next(data.rglob("*.png")).write_bytes(b"no image")
@@ -175,6 +176,7 @@ def test_preprocessing_of_the_docs_is_that_of_predict(name, folder, tmp_path, mo
     assert names["logits"].argmax() == answer.argmax()
 
 
+@pytest.mark.long
 def test_reference_loop_of_the_docs(folder, tmp_path):
     assert sssd("export", folder, "--output", "early-exit", "--out", tmp_path / "stages") == 0
     names = {}

@@ -54,6 +54,7 @@ def work(tmp_path_factory):
     return work
 
 
+@pytest.mark.long
 def test_timm(work):
     out = work / "plain"
     assert sssd("export", work / "run", "--format", "timm", "--out", out) == 0

@@ -155,6 +155,7 @@ def distilled(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_the_sweep_reuses_what_is_there_and_draws(folder_of_images, distilled, tmp_path, capsys):
     words = ["finetune", "--data", folder_of_images, "--out", tmp_path / "out", *TINY]
     assert sssd(*words, "--models", "[test_resnet, scratch]", "--fractions", "[0.5]") == 2
@@ -203,6 +204,7 @@ def test_accuracies_of_exits_are_in_the_table_where_there_are_several():
     assert (first, second) == ("a,1.0,9,0,75.0,,,4,9.2", "a,1.0,9,0,75.0,50.0,60.0,4,9.2")
 
 
+@pytest.mark.long
 def test_runs_from_scratch_are_those_of_an_architecture(folder_of_images, distilled, tmp_path, capsys):
     words = ["finetune", "--data", folder_of_images, "--out", tmp_path / "out", *TINY]
     words += ["--fractions", "[0.2]", "--seeds", "[0]", "--models"]

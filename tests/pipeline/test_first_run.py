@@ -137,6 +137,7 @@ class TestForecast:
             ),
         ],
     )
+    @pytest.mark.long
     def test_measuring_changes_no_weight(self, more, folder_of_images, tmp_path, monkeypatch, capsys):
         words = ["fit", "--data", folder_of_images, *QUICK, "--unlabelled", *more]
         assert sssd(*words, "--out", tmp_path / "plain") == 0
@@ -183,6 +184,7 @@ def contents_but_times(out: Path) -> set[str]:
 
 
 class TestDamage:
+    @pytest.mark.long
     def test_of_what_is_derived_is_repaired(self, run, folder_of_images):
         (run / "metrics.json").write_text("{")
         assert sssd("fit", "--data", folder_of_images, "--out", run, *QUICK) == 0
@@ -196,6 +198,7 @@ class TestDamage:
 
 
 class TestLabels:
+    @pytest.mark.long
     def test_a_network_of_other_labels_is_not_taken(self, run, folder_of_images, capsys):
         words = ["fit", "--data", folder_of_images, "--out", run, *QUICK]
         record = run / "steps" / "distill.json"

@@ -43,6 +43,7 @@ def fit(data, out, *words):
     return sssd("fit", "--data", data, "--out", out, *SETTINGS, *words)
 
 
+@pytest.mark.long
 def test_a_batch_is_halved_until_it_fits(gpu, folder_of_images, tmp_path, capsys):
     _, tried = gpu
     assert fit(folder_of_images, tmp_path / "run") == 0
@@ -62,6 +63,7 @@ def test_a_batch_is_halved_until_it_fits(gpu, folder_of_images, tmp_path, capsys
     assert one == other
 
 
+@pytest.mark.long
 def test_a_run_that_is_resumed_keeps_what_it_began_with(gpu, folder_of_images, tmp_path, capsys):
     limits, tried = gpu
     assert fit(folder_of_images, tmp_path / "run") == 0
@@ -77,6 +79,7 @@ def test_a_run_that_is_resumed_keeps_what_it_began_with(gpu, folder_of_images, t
     assert (used["pretrain"]["accumulate"], used["pretrain"]["splits"]) == (1, 2)
 
 
+@pytest.mark.long
 def test_what_is_given_is_taken_and_what_does_not_fit_is_one_line(gpu, folder_of_images, tmp_path, capsys):
     limits, _ = gpu
     given = ["--pretrain.accumulate", "1"]
@@ -96,6 +99,7 @@ def test_what_is_given_is_taken_and_what_does_not_fit_is_one_line(gpu, folder_of
     assert "splits 32 must be" in one_line(capsys)
 
 
+@pytest.mark.long
 def test_the_largest_of_the_views_decides(monkeypatch, folder_of_images, tmp_path, capsys):
     sides, forward = [], SelfDistillation.forward
 

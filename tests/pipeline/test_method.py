@@ -97,6 +97,7 @@ def test_the_method_that_won_is_used_unless_what_is_given_decides(given, method,
     assert with_method(args, frozenset(names)).method == method
 
 
+@pytest.mark.long
 def test_a_run_keeps_its_method(folder_of_images, tmp_path, capsys):
     run, new = tmp_path / "run", ("--unlabelled", "--workers", "0")
     words = ["fit", "--data", folder_of_images, "--out", run, *TINY, *new]
@@ -122,6 +123,7 @@ def test_a_method_takes_its_own_of_the_settings():
     assert (args.student.epochs, args.student.contrast) == (3, 2.0)
 
 
+@pytest.mark.long
 def test_fit_by_the_contrastive_method(folder_of_images, tmp_path, capsys):
     run, new = tmp_path / "run", ("--unlabelled", "--workers", "0")
     words = ["fit", "--data", folder_of_images, "--out", run, *TINY, *new]

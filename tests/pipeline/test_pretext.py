@@ -43,6 +43,7 @@ def ran(capsys) -> dict[str, str]:
     return found
 
 
+@pytest.mark.long
 def test_labels_of_any_timm_network_and_nothing_pretrained(folder_of_images, tmp_path, capsys):
     network, out = encoder(tmp_path / "encoder", 0), tmp_path / "run"
     words = ["fit", "--data", folder_of_images, "--out", out, *TINY, "--features", network]

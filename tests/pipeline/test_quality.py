@@ -35,6 +35,7 @@ def photos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_fit_says_what_the_figures_say_and_what_to_do_next(photos, tmp_path, capsys):
     out = tmp_path / "run"
     assert sssd("fit", "--data", photos, "--out", out, *TINY) == 0

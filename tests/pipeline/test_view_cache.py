@@ -171,6 +171,7 @@ def test_a_cache_of_the_same_views_is_kept_and_one_of_others_replaced(encoder, d
         ),
     ],
 )
+@pytest.mark.long
 def test_fit_with_a_public_encoder(model, more, folder_of_images, tmp_path, capsys):
     torch.manual_seed(0)
     folder = tmp_path / "encoder"
@@ -261,6 +262,7 @@ def test_views_that_do_not_fit_on_the_disk_are_told_before_anything_is_trained(
     preflight.check_space(tmp_path / "run", AnchoredConfig(cached_views=8), images=48, numbers=512)
 
 
+@pytest.mark.long
 def test_distill_learns_the_map_and_resumes(folder_of_images, tmp_path, capsys):
     torch.manual_seed(0)
     save_network(tmp_path / "encoder", timm.create_model("test_resnet", num_classes=0), "test_resnet", input_size=64)

@@ -132,6 +132,7 @@ def test_examples_are_short_and_on_their_pages(name):
     assert f'--8<-- "{name}.py"' in (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_the_example_of_a_method_trains_and_resumes(tmp_path):
     names = runpy.run_path(str(ROOT / "docs/examples/add_method.py"))
     measured = names["main"](str(tmp_path / "run"))
@@ -162,6 +163,7 @@ assert [each.shape[1] for each in maps] == [64, 64, 128, 256, 512]
 """
 
 
+@pytest.mark.long
 def test_the_example_of_a_network_is_timm_s(tmp_path):
     done = command("-c", USE.replace("OUT", repr(str(tmp_path / "network"))))
     assert done.returncode == 0, done.stderr
@@ -193,6 +195,7 @@ print(name)
 """
 
 
+@pytest.mark.long
 def test_the_example_of_a_family_has_exits(tmp_path):
     code = (ROOT / "docs/examples/add_family.py").read_text(encoding="utf-8")
     assert len([line for line in code.splitlines() if line]) < 40

@@ -20,6 +20,7 @@ from helpers.commands import command
         (("image_folder.py", "--data", "cifar10-sample", "--out", "{0}"), "exists: give a folder to create"),
     ],
 )
+@pytest.mark.long
 def test_mistakes(words, message, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     script, *others = (word.format(tmp_path) for word in words)
@@ -32,6 +33,7 @@ def test_mistakes(words, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.long
 def test_images_as_files(tmp_path):
     words = ("--data", "cifar10-sample", "--split", "train[:3]", "--out", str(tmp_path / "images"))
     done = command("eval/image_folder.py", *words)

@@ -114,6 +114,7 @@ def test_every_row_of_table_4_starts_from_the_network_of_a_command_above(form):
 
 
 @pytest.mark.parametrize("words", FINETUNE, ids=lambda words: words[words.index("--out") + 1].rsplit("/", 1)[-1])
+@pytest.mark.long
 def test_a_dry_run_of_table_4(words, folder_of_images, tmp_path):
     torch.manual_seed(0)
     save_network(tmp_path / "net", timm.create_model("sssd_resnet18", num_classes=4), "sssd_resnet18", input_size=32)
@@ -131,6 +132,7 @@ def dry(words, data, out) -> int:
 
 
 @pytest.mark.parametrize("name", ["mini-r18-200-other", "imagenet-r18-200"])
+@pytest.mark.long
 def test_a_dry_run_of_some(name, folder_of_images, tmp_path):
     words = next(words for words in COMMANDS if words[-1].endswith(f"/{name}"))
     assert dry(words, folder_of_images, tmp_path) == 0

@@ -408,6 +408,7 @@ def test_the_client_of_others_is_left_as_it_was(hub, finished):
     assert before is _http._GLOBAL_CLIENT_FACTORY
 
 
+@pytest.mark.long
 def test_a_network_of_a_silent_hub_is_one_line(hub, finished):
     run("publish", [str(finished), "--repo", "someone/network"])
     for fault in (Fault("GET", "/resolve/", "silent"), Fault("HEAD", "/resolve/", "silent")):

@@ -23,6 +23,7 @@ def test_epochs_that_fit_a_time(seconds, rate, epochs):
     assert script["epochs_in"](seconds, rate, images=50_000) == epochs
 
 
+@pytest.mark.long
 def test_wrong_data_are_one_line_and_leave_nothing(tmp_path):
     done = command("train/paper_row.py", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), *TINY[2:])
     assert done.returncode == 2

@@ -101,6 +101,7 @@ class TestTrainer:
         assert steps == [8, 16]
 
 
+@pytest.mark.long
 def test_the_trunk_is_bit_equal_with_and_without(folder_of_images, tmp_path):
     words = ["pretrain", *WORDS, "--data", folder_of_images, "--epochs", "2"]
     looked = ("--quality_every", "1", "--best_by", "knn", "--label_column", "label", "--trackers", "[tensorboard]")

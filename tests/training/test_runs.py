@@ -119,6 +119,7 @@ class TestResumedCommand:
         words += ["--queue_size", "8", "--max_corrupt", "1", "--epochs", "2", "--device", "cpu"]
         return [*words, "--steps_per_epoch", "2"]
 
+    @pytest.mark.long
     def test_one_that_is_refused_leaves_the_folder_as_it_was(self, words, tmp_path, capsys):
         assert sssd(*words) == 0
         config, corrupt = (tmp_path / "run" / name for name in ("config.yaml", "corrupt.tsv"))
@@ -137,6 +138,7 @@ class TestResumedCommand:
         assert yaml.safe_load(config.read_text())["workers"] == 1, "it is the same run"
         assert corrupt.read_bytes() == before[1], "nothing was read"
 
+    @pytest.mark.long
     def test_one_that_is_stopped_keeps_the_corrupt_images_that_it_met(self, words, tmp_path, monkeypatch):
         def stop(self, *args):
             if self.progress.step == 3:
@@ -178,6 +180,7 @@ class TestNothingIsLost:
         assert f"--init {given} lies in --out run, where it could be overwritten" in one_line(capsys)
         assert contents(tmp_path / "run") == before
 
+    @pytest.mark.long
     def test_a_run_may_be_named_after_its_architecture(self, folder_of_images, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         words = [*PRETRAIN, "--data", folder_of_images, "--out", "sssd_resnet18"]
@@ -208,6 +211,7 @@ class TestNothingIsLost:
         assert contents(tmp_path / "probes") == before
         assert sssd(*words, "--overwrite") == 0
 
+    @pytest.mark.long
     def test_a_run_is_resumed_wherever_the_weights_that_it_began_from_lie(
         self, folder_of_images, tmp_path, monkeypatch
     ):
