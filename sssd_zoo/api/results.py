@@ -255,11 +255,12 @@ class Export(Result):
     @classmethod
     def read(cls, path: Path, *, int8: bool = False) -> "Export":
         """What it wrote there."""
+        from sssd_zoo.files import int8_beside
         from sssd_zoo.files.run_folder import files_of, kind_of  # imports torch, which naming a function must not
 
         if path.is_dir():
             return cls(path, sorted(files_of(path, kind_of(path) or "network")))
-        return cls(path, [path, *([path.with_suffix(".int8.onnx")] if int8 else [])])
+        return cls(path, [path, *([int8_beside(path)] if int8 else [])])
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,7 @@ class ProgressLines:
         self.said, self.said_done, self.due = now, self.done, now + EVERY
         values = [f"{name} {value}" for name, value in self.values.items()]
         first, others = (values[:1], values[1:]) if self.step_size else ([], values)  # the epoch
-        speed = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s"
-        self.write(", ".join([*first, self._count(), speed, *others, *([end] if end else [])]))
+        self.write(", ".join([*first, self._count(), speed(rate, self.unit), *others, *([end] if end else [])]))
 
     def _count(self) -> str:
         if self.total is None:
@@ -145,6 +144,11 @@ class ProgressLines:
             return None
         seconds = (self.clock() - self.began) / (self.done - self.initial) * (self.total - self.done)
         return f"{duration(seconds)} left"
+
+
+def speed(rate: float, unit: str) -> str:
+    """A rate, such as '183 img/s', with two digits where it is below 10."""
+    return f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s"
 
 
 def duration(seconds: float) -> str:

@@ -349,16 +349,18 @@ def most_lost(difference: Tensor, *, one_way: bool) -> float:
             else 0.
         one_way: it is never -1: then the bound is exact (Clopper-Pearson). Else it is that of Agresti and Min (2005),
             "Simple improved confidence intervals for comparing matched proportions": half an image is added to each
-            of the four cases, and the normal distribution taken.
+            of the four cases, and the normal distribution taken. That is too low where few images differ, so it is at
+            least the exact bound of as many losses as there are more than wins.
     """
-    count, lost, won = len(difference), int((difference > 0).sum()), int((difference < 0).sum())
-    if one_way:
-        from scipy.stats import binomtest  # takes a second to import
+    from scipy.stats import binomtest  # takes a second to import
 
-        return 100 * float(binomtest(lost, count, alternative="less").proportion_ci(CONFIDENCE).high)
+    count, lost, won = len(difference), int((difference > 0).sum()), int((difference < 0).sum())
+    exact = float(binomtest(max(lost - won, 0), count, alternative="less").proportion_ci(CONFIDENCE).high)
+    if one_way:
+        return 100 * exact
     mean, changed = (lost - won) / (count + 2), (lost + won + 1) / (count + 2)
     error = ((changed - mean**2) / (count + 2)) ** 0.5
-    return 100 * float(mean + NormalDist().inv_cdf(CONFIDENCE) * error)
+    return 100 * max(exact, float(mean + NormalDist().inv_cdf(CONFIDENCE) * error))
 
 
 def _within(rules: Rules, budget: float, scale: float, unit: str) -> list[float]:

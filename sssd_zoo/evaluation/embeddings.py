@@ -64,6 +64,8 @@ class Meta(TypedDict, total=False):
         precision: of the forward pass.
         image_size: side of the network's images in pixels.
         storage_size: side that images were stored at before, in pixels; see `decode`.
+        channels: that images were read with; 3 and 8 bits also where a network for grey images makes RGB grey.
+        bits: of each channel, 8 or 16. Earlier versions wrote neither.
         data: name of the data set.
         split: of it.
         folder: absolute path of the folder that `path` is relative to; None where the images are no files.
@@ -84,6 +86,8 @@ class Meta(TypedDict, total=False):
     precision: str
     image_size: Required[int]
     storage_size: Required[int]
+    channels: int
+    bits: int
     data: str
     split: str
     folder: Required[str | None]

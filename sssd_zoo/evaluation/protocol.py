@@ -16,6 +16,7 @@ from sssd_zoo.data.layout import composed
 from sssd_zoo.data.loading import ImageData, fits_on_gpu, load_images
 from sssd_zoo.data.several import open_data
 from sssd_zoo.data.sources import Splits
+from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import compute_device
 from sssd_zoo.errors import UserError
@@ -246,15 +247,16 @@ def probe_features(features: Features, config: ProbeConfig, seed: int) -> Probe:
     )
 
 
-def set_storage_size(network: Any, size: int) -> None:
-    """Notes on a network, which keeps it in config.json if it has exits, the side in pixels of images as stored."""
+def record_reading(network: Any, data: ImageData | StreamingImages) -> None:
+    """Notes on a network with exits, which config.json keeps, the size and the bits that its images were stored at."""
     if isinstance(network, MultiExit):
-        network.storage_size = size
+        network.storage_size = data.size
+        network.bits = None if data.pixels is None else data.pixels.bits
 
 
-def put_heads(model: Any, probe: Probe, storage_size: int) -> None:
-    """Makes the probes, measured on images stored at this size, the network's classifiers."""
-    set_storage_size(model, storage_size)
+def put_heads(model: Any, probe: Probe, data: ImageData) -> None:
+    """Makes the probes, measured on images that are read as these, the network's classifiers."""
+    record_reading(model, data)
     classes = probe.weights.shape[1]
     model.reset_classifier(classes)
     with torch.no_grad():

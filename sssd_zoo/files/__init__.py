@@ -136,6 +136,11 @@ def write_json(path: str | Path, content: Any) -> None:
     atomic_write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def int8_beside(path: Path) -> Path:
+    """Where `sssd export --int8` writes the int8 form of the graph in a file."""
+    return path.with_name(path.name.removesuffix(".onnx") + ".int8.onnx")
+
+
 def csv_text(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     """A table as CSV, its lines ended by a line feed alone; None is an empty cell."""
     text = io.StringIO()

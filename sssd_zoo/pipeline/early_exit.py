@@ -48,7 +48,7 @@ from sssd_zoo.evaluation.calibration import (
     useful_temperatures,
 )
 from sssd_zoo.evaluation.features import check_finite, network_features
-from sssd_zoo.evaluation.protocol import check_classes, hold_out, shared_rows
+from sssd_zoo.evaluation.protocol import check_classes, hold_out, record_reading, shared_rows
 from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.evaluation.reports.early_exit import command_line, network_source, report
 from sssd_zoo.evaluation.timing import BATCH, ONE_BY_ONE, interleaved, measure_stages
@@ -371,6 +371,7 @@ def write(out: Path, model: Any, measured: Sample, results: dict[str, Any], args
     """Writes the calibrated network, times it from there, and writes the report, which `results` then holds."""
     with atomic_dir(out, "early-exit") as folder:
         arch = architecture_of(model)
+        record_reading(model, measured.data)
         save_network(folder, model, arch, label_names=model.pretrained_cfg.get("label_names"))
         images = measured.data.gather(measured.positions[torch.randperm(len(measured.positions))[: 20 * BATCH]])
         inputs = prepared(images, model).to(next(model.parameters()).device)

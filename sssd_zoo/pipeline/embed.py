@@ -319,6 +319,8 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
         "precision": identity["precision"],
         "image_size": identity["image_size"],
         "storage_size": data.size,
+        "channels": data.channels,
+        "bits": 8 if data.pixels is None else data.pixels.bits,
         "data": data.name,
         "split": data.split,
         "folder": folder_of(args.data) if are_files else None,

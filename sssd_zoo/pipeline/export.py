@@ -3,7 +3,7 @@
 `sssd export` writes a file, or a folder where there is more than one:
 
     onnx            OUT, a graph with a dynamic batch size; class names, mean, std and size lie in its metadata
-    onnx, int8      also OUT with `.int8.onnx` for its suffix, by onnxruntime's static quantiser
+    onnx, int8      also OUT with `.int8.onnx` for `.onnx`, by onnxruntime's static quantiser
     onnx, early-exit   OUT/stage1.onnx to OUT/stage4.onnx and OUT/early_exit.json; docs/deploy.md has the loop
     torch-export    OUT, which `torch.export.load` reads; its extra file metadata.json has the same metadata
     safetensors     OUT/model.safetensors and OUT/config.json, which timm loads by `local-dir:OUT` with this package
@@ -37,7 +37,7 @@ from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.data.several import open_data
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.protocol import check_classes, evaluation_data, hold_out, refuse_shared_rows
-from sssd_zoo.files import atomic_write_bytes, write_json
+from sssd_zoo.files import atomic_write_bytes, int8_beside, write_json
 from sssd_zoo.files.run_folder import atomic_dir, check_replaceable, open_out
 from sssd_zoo.hub.portable import plain_network, save_for_transformers
 from sssd_zoo.models import MultiExit, stages_and_heads
@@ -310,9 +310,12 @@ def open_target(args: ExportArgs, out: Path) -> None:
     if folder:
         open_out(args, FOLDERS.get(args.format, "graphs"))
         return
-    for file in (out, *([out.with_suffix(".int8.onnx")] if args.int8 else [])):
+    for file in (out, *([int8_beside(out)] if args.int8 else [])):
         is_export = is_graph if args.format == "onnx" else is_program
         check_replaceable(file, args.overwrite, f"a network exported as {args.format}", is_export)
+    earlier = int8_beside(out)
+    if args.format == "onnx" and not args.int8 and earlier.is_file() and is_graph(earlier):
+        print(f"{earlier} is of an earlier export, perhaps of another network: remove it, or replace it by --int8")
 
 
 def export_file(model: MultiExit, args: ExportArgs, facts: dict[str, Any], example: Tensor, out: Path) -> None:
@@ -427,7 +430,7 @@ def export_int8(model: MultiExit, args: ExportArgs, graph: bytes, outputs: list[
         for _, stored in train.data.batches(positions.split(args.batch_size))
     )
     small = quantise(graph, batches)
-    target = out.with_suffix(".int8.onnx")
+    target = int8_beside(out)
     atomic_write_bytes(target, small, follow_link=True)
     print(
         f"int8, calibrated on {len(positions)} images of {train.data.name} ({train.data.split}): {target}, "

@@ -494,7 +494,7 @@ class Plan:
             probe = self._probe_of(network)
             accuracy.append({"name": title, "exits": probe.exits, "ensemble": probe.ensemble})
             if stage == self.student:
-                put_heads(network, probe, setup.data.size)
+                put_heads(network, probe, setup.data)
                 names = setup.data.class_names
                 save_model_folder(
                     folder / "network", network, arch=setup.arch, label_names=names, input_size=setup.size

@@ -60,7 +60,7 @@ def linear(args: LinearArgs) -> dict[str, Any]:
         "ensemble": probe.ensemble,
     }
     if out is not None:
-        put_heads(model, probe, evaluation.train.size)
+        put_heads(model, probe, evaluation.train)
         with atomic_dir(out, "probe") as temporary:
             save_config(temporary, args)
             save_network(temporary, model, architecture_of(model), label_names=evaluation.train.class_names)

@@ -16,10 +16,11 @@ from sssd_zoo.data.images import Corrupt, decode, quiet_pillow
 from sssd_zoo.data.inputs import pixels_of
 from sssd_zoo.data.loading import CorruptTally
 from sssd_zoo.data.opening import encoded
+from sssd_zoo.data.pixels import PixelFormat
 from sssd_zoo.distributed.hardware import tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
-from sssd_zoo.evaluation.embeddings import FOUND, EmbeddingFile, FloatArray, is_found
+from sssd_zoo.evaluation.embeddings import FOUND, EmbeddingFile, FloatArray, Meta, is_found
 from sssd_zoo.evaluation.features import run_network
 from sssd_zoo.files import atomic_write_text, csv_text
 from sssd_zoo.files.run_folder import check_replaceable
@@ -54,8 +55,9 @@ def search(args: SearchArgs) -> None:
     index = EmbeddingFile(args.index)
     exit_name = chosen_exit(index, args.exit)
     network = load_same(args.model, index, exit_name)
-    files = find_images(args.images, arrays=pixels_of(network) is not None)
-    good, queries, corrupt = embed_queries(args, network, files, index.meta["storage_size"])
+    pixels = pixels_of_index(index.meta, network)
+    files = find_images(args.images, arrays=pixels is not None)
+    good, queries, corrupt = embed_queries(args, network, files, index.meta["storage_size"], pixels)
     if good:
         similarities, places = nearest(queries, index.chunks(exit_name), args.k)
         found = list(described(good, similarities, places, index))
@@ -99,8 +101,16 @@ def load_same(name: str, index: EmbeddingFile, exit_name: str) -> Any:
     return network
 
 
+def pixels_of_index(meta: Meta, network: Any) -> PixelFormat | None:
+    """The channels and bits that the images of a file of embeddings were read with; None for RGB of 8 bits."""
+    if "bits" not in meta:
+        return pixels_of(network)
+    pixels = PixelFormat(meta["channels"], meta["bits"])
+    return None if pixels == (3, 8) else pixels
+
+
 def embed_queries(
-    args: SearchArgs, network: Any, files: list[Path], storage_size: int
+    args: SearchArgs, network: Any, files: list[Path], storage_size: int, pixels: PixelFormat | None
 ) -> tuple[list[Path], FloatArray, list[Corrupt]]:
     """The files that are images, their embeddings, float32 [Q, D] of unit length, and the others with the reasons."""
     good: list[Path] = []
@@ -108,19 +118,17 @@ def embed_queries(
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(files), args.batch_size):
-            pixels = []
+            images = []
             with quiet_pillow():
                 for file in files[start : start + args.batch_size]:
                     try:
                         image = encoded(0, {"bytes": None, "path": str(file)})
-                        pixels.append(
-                            torch.from_numpy(decode(image, storage_size, args.max_pixels, pixels_of(network)).copy())
-                        )
+                        images.append(torch.from_numpy(decode(image, storage_size, args.max_pixels, pixels).copy()))
                         good.append(file)
                     except CorruptImageError as error:
                         corrupt.append((str(file), str(error)))
-            if pixels:
-                yield torch.arange(len(pixels)), torch.stack(pixels)
+            if images:
+                yield torch.arange(len(images)), torch.stack(images)
 
     values = [read[-1].numpy() for _, read in run_network(network, batches(), args)]
     return good, normalise(np.concatenate(values)) if values else np.empty((0, 0), np.float32), corrupt

@@ -16,9 +16,10 @@ from sssd_zoo.data.loading import ImageData
 from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.distributed import barrier, on_main, rank
 from sssd_zoo.distributed.hardware import tune_cpu
+from sssd_zoo.distributed.progress import speed
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import plain
-from sssd_zoo.evaluation.protocol import set_storage_size
+from sssd_zoo.evaluation.protocol import record_reading
 from sssd_zoo.files import atomic_write_text
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import (
@@ -259,7 +260,7 @@ def run_training(
     """
     out = spec.out
     check_sizes(spec.arch, [spec.size, *optim.sizes])
-    set_storage_size(network, loader.data.size)
+    record_reading(network, loader.data)
     loader.data.move(make_accelerator(runtime).device)
     if labels is not None:
         settings = {"labels": labels.identity, **settings}
@@ -294,4 +295,4 @@ def run_training(
 def announce(out: Path, what: str, measured: dict[str, float]) -> None:
     """Tells what was trained and where it lies."""
     if rank() == 0:
-        print(f"{what}: final loss {measured['loss']:.4f}, {measured['images_per_second']:.0f} img/s; in {out}")
+        print(f"{what}: final loss {measured['loss']:.4f}, {speed(measured['images_per_second'], 'img')}; in {out}")

@@ -7,6 +7,7 @@ import math
 import shlex
 import shutil
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -28,6 +29,7 @@ from sssd_zoo.evaluation.calibration import (
     ensemble_answers,
     fit_temperatures,
     fold,
+    most_lost,
     shared_threshold,
 )
 from sssd_zoo.evaluation.reports.early_exit import command_line, network_source
@@ -231,12 +233,13 @@ def slow_shared_threshold(logits, labels, budget, bound):
     return passed
 
 
-def normal_bound(lost, won, count):
-    """Of Agresti and Min, by their table with half an image added to each case."""
+def bound_by_hand(lost, won, count):
+    """Of Agresti and Min, by their table with half an image added to each case; no less than that of a net loss."""
+    net = exact_bound(max(lost - won, 0), 0, count)
     lost, won, both, neither = lost + 0.5, won + 0.5, (count - lost - won) / 2 + 0.5, (count - lost - won) / 2 + 0.5
     total = lost + won + both + neither
     mean = (lost - won) / total
-    return 100 * (mean + 1.6448536 * ((lost + won) / total - mean**2) ** 0.5 / total**0.5)
+    return max(net, 100 * (mean + 1.6448536 * ((lost + won) / total - mean**2) ** 0.5 / total**0.5))
 
 
 def exact_bound(lost, won, count):
@@ -254,11 +257,24 @@ def test_a_shared_threshold_is_the_last_that_passes():
     logits, labels = random_logits(count=300)
     found = shared_threshold(3 * logits, labels, 4.0, by_agreement=False)
     assert 0 < found < SHARED[1]
-    assert found == slow_shared_threshold(3 * logits, labels, 4.0, normal_bound)
+    assert found == slow_shared_threshold(3 * logits, labels, 4.0, bound_by_hand)
     answers = ensemble_answers(3 * logits)
     found = shared_threshold(3 * logits, answers, 4.0, by_agreement=True)
     assert 0 < found < SHARED[1]
     assert found == slow_shared_threshold(3 * logits, answers, 4.0, exact_bound)
+
+
+@pytest.mark.parametrize(("count", "won"), [(100, 0.0), (330, 0.0), (330, 0.1), (670, 0.05), (1000, 0.0)])
+def test_few_images_keep_a_small_budget(count, won):
+    """A rule that loses a little more than the budget passes on about 5 percent of the samples, or fewer."""
+    budget = 0.5
+    rates = [(1.02 * budget + won) / 100, won / 100]
+    samples = np.random.default_rng(0).multinomial(count, [*rates, 1 - sum(rates)], size=20_000)
+    passed = 0
+    for (lost, win, same), times in zip(*np.unique(samples, axis=0, return_counts=True), strict=True):
+        difference = torch.tensor([1] * lost + [-1] * win + [0] * same)
+        passed += times * (most_lost(difference, one_way=False) <= budget)
+    assert passed / len(samples) < 0.06
 
 
 @pytest.mark.parametrize("by_agreement", [True, False])

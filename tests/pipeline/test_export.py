@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import ROOT, one_line, sssd
 from sssd_zoo.data.inputs import prepare
 from sssd_zoo.data.opening import Encoded
+from sssd_zoo.files import int8_beside
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.export import AllExits, Stage, onnx_bytes, quantise, run_onnx, session
 
@@ -122,6 +124,21 @@ def test_export_onnx_and_int8(folder, folder_of_images, tmp_path, capsys):
     assert all(
         float(value) * 10 / 100 == pytest.approx(round(float(value) * 10 / 100), abs=0.01) for value in stated.groups()
     )
+
+
+def test_the_int8_form_has_the_whole_name_of_its_graph():
+    names = {"net.onnx": "net.int8.onnx", "net.exit1": "net.exit1.int8.onnx", "net": "net.int8.onnx"}
+    assert {name: int8_beside(Path("out", name)).name for name in names} == names
+
+
+def test_an_int8_form_of_an_earlier_export_is_told(folder, tmp_path, capsys):
+    words = ["export", folder, "--out", tmp_path / "x.onnx"]
+    assert sssd(*words, "--output", "1") == 0
+    earlier = shutil.copy(tmp_path / "x.onnx", tmp_path / "x.int8.onnx")
+    capsys.readouterr()
+    assert sssd(*words, "--output", "2", "--overwrite") == 0
+    assert f"{earlier} is of an earlier export" in capsys.readouterr().out
+    assert earlier.is_file()
 
 
 @pytest.mark.long
