@@ -164,17 +164,18 @@ class Embeddings(Result):
         left_out = [dict(one) for one in meta.get("left_out", [])]
         return cls(path=path, count=meta["count"], dimension=meta["dimension"], exits=meta["exits"], left_out=left_out)
 
-    def array(self, exit_name: str | None = None) -> Any:
+    def array(self, exit_name: str | int | None = None) -> Any:
         """The embeddings, float32 [N, D].
 
         Args:
-            exit_name: of `exits`; by default the last.
+            exit_name: of `exits`, or its number; by default the last.
         """
         import numpy as np
 
         from sssd_zoo.evaluation.embeddings import EmbeddingFile
 
-        return np.concatenate(list(EmbeddingFile(self.path).chunks(exit_name or self.exits[-1])))
+        chosen = self.exits[-1] if exit_name is None else str(exit_name)
+        return np.concatenate(list(EmbeddingFile(self.path).chunks(chosen)))
 
     def images(self) -> tuple[Any, list[str | None]]:
         """Row numbers in the data, int64 [N], and the paths of those that are files, else None, in the same order."""

@@ -148,7 +148,7 @@ def read_labels(splits: Splits, split: str, label_column: str | None, name: str,
         if required:
             raise UserError(f"{problem}: label them, remove them, or choose another split")
         if missing < len(values) and rank() == 0:
-            logger.warning("%s: its labels are not used", problem)
+            logger.warning("%s: no label is used and no accuracy is measured, unless you label or remove them", problem)
         return None
     empty = [names[label] for label in np.flatnonzero(np.bincount(values, minlength=len(names)) == 0)]
     if empty:

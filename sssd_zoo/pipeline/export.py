@@ -305,6 +305,9 @@ def open_target(args: ExportArgs, out: Path) -> None:
             f"--out {out} is the name of a file, and --format {args.format} writes a folder here: give --out "
             f"{out.with_suffix('')}"
         )
+    own = ".onnx" if args.format == "onnx" else ".pt2"
+    if not folder and out.suffix in FILE_NAMES and out.suffix != own:
+        raise UserError(f"--format {args.format} does not write {out.suffix} files: give --out {out.with_suffix(own)}")
     if out.exists() and out.is_dir() != folder:
         raise UserError(f"--out {out} must be a {'folder' if folder else 'file'} for this format, but is not")
     if folder:

@@ -134,6 +134,7 @@ def test_embed_of_a_folder_and_of_objects_is_the_same(network, folder_of_images,
     objects = sssd_zoo.embed(str(network), rows, tmp_path / "objects.npy", **HERE)
     assert objects.array().shape == (48, 512)
     assert np.array_equal(objects.array(), files.array("4"))
+    assert np.array_equal(objects.array(4), files.array("4"))
     assert objects.images()[1] == [None] * 48
     with pytest.raises(UserError, match="already exists"):
         sssd_zoo.embed(network, rows, tmp_path / "objects.npy", **HERE)

@@ -284,6 +284,8 @@ def plain(tmp_path_factory):
         (["{folder}", "--data", "photos"], "--data is what --int8 calibrates on"),
         (["{folder}", "--out", "{tmp_path}/x/"], "x/ is a folder, and --format onnx writes a file: give"),
         (["{folder}", "--format", "safetensors", "--out", "{tmp_path}/x.onnx"], "x.onnx is the name of a file"),
+        (["{folder}", "--out", "{tmp_path}/x.pt"], "onnx does not write .pt files: give --out"),
+        (["{folder}", "--format", "torch-export", "--out", "{tmp_path}/x.onnx"], "does not write .onnx files"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
