@@ -349,8 +349,8 @@ def most_lost(difference: Tensor, *, one_way: bool) -> float:
             else 0.
         one_way: it is never -1: then the bound is exact (Clopper-Pearson). Else it is that of Agresti and Min (2005),
             "Simple improved confidence intervals for comparing matched proportions": half an image is added to each
-            of the four cases, and the normal distribution taken. That is too low where few images differ, so it is at
-            least the exact bound of as many losses as there are more than wins.
+            of the four cases, and the normal distribution taken. That is too low where few images differ, so the
+            exact bound of the net loss, losses less wins, is taken where it is greater.
     """
     from scipy.stats import binomtest  # takes a second to import
 
