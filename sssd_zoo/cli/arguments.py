@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from sssd_zoo import configs
 from sssd_zoo.cli.commands import COMMANDS, COMPLETED
 from sssd_zoo.cli.guard import fail
+from sssd_zoo.cli.recipes import outdated
 from sssd_zoo.configs.ranges import problems
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import expand_home
@@ -234,11 +235,17 @@ def expand_paths(config: Any) -> Any:
     return config
 
 
-def check_recipes(words: list[str]) -> None:
-    """Raises `UserError` where `--config` is given no file, or what is large or becomes so when it is parsed."""
+def recipes_in(words: list[str]) -> list[str]:
+    """The values of `--config`.
+
+    Raises:
+        UserError: for one that is no file, or that is large or becomes so when it is parsed.
+    """
     pairs = (word.split("=", 1) if "=" in word else [word, after] for word, after in pairwise([*words, ""]))
-    for recipe in (value for name, value in pairs if name == "--config"):
+    recipes = [value for name, value in pairs if name == "--config"]
+    for recipe in recipes:
         check_recipe(recipe)
+    return recipes
 
 
 def contradictions(parsed: Any, config: Any) -> list[str]:
@@ -322,22 +329,27 @@ def read_arguments(name: str, words: list[str], prog: str) -> tuple[Any, frozens
     words = keep_names(spell_out(words, config), config)
     if network := COMMANDS[name].network:
         words = name_network(words, network, prog)
-    check_recipes(words)
+    recipes = recipes_in(words)
     try:
         given, mistyped = parse(parser, words, config)
     except UserError:
         raise
     except (ArithmeticError, RecursionError, ValueError) as error:  # of numbers and YAML that no parser copes with
         raise UserError(f"cannot read the arguments: {error} (see {prog} --help)") from error
+    values = dict(given.items())
+    if name in COMPLETED and recipes:
+        typed = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+        anew = outdated(recipes, typed, values)
+        values = {key: value for key, value in values.items() if key not in anew}
     parsed = parser.get_defaults()
-    for key, value in given.items():
+    for key, value in values.items():
         parsed[key] = value
     if wrong := mistyped + problems(parsed.as_dict(), config) or contradictions(parsed, config):
         raise UserError("; ".join(wrong))
     try:
-        values = dict(vars(parser.instantiate(parsed)))
-        values.pop("config", None)
-        settings = config(**values)
+        instantiated = dict(vars(parser.instantiate(parsed)))
+        instantiated.pop("config", None)
+        settings = config(**instantiated)
     except ValueError as error:  # a SettingsError, which jsonargparse may wrap
         raise UserError(str(error)) from error
-    return expand_paths(settings), frozenset(given.keys())
+    return expand_paths(settings), frozenset(values)

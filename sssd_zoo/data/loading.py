@@ -10,10 +10,10 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import psutil
@@ -383,6 +383,12 @@ def load_images(
     """
     opened = open_images(config, default_size=default_size, require_labels=require_labels, progress=progress)
     return opened.load(verify=verify, progress=progress)
+
+
+def other_split(config: DataConfig, data: ImageData, split: str | None) -> DataConfig:
+    """How to read another split as `data` was: at its size and with its bits, which may be chosen by its images."""
+    bits = config.bits if config.channels is None else 8 if data.pixels is None else data.pixels.bits
+    return replace(config, split=split, storage_size=data.size, bits=cast(Any, bits))
 
 
 def open_images(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from sssd_zoo.configs import DataConfig, ForwardConfig, KNNConfig, ProbeConfig
 from sssd_zoo.data.columns import take_split
 from sssd_zoo.data.layout import composed
-from sssd_zoo.data.loading import ImageData, fits_on_gpu, load_images
+from sssd_zoo.data.loading import ImageData, fits_on_gpu, load_images, other_split
 from sssd_zoo.data.several import open_data
 from sssd_zoo.data.sources import Splits
 from sssd_zoo.data.streaming import StreamingImages
@@ -107,7 +107,7 @@ def evaluation_data(
     candidates = [test_split] if test_split else [name for name in ("test", "validation") if name in names]
     for name in candidates:
         refuse_shared_rows(splits, data, name)
-        test = load_images(replace(config, split=name, storage_size=data.size), progress=rank() == 0)
+        test = load_images(other_split(config, data, name), progress=rank() == 0)
         if test.labels is None:
             if test_split:
                 raise UserError(f"split {name} of {data.name} has no labels to measure with: give another --test_split")

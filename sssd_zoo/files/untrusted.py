@@ -6,7 +6,7 @@ published, or shown on a page) must be on a list, be regular files and not links
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -39,6 +39,14 @@ def read_yaml(path: str | Path) -> Any:
         return yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # tags of objects, invalid dates
         raise UserError(f"cannot read {path} as YAML: {error}") from error
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings with the names of nested ones dotted: 'pretrain.epochs'."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def check_recipe(given: str) -> None:

@@ -45,6 +45,7 @@ from sssd_zoo.files import (
     write_json,
 )
 from sssd_zoo.files.run_folder import EARLY_EXIT, KINDS, NETWORK, check_replaceable, kind_of
+from sssd_zoo.files.run_steps import check_of_one_piece
 from sssd_zoo.files.untrusted import copy_files, read_yaml
 from sssd_zoo.hub.model_card import EXITS, eval_result_files, model_card, with_costs
 from sssd_zoo.hub.publish import PICTURES, Metrics
@@ -141,13 +142,14 @@ def check_run(run: Path) -> None:
     """Refuses a folder that is not a finished run of `sssd fit`.
 
     Raises:
-        UserError: that names what is missing.
+        UserError: that names what is missing, or the steps that an unfinished run made again.
     """
     missing = [name for name in RUN_NEEDED if not (run / name).is_file()]
     if missing:
         raise UserError(f"{run} is not a finished run of `sssd fit`: {', '.join(missing)} missing")
     read_results(run)
     read_yaml(run / "config.yaml")
+    check_of_one_piece(run)
 
 
 def check_calibrated(run: Path, calibrated: str | None) -> Path | None:
@@ -256,8 +258,8 @@ def write_card(
     described = {"sha256": digest, "bytes": len(weights), **({} if sample is None else {"check": sample})}
     atomic_write_text(folder / "README.md", text)
     write_json(folder / "config.json", config)
-    # What the verdict proposes names folders of this machine.
-    public: dict[str, Any] = {key: value for key, value in results.items() if key != "verdict"}
+    # What the verdict proposes names folders of this machine, and the records of the steps stay there.
+    public: dict[str, Any] = {key: value for key, value in results.items() if key not in ("verdict", "steps")}
     if "figures" in results:
         public["figures"] = {path: text for path, text in results["figures"].items() if Path(path).name in figures}
     write_json(folder / "metrics.json", {**public, "weights": described})

@@ -21,7 +21,7 @@ def pseudo_labels_for(data: ImageData, pseudo: PseudoLabels, soft: float | None 
     Raises:
         UserError: if they were made from other images, or keep too little to be soft.
     """
-    pseudo.check(data.fingerprint)
+    pseudo.check(data.fingerprint, len(data))
     return FixedLabels(pseudo.labels_of(data.rows)) if soft is None else SoftLabels(pseudo, data.rows, soft)
 
 

@@ -85,6 +85,10 @@ class Meta(TypedDict):
     quality: dict[str, float] | None
 
 
+class OtherData(UserError):
+    """Pseudo labels belong to other images than those that were read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabels:
     """Pseudo labels and the data they belong to; on disk a folder.
@@ -231,16 +235,22 @@ class PseudoLabels:
             paths=paths,
         )
 
-    def check(self, data_fingerprint: str) -> None:
+    def check(self, data_fingerprint: str, images: int) -> None:
         """Refuses other data than those the labels were made from.
 
+        Args:
+            data_fingerprint: of the data.
+            images: number of those.
+
         Raises:
-            UserError: if the fingerprints differ.
+            OtherData: if the fingerprints differ.
         """
         if self.meta["fingerprint"] != data_fingerprint:
-            raise UserError(
-                f"these pseudo labels belong to other data ({self.meta.get('data')}, split {self.meta.get('split')}; "
-                "the fingerprints differ): give that data, or run `sssd pseudo-label` on this"
+            clustered = f"{len(self.rows):,} images of {self.meta.get('data')} (split {self.meta.get('split')})"
+            raise OtherData(
+                f"these pseudo labels belong to other data: {clustered} were clustered, and what was read now, "
+                f"{images:,}, is not the same; give the images that were clustered, or repeat the command that made "
+                "the labels, with --overwrite"
             )
 
     def open_images(self, config: DataConfig) -> EncodedImages:
@@ -255,7 +265,7 @@ class PseudoLabels:
         name = sources.short_name(config.data)
         splits, split = columns.take_split(open_data(config, progress=True), self.meta["split"], name)
         images = open_encoded(splits[split], config.image_column, name, config.max_pixels)
-        self.check(fingerprint(images, progress=True))
+        self.check(fingerprint(images, progress=True), len(images))
         return images
 
     def labels_of(self, rows: IntArray) -> IntArray:

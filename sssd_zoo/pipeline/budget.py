@@ -43,15 +43,30 @@ def check_epochs(args: FitArgs, epochs: int) -> None:
         check_schedule(config)
 
 
-def chosen_before(out: Path) -> Chosen | None:
+def kept(out: Path) -> Chosen | None:
     """What an earlier call chose in this folder, or None."""
     path = out / FILE
-    return on_main(lambda: read_json(path, Chosen) if path.is_file() else None)
+    return read_json(path, Chosen) if path.is_file() else None
 
 
 def keep(out: Path, epochs: int, chosen_for: dict[str, Any]) -> None:
     """Writes what was chosen, in the main process."""
     on_main(lambda: write_json(out / FILE, {"epochs": epochs, "chosen_for": chosen_for}))
+
+
+def serves(before: Chosen, chosen_for: dict[str, Any]) -> bool:
+    """Whether epochs that were chosen before are to stay: the time, the images and the trainings are the same."""
+    there = before["chosen_for"]
+    same = all(there.get(name) == value for name, value in chosen_for.items() if name != "settings")
+    # Those of earlier versions have the settings of all stages.
+    return same and all(settings in there.get("settings", []) for settings in chosen_for["settings"])
+
+
+def as_budget(seconds: float) -> str:
+    """A time as `--budget` takes it: '1h30m'."""
+    minutes, rest = divmod(round(seconds), 60)
+    parts = ((minutes // 60, "h"), (minutes % 60, "m"), (rest, "s"))
+    return "".join(f"{number}{unit}" for number, unit in parts if number)
 
 
 def describe_kept(budget: str, took: float) -> str:

@@ -28,6 +28,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.reports.markdown import config_of, read_results
 from sssd_zoo.files import RUN_MARK, atomic_write_text, csv_text, disk_errors, read_json
 from sssd_zoo.files.run_folder import atomic_dir, mark, open_out
+from sssd_zoo.files.run_steps import newer
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models.checks import read_config
 from sssd_zoo.pipeline.mistakes import images_of_a_run
@@ -103,6 +104,8 @@ def given_names(run: Path, count: int) -> dict[int, str]:
     They are those of the network's classes, where these are the clusters: on labelled images they are true classes.
     """
     if not (run / "metrics.json").is_file() or read_results(run).get("accuracy"):  # unfinished, or labelled
+        return {}
+    if "labels" in newer(run):  # an interrupted `sssd fit --overwrite`: the network's classes are other clusters
         return {}
     names = read_config(run / "model" / "config.json").get("label_names")
     if not isinstance(names, list) or len(names) != count:

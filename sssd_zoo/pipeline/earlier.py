@@ -10,10 +10,14 @@ from typing import Any, get_args
 
 from sssd_zoo.configs import FitArgs, RuntimeConfig
 from sssd_zoo.configs.methods import Method
+from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import listed
 from sssd_zoo.files import RUN_MARK, read_json
 from sssd_zoo.files.run_folder import drop, kind_of
-from sssd_zoo.files.untrusted import read_yaml
+from sssd_zoo.files.run_steps import newer
+from sssd_zoo.files.untrusted import flat, read_yaml
+from sssd_zoo.pipeline.budget import as_budget, kept
 from sssd_zoo.pipeline.stages import Survey, describe_changes
 
 # Where and how a run executes, which does not change what it gives.
@@ -47,14 +51,6 @@ def method_there(out: Path, usual: Method) -> Method | None:
     return there if there in get_args(Method) else None
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings with the names of nested ones dotted: 'pretrain.epochs'."""
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
-
-
 def more_epochs_there(out: Path) -> list[int]:
     """What `more_epochs` of the finished run in a folder was; [] if there is none."""
     there = finished_settings(out).get("more_epochs") or []
@@ -86,6 +82,16 @@ def recorded_stages(out: Path) -> list[str]:
     return sorted(path.stem for path in (out / "steps").glob("*.json") if not path.name.startswith("."))
 
 
+def other_budget(out: Path, args: FitArgs, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[str, str | None]]:
+    """The budget, there and now, where it is another that chose the epochs there, which nobody gave; else {}."""
+    epochs = {there for name, (there, _) in changes.items() if name.endswith(".epochs")}
+    there = kept(out) if epochs else None
+    if there is None or epochs != {there["epochs"]}:
+        return {}
+    seconds = there["chosen_for"]["seconds"]
+    return {} if args.budget and seconds_of(args.budget) == seconds else {"budget": (as_budget(seconds), args.budget)}
+
+
 def check_earlier(out: Path, args: FitArgs, stages: Iterable[str], survey: Survey) -> None:
     """Refuses a folder with the results of other settings or data, unless they are to be overwritten.
 
@@ -109,6 +115,13 @@ def check_earlier(out: Path, args: FitArgs, stages: Iterable[str], survey: Surve
     stale = [name for name in recorded_stages(out) if name not in stages]
     if not changes and stale:
         changes = {"stages": (", ".join([*stages, *stale]), ", ".join(stages))}
+    changes = {**other_budget(out, args, changes), **changes}
+    if changes and (again := newer(out)):
+        raise UserError(
+            f"{out} is not finished: a `sssd fit --overwrite` with other settings or data was interrupted after it had "
+            f"made {listed(again)} again; give --overwrite, with its arguments to finish it or with these, or another "
+            "--out"
+        )
     if changes:
         raise UserError(
             f"{out} was made with other settings or data ({describe_changes(changes)}): give a new --out, or "

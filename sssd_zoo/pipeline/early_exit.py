@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sssd_zoo.configs import DataConfig, EarlyExitArgs, ForwardConfig
 from sssd_zoo.data.inputs import input_channels, input_spec, prepared, storage_default
-from sssd_zoo.data.loading import ImageData, has_labels, load_images, split_names
+from sssd_zoo.data.loading import ImageData, has_labels, load_images, other_split, split_names
 from sssd_zoo.data.several import open_data
 from sssd_zoo.distributed.hardware import describe_machine, tune_cpu
 from sssd_zoo.errors import UserError
@@ -137,8 +137,7 @@ def load_samples(args: EarlyExitArgs, model: Any) -> tuple[Sample, Sample]:
     splits = [config.split] if args.calibration_split is None else [config.split, args.calibration_split]
     loaded: list[ImageData] = []
     for split in splits:
-        # The second is stored as the first, which may have chosen its size by its images.
-        config = replace(config, split=split, storage_size=loaded[0].size if loaded else config.storage_size)
+        config = other_split(config, loaded[0], split) if loaded else replace(config, split=split)
         data = load_images(config, default_size=size, require_labels=args.points_lost is not None)
         if data.labels is not None:
             check_classes(data, model, args.model)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from sssd_zoo.configs import DataConfig, ExportArgs, ProbeConfig
 from sssd_zoo.data.inputs import input_channels, input_spec, prepared, storage_default
-from sssd_zoo.data.loading import ImageData, load_images
+from sssd_zoo.data.loading import ImageData, load_images, other_split
 from sssd_zoo.data.several import open_data
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.protocol import check_classes, evaluation_data, hold_out, refuse_shared_rows
@@ -417,7 +417,7 @@ def int8_images(args: ExportArgs, model: MultiExit) -> tuple[Images, Images, str
     test_split = args.test_split or next((name for name in ("test", "validation") if name in others), None)
     if test_split is not None:
         refuse_shared_rows(splits, data, test_split)
-        test = load_images(replace(config, split=test_split, storage_size=data.size, unlabelled=True))
+        test = load_images(replace(other_split(config, data, test_split), unlabelled=True))
         return Images(data, torch.arange(len(data))), Images(test, torch.arange(len(test))), f"split {test.split}"
     kept, held_out = hold_out(data, 0.5, args.seed, purpose="measure on", advice="add images")
     return Images(data, kept), Images(data, held_out), f"the other half of split {data.split}"

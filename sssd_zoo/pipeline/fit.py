@@ -66,6 +66,7 @@ from sssd_zoo.evaluation.subset import IMAGES
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.network_link import link_network
+from sssd_zoo.files.run_steps import digests
 from sssd_zoo.hub.cards import distillation
 from sssd_zoo.hub.model_card import save_model_folder
 from sssd_zoo.labels.origin import labels_by_name, pseudo_labels_for
@@ -73,7 +74,7 @@ from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_network
-from sssd_zoo.pipeline.budget import BESIDE, MARGIN, check_epochs, chosen_before, describe_kept, keep, with_epochs
+from sssd_zoo.pipeline.budget import BESIDE, MARGIN, check_epochs, describe_kept, keep, kept, serves, with_epochs
 from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.earlier import (
@@ -100,6 +101,7 @@ SHOWN = 12  # clusters in the figure of them, and images of each
 # What no other method has; its queue and splits are chosen by `derive`, and so stand in saved settings.
 CONTRAST = ("contrast", "contrast_temperature", "dim", "key_momentum", "blur")
 DEFAULT: Method = "contrastive"  # where the student can start from M_ssl's weights; it won (docs/methods.md)
+MEASURING = ("quality", "probe")  # the stages that only measure what the others made
 SEED_STEP = 7919  # between the seeds of a run's trainings: --more_epochs sees new views, in another order
 
 
@@ -144,10 +146,10 @@ def fit(args: FitArgs, given: frozenset[str] | None = None) -> None:
         page = write_run_page(plan.out, setup.data, setup.forward)
         print_main("\n" + summary(results, plan.out, args.data))
         took, all_stages = time.perf_counter() - began, sum(stage["seconds"] for stage in results["times"])
-        kept = (
-            "" if args.budget is None or args.more_epochs else f", {describe_kept(args.budget, max(took, all_stages))}"
-        )
-        print_main(f"\nDone in {took / 60:.1f} minutes{kept}. Report and figures: {plan.out / 'report.md'}")
+        budget = ""
+        if args.budget is not None and not args.more_epochs and stages.results.keys() - surveyed[1].done:
+            budget = f", {describe_kept(args.budget, max(took, all_stages))}"
+        print_main(f"\nDone in {took / 60:.1f} minutes{budget}. Report and figures: {plan.out / 'report.md'}")
         print_main(f"The clusters to look at and name, in a browser: {page}")
         network = plan.out / "model"
         print_main(f"Network: {network}, for timm.create_model('local-dir:{network}', pretrained=True)")
@@ -246,14 +248,16 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
     first = replace(plan, args=replace(args, more_epochs=[]))
     assert args.budget is not None  # callers look
     budget = seconds_of(args.budget)
-    # Chosen for the same images, networks and batches, the epochs stay when a run is resumed.
+    # Chosen for the same images, networks and batches, the epochs stay when a run is resumed or measured otherwise.
     trained = replace(first, args=with_epochs(first.args, LONGEST))  # so many, as a warm-up must be shorter
     settings = [
-        {name: 1 if name == "epochs" else value for name, value in stage.settings.items()} for stage in trained.stages()
+        {name: 1 if name == "epochs" else value for name, value in stage.settings.items()}
+        for stage in trained.stages()
+        if f"{stage.name}.epochs" in BESIDE
     ]
     chosen_for = json.loads(json.dumps({"seconds": budget, **setup.inputs, "settings": settings}))
-    before, rates = chosen_before(plan.out), None
-    if before is not None and before["chosen_for"] == chosen_for:
+    before, rates = on_main(lambda: kept(plan.out)), None
+    if before is not None and serves(before, chosen_for):
         epochs = before["epochs"]
     else:
         if before is not None:  # so that what was changed is told, and not the epochs that it would lead to
@@ -375,8 +379,7 @@ class Plan:
             )
         # What measures a network that is trained further is done again without being asked to.
         extended = is_extension(on_main(lambda: more_epochs_there(self.out)), self.args.extensions)
-        trainings = {"pretrain", "labels", "distill", "baseline", *self.extensions}
-        return [replace(stage, unasked=extended and stage.name not in trainings) for stage in stages]
+        return [replace(stage, unasked=extended and stage.name in MEASURING) for stage in stages]
 
     def work(self, begun: dict[str, int]) -> Work:
         """What there is to do, where the stages `begun` are not done."""
@@ -550,6 +553,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         "verdict": run_verdict(args, setup.arch, len(setup.data), stages.results["quality"]["label_free"]),
         "macs": macs,
         "times": [{"step": name, "seconds": result["seconds"]} for name, result in stages.results.items()],
+        "steps": digests(out, [name for name in stages.results if name not in MEASURING]),
         "figures": draw_figures(plan, stages, pseudo, macs),
         "notes": [
             f"**Labels from**: {setup.pretext.description}"
@@ -572,7 +576,6 @@ def write_results(plan: Plan, stages: Stages) -> Results:
         measured["ensemble"] = ours["ensemble"]
     remove_figures(out, results["figures"])
     write_report(out / "report.md", results)
-    write_json(out / "metrics.json", results)
     if (out / "model").is_dir():
         link_network(out)  # before a copy of this network by the run's name differs from it
     save_model_folder(
@@ -587,6 +590,7 @@ def write_results(plan: Plan, stages: Stages) -> Results:
     link_network(out)
     save_config(out, replace(args, budget=None))  # whose epochs it has
     save_corrupt(out, setup.data.corrupt)
+    write_json(out / "metrics.json", results)  # last, as it says that all the others are of these steps
     return results
 
 

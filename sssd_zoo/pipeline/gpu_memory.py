@@ -8,9 +8,8 @@ import torch
 
 from sssd_zoo.configs import ContrastiveConfig, MoCoConfig, SelfDistillationConfig
 from sssd_zoo.distributed.hardware import compute_device
-from sssd_zoo.files.untrusted import read_yaml
+from sssd_zoo.files.untrusted import flat, read_yaml
 from sssd_zoo.pipeline.defaults import SMALLEST, splits_for
-from sssd_zoo.pipeline.earlier import flat
 from sssd_zoo.pipeline.estimate import distill_step, pretrain_step
 from sssd_zoo.pipeline.pretext import Setup
 from sssd_zoo.pipeline.pretrain import check_splits

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from sssd_zoo.configs import SettingsError
 from sssd_zoo.errors import UserError
+from sssd_zoo.labels.pseudo_labels import OtherData
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def images_of_a_run(data: str | list[str] | None) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if data is not None:
+        if data is not None or isinstance(error, OtherData):
             raise
         raise UserError(
             f"the run's images cannot be read; if they have moved, say where they are by --data: {error}"

@@ -17,6 +17,7 @@ from sssd_zoo.evaluation.reports.markdown import read_results
 from sssd_zoo.files import damage, expand_home, read_json, recorded_sha256, sha256, write_json
 from sssd_zoo.files.network_link import link_network
 from sssd_zoo.files.run_folder import check_writable, claim, kind_of
+from sssd_zoo.files.run_steps import check_of_one_piece
 from sssd_zoo.models.checks import read_config
 from sssd_zoo.models.networks import check_folder
 from sssd_zoo.models.saving import class_descriptions
@@ -46,6 +47,7 @@ def rename(args: RenameArgs) -> None:
     given = read_names(Path(args.names), classes)
     names = [given.get(number, name) for number, name in enumerate(before)]
     if run is not None:
+        check_of_one_piece(run)
         check_labels(run / "labels")
     claim(run or folder, kind_of(run or folder) or "network")
     if run is not None:

@@ -37,7 +37,7 @@ def report(args: ReportArgs) -> None:
         data = load_images(
             replace(config, in_memory=False), default_size=storage_default(results.get("image_size")), verify=False
         )
-    pseudo.check(data.fingerprint)
+    pseudo.check(data.fingerprint, len(data))
     path = write_run_page(run, data, ForwardConfig.of(args), args.images)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
 

@@ -281,9 +281,9 @@ def test_artefact_holds_the_documented_columns(artefact, tmp_path):
 
 
 def test_artefact_refuses_other_data(artefact):
-    artefact.check("abc")
-    with pytest.raises(UserError, match="other data"):
-        artefact.check("abd")
+    artefact.check("abc", 60)
+    with pytest.raises(UserError, match=r"other data: 60 images .* and what was read now, 58, is not the same"):
+        artefact.check("abd", 58)
 
 
 def test_labels_of_rows_in_any_order(artefact):

@@ -187,7 +187,10 @@ def test_mistakes(run, photos, tmp_path, capsys):
     other = tmp_path / "other"
     write(other / "1.png", picture(1))
     assert sssd("clusters", run, "--out", tmp_path / "out", "--data", other) == 2
-    assert "belong to other data" in one_line(capsys)
+    line = one_line(capsys)
+    assert "belong to other data: 12 images of " in line
+    assert "what was read now, 1, is not the same" in line
+    assert "have moved" not in line
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from helpers.commands import TINY, one_line, sssd
 from helpers.disk import contents
 from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, MoCoConfig, SelfDistillationConfig
+from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.distributed.progress import duration
 from sssd_zoo.files import RUN_MARK
 from sssd_zoo.pipeline import estimate, fit
+from sssd_zoo.pipeline.budget import as_budget
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.forecast import Forecast
 from sssd_zoo.pipeline.mistakes import Mistakes
@@ -255,6 +258,46 @@ class TestBudget:
         assert (out / "budget.json").read_bytes() == kept
         assert sssd("fit", "--config", out / "config.yaml") == 0
         assert "[distill] done before" in capsys.readouterr().out
+
+    @pytest.mark.long
+    def test_its_epochs_stay_unless_it_or_a_training_changes(self, folder_of_images, tmp_path, monkeypatch, capsys):
+        measured = []
+
+        def measure(setup, work):
+            measured.append(work)
+            return estimate.Rates(dict.fromkeys(work.trainings, StepTime(1.0, 0.0)), 0.0, 0.0)
+
+        monkeypatch.setattr(fit, "measure", measure)
+        monkeypatch.setattr(fit, "epochs_within", lambda setup, work, rates, seconds: round(seconds / 300))
+        out = tmp_path / "run"
+        words = ["fit", "--data", folder_of_images, "--out", out, "--workers", "0", "--baseline", "false"]
+        words += [word for pair in pairwise(TINY) if pair[0] in TINY[::2] and "epochs" not in pair[0] for word in pair]
+        budget = ["--budget", "10m"]
+        assert sssd(*words, *budget) == 0
+        assert "percent of the --budget of 10m" in capsys.readouterr().out
+        assert sssd(*words, *budget) == 0
+        said = capsys.readouterr().out
+        assert "[probe] done before" in said
+        assert re.search(r"Done in [\d.]+ minutes\. ", said), "nothing was done, so nothing of the budget was used"
+        # What measures, and the clusters, decide nothing of how long an epoch takes.
+        other = [*words, "--cluster.k", "5", "--probe.probe_weight_decay", "0.1"]
+        assert sssd(*other, *budget, "--overwrite") == 0
+        assert "[pretrain] done before" in capsys.readouterr().out
+        assert len(measured) == 1
+        assert sssd(*other, "--budget", "20m") == 2
+        line = one_line(capsys)
+        assert "(budget: '10m' there, '20m' now; " in line
+        assert "pretrain.epochs: 2 there, 4 now" in line
+        assert sssd(*other) == 2
+        assert "(budget: '10m' there, None now; " in one_line(capsys)
+        record = json.loads((out / "budget.json").read_text())
+        record["chosen_for"]["settings"] += [{"k": 4}]  # as of an earlier version, which kept those of all stages
+        (out / "budget.json").write_text(json.dumps(record))
+        assert sssd(*other, *budget) == 0
+
+    @pytest.mark.parametrize("text", ["90s", "30m", "2h", "1h30m", "1h2m3s"])
+    def test_it_is_told_as_it_is_given(self, text):
+        assert as_budget(seconds_of(text)) == ("1m30s" if text == "90s" else text)
 
     def test_not_beside_epochs(self, folder_of_images, tmp_path, capsys):
         words = ["--budget", "1h30m", "--pretrain.epochs", "3", "--distill.epochs", "3"]

@@ -1,6 +1,7 @@
 """What is measured or trained on images read by `--channels` or `--storage_size` is deployed with the same reading."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from PIL import Image
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import sssd
+from sssd_zoo.configs import DataConfig
+from sssd_zoo.data.loading import load_images
+from sssd_zoo.evaluation.protocol import evaluation_data
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
 
@@ -84,3 +88,20 @@ def test_search_reads_queries_as_the_index_was_read(network, images, tmp_path, c
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["path"] for one in found] == [str(query) for query in queries], "each is nearest to itself"
     assert [one["similarity"] for one in found] == pytest.approx([1, 1], abs=1e-4)
+
+
+def test_splits_are_read_with_the_same_bits(tmp_path):
+    for split, dtype in (("train", np.uint16), ("test", np.uint8)):
+        for name in ("dark", "light"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for image in range(4):
+                pixels = np.full((16, 16), image + 100 * (name == "light"), dtype)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{image}.png")
+    config = DataConfig(data=str(tmp_path), channels=1, workers=0)
+    data = load_images(config, default_size=16)
+    evaluation = evaluation_data(data, config, test_split=None, holdout=0.5, seed=0)
+    assert evaluation.test.split == "test"
+    assert evaluation.test.pixels == data.pixels
+    assert data.pixels.bits == 16
+    # Alone, they would be read with 8.
+    assert load_images(replace(config, split="test"), default_size=16).pixels.bits == 8

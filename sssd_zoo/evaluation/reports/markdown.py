@@ -63,6 +63,7 @@ class Results(TypedDict, total=False):
         macs: MACs per image at the exits '1' to '4' and for the 'ensemble'.
         activations: numbers that their layers put out for an image, by the same names.
         times: of the steps.
+        steps: of a run's trainings and pseudo labels, what it was made of, see `files.run_steps.digests`.
         figures: file names beside the report and their captions.
         notes: more facts, each a line of Markdown.
         finetuned: of a network that was trained on true labels: from what and how, in Markdown.
@@ -93,6 +94,7 @@ class Results(TypedDict, total=False):
     macs: Mapping[str, int]
     activations: Mapping[str, int]
     times: Sequence[Timing]
+    steps: Mapping[str, str]
     figures: Mapping[str, str]
     notes: Sequence[str]
     finetuned: str

@@ -1,0 +1,40 @@
+"""`sssd fit --config RUN/config.yaml` with other arguments: what that run derived from them is derived anew.
+
+The config.yaml of a run has all settings as resolved. Taken as they are, those that were chosen for its method would
+train another one badly. A recipe that is written by hand has only what its author chose, and stays as it is.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sssd_zoo.files.untrusted import flat, read_yaml
+from sssd_zoo.pipeline.defaults import BY_METHOD, DERIVED
+
+EPOCHS = {"pretrain.epochs", "distill.epochs"}
+# What decides the method, and then these settings.
+DECIDING = ("method", "features", "init", "pretrain_model")
+DECIDED = {*BY_METHOD, "method", "distill.lr", "distill.anchor"}
+
+
+def outdated(recipes: list[str], typed: set[str], values: Mapping[str, Any]) -> set[str]:
+    """The arguments of `sssd fit` that a recipe gives and that are to be derived anew.
+
+    Args:
+        recipes: values of `--config`.
+        typed: names of the arguments on the command line.
+        values: of the arguments that are given, by dotted names.
+    """
+    names: set[str] = set()
+    if "budget" in typed and values.get("budget") is not None:  # which chooses them
+        names |= EPOCHS
+    for recipe in map(Path, recipes):
+        content = read_yaml(recipe) if recipe.is_file() else None
+        settings = flat(content) if isinstance(content, dict) else {}
+        if not settings.keys() >= {*BY_METHOD, *DERIVED, *DECIDING}:
+            continue
+        if any(values.get(name) != settings[name] for name in DECIDING):
+            names |= DECIDED
+        if (values.get("features") is None) != (settings["features"] is None):  # that run had no pretraining, or this
+            names |= {name for name in DERIVED if name.startswith("pretrain.")}
+    return names - typed
