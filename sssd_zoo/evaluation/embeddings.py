@@ -62,10 +62,12 @@ class Meta(TypedDict, total=False):
         dtype: 'fp32' or 'fp16', of the file.
         normalised: whether every embedding was divided by its L2 norm.
         precision: of the forward pass.
+        batch_size: of the forward pass.
         image_size: side of the network's images in pixels.
         storage_size: side that images were stored at before, in pixels; see `decode`.
         channels: that images were read with; 3 and 8 bits also where a network for grey images makes RGB grey.
         bits: of each channel, 8 or 16. Earlier versions wrote neither.
+        max_pixels: images with more were left out.
         data: name of the data set.
         split: of it.
         folder: absolute path of the folder that `path` is relative to; None where the images are no files.
@@ -84,10 +86,12 @@ class Meta(TypedDict, total=False):
     dtype: Required[str]
     normalised: bool
     precision: str
+    batch_size: int
     image_size: Required[int]
     storage_size: Required[int]
     channels: int
     bits: int
+    max_pixels: int
     data: str
     split: str
     folder: Required[str | None]

@@ -24,7 +24,7 @@ from sssd_zoo.configs import DataConfig, EmbedArgs, RuntimeConfig
 from sssd_zoo.data.images import Corrupt
 from sssd_zoo.data.inputs import input_spec, storage_default
 from sssd_zoo.data.loading import ImageData, load_images
-from sssd_zoo.distributed import barrier, on_main, rank, world_size
+from sssd_zoo.distributed import barrier, on_main, print_main, rank, world_size
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.text import listed
@@ -36,6 +36,7 @@ from sssd_zoo.evaluation.embeddings import (
     Meta,
     Part,
     is_embeddings,
+    read_meta,
     sidecars,
     write_embeddings,
 )
@@ -104,6 +105,9 @@ def embed(args: EmbedArgs) -> None:
         "max_pixels": config.max_pixels,
         **({} if data.pixels is None else data.pixels.identity),
     }
+    if on_main(lambda: done_before(args, out, identity)):
+        print_main(f"done before: {out}")
+        return
     parts = Parts(parts_of(out), len(data), args.batch_size)
     missing = on_main(lambda: parts.open(identity, overwrite=args.overwrite))
     compute(args, network, data, parts, missing[rank() :: world_size()])
@@ -128,7 +132,8 @@ def check_target(args: EmbedArgs, out: Path) -> None:
     for source in [args.data] if isinstance(args.data, str) else args.data:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"--out {out} lies in --data {source}, where it would be read as data: give another place")
-    check_replaceable(out, args.overwrite, "embeddings of `sssd embed`", is_embeddings)
+    # One of the same settings and data stays as it is: see `done_before`.
+    check_replaceable(out, args.overwrite or is_embeddings(out), "embeddings of `sssd embed`", is_embeddings)
     for path in sidecars(out):
         tidy(path)
     foreign = [path for path in sidecars(out) if os.path.lexists(path) and not is_ours(sidecars(out)[0])]
@@ -139,6 +144,24 @@ def check_target(args: EmbedArgs, out: Path) -> None:
         raise UserError(
             f"{changed} was changed after `sssd embed` wrote it, so it is kept: move it, or give another --out"
         )
+
+
+def done_before(args: EmbedArgs, out: Path, identity: dict[str, Any]) -> bool:
+    """Whether the file is there, complete and of the same settings and data.
+
+    Raises:
+        UserError: if it is of others, and `overwrite` is not given.
+    """
+    if args.overwrite or not out.exists():
+        return False
+    meta: dict[str, Any] = {**read_meta(out)}
+    changed = [name for name, value in identity.items() if meta.get(name) != value]
+    if changed:
+        raise UserError(
+            f"{out} already exists, of other settings or data ({', '.join(changed)} differ): give --overwrite to "
+            "replace it, or another --out"
+        )
+    return all(path.is_file() for path in sidecars(out)) and not changed_since(out)
 
 
 def is_ours(record: Path) -> bool:
@@ -317,10 +340,12 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
         "dtype": args.dtype,
         "normalised": args.normalise,
         "precision": identity["precision"],
+        "batch_size": args.batch_size,
         "image_size": identity["image_size"],
         "storage_size": data.size,
         "channels": data.channels,
         "bits": 8 if data.pixels is None else data.pixels.bits,
+        "max_pixels": identity["max_pixels"],
         "data": data.name,
         "split": data.split,
         "folder": folder_of(args.data) if are_files else None,

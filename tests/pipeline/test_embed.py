@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,28 @@ def test_other_settings_discard_the_parts_with_overwrite(network, photos, tmp_pa
     assert not parts.folder.exists()
 
 
+@pytest.mark.parametrize("name", ["e.parquet", "e.csv", "e.npy"])
+def test_the_same_call_again_changes_nothing(name, network, photos, tmp_path, capsys):
+    data, out = tmp_path / "photos", tmp_path / "out" / name
+    shutil.copytree(photos, data)
+    out.parent.mkdir()
+    assert embed(network, data, out) == 0
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.parent.iterdir()}
+    capsys.readouterr()
+    assert embed(network, data, out) == 0
+    assert capsys.readouterr().out == f"done before: {out}\n"
+    write(data / "b" / "new.png", picture(30))
+    assert embed(network, data, out) == 2
+    assert "of other settings or data (fingerprint differ)" in one_line(capsys)
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.parent.iterdir()}
+    (data / "b" / "new.png").unlink()
+    for path in out.parent.iterdir():
+        if path.suffix != ".json" and path != out:
+            path.unlink()  # incomplete, so it is made again
+            assert embed(network, data, out) == 0
+            assert before[path][1] == path.read_bytes()
+
+
 def test_nothing_of_the_users_is_replaced(network, photos, tmp_path, capsys):
     np.save(tmp_path / "mine.npy", np.zeros(3))
     (tmp_path / "new.npy.json").write_text('{"mine": true}')
@@ -203,8 +226,8 @@ def test_nothing_of_the_users_is_replaced(network, photos, tmp_path, capsys):
     assert "--in_memory is of no use here" in one_line(capsys)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert embed(network, photos, tmp_path / "e.npy") == 0
-    assert embed(network, photos, tmp_path / "e.npy") == 2
-    assert "already exists; give --overwrite" in one_line(capsys)
+    assert embed(network, photos, tmp_path / "e.npy", "--exits", "1") == 2
+    assert "already exists, of other settings or data (exits differ): give --overwrite" in one_line(capsys)
     (tmp_path / ".other.npy.parts").mkdir()
     (tmp_path / ".other.npy.parts" / "mine.txt").write_text("mine")
     assert embed(network, photos, tmp_path / "other.npy", "--overwrite") == 2
