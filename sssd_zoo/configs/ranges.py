@@ -142,6 +142,7 @@ Weight = Annotated[float, Range(0, 10_000)]
 Temperature = Annotated[float, Range(1e-6, 10**6)]
 Positive = Annotated[float, Range(0, 1e9, open_low=True)]
 Epochs = Annotated[float, Range(0)]
+Minutes = Annotated[float, Range(0)]
 AnchorScale = Annotated[float, Range(0, 1000, open_low=True)]
 
 CropScale = Annotated[tuple[PositiveFraction, PositiveFraction], Items(2, 2, "ascending")]

@@ -170,7 +170,7 @@ class Trainer:
         self.threads = TrainingThreads(self.accelerator.device)
         self.unlogged: list[dict[str, Tensor]] = []  # what the steps since the last line of the log returned
         self.figures: dict[str, float] = {}  # what the task's monitor measured at this step
-        self.logged_at = time.perf_counter()
+        self.saved_at = self.logged_at = time.perf_counter()
         self.started_at = self.logged_at - self.progress.seconds  # as if the run had never been interrupted
 
     def _prepare(self, task: Task) -> None:
@@ -311,14 +311,21 @@ class Trainer:
         for positions, images in self.loader.epoch(epoch, start):
             self.step(positions, images, targets)
             step = self.progress.step
-            if step % self.runtime.log_every == 0 and step % steps_per_epoch:
+            within = step % steps_per_epoch != 0
+            logged = within and step % self.runtime.log_every == 0
+            if logged:
                 self.flush()
-            if every and step % every == 0 and step % steps_per_epoch:
+            if (every and within and step % every == 0) or (logged and self._long_since_saved()):
                 self.save()
         self.flush(ended=epoch)
         self.bar.refresh()
         if (epoch + 1) % max(1, self.runtime.checkpoint_epochs) == 0 or self.progress.step == self.total_steps:
             self.save()
+
+    def _long_since_saved(self) -> bool:
+        """Whether so much would be lost by a kill that a checkpoint is due; the main process decides for all."""
+        seconds = 60 * self.runtime.checkpoint_minutes
+        return bool(seconds) and on_main(lambda: time.perf_counter() - self.saved_at > seconds)
 
     def step(self, positions: Tensor, images: Batch, targets: Targets | None) -> None:
         """One optimiser step.
@@ -436,3 +443,4 @@ class Trainer:
             figures=self.figures,
             best_by="loss" if self.task.monitor is None else self.task.monitor.best_by,
         )
+        self.saved_at = time.perf_counter()

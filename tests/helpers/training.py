@@ -54,7 +54,7 @@ def run(
 ) -> Regression:
     task = Regression()
     names = RuntimeConfig.__dataclass_fields__.keys()
-    runtime = RuntimeConfig(log_every=1, **{name: kwargs.pop(name) for name in list(kwargs) if name in names})
+    runtime = RuntimeConfig(**{"log_every": 1, **{name: kwargs.pop(name) for name in list(kwargs) if name in names}})
     optim = OptimConfig(epochs=epochs, batch_size=8, lr=0.05, **kwargs)
     Trainer(
         task, loader or Tensors(8), optim=optim, runtime=runtime, out=out, identity=identity or {"arch": "line"}

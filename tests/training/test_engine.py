@@ -161,7 +161,21 @@ def test_checkpoints_of_some_epochs_and_of_the_last(tmp_path):
     assert steps == [8, 16, 20]
 
 
-def test_resume_in_the_middle_of_an_epoch_goes_on_from_the_step(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"log_every": 3, "checkpoint_minutes": 1e-9}, [3, 4, 6, 8]),  # at the lines of the log
+        ({"log_every": 1, "checkpoint_minutes": 0}, [4, 8]),
+        ({"log_every": 1}, [4, 8]),  # the run takes less than the minutes by default
+    ],
+)
+def test_checkpoints_within_an_epoch_that_takes_long(settings, expected, tmp_path):
+    run(tmp_path, epochs=2, keep_last=9, **settings)
+    assert [record["step"] for _, record in Checkpoints(tmp_path / "checkpoints", {}).saved()] == expected
+
+
+@pytest.mark.parametrize("every", [{"checkpoint_every": 3}, {"checkpoint_minutes": 1e-9, "log_every": 3}])
+def test_resume_in_the_middle_of_an_epoch_goes_on_from_the_step(every, tmp_path):
     class Stop(Exception):
         pass
 
@@ -172,11 +186,11 @@ def test_resume_in_the_middle_of_an_epoch_goes_on_from_the_step(tmp_path):
                     raise Stop
                 yield batch
 
-    whole = run(tmp_path / "whole", checkpoint_every=3)
+    whole = run(tmp_path / "whole", **every)
     with pytest.raises(Stop):
-        run(tmp_path / "broken", checkpoint_every=3, loader=Breaks(8))
+        run(tmp_path / "broken", **every, loader=Breaks(8))
     loader = Tensors(8)
-    resumed = run(tmp_path / "broken", checkpoint_every=3, loader=loader)
+    resumed = run(tmp_path / "broken", **every, loader=loader)
     assert loader.served[0] == (1, 2), "6 steps are done: the next is the third of the second epoch"
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
