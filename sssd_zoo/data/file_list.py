@@ -11,7 +11,7 @@ from sssd_zoo.data.walk import walk, warn_once
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.text import listed
+from sssd_zoo.errors.text import listed, plural
 from sssd_zoo.files import expand_home
 
 LIST = ".txt"
@@ -48,7 +48,7 @@ def listed_files(file: Path, *, arrays: bool) -> dict[str, Any]:
         raise UserError(f"{file} names no images: write one path on each line")
     kept, again = without_repeats([str(image) for image in images])
     if again:
-        warn_once(f"{file} names {len(again)} images more than once ({listed(again)}): each is read once")
+        warn_once(f"{file} names {plural(len(again), 'image')} more than once ({listed(again)}): each is read once")
     rows = Dataset.from_dict({"image": kept}, features=Features(image=Image(decode=False)))
     return {split_of_parquet(PurePath(file.name)): rows}
 

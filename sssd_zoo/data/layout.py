@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 from sssd_zoo.data.walk import warn_once
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.text import listed
+from sssd_zoo.errors.text import listed, plural
 
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -97,7 +97,7 @@ def image_layout(root: Path, images: list[PurePath], *, unlabelled: bool = False
             splits[split].append(image)
     if beside:
         warn_once(
-            f"left out {len(beside)} images of {root} that lie beside the folders of its splits ({listed(beside)})"
+            f"left out {plural(len(beside), 'image')} of {root} beside the folders of its splits ({listed(beside)})"
         )
     depth = base
     if by_folder:

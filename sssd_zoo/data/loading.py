@@ -46,7 +46,7 @@ from sssd_zoo.distributed.hardware import decoding_workers
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
 from sssd_zoo.errors.memory import full_shared_memory, lost_worker
-from sssd_zoo.errors.text import listed
+from sssd_zoo.errors.text import listed, plural
 from sssd_zoo.files import expand_home
 
 Batch = TypeVar("Batch")
@@ -133,8 +133,8 @@ class CorruptTally:
     def _check(self, *, told: bool) -> None:
         if len(self.corrupt) > self.limit:
             raise _told(
-                f"{len(self.corrupt)} images of {self.origin} cannot be decoded, more than max_corrupt {self.limit} "
-                f"({_named(self.corrupt)}): fix or remove them, or raise --max_corrupt to skip them",
+                f"{plural(len(self.corrupt), 'image')} of {self.origin} cannot be decoded, more than max_corrupt "
+                f"{self.limit} ({_named(self.corrupt)}): fix or remove them, or raise --max_corrupt to skip them",
                 told,
             )
 

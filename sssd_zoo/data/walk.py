@@ -12,7 +12,7 @@ from sssd_zoo.data.formats import ARRAYS, EXTENSIONS, LFS_POINTER, SHARDS, UNREA
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.text import listed
+from sssd_zoo.errors.text import listed, plural
 from sssd_zoo.files import RUN_MARK
 
 logger = logging.getLogger("sssd_zoo")
@@ -56,8 +56,14 @@ class FolderContent:
     def describe(self) -> str:
         """What looks like data but is not read, on one line; '' if there is nothing."""
         beside = bool(self.shards and (self.images or self.parquet))
-        parts = [f"{len(self.shards)} .tar files (unpack them, or give the folder of those alone)"] if beside else []
-        parts += [f"{count} {ending} files ({UNREAD[ending]})" for ending, count in self.unread.most_common()]
+        parts = (
+            [f"{plural(len(self.shards), '.tar file')} (unpack them, or give the folder of those alone)"]
+            if beside
+            else []
+        )
+        parts += [
+            f"{plural(count, f'{ending} file')} ({UNREAD[ending]})" for ending, count in self.unread.most_common()
+        ]
         parts += [f"{len(names)} {reason} ({listed(names)})" for reason, names in self.left_out.items()]
         return "; ".join(parts)
 

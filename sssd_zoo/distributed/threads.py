@@ -8,6 +8,7 @@ import torch
 
 from sssd_zoo import cpus
 from sssd_zoo.distributed import world_size
+from sssd_zoo.errors.text import plural
 
 EVERY = 5.0  # seconds between looks at what other processes do
 FIRST = 0.5  # seconds of the look before the first step
@@ -97,8 +98,3 @@ class TrainingThreads:
             return None
         TrainingThreads.said = key
         return line
-
-
-def plural(count: int, word: str) -> str:
-    """'1 thread', '2 threads'."""
-    return f"{count} {word}{'' if count == 1 else 's'}"

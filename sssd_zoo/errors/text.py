@@ -49,6 +49,11 @@ def listed(names: Sequence[str], limit: int = 5, separator: str = ", ") -> str:
     return separator.join([*names[:limit], *([f"and {len(names) - limit} more"] if len(names) > limit else [])])
 
 
+def plural(count: int, word: str) -> str:
+    """'1 image', '2,000 images'."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 def html(value: Any) -> str:
     """A name in HTML, between tags or in a quoted attribute."""
     return library.escape(plain(value))

@@ -25,6 +25,7 @@ from sssd_zoo.data.objects import array_bytes
 from sssd_zoo.data.opening import format_of
 from sssd_zoo.distributed.progress import progress_bar
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import plural
 from sssd_zoo.evaluation.reports.markdown import config_of, read_results
 from sssd_zoo.files import RUN_MARK, atomic_write_text, csv_text, disk_errors, read_json
 from sssd_zoo.files.run_folder import atomic_dir, mark, open_out
@@ -79,7 +80,7 @@ def clusters(args: ClustersArgs) -> None:
         atomic_write_text(folder / LISTING, as_csv(found))
         mark(folder, "clusters", [member.file for member in found])
     folders = len({member.file.split("/")[0] for member in found})
-    print(f"{len(found):,} images in {folders} folders: {out}")
+    print(f"{plural(len(found), 'image')} in {plural(folders, 'folder')}: {out}")
 
 
 def open_images(args: ClustersArgs, run: Path | None, pseudo: PseudoLabels) -> EncodedImages:

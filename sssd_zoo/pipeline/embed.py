@@ -27,7 +27,7 @@ from sssd_zoo.data.loading import ImageData, load_images
 from sssd_zoo.distributed import barrier, on_main, print_main, rank, world_size
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.text import listed
+from sssd_zoo.errors.text import listed, plural
 from sssd_zoo.evaluation.embeddings import (
     DTYPES,
     FORMATS,
@@ -326,7 +326,7 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
         raise UserError(f"none of the {parts.count} images of {data.name} can be read ({described(left_out)})")
     if len(left_out) > args.max_corrupt:  # each process and each call has counted its own alone
         raise UserError(
-            f"{len(left_out)} images of {data.name} cannot be read, more than max_corrupt {args.max_corrupt} "
+            f"{plural(len(left_out), 'image')} of {data.name} cannot be read, more than max_corrupt {args.max_corrupt} "
             f"({described(left_out)}): fix or remove them, or raise --max_corrupt to leave them out"
         )
     are_files = data.paths(np.arange(1))[0] is not None
@@ -378,8 +378,8 @@ def describe(meta: Meta, out: Path) -> str:
     """What was written, in a line or two."""
     exits = f"exits {', '.join(meta['exits'])}" if len(meta["exits"]) > 1 else f"exit {meta['exits'][0]}"
     exits = "the pooled features" if meta["exits"] == ["final"] else exits
-    count = f"{meta['count']:,} image{'s' if meta['count'] != 1 else ''}"
-    line = f"{count} of {meta['data']} ({meta['split']}), {exits}, {meta['dimension']} numbers each: {out}"
+    images = f"{plural(meta['count'], 'image')} of {meta['data']} ({meta['split']})"
+    line = f"{images}, {exits}, {meta['dimension']} numbers each: {out}"
     if meta["left_out"]:
         line += f"\nleft out, as they cannot be read: {len(meta['left_out']):,} ({described(meta['left_out'])})"
     return line

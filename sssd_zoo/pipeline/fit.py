@@ -49,7 +49,7 @@ from sssd_zoo.distributed import barrier, on_main, print_main, rank
 from sssd_zoo.distributed.hardware import describe_machine
 from sssd_zoo.distributed.progress import duration
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.text import listed
+from sssd_zoo.errors.text import listed, plural
 from sssd_zoo.evaluation.probe import Probe
 from sssd_zoo.evaluation.protocol import (
     Evaluation,
@@ -658,7 +658,7 @@ def nearest_images(data: ImageData, pseudo: PseudoLabels) -> tuple[Any, list[str
         nearest = pseudo.rows[members[np.argsort(pseudo.distances[members], kind="stable")]]
         positions = [position_of[row] for row in nearest if row in position_of][:SHOWN]
         images[place, : len(positions)] = data.shown(torch.tensor(positions)).numpy()
-        title = f"cluster {cluster}: {sizes[cluster]} images"
+        title = f"cluster {cluster}: {plural(sizes[cluster], 'image')}"
         if data.labels is not None and data.class_names is not None:
             truth = np.bincount(data.labels[labels == cluster], minlength=len(data.class_names))
             title += f", {100 * truth.max() / max(1, truth.sum()):.0f} % {data.class_names[int(truth.argmax())]}"

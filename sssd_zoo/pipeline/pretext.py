@@ -27,7 +27,7 @@ from sssd_zoo.data.sources import short_name
 from sssd_zoo.distributed import rank
 from sssd_zoo.distributed.hardware import resolve_precision, tune_cpu
 from sssd_zoo.errors import UserError
-from sssd_zoo.errors.text import code
+from sssd_zoo.errors.text import code, plural
 from sssd_zoo.files import read_json, write_json
 from sssd_zoo.files.run_folder import open_out
 from sssd_zoo.labels.pseudo_labels import PseudoLabels, quality
@@ -77,7 +77,7 @@ class Pretext:
             return f"{code(short_name(self.arch))}, as it is{at}"
         where = "the same images" if self.same_data else f"{code(self.source.name)}, {len(self.source):,} images"
         start = f" from the weights of {code(short_name(self.config.init))}" if self.config.init else ""
-        return f"{code(self.arch)}, MoCo v2 for {self.config.epochs} epochs{start} on {where}"
+        return f"{code(self.arch)}, MoCo v2 for {plural(self.config.epochs, 'epoch')}{start} on {where}"
 
     def network(self, out: Path) -> str:
         """What `load_network` loads it by, in a run folder."""

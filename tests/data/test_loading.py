@@ -109,7 +109,7 @@ class TestCorrupt:
 
     def test_rows_are_named_by_number(self, tmp_path):
         file = write_parquet(tmp_path / "my.parquet", [file_bytes(picture(0)), b"x", file_bytes(picture(1))])
-        with pytest.raises(UserError, match=r"1 images .*\(row 1: it is not an image"):
+        with pytest.raises(UserError, match=r"1 image .*\(row 1: it is not an image"):
             load(file)
         assert load(file, max_corrupt=1).corrupt == [
             (1, "it is not an image of a known format, or of pixels that Pillow does not read")

@@ -142,7 +142,7 @@ class TestLists:
 
     def test_missing_files_are_named(self, folders, tmp_path):
         (tmp_path / "mine.txt").write_text("a/cat/0.png\nb/nothing.png\n", encoding="utf-8")
-        with pytest.raises(UserError, match=r"1 images of mine\.txt.*nothing\.png: No such file"):
+        with pytest.raises(UserError, match=r"1 image of mine\.txt.*nothing\.png: No such file"):
             load(tmp_path / "mine.txt")
         assert len(load(tmp_path / "mine.txt", max_corrupt=1)) == 1
 

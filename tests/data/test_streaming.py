@@ -86,7 +86,7 @@ class TestStreaming:
         assert len(seen) == 16
         assert 3 not in seen
         assert f"image {hashlib.sha256(b'x').hexdigest()[:12]}: it is not an image" in caplog.text
-        with pytest.raises(UserError, match=r"1 images of .* more than max_corrupt 0"):
+        with pytest.raises(UserError, match=r"1 image of .* more than max_corrupt 0"):
             self.numbers(file, 4)
         alone = self.numbers(file, 8, batch=1, max_corrupt=1)
         assert sorted(alone) == [0, 0, 1, 2, 4, 5, 6, 7], "the first image stands for a batch of corrupt ones"

@@ -26,6 +26,7 @@ from sssd_zoo.data.formats import EXTENSIONS
 from sssd_zoo.data.loading import split_names
 from sssd_zoo.data.streaming import load_streaming
 from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import plural
 from sssd_zoo.files import RUN_MARK
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline.predict import find_images
@@ -150,11 +151,11 @@ class TestWalk:
             (data / name).write_bytes(b"x")
         assert self.names(data) == ["0.png"]
         assert "2 .nef files (camera RAW: convert them to TIFF or JPEG" in caplog.text
-        assert "1 .npy files (arrays: give --channels" in caplog.text
+        assert "1 .npy file (arrays: give --channels" in caplog.text
         assert ".txt" not in caplog.text
         (data / "0.png").unlink()
         for read in (load, lambda folder: find_images([str(folder)])):
-            with pytest.raises(UserError, match=r"holds no images that can be read: 2 \.nef files .*1 \.zip files"):
+            with pytest.raises(UserError, match=r"holds no images that can be read: 2 \.nef files .*1 \.zip file "):
                 read(data)
 
     @pytest.mark.parametrize("kind", ["avif", "heic", "jxl"])
@@ -166,7 +167,7 @@ class TestWalk:
             assert self.names(path.parent) == [path.name]
         else:
             path.write_bytes(b"x")
-            with pytest.raises(UserError, match=rf"1 \.{kind} files \(pip install "):
+            with pytest.raises(UserError, match=rf"1 \.{kind} file \(pip install "):
                 load(path.parent)
 
     def test_git_lfs_pointers(self, tmp_path):
@@ -240,7 +241,7 @@ class TestSplits:
     def test_what_lies_beside_splits_is_left_out(self, tmp_path, caplog, folders, count):
         data = tree(tmp_path / "data", train__cat=3, train__dog=2, test__cat=1, **folders)
         assert counts(data) == {"train": (5, ["cat", "dog"]), "test": (1, ["cat", "dog"])}
-        assert f"left out {count} images of {data} that lie beside the folders of its splits (" in caplog.text
+        assert f"left out {plural(count, 'image')} of {data} beside the folders of its splits (" in caplog.text
 
     @pytest.mark.parametrize(
         ("folders", "message"),

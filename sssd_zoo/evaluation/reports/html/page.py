@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from sssd_zoo.errors.text import plain
+from sssd_zoo.errors.text import plain, plural
 from sssd_zoo.evaluation.meanings import AGREEMENT, MEANINGS
 from sssd_zoo.evaluation.reports.html.curves import Chart, Series, chart, stage_charts
 from sssd_zoo.evaluation.reports.markdown import Results, exact_duration
@@ -140,7 +140,7 @@ def run_facts(results: Results) -> list[tuple[str, str]]:
     """What was run on what, as names and values."""
     facts = [("Data", f"{results['data']}, split {results.get('split', '?')}, {results.get('images', 0):,} images")]
     if results.get("corrupt"):
-        facts.append(("Left out", f"{results['corrupt']:,} images that cannot be decoded"))
+        facts.append(("Left out", f"{plural(results['corrupt'], 'image')} that cannot be decoded"))
     if "test" in results:
         facts.append(("Measured on", f"{results['test']}, {results.get('test_images', 0):,} images"))
     if "model" in results:
