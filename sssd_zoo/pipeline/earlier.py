@@ -129,12 +129,17 @@ def check_earlier(out: Path, args: FitArgs, stages: Iterable[str], survey: Surve
         )
 
 
-def remove_stages(out: Path, kept: Iterable[str]) -> None:
-    """Removes the results of stages that are not to be kept; files that no stage writes stay where they are."""
+def remove_stages(out: Path, kept: Iterable[str], *, unfinished: bool) -> None:
+    """Removes the results of stages that are not to be kept; files that no stage writes stay where they are.
+
+    Args:
+        out: the run folder.
+        kept: names of the stages to keep.
+        unfinished: also remove what an interrupted `--overwrite` began to put in the place of these.
+    """
     for name in recorded_stages(out):
-        if name in kept:
-            continue
-        for called in (name, f".{name}.new"):
+        new = f".{name}.new"
+        for called in (*(() if name in kept else (name,)), *((new,) if unfinished or name not in kept else ())):
             folder = out / called
             if folder.is_dir() and kind_of(folder) is not None:
                 drop(folder, "step")

@@ -431,7 +431,7 @@ class Plan:
         for stage in declared:
             stages.run(stage)
         if rank() == 0:
-            remove_stages(self.out, names)
+            remove_stages(self.out, names, unfinished=args.overwrite)
         return stages
 
     def pseudo_labels(self) -> PseudoLabels:

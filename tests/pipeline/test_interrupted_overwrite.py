@@ -74,6 +74,7 @@ class TestInterrupted:
         assert config["num_classes"] == int(clusters)
         assert sssd("report", interrupted, "--data", folder_of_images) == 0
         assert sssd(*words) == 0
+        assert not [path for path in contents(interrupted) if ".distill.new" in str(path)]
 
 
 def test_the_records_of_the_steps_stay_with_the_run(finished, tmp_path):
