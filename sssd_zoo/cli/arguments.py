@@ -82,11 +82,14 @@ class Parser(ArgumentParser):
         nested = re.fullmatch(r"Help for (\S+)\.help=\S+", options.get("description") or "")
         described = {"description": f"The settings of {nested[1]}."} if nested else {}
         super().__init__(**{"formatter_class": HelpFormatter, **options, **described})
+        self.wrong: list[str] = []  # a line about each value that was left out, as it is of another type
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints `message` on one line and exits with status 2; raises `WrongValue` where that is what is wrong."""
         if wrong := re.match(r'Parser key "(?!config")([\w.]+)":\s', message):
             raise WrongValue(wrong[1], message) from ex
+        if self.wrong and "arguments are required" in message:  # of which some were given, with such a value
+            raise UserError("; ".join(self.wrong)) from ex
         if "nrecognized arguments: " in message:
             known = [flag[2:] for flag in self._option_string_actions]
             flags = re.findall(r"--([\w.-]+)", message)
@@ -279,7 +282,7 @@ def parse(parser: Parser, words: list[str], config: Any) -> tuple[Any, list[str]
     Raises:
         UserError: where such a value comes from a recipe, so that the others cannot be read.
     """
-    wrong: list[str] = []
+    wrong = parser.wrong
     while True:
         try:
             return parser.parse_args(words, defaults=False), wrong

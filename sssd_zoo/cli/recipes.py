@@ -4,10 +4,11 @@ The config.yaml of a run has all settings as resolved. Taken as they are, those 
 train another one badly. A recipe that is written by hand has only what its author chose, and stays as it is.
 """
 
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from sssd_zoo.files import expand_home
 from sssd_zoo.files.untrusted import flat, read_yaml
 from sssd_zoo.pipeline.defaults import BY_METHOD, DERIVED
 
@@ -25,16 +26,24 @@ def outdated(recipes: list[str], typed: set[str], values: Mapping[str, Any]) -> 
         typed: names of the arguments on the command line.
         values: of the arguments that are given, by dotted names.
     """
-    names: set[str] = set()
-    if "budget" in typed and values.get("budget") is not None:  # which chooses them
-        names |= EPOCHS
-    for recipe in map(Path, recipes):
-        content = read_yaml(recipe) if recipe.is_file() else None
+    found: set[str] = set()
+    for recipe in map(expand_home, recipes):
+        content = read_yaml(recipe) if os.path.isfile(recipe) else None  # noqa: PTH113  of YAML text it is False
         settings = flat(content) if isinstance(content, dict) else {}
-        if not settings.keys() >= {*BY_METHOD, *DERIVED, *DECIDING}:
-            continue
-        if any(values.get(name) != settings[name] for name in DECIDING):
-            names |= DECIDED
-        if (values.get("features") is None) != (settings["features"] is None):  # that run had no pretraining, or this
-            names |= {name for name in DERIVED if name.startswith("pretrain.")}
-    return names - typed
+        names: set[str] = set()
+        if "budget" in typed and values.get("budget") is not None:  # which chooses them
+            names |= EPOCHS
+        if settings.keys() >= {*BY_METHOD, *DERIVED, *DECIDING}:
+            if any(values.get(name) != settings[name] for name in DECIDING):
+                names |= DECIDED
+            if (values.get("features") is None) != (
+                settings["features"] is None
+            ):  # that run had no pretraining, or this
+                names |= {name for name in DERIVED if name.startswith("pretrain.")}
+        # Of another value, it is from a later recipe or the command line.
+        found |= {name for name in names if name in settings and _alike(values.get(name), settings[name])}
+    return found - typed
+
+
+def _alike(value: Any, other: Any) -> bool:
+    return list(value) == list(other) if isinstance(value, tuple) and isinstance(other, list) else bool(value == other)

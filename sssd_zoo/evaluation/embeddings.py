@@ -71,7 +71,8 @@ class Meta(TypedDict, total=False):
         data: name of the data set.
         split: of it.
         folder: absolute path of the folder that `path` is relative to; None where the images are no files.
-        fingerprint: of the data set.
+        paths: digest of the images' paths.
+        fingerprint: of the data set, by content.
         count: N, images in the file.
         left_out: images that could not be read.
         sha256: of the other files beside the metadata.
@@ -95,6 +96,7 @@ class Meta(TypedDict, total=False):
     data: str
     split: str
     folder: Required[str | None]
+    paths: str
     fingerprint: str
     count: Required[int]
     left_out: list[LeftOut]

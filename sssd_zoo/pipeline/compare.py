@@ -119,7 +119,7 @@ def compare(args: CompareArgs) -> None:
         _write(
             args,
             results,
-            others,
+            not_among(results, others),
             out,
             pretext=setup.pretext.description if taught else None,
             test=evaluation.describe(),
@@ -379,6 +379,8 @@ class Plan:
             settings={
                 **settings_of(config),
                 **({"warm_start": True} if warm else {}),
+                # A variant's name does not say of which method it is, and those with exits have the same settings.
+                **({"network": "without exits"} if base != method and base.startswith("clusterfit") else {}),
                 **({} if self.positions(method) is None else {"held_out": self.evaluation.digest()}),
             },
             later=lambda: {"labels": self.labels(method).identity},
@@ -452,6 +454,18 @@ class Plan:
             epochs=self.epochs(method),
             trained=self.trained(method),
         )
+
+
+def not_among(results: list[Result], others: list[Result]) -> list[Result]:
+    """The others, each once, less those that are the same method with the same seed as one of `results`.
+
+    A folder may be a copy of the one that is compared with it, and a seed that counts twice would hide the spread.
+    """
+
+    def key(run: Result) -> tuple[Any, ...]:
+        return run.setting, run.method, run.epochs, run.trained, run.seed
+
+    return list({key(run): run for run in [*results, *others]}.values())[len({key(run) for run in results}) :]
 
 
 def digest_of(settings: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ resumes from them, several processes share them, and at the end the main process
 memory holds no more than a part. An image is decoded once, by the loader's workers while the network runs.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -32,6 +33,7 @@ from sssd_zoo.evaluation.embeddings import (
     DTYPES,
     FORMATS,
     KIND,
+    EmbeddingFile,
     LeftOut,
     Meta,
     Part,
@@ -48,6 +50,7 @@ from sssd_zoo.models.networks import config_for, load_encoder, weights_digest
 from sssd_zoo.training.hardware import make_accelerator
 
 PART = 1024  # images, about: what a kill can lose
+JOINED = "joined"  # in the record of parts
 NAMED = 10  # images that the last line names of those that could not be read
 
 
@@ -105,15 +108,16 @@ def embed(args: EmbedArgs) -> None:
         "max_pixels": config.max_pixels,
         **({} if data.pixels is None else data.pixels.identity),
     }
-    if on_main(lambda: done_before(args, out, identity)):
+    named = {"data": data.name, "folder": folder_of(args.data, data), "paths": digest_of_paths(data)}
+    parts = Parts(parts_of(out), len(data), args.batch_size)
+    if on_main(lambda: done_before(args, out, {**identity, **named}, parts)):
         print_main(f"done before: {out}")
         return
-    parts = Parts(parts_of(out), len(data), args.batch_size)
     missing = on_main(lambda: parts.open(identity, overwrite=args.overwrite))
     compute(args, network, data, parts, missing[rank() :: world_size()])
     barrier()
     if rank() == 0:
-        meta = join(args, data, parts, identity, out)
+        meta = join(args, data, parts, {**identity, **named}, out)
         parts.discard()
         print(describe(meta, out))
     barrier()
@@ -133,26 +137,25 @@ def check_target(args: EmbedArgs, out: Path) -> None:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"--out {out} lies in --data {source}, where it would be read as data: give another place")
     # One of the same settings and data stays as it is: see `done_before`.
-    check_replaceable(out, args.overwrite or is_embeddings(out), "embeddings of `sssd embed`", is_embeddings)
+    check_replaceable(out, True, "embeddings of `sssd embed`", is_embeddings)
     for path in sidecars(out):
         tidy(path)
     foreign = [path for path in sidecars(out) if os.path.lexists(path) and not is_ours(sidecars(out)[0])]
     if foreign:
         raise UserError(f"{foreign[0]} is not of `sssd embed`, so it is kept: give another --out")
-    # Parts are left where it was killed between writing one of its files and another.
-    if not parts_of(out).is_dir() and (changed := changed_since(out)):
+    if not Parts.joined(parts_of(out)) and (changed := changed_since(out)):
         raise UserError(
             f"{changed} was changed after `sssd embed` wrote it, so it is kept: move it, or give another --out"
         )
 
 
-def done_before(args: EmbedArgs, out: Path, identity: dict[str, Any]) -> bool:
-    """Whether the file is there, complete and of the same settings and data.
+def done_before(args: EmbedArgs, out: Path, identity: dict[str, Any], parts: "Parts") -> bool:
+    """Whether the file is there, complete and of the same settings and data; then parts of it that are left go.
 
     Raises:
-        UserError: if it is of others, and `overwrite` is not given.
+        UserError: if it is of others, or damaged, and `overwrite` is not given.
     """
-    if args.overwrite or not out.exists():
+    if args.overwrite or not out.exists() or parts.joined(parts.folder):
         return False
     meta: dict[str, Any] = {**read_meta(out)}
     changed = [name for name, value in identity.items() if meta.get(name) != value]
@@ -161,7 +164,23 @@ def done_before(args: EmbedArgs, out: Path, identity: dict[str, Any]) -> bool:
             f"{out} already exists, of other settings or data ({', '.join(changed)} differ): give --overwrite to "
             "replace it, or another --out"
         )
-    return all(path.is_file() for path in sidecars(out)) and not changed_since(out)
+    check_left_out(meta["left_out"], args, str(meta["data"]))
+    if not all(path.is_file() for path in sidecars(out)):
+        return False
+    try:
+        rows = sum(len(chunk) for chunk in EmbeddingFile(out).chunks(meta["exits"][-1]))
+    except UserError as error:
+        raise UserError(f"{error}; give --overwrite") from error
+    if rows != meta["count"]:
+        raise UserError(f"{out} has {rows} of its {meta['count']} embeddings: give --overwrite to make it again")
+    if parts.folder.is_dir():
+        with disk_errors(parts.folder):
+            check_writable(parts.folder, "embedding")
+            claim(parts.folder, "embedding")
+            record = parts.folder / "identity.json"
+            if record.is_file() and read_json(record).items() <= identity.items():
+                parts.discard()
+    return True
 
 
 def is_ours(record: Path) -> bool:
@@ -225,6 +244,17 @@ class Parts:
         if len(missing) < len(self.numbers):
             print(f"resumed: {len(self.numbers) - len(missing)} of {len(self.numbers)} parts were done before")
         return missing
+
+    @staticmethod
+    def joined(folder: Path) -> bool:
+        """Whether a command was killed while it joined these parts: it may have written one file and not the others."""
+        record = folder / "identity.json"
+        return record.is_file() and JOINED in read_json(record)
+
+    def note_joined(self) -> None:
+        """Notes that the parts are being joined."""
+        record = self.folder / "identity.json"
+        write_json(record, {**read_json(record), JOINED: True})
 
     def path(self, number: int) -> Path:
         """The file of a part."""
@@ -324,12 +354,7 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
     if not count:
         parts.discard()
         raise UserError(f"none of the {parts.count} images of {data.name} can be read ({described(left_out)})")
-    if len(left_out) > args.max_corrupt:  # each process and each call has counted its own alone
-        raise UserError(
-            f"{plural(len(left_out), 'image')} of {data.name} cannot be read, more than max_corrupt {args.max_corrupt} "
-            f"({described(left_out)}): fix or remove them, or raise --max_corrupt to leave them out"
-        )
-    are_files = data.paths(np.arange(1))[0] is not None
+    check_left_out(left_out, args, data.name)
     meta: Meta = {
         "package": "sssd-zoo",
         "kind": KIND,
@@ -346,9 +371,10 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
         "channels": data.channels,
         "bits": 8 if data.pixels is None else data.pixels.bits,
         "max_pixels": identity["max_pixels"],
-        "data": data.name,
+        "data": identity["data"],
         "split": data.split,
-        "folder": folder_of(args.data) if are_files else None,
+        "folder": identity["folder"],
+        "paths": identity["paths"],
         "fingerprint": data.fingerprint,
         "count": count,
         "left_out": left_out,
@@ -360,13 +386,32 @@ def join(args: EmbedArgs, data: ImageData, parts: Parts, identity: dict[str, Any
             if len(positions):
                 yield Part(data.rows[positions], data.paths(positions), values)
 
+    parts.note_joined()
     write_embeddings(out, rows(), meta)
     return meta
 
 
-def folder_of(data: str | list[str]) -> str | None:
-    """The folder that the paths of images are relative to; None where they are whole."""
-    return str(Path(data).absolute()) if isinstance(data, str) and Path(data).is_dir() else None
+def check_left_out(left_out: list[LeftOut], args: EmbedArgs, name: str) -> None:
+    """Raises `UserError` if too many images could not be read: each process and each call has counted its own alone."""
+    if len(left_out) > args.max_corrupt:
+        raise UserError(
+            f"{plural(len(left_out), 'image')} of {name} cannot be read, more than max_corrupt {args.max_corrupt} "
+            f"({described(left_out)}): fix or remove them, or raise --max_corrupt to leave them out"
+        )
+
+
+def folder_of(source: str | list[str], data: ImageData) -> str | None:
+    """The folder that the paths of images are relative to; None where they are whole, or no files."""
+    are_files = data.paths(np.arange(1))[0] is not None
+    return str(Path(source).absolute()) if are_files and isinstance(source, str) and Path(source).is_dir() else None
+
+
+def digest_of_paths(data: ImageData) -> str:
+    """Tells images of the same content in other places apart."""
+    digest = hashlib.sha256()
+    for positions in np.array_split(np.arange(len(data)), max(1, len(data) // PART)):
+        digest.update(json.dumps(data.paths(positions)).encode())
+    return digest.hexdigest()[:16]
 
 
 def described(left_out: list[LeftOut]) -> str:

@@ -33,7 +33,7 @@ from sssd_zoo.evaluation.reports.comparison import mean_and_range
 from sssd_zoo.evaluation.reports.markdown import table
 from sssd_zoo.evaluation.reports.paper import TABLE_4
 from sssd_zoo.files import atomic_write_text, csv_text
-from sssd_zoo.files.run_folder import open_out
+from sssd_zoo.files.run_folder import discard, kind_of, open_out
 from sssd_zoo.labels.fixed import FixedLabels
 from sssd_zoo.models.backbones import architecture_of
 from sssd_zoo.models.multi_exit import MultiExit
@@ -177,6 +177,8 @@ def finetune(args: FinetuneArgs) -> None:
     rows = [row for name in args.models for row in plan.run(name)]
     deployed = deploy(plan, rows) if args.deploy else []
     if rank() == 0:
+        if args.overwrite and not args.deploy and kind_of(out / "model") == "network":
+            discard(out / "model", "network")  # of another run
         write_results(plan, rows, deployed)
         save_config(out, args)
         print(f"report: {out / 'report.md'}")

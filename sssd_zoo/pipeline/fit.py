@@ -251,9 +251,9 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
     # Chosen for the same images, networks and batches, the epochs stay when a run is resumed or measured otherwise.
     trained = replace(first, args=with_epochs(first.args, LONGEST))  # so many, as a warm-up must be shorter
     settings = [
-        {name: 1 if name == "epochs" else value for name, value in stage.settings.items()}
+        {name: 1 if name == "epochs" else value for name, value in stage.settings.items() if name != "labels"}
         for stage in trained.stages()
-        if f"{stage.name}.epochs" in BESIDE
+        if "epochs" in stage.settings
     ]
     chosen_for = json.loads(json.dumps({"seconds": budget, **setup.inputs, "settings": settings}))
     before, rates = on_main(lambda: kept(plan.out)), None

@@ -29,6 +29,13 @@ from sssd_zoo.training.checkpoints import OtherRun, diverged, steps_done
 # Inputs that came after the first release: of a step done before there were any, they are as they are now.
 LATER = ("true_labels", "labels")
 CALLED = {"measured_on": "true labels", "true_labels": "true labels"}  # what inputs are called
+DIGESTS = {  # inputs whose values tell nothing to a reader
+    "data": "other images",
+    "measured_on": "other true labels, or others held out",
+    "true_labels": "other true labels",
+    "held_out": "other images held out",
+    "test_positions": "other images held out, which the first seed draws",
+}
 ARGUMENTS = {"labels": "cluster"}  # stages whose settings are arguments of another name
 
 
@@ -339,11 +346,11 @@ def _of_others(folder: Path, changes: Mapping[str, tuple[Any, Any]]) -> UserErro
 
 def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
     """What differs, in words: the first names with their values there and now."""
-    named = [
-        "other images" if key == "data" else f"{key}: {_shortened(there)} there, {_shortened(now)} now"
-        for key, (there, now) in list(changes.items())[:4]
-    ]
-    return "; ".join(named + [f"and {len(changes) - 4} more"] * (len(changes) > 4))
+    told: dict[str, None] = {}
+    for key, (there, now) in changes.items():
+        digest = DIGESTS.get(key.rpartition(".")[2])
+        told[digest or f"{key}: {_shortened(there)} there, {_shortened(now)} now"] = None
+    return "; ".join([*list(told)[:4], *([f"and {len(told) - 4} more"] if len(told) > 4 else [])])
 
 
 def _shortened(value: Any) -> str:

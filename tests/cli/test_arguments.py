@@ -123,3 +123,16 @@ def test_words_without_a_flag_are_told_which_there_are(capsys):
     assert sssd("fit", "photos", "run") == 2
     line = one_line(capsys)
     assert "unrecognized arguments: photos run; images and results are given by --data and --out" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("detect", "--data", "photos", "--model", "resnet18", "--out", "X"), "data is 'photos'; it must be a list"),
+        (("finetune", "--data", "photos", "--models", "RUN", "--out", "X"), "models is 'RUN'; it must be a list"),
+        (("finetune", "--data", "photos", "--out", "X"), "the following arguments are required: models"),
+    ],
+)
+def test_an_argument_of_another_type_is_not_called_missing(words, message, capsys):
+    assert sssd(*words) == 2
+    assert message in one_line(capsys)

@@ -66,6 +66,23 @@ def test_what_is_on_the_command_line_stays(recipe):
     assert (now.method, now.distill.lr, now.distill.anchor) == ("anchored", 0.4, 2)
 
 
+def test_what_a_later_recipe_gives_stays(recipe, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("distill:\n  lr: 0.4\n  weight_decay: 0.3\n")
+    now, _ = resolved("--config", recipe, "--config", str(mine), "--features", "OTHER", "--init", "NETWORK")
+    assert (now.method, now.distill.lr, now.distill.weight_decay) == ("anchored", 0.4, 0.3)
+    now, _ = resolved("--config", recipe, "--features", "OTHER", "--init", "NETWORK", "--distill", "{lr: 0.4}")
+    assert now.distill.lr == 0.4
+
+
+def test_a_recipe_in_the_home_folder_and_as_text(recipe, monkeypatch):
+    monkeypatch.setenv("HOME", str(Path(recipe).parent))
+    words = ("--features", "OTHER", "--init", "NETWORK")
+    assert resolved("--config=~/config.yaml", *words) == resolved("--config", recipe, *words)
+    text = yaml.safe_dump({**settings_in(recipe), "image_column": "x" * 300}, default_flow_style=True)
+    assert resolved("--config", text)[0].image_column == "x" * 300
+
+
 def test_a_recipe_of_less_than_a_run_is_taken_as_it_is(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("method: contrastive\ndistill:\n  lr: 0.3\n  optimizer: adamw\n")
@@ -87,6 +104,8 @@ def test_a_budget_takes_the_place_of_its_epochs(whole, tmp_path):
     assert "distill.lr" in given
     _, given = read_arguments("fit", [*words, "--distill.epochs", "3"], "sssd fit")
     assert "distill.epochs" in given, "which is refused beside a budget"
+    _, given = read_arguments("fit", [*words, "--distill", "{epochs: 3}"], "sssd fit")
+    assert "distill.epochs" in given
     _, given = read_arguments("fit", [*words[:-1], "null"], "sssd fit")
     assert {"pretrain.epochs", "distill.epochs"} <= given
 

@@ -113,6 +113,12 @@ class TestVocLists:
         with pytest.raises(UserError, match="twice"):
             read(voc(tmp_path, ["a"]), split="trainval+trainval")
 
+    def test_other_images_of_the_same_names_and_sizes(self, tmp_path):
+        before = read(voc(tmp_path / "data", ["a"])).fingerprint
+        assert read(tmp_path / "data").fingerprint == before
+        Image.new("RGB", (40, 24)).save(tmp_path / "data" / "JPEGImages" / "a.jpg")
+        assert read(tmp_path / "data").fingerprint != before
+
     def test_one_file_in_two_sources_counts_once(self, tmp_path):
         with pytest.raises(UserError, match="twice"):
             read(voc(tmp_path, ["a"]), tmp_path)

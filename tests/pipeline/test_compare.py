@@ -1,6 +1,7 @@
 """`sssd compare` on tiny data: what it runs, what it reuses, and what its report says of what was not run."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -148,7 +149,7 @@ def test_contrastive_starts_from_the_pretext(folder_of_images, tmp_path, capsys)
 
 
 @pytest.mark.long
-def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):
+def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path, capsys):
     words = ["compare", "--data", folder_of_images, "--out", tmp_path, *TINY, "--seeds", "[0]"]
     variants = "{mixed: {method: anchored-warm, mix: mixup}, twice: {method: clusterfit, epochs: 2}}"
     assert sssd(*words, "--methods", "[anchored-warm]", "--variants", variants, "--epochs", "{mixed: 2}") == 0
@@ -159,6 +160,15 @@ def test_variants_are_methods_with_settings_changed(folder_of_images, tmp_path):
     record = json.loads((tmp_path / "seed-0" / "steps" / "mixed.json").read_text())
     assert record["inputs"]["mix"] == "mixup"
     assert record["inputs"]["warm_start"] is True
+    # Its name does not say of which method a variant is, and methods may have the same settings.
+    other = "{twice: {method: sssd, epochs: 2}}"
+    assert sssd(*words, "--methods", "[anchored-warm]", "--variants", other) == 2
+    assert "twice.network: 'without exits' there, None now" in one_line(capsys)
+    # The results of a copy are the same, and count once.
+    copy = shutil.copytree(tmp_path, tmp_path.parent / "copy")
+    again = [*words, "--methods", "[anchored-warm]", "--variants", variants, "--epochs", "{mixed: 2}"]
+    assert sssd(*again, "--also", f"[{copy}]") == 0
+    assert len(rows_of(tmp_path)) == 3
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_other_settings_discard_the_parts_with_overwrite(network, photos, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv", "e.npy"])
-def test_the_same_call_again_changes_nothing(name, network, photos, tmp_path, capsys):
+def test_the_same_call_again_changes_nothing(name, network, photos, tmp_path, monkeypatch, capsys):
     data, out = tmp_path / "photos", tmp_path / "out" / name
     shutil.copytree(photos, data)
     out.parent.mkdir()
@@ -196,14 +196,55 @@ def test_the_same_call_again_changes_nothing(name, network, photos, tmp_path, ca
     assert capsys.readouterr().out == f"done before: {out}\n"
     write(data / "b" / "new.png", picture(30))
     assert embed(network, data, out) == 2
-    assert "of other settings or data (fingerprint differ)" in one_line(capsys)
+    assert "of other settings or data (fingerprint, paths differ)" in one_line(capsys)
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.parent.iterdir()}
     (data / "b" / "new.png").unlink()
+    (data / "b").rename(data / "c")  # the same content in the same order
+    assert embed(network, data, out) == 2
+    assert "(paths differ)" in one_line(capsys)
+    (data / "c").rename(data / "b")
+    assert embed(network, data, out, "--max_corrupt", "4") == 2
+    assert "5 images of photos cannot be read, more than max_corrupt 4" in one_line(capsys)
+    parts = module.Parts(module.parts_of(out), 22, 4)
+    monkeypatch.setattr(module, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert embed(network, data, out, "--overwrite") == 130
+    monkeypatch.undo()
+    assert parts.path(0).is_file()
+    assert embed(network, data, out) == 0, "the complete file is still there"
+    assert not parts.folder.exists()
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.parent.iterdir()}
     for path in out.parent.iterdir():
         if path.suffix != ".json" and path != out:
             path.unlink()  # incomplete, so it is made again
             assert embed(network, data, out) == 0
             assert before[path][1] == path.read_bytes()
+
+
+def test_a_damaged_file_is_told_and_made_again(network, photos, tmp_path, capsys):
+    out = tmp_path / "e.parquet"
+    assert embed(network, photos, out) == 0
+    whole = out.read_bytes()
+    out.write_bytes(whole[:40] + bytes(400) + whole[440:])
+    assert embed(network, photos, out) == 2
+    assert "give --overwrite" in one_line(capsys)
+    assert embed(network, photos, out, "--overwrite") == 0
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["e.csv", "e.npy"])
+def test_a_file_that_was_changed_after_a_kill_is_not_replaced(name, network, photos, tmp_path, monkeypatch, capsys):
+    out = tmp_path / name
+    assert embed(network, photos, out) == 0
+    monkeypatch.setattr(module, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert embed(network, photos, out, "--overwrite") == 130
+    monkeypatch.undo()
+    out.write_bytes(out.read_bytes()[:-20] + b"1" * 20)
+    mine = out.read_bytes()
+    capsys.readouterr()
+    for words in ((), ("--overwrite",)):
+        assert embed(network, photos, out, *words) == 2
+        assert f"{name} was changed after `sssd embed` wrote it, so it is kept" in one_line(capsys)
+    assert out.read_bytes() == mine
 
 
 def test_nothing_of_the_users_is_replaced(network, photos, tmp_path, capsys):

@@ -19,6 +19,7 @@ from sssd_zoo.data.inputs import InputSpec
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.features import accuracies
 from sssd_zoo.evaluation.reports.paper import TABLE_4
+from sssd_zoo.files import RUN_MARK
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.pipeline import deploy as deploying
 from sssd_zoo.pipeline.deploy import choose
@@ -321,6 +322,9 @@ def test_one_network_is_left_to_deploy(folder_of_images, distilled, tmp_path, mo
     assert sssd(*words) == 0
     assert capsys.readouterr().out.count("done before") == 3
     assert (out / "model" / "model.safetensors").read_bytes() == weights
+    (out / "model" / "mine.txt").write_text("mine")
+    assert sssd(*words[:-1], "false", "--overwrite") == 0
+    assert [path.name for path in (out / "model").iterdir() if path.name != RUN_MARK] == ["mine.txt"]
 
 
 def test_a_network_called_model_is_refused(folder_of_images, distilled, tmp_path, monkeypatch, capsys):

@@ -31,7 +31,8 @@ DRY = [
     *("--pretrain.warmup_epochs", "0", "--cluster.k", "4", "--distill.epochs", "1", "--distill.batch_size", "48"),
     *("--distill.warmup_epochs", "0", "--seed_method.epochs", "1", "--seed_method.batch_size", "48"),
     *("--seed_method.queue_size", "48", "--seed_method.warmup_epochs", "0", "--probe.probe_weight_decay", "0.01"),
-    *("--device", "cpu", "--also", "[]"),
+    *("--contrastive.epochs", "1", "--contrastive.batch_size", "48", "--contrastive.queue_size", "48"),
+    *("--contrastive.splits", "2", "--contrastive.warmup_epochs", "0", "--device", "cpu", "--also", "[]"),
 ]
 
 
@@ -182,11 +183,12 @@ def test_a_dry_run_of_each_recipe(recipe, folder_of_images, tmp_path):
         ]
         words += ["--queue_size", "16", "--warmup_epochs", "0", "--device", "cpu"]
     else:
-        left_out = ("--seeds", "--also", "--seed_method") if command == "fit" else ()
+        left_out = ("--seeds", "--also", "--seed_method", "--contrastive") if command == "fit" else ()
         pairs = zip(DRY[::2], DRY[1::2], strict=True)
         words += [word for pair in pairs if not pair[0].startswith(left_out) for word in pair]
         words += ["--data", folder_of_images, "--split", "train"]
         words += ["--pretrain.sizes", "[]", "--distill.sizes", "[]"]
+        words += ["--distill.queue_size", "48", "--distill.splits", "2"] if command == "fit" else []
         settings = yaml.safe_load(recipe.read_text())
         if "test_split" in settings:
             words += ["--test_split", "null"]

@@ -120,7 +120,7 @@ class DetectionData(Dataset[tuple[Tensor, DetectionBatch, str | None]]):
             self._images.append(image)
             self._identities.append(image.identity(header.digest))
             self._turned.append(turned)
-            digest.update(repr((image.name, size)).encode())
+            digest.update(repr((image.name, size, header.digest)).encode())
             for value in target.values():
                 digest.update(value.numpy().tobytes())
         self.fingerprint = digest.hexdigest()
