@@ -36,9 +36,8 @@ def outdated(recipes: list[str], typed: set[str], values: Mapping[str, Any]) -> 
         if settings.keys() >= {*BY_METHOD, *DERIVED, *DECIDING}:
             if any(values.get(name) != settings[name] for name in DECIDING):
                 names |= DECIDED
-            if (values.get("features") is None) != (
-                settings["features"] is None
-            ):  # that run had no pretraining, or this
+            pretrained, pretrains = (given.get("features") is None for given in (settings, values))
+            if pretrained != pretrains:  # only one of the two runs has settings of a pretraining
                 names |= {name for name in DERIVED if name.startswith("pretrain.")}
         # Of another value, it is from a later recipe or the command line.
         found |= {name for name in names if name in settings and _alike(values.get(name), settings[name])}

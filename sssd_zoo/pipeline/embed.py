@@ -239,7 +239,8 @@ class Parts:
                 )
             if changed:
                 drop(self.folder, "embedding")
-            write_json(record, identity)
+            kept = {JOINED: True} if JOINED in before else {}  # until the file is complete
+            write_json(record, {**identity, **kept})
         missing = [number for number in self.numbers if not self.path(number).is_file()]
         if len(missing) < len(self.numbers):
             print(f"resumed: {len(self.numbers) - len(missing)} of {len(self.numbers)} parts were done before")

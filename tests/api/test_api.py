@@ -246,7 +246,8 @@ def test_fit_gives_the_run_of_the_command_and_resumes_it(folder_of_images, rows,
 
 
 INTERRUPTED = """
-import os, sssd_zoo
+import os, signal, sssd_zoo
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a script
 try:
     sssd_zoo.pretrain(DATA, OUT, **SETTINGS)
 except KeyboardInterrupt:

@@ -223,10 +223,11 @@ def test_fp16_on_a_cpu_is_refused_not_renamed(command, capsys, tmp_path, folder_
 
 
 @pytest.mark.slow
-def test_compile_without_a_compiler_is_told_first(monkeypatch):
+def test_compile_without_a_compiler_is_told_first():
     check_compiler.cache_clear()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
-    with pytest.raises(UserError, match=r"--compile does not work here.*compiler"):
+    # Not by monkeypatch, which torch's configuration does not survive: its setting would be gone for other tests.
+    without = torch._inductor.config.patch({"cpp.cxx": ("/no/such/compiler",)})
+    with without, pytest.raises(UserError, match=r"--compile does not work here.*compiler"):
         make_accelerator(RuntimeConfig(compile=True, device="cpu"))
     check_compiler.cache_clear()
 
