@@ -361,7 +361,9 @@ def remove(folder: Path, patterns: tuple[str, ...]) -> None:
 
 
 def discard(folder: Path, kind: str) -> None:
-    """Removes the files of a kind, and their folder, which `claim` locked; it stays where it holds anything else."""
+    """Removes the files of a kind, and their folder; it stays where it holds anything else."""
+    for path in files_of(folder, kind):  # a network's card, too
+        _remove(path)
     drop(folder, kind)
     lock.release(folder)
     if [path.name for path in folder.iterdir()] == [RUN_MARK]:

@@ -28,7 +28,7 @@ DATA = {"uoft-cs/cifar10": "CIFAR-10", "uoft-cs/cifar100": "CIFAR-100", "ILSVRC/
 DRY = [
     *("--label_column", "null", "--seeds", "[0]", "--image_size", "32", "--storage_size", "16", "--workers", "0"),
     *("--pretrain.epochs", "1", "--pretrain.batch_size", "48", "--pretrain.splits", "2", "--pretrain.queue_size", "48"),
-    *("--pretrain.warmup_epochs", "0", "--cluster.k", "4", "--distill.epochs", "1", "--distill.batch_size", "48"),
+    *("--pretrain.warmup_epochs", "0", "--cluster.k", "4", "--distill.epochs", "1", "--distill.batch_size", "32"),
     *("--distill.warmup_epochs", "0", "--seed_method.epochs", "1", "--seed_method.batch_size", "48"),
     *("--seed_method.queue_size", "48", "--seed_method.warmup_epochs", "0", "--probe.probe_weight_decay", "0.01"),
     *("--contrastive.epochs", "1", "--contrastive.batch_size", "48", "--contrastive.queue_size", "48"),
