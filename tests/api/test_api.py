@@ -136,8 +136,11 @@ def test_embed_of_a_folder_and_of_objects_is_the_same(network, folder_of_images,
     assert np.array_equal(objects.array(), files.array("4"))
     assert np.array_equal(objects.array(4), files.array("4"))
     assert objects.images()[1] == [None] * 48
-    with pytest.raises(UserError, match="already exists"):
-        sssd_zoo.embed(network, rows, tmp_path / "objects.npy", **HERE)
+    before = (tmp_path / "objects.npy").stat().st_mtime_ns
+    assert sssd_zoo.embed(network, rows, tmp_path / "objects.npy", **HERE) == objects
+    assert (tmp_path / "objects.npy").stat().st_mtime_ns == before, "it is the same, and not made again"
+    with pytest.raises(UserError, match=r"already exists, of other settings or data \(exits differ\)"):
+        sssd_zoo.embed(network, rows, tmp_path / "objects.npy", exits="1", **HERE)
 
 
 def test_a_list_of_image_files_is_a_data_set_and_one_of_folders_several(network, folder_of_images, tmp_path):

@@ -793,9 +793,9 @@ def test_labels_go_to_the_hub_and_back(empty, sssd, labels, tmp_path):
     ours, theirs = PseudoLabels.load(labels), PseudoLabels.load(tmp_path / "pulled")
     for name in ("rows", "labels", "distances", "centroids", "near", "near_distances"):
         assert np.array_equal(getattr(ours, name), getattr(theirs, name))
-    theirs.check("ab" * 32)
+    theirs.check("ab" * 32, 12)
     with pytest.raises(UserError, match="other data"):
-        theirs.check("cd" * 32)
+        theirs.check("cd" * 32, 12)
 
     with empty.faulty(Fault("GET", "/resolve/.*parquet", "corrupt")):
         assert "labels.parquet" in sssd("pull", repo, "--labels", "--out", tmp_path / "damaged").error

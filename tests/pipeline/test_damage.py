@@ -265,7 +265,7 @@ class TestLabels:
     def test_damaged_ones_are_one_line(self, labels, file, damage):
         damage(labels[0] / file)
         with pytest.raises(UserError) as error:
-            PseudoLabels.load(labels[0]).check("f")
+            PseudoLabels.load(labels[0]).check("f", 1)
         assert "\n" not in str(error.value)
 
     def test_those_of_earlier_versions_load(self, labels):

@@ -17,6 +17,7 @@ from sssd_zoo.models.networks import load_network
 from sssd_zoo.models.saving import save_network
 
 CPU = ["--device", "cpu"]
+ALONE = [*CPU, "--workers", "0"]  # processes that are forked from a test's own, which has many threads, may end
 WIDE = ["--channels", "3"]  # reads 16 bits, where RGB of 8 bits would stretch each image from black to white
 
 
@@ -45,7 +46,7 @@ def network(tmp_path_factory):
 def probed(network, images, tmp_path_factory):
     out = tmp_path_factory.mktemp("probed") / "out"
     words = ["--probe_weight_decay", "0.001", "--storage_size", "24"]
-    assert sssd("linear", "--model", network, "--data", images, "--out", out, *words, *WIDE, *CPU) == 0
+    assert sssd("linear", "--model", network, "--data", images, "--out", out, *words, *WIDE, *ALONE) == 0
     return out
 
 
@@ -67,13 +68,13 @@ def test_linear_probes(probed, images, capsys):
 def test_fine_tuning(network, images, tmp_path, capsys):
     words = ["--method", "exits", "--fractions", "[1]", "--seeds", "[0]", "--epochs", "4", "--batch_size", "8"]
     words += ["--min_steps", "60", "--image_size", "16", "--models", f"[{network}]", "--lr", "0.05"]
-    assert sssd("finetune", "--data", images, "--out", tmp_path / "out", *words, *WIDE, *CPU) == 0
+    assert sssd("finetune", "--data", images, "--out", tmp_path / "out", *words, *WIDE, *ALONE) == 0
     assert load_network(str(tmp_path / "out" / "model")).bits == 16
     assert right(tmp_path / "out", images, capsys) == 1
 
 
 def test_early_exit(probed, images, tmp_path):
-    words = ["--split", "train", "--points_lost", "60", "--runs", "1", *CPU]
+    words = ["--split", "train", "--points_lost", "60", "--runs", "1", *ALONE]
     assert sssd("early-exit", probed, "--data", images, "--storage_size", "20", "--out", tmp_path / "out", *words) == 0
     made = load_network(str(tmp_path / "out"))
     assert (made.bits, made.storage_size) == (16, 20)
@@ -81,7 +82,7 @@ def test_early_exit(probed, images, tmp_path):
 
 def test_search_reads_queries_as_the_index_was_read(network, images, tmp_path, capsys):
     index = tmp_path / "index.npy"
-    assert sssd("embed", network, "--data", images, "--out", index, *WIDE, *CPU) == 0
+    assert sssd("embed", network, "--data", images, "--out", index, *WIDE, *ALONE) == 0
     capsys.readouterr()
     queries = [images / "dark" / "03.png", images / "light" / "05.png"]
     assert sssd("search", network, index, *queries, "--k", "1", "--format", "jsonl", *CPU) == 0
