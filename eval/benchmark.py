@@ -782,7 +782,7 @@ def _embed_peak(folder: str, name: str) -> float:
         exits="1",
         image_size=8,
         device="cpu",
-        precision="fp32",  # features of bf16 make a file of half the size
+        precision="fp32",  # features of bf16 compress better, so the file would differ by machine
     )
     with redirect_stdout(sys.stderr):  # standard output has the figures alone
         embed(args)

@@ -10,9 +10,8 @@ from typing import Any
 
 from sssd_zoo.files import expand_home
 from sssd_zoo.files.untrusted import flat, read_yaml
-from sssd_zoo.pipeline.defaults import BY_METHOD, DERIVED
+from sssd_zoo.pipeline.defaults import BY_METHOD, DERIVED, EPOCH_SETTINGS
 
-EPOCHS = {"pretrain.epochs", "distill.epochs"}
 # What decides the method, and then these settings.
 DECIDING = ("method", "features", "init", "pretrain_model")
 DECIDED = {*BY_METHOD, "method", "distill.lr", "distill.anchor"}
@@ -32,7 +31,7 @@ def outdated(recipes: list[str], typed: set[str], values: Mapping[str, Any]) -> 
         settings = flat(content) if isinstance(content, dict) else {}
         names: set[str] = set()
         if "budget" in typed and values.get("budget") is not None:  # which chooses them
-            names |= EPOCHS
+            names.update(EPOCH_SETTINGS)
         if settings.keys() >= {*BY_METHOD, *DERIVED, *DECIDING}:
             if any(values.get(name) != settings[name] for name in DECIDING):
                 names |= DECIDED

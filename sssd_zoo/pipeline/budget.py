@@ -9,10 +9,10 @@ from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.distributed import on_main
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import read_json, write_json
+from sssd_zoo.pipeline.defaults import EPOCH_SETTINGS
 from sssd_zoo.training.engine import check_schedule
 
 FILE = "budget.json"
-BESIDE = ("pretrain.epochs", "distill.epochs")  # what cannot be given beside a budget
 MARGIN = 0.95  # of the time left: fits, figures and the report are not measured
 
 
@@ -30,7 +30,7 @@ def with_epochs(args: FitArgs, epochs: int) -> FitArgs:
 
 def check_epochs(args: FitArgs, epochs: int) -> None:
     """Raises `UserError` if the epochs that were chosen are no more than a training's warm-up, or its milestones."""
-    for name in BESIDE:
+    for name in EPOCH_SETTINGS:
         warm_up = getattr(args, name.removesuffix(".epochs")).warmup_epochs
         if warm_up >= epochs:
             raise UserError(
@@ -43,7 +43,7 @@ def check_epochs(args: FitArgs, epochs: int) -> None:
         check_schedule(config)
 
 
-def kept(out: Path) -> Chosen | None:
+def chosen_in(out: Path) -> Chosen | None:
     """What an earlier call chose in this folder, or None."""
     path = out / FILE
     return read_json(path, Chosen) if path.is_file() else None

@@ -36,6 +36,7 @@ DERIVED = (  # the settings that `derive` may choose whatever the method
     *("pretrain.optimizer", "pretrain.weight_decay", "pretrain.temperature", "pretrain.symmetric"),
     *("distill.epochs", "distill.batch_size", "distill.lr", "cluster.k", "checkpoint_epochs"),
 )
+EPOCH_SETTINGS = ("pretrain.epochs", "distill.epochs")  # what a budget chooses, and cannot be given beside one
 BY_METHOD = (  # those that depend on the method, too
     *("distill.optimizer", "distill.weight_decay", "distill.crop", "distill.crop_scale", "distill.queue_size"),
     *("distill.splits", "warm_start"),

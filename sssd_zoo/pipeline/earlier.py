@@ -17,7 +17,7 @@ from sssd_zoo.files import RUN_MARK, read_json
 from sssd_zoo.files.run_folder import drop, kind_of
 from sssd_zoo.files.run_steps import newer
 from sssd_zoo.files.untrusted import flat, read_yaml
-from sssd_zoo.pipeline.budget import as_budget, kept
+from sssd_zoo.pipeline.budget import as_budget, chosen_in
 from sssd_zoo.pipeline.stages import Survey, describe_changes
 
 # Where and how a run executes, which does not change what it gives.
@@ -85,7 +85,7 @@ def recorded_stages(out: Path) -> list[str]:
 def other_budget(out: Path, args: FitArgs, changes: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[str, str | None]]:
     """The budget, there and now, where it is another that chose the epochs there, which nobody gave; else {}."""
     epochs = {there for name, (there, _) in changes.items() if name.endswith(".epochs")}
-    there = kept(out) if epochs else None
+    there = chosen_in(out) if epochs else None
     if there is None or epochs != {there["epochs"]}:
         return {}
     seconds = there["chosen_for"]["seconds"]

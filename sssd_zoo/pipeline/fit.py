@@ -74,8 +74,8 @@ from sssd_zoo.labels.protocol import Labels
 from sssd_zoo.labels.pseudo_labels import PseudoLabels
 from sssd_zoo.models import multiply_adds
 from sssd_zoo.models.networks import load_network
-from sssd_zoo.pipeline.budget import BESIDE, MARGIN, check_epochs, describe_kept, keep, kept, serves, with_epochs
-from sssd_zoo.pipeline.defaults import Scale, advice, derive, describe_chosen
+from sssd_zoo.pipeline.budget import MARGIN, check_epochs, chosen_in, describe_kept, keep, serves, with_epochs
+from sssd_zoo.pipeline.defaults import EPOCH_SETTINGS, Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.distill import distill_network
 from sssd_zoo.pipeline.earlier import (
     check_earlier,
@@ -214,7 +214,7 @@ def set_up_fit(args: FitArgs, given: frozenset[str] | None) -> tuple[Setup, dict
         mistakes.note(
             "--soft needs the distances to several centroids: set --cluster.nearest to more than 1, such as 8"
         )
-    for name in sorted(set(BESIDE) & (given or set())) if args.budget is not None else ():
+    for name in sorted(set(EPOCH_SETTINGS) & (given or set())) if args.budget is not None else ():
         mistakes.note(f"--budget chooses the epochs, and --{name} gives them: remove one")
     chosen: dict[str, Any] = {}
 
@@ -256,7 +256,7 @@ def within_budget(plan: "Plan", began: float) -> "Plan":
         if "epochs" in stage.settings
     ]
     chosen_for = json.loads(json.dumps({"seconds": budget, **setup.inputs, "settings": settings}))
-    before, rates = on_main(lambda: kept(plan.out)), None
+    before, rates = on_main(lambda: chosen_in(plan.out)), None
     if before is not None and serves(before, chosen_for):
         epochs = before["epochs"]
     else:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import yaml
 
+from helpers.commands import sssd
 from helpers.data import load
 from helpers.labels import pseudo_labels
 from helpers.networks import save_tiny
@@ -20,6 +21,12 @@ def rows_of(out: Path) -> list[dict[str, str]]:
     """The rows of results.csv of `sssd compare` or `sssd finetune`."""
     with (out / "results.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def fitted(folder: Path, data: Path, *words: str) -> Path:
+    """A run that `sssd fit` made, with all that it writes; seconds with few images and small settings."""
+    assert sssd("fit", "--data", data, "--out", folder / "run", *words) == 0
+    return folder / "run"
 
 
 def made_run(out: Path, source: Path | str, clusters: int = 4, *, unlabelled: bool = True, **results) -> Path:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from helpers.commands import TINY, one_line, sssd
 from helpers.disk import contents
+from helpers.runs import fitted
 from sssd_zoo.configs import AnchoredConfig, ContrastiveConfig, MoCoConfig, SelfDistillationConfig
 from sssd_zoo.configs.ranges import seconds_of
 from sssd_zoo.distributed.progress import duration
@@ -30,9 +31,7 @@ QUICK = [*TINY, "--probe.probe_epochs", "2", "--workers", "0"]
 @pytest.fixture(scope="module")
 def finished(folder_of_images, tmp_path_factory):
     """A finished run of labelled images, with its baseline; tests work on copies."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert sssd("fit", "--data", folder_of_images, "--out", out, *QUICK) == 0
-    return out
+    return fitted(tmp_path_factory.mktemp("finished"), folder_of_images, *QUICK)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 
 from helpers.commands import TINY, one_line, sssd
 from helpers.disk import contents
+from helpers.runs import fitted
 from sssd_zoo.errors import UserError
 from sssd_zoo.pipeline.fit import Plan
 
@@ -21,9 +22,7 @@ def killed(self, folder):
 @pytest.fixture(scope="module")
 def finished(folder_of_images, tmp_path_factory):
     """A finished run; tests work on copies."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert sssd("fit", "--data", folder_of_images, "--out", out, *QUICK) == 0
-    return out
+    return fitted(tmp_path_factory.mktemp("finished"), folder_of_images, *QUICK)
 
 
 @pytest.fixture
