@@ -108,8 +108,8 @@ class RuntimeConfig(Checked):
         device: 'auto' uses a CUDA GPU if there is one; 'cpu' never does.
         checkpoint_every: steps between checkpoints within an epoch, in addition to those at the ends of epochs; 0 for
             none.
-        checkpoint_minutes: of training after which a checkpoint is written within an epoch, at the next line of the
-            log; 0 for none.
+        checkpoint_minutes: minutes since the last checkpoint after which one is written within an epoch, at the next
+            line of the log; 0 for none.
         checkpoint_epochs: epochs between checkpoints; raise it if an epoch has few steps.
         keep_last: number of most recent checkpoints to keep; at least one is always kept.
         keep_best: number of checkpoints with the lowest training loss to keep as well.
