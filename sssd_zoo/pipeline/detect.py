@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 from torchvision.models.detection import FasterRCNN
 
 from sssd_zoo.configs import DetectArgs, DetectionDataConfig, DetectorConfig, ForwardConfig, OptimConfig, RuntimeConfig
@@ -26,7 +27,7 @@ from sssd_zoo.evaluation.reports import figures
 from sssd_zoo.files import write_json
 from sssd_zoo.files.json_lines import read_metrics
 from sssd_zoo.files.run_folder import open_out
-from sssd_zoo.models.networks import load_network
+from sssd_zoo.models.networks import load_network, weights_digest
 from sssd_zoo.tasks.detection import Detection
 from sssd_zoo.training.engine import check_trainable
 from sssd_zoo.training.hardware import make_accelerator
@@ -48,8 +49,16 @@ def detect(args: DetectArgs) -> None:
         test.check(settings.longest(), "measured on")
     check_trainable(optim, processes, len(data))
     torch.manual_seed(runtime.seed)
-    task = make_task(args, settings, len(data.class_names))
-    identity = {"data": data.fingerprint, "images": len(data), "classes": data.class_names, **asdict(settings)}
+    trunk = load_trunk_to_train(args)
+    identity = {
+        **asdict(settings),
+        "data": data.fingerprint,
+        "images": len(data),
+        "classes": data.class_names,
+        # The weights count, not where they lie; random ones follow from the network and the seed.
+        "model": weights_digest(trunk) if args.pretrained else args.model,
+    }
+    task = make_task(trunk, args, settings, len(data.class_names))
     loader = DetectionLoader(data, args.batch_size, runtime.seed)
     # Not `run_training`, whose run folder holds a classification network and whose images are squares of one size.
     trainer = recorded_trainer(
@@ -104,20 +113,29 @@ def load_test_data(
     )
 
 
-def make_task(args: DetectArgs, settings: DetectorConfig, num_classes: int) -> Detection:
-    """A new detector on the trunk that the arguments name, ready to train.
+def load_trunk_to_train(args: DetectArgs) -> nn.Module:
+    """The trunk that the arguments name.
 
     Raises:
         UserError: if the trunk cannot be loaded, or is not for RGB images of 8 bits.
     """
-    body = load_network(args.model, pretrained=args.pretrained, features_only=True)
-    if pixels_of(body) is not None:
+    trunk: nn.Module = load_network(args.model, pretrained=args.pretrained, features_only=True)
+    if pixels_of(trunk) is not None:
         raise UserError(
-            f"'{args.model}' takes images with {input_channels(body)} channels as they are stored, and detection reads "
-            "RGB of 8 bits: give a network for those"
+            f"'{args.model}' takes images with {input_channels(trunk)} channels as they are stored, and detection "
+            "reads RGB of 8 bits: give a network for those"
         )
-    detector = build_detector(body, num_classes, settings)
-    frozen = stage_modules(body, args.frozen_stages)
+    return trunk
+
+
+def make_task(trunk: nn.Module, args: DetectArgs, settings: DetectorConfig, num_classes: int) -> Detection:
+    """A new detector on a trunk, ready to train.
+
+    Raises:
+        UserError: if the trunk's maps do not suit a detector, or it has fewer stages than are to be frozen.
+    """
+    detector = build_detector(trunk, num_classes, settings)
+    frozen = stage_modules(trunk, args.frozen_stages)
     return Detection(detector, size=args.short_side, frozen=frozen, batchnorm=args.batchnorm)
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import sssd_zoo  # noqa: F401
 from helpers.commands import ROOT, command, one_line, sssd
 from helpers.commands import TINY_DETECTION as TINY
 from helpers.images import CLASSES, draw, write_voc
+from helpers.networks import save_tiny
 from sssd_zoo.configs import DetectionDataConfig, DetectorConfig
 from sssd_zoo.data.augment import BatchRandom
 from sssd_zoo.data.detection import DetectionBatch, load_detection
@@ -544,6 +546,24 @@ class TestEvaluation:
         assert len(measured) == 1
 
 
+@contextmanager
+def interrupted(monkeypatch, at: int):
+    """Within the block, the user presses Ctrl-C when the training asks for its `at`-th batch."""
+    batches, count = detection.DetectionData.batches, 0
+
+    def stop(self, order):
+        nonlocal count
+        for pair in batches(self, order):
+            count += 1
+            if count == at:
+                raise KeyboardInterrupt
+            yield pair
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detection.DetectionData, "batches", stop)
+        yield
+
+
 class TestCommands:
     @pytest.mark.slow
     def test_a_stopped_run_goes_on_to_equal_weights_and_is_measured(self, voc, tmp_path, capsys, monkeypatch):
@@ -555,18 +575,7 @@ class TestCommands:
         assert "AP75" in out
         assert "VOC2007 AP50" in out
 
-        batches, count = detection.DetectionData.batches, 0
-
-        def stop(self, order):
-            nonlocal count
-            for pair in batches(self, order):
-                count += 1
-                if count == 5:
-                    raise KeyboardInterrupt
-                yield pair
-
-        with monkeypatch.context() as patch:
-            patch.setattr(detection.DetectionData, "batches", stop)
+        with interrupted(monkeypatch, at=5):
             assert sssd(*words, "--out", tmp_path / "stopped") == 130
         assert not (tmp_path / "stopped/model.safetensors").exists()
         assert sssd(*words, "--out", tmp_path / "stopped") == 2
@@ -626,6 +635,19 @@ class TestCommands:
         assert sssd(*words, "--model", "vgg11_bn", "--pretrained", "false", "--out", tmp_path / "vgg") == 0
         assert load_detector(tmp_path / "vgg")[1] == list(CLASSES)
         capsys.readouterr()
+
+    @pytest.mark.long
+    def test_a_training_goes_on_with_the_same_weights_wherever_they_lie(self, voc, tmp_path, capsys, monkeypatch):
+        save_tiny(tmp_path / "run", 3)
+        words = ["detect", "--data", f"[{voc}]", *TINY, "--epochs", "1", "--checkpoint_every", "1", "--resume"]
+        words += ["--out", tmp_path / "out", "--model"]
+        with interrupted(monkeypatch, at=2):
+            assert sssd(*words, tmp_path / "run") == 130
+        (tmp_path / "run").rename(tmp_path / "moved")
+        save_tiny(tmp_path / "run", 3)
+        assert sssd(*words, tmp_path / "run") == 2
+        assert "it was written by another run (model: " in one_line(capsys)
+        assert sssd(*words, tmp_path / "moved") == 0
 
     @pytest.mark.parametrize(
         ("mistake", "message"),
