@@ -55,8 +55,8 @@ def encoded(name: int | str, image: dict[str, Any] | None, max_pixels: int = MAX
             with xopen(path, "rb") as file:
                 return Encoded(path, file.read(), None)
         data = regular_file(Path(path)).read_bytes()
-    except OSError as error:
-        return Encoded(path, b"", error.strerror or str(error))
+    except (OSError, ValueError) as error:
+        return Encoded(path, b"", _reason(error))
     if data.startswith(LFS_POINTER):
         return Encoded(path, b"", "it is a git-lfs pointer, not an image: run `git lfs pull`")
     return Encoded(path, data, None)
@@ -68,8 +68,15 @@ def _encoded_page(path: Path, page: int, max_pixels: int) -> Encoded:
         return Encoded(name, containers.read_page(regular_file(path), page, max_pixels), None)
     except CorruptImageError as error:
         return Encoded(name, b"", str(error))
-    except OSError as error:
-        return Encoded(name, b"", error.strerror or str(error))
+    except (OSError, ValueError) as error:
+        return Encoded(name, b"", _reason(error))
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Why a file cannot be read."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return f"no file can have this name: {error}"  # a null character, half a surrogate pair
 
 
 def side_lengths(data: bytes) -> tuple[int, int]:

@@ -84,7 +84,8 @@ KINDS = {
     ),
     "graphs": Kind("graphs of `sssd export`", ("stage[1-4].onnx", "early_exit.json")),
     "clusters": Kind("images of `sssd clusters`", ("clusters.csv",)),  # its mark lists the images
-    "embedding": Kind("an unfinished embedding of `sssd embed`", ("identity.json", "part-*.npz")),
+    # What says whose the parts are goes last, so that a kill never leaves parts alone.
+    "embedding": Kind("an unfinished embedding of `sssd embed`", ("part-*.npz", "identity.json")),
     # A step of fit, compare or finetune whose folder is not marked more closely.
     "step": Kind(
         "a step of a run",

@@ -42,7 +42,11 @@ def check_of_one_piece(run: Path) -> None:
     Raises:
         UserError: that says what to do.
     """
-    if again := newer(run):
+    try:
+        again = newer(run)
+    except UserError as error:
+        raise UserError(f"{error}; run the command that made {run} again, which repairs it") from error
+    if again:
         raise UserError(
             f"{run} is not finished: a `sssd fit` was interrupted after it had made {listed(again)} again, and the "
             "network and the report are those of before; run that command again, with --overwrite if it had that"

@@ -44,7 +44,9 @@ def read_config(path: Path) -> dict[str, Any]:
             data = file.read(LARGEST_CONFIG + 1)
         content = json.loads(data) if len(data) <= LARGEST_CONFIG else None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path} as JSON: {error}") from error
+        raise UserError(
+            f"cannot read {path} as JSON: {error}; run the command that made this network again, or fetch it again"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path} is no config.json of a network: it is no JSON object of at most {LARGEST_CONFIG:,} bytes"

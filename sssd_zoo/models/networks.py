@@ -27,7 +27,6 @@ from sssd_zoo.data.streaming import StreamingImages
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import (
     damage,
-    read_json,
     recorded_sha256,
 )
 from sssd_zoo.files.hub_client import limited_waiting
@@ -163,8 +162,9 @@ def check_folder(folder: Path, name: str) -> None:
     missing = [file for file in NETWORK if not (folder / file).is_file()]
     if missing:
         raise UserError(f"{folder} holds no network: {' and '.join(missing)} missing; did its run finish?")
-    check_weights(folder, read_json(folder / "config.json"))
-    check_network(read_config(folder / "config.json"), folder / "model.safetensors", name)
+    config = read_config(folder / "config.json")
+    check_weights(folder, config)
+    check_network(config, folder / "model.safetensors", name)
 
 
 def hub_repository(source: str, *, pretrained: bool) -> str | None:

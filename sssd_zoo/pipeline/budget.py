@@ -44,9 +44,19 @@ def check_epochs(args: FitArgs, epochs: int) -> None:
 
 
 def chosen_in(out: Path) -> Chosen | None:
-    """What an earlier call chose in this folder, or None."""
+    """What an earlier call chose in this folder, or None.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
     path = out / FILE
-    return read_json(path, Chosen) if path.is_file() else None
+    try:
+        return read_json(path, Chosen) if path.is_file() else None
+    except UserError as error:
+        raise UserError(
+            f"{error}; the epochs that it held are in {out / 'config.yaml'}: give them instead of --budget, by "
+            f"{' and '.join(f'--{name}' for name in EPOCH_SETTINGS)}"
+        ) from error
 
 
 def keep(out: Path, epochs: int, chosen_for: dict[str, Any]) -> None:

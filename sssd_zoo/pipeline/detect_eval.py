@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from sssd_zoo.configs import DetectEvalArgs, DetectionDataConfig, ForwardConfig
-from sssd_zoo.data.detection import default_test_splits, load_detection
+from sssd_zoo.data.detection import load_detection, split_to_measure
 from sssd_zoo.data.detection.annotations import clean_name
 from sssd_zoo.detection.average_precision import coco_backend
 from sssd_zoo.detection.detector import load_detector, measure_detector, metrics_table
@@ -45,8 +45,8 @@ def detect_eval(args: DetectEvalArgs) -> None:
     check_classes(config.classes, classes)
     if args.short_side is not None:
         resize(detector.transform, args.short_side)
-    if not config.split:  # a COCO file has none: all of it is measured on
-        config = replace(config, split=next(iter(default_test_splits(config)), None))
+    if not config.split:
+        config = replace(config, split=split_to_measure(config))
     data = load_detection(config, classes=classes, device=args.device)
     data.check(detector.transform.max_size, "measured on")
     with nullcontext() if out is None else atomic_dir(out, "detections") as folder:

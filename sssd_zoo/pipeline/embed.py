@@ -44,13 +44,14 @@ from sssd_zoo.evaluation.embeddings import (
 )
 from sssd_zoo.evaluation.features import run_network
 from sssd_zoo.files import atomic_write_bytes, damage, disk_errors, read_json, recorded_sha256, write_json
-from sssd_zoo.files.run_folder import check_replaceable, check_writable, claim, discard, drop, tidy
+from sssd_zoo.files.run_folder import check_replaceable, check_writable, claim, discard, remove, tidy
 from sssd_zoo.models import MultiExit
 from sssd_zoo.models.networks import config_for, load_encoder, weights_digest
 from sssd_zoo.training.hardware import make_accelerator
 
 PART = 1024  # images, about: what a kill can lose
-JOINED = "joined"  # in the record of parts
+RECORD, PARTS = "identity.json", "part-*.npz"  # in the folder of the parts
+JOINED = "joined"  # in the record
 NAMED = 10  # images that the last line names of those that could not be read
 
 
@@ -136,6 +137,13 @@ def check_target(args: EmbedArgs, out: Path) -> None:
     for source in [args.data] if isinstance(args.data, str) else args.data:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UserError(f"--out {out} lies in --data {source}, where it would be read as data: give another place")
+    for record in sidecars(out)[:1]:
+        try:
+            is_ours(record)
+        except UserError as error:
+            raise UserError(
+                f"{error}; `sssd embed` writes there what made {out.name}: restore it, or give another --out"
+            ) from error
     # One of the same settings and data stays as it is: see `done_before`.
     check_replaceable(out, True, "embeddings of `sssd embed`", is_embeddings)
     for path in sidecars(out):
@@ -177,8 +185,8 @@ def done_before(args: EmbedArgs, out: Path, identity: dict[str, Any], parts: "Pa
         with disk_errors(parts.folder):
             check_writable(parts.folder, "embedding")
             claim(parts.folder, "embedding")
-            record = parts.folder / "identity.json"
-            if record.is_file() and read_json(record).items() <= identity.items():
+            left = parts.made_of(parts.folder)
+            if left is None or left.items() <= identity.items():
                 parts.discard()
     return True
 
@@ -229,8 +237,10 @@ class Parts:
         with disk_errors(self.folder):
             check_writable(self.folder, "embedding")
             claim(self.folder, "embedding")
-            record = self.folder / "identity.json"
-            before = read_json(record) if record.is_file() else identity
+            before = self.made_of(self.folder)
+            if before is None:  # then the parts may be of anything
+                remove(self.folder, (PARTS,))
+                before = identity
             changed = [name for name in identity if before.get(name) != identity[name]]
             if changed and not overwrite:
                 raise UserError(
@@ -238,24 +248,31 @@ class Parts:
                     "differ): give --overwrite to discard it, or another --out"
                 )
             if changed:
-                drop(self.folder, "embedding")
+                remove(self.folder, (PARTS,))
             kept = {JOINED: True} if JOINED in before else {}  # until the file is complete
-            write_json(record, {**identity, **kept})
+            write_json(self.folder / RECORD, {**identity, **kept})
         missing = [number for number in self.numbers if not self.path(number).is_file()]
         if len(missing) < len(self.numbers):
             print(f"resumed: {len(self.numbers) - len(missing)} of {len(self.numbers)} parts were done before")
         return missing
 
     @staticmethod
+    def made_of(folder: Path) -> dict[str, Any] | None:
+        """The record of what the parts in a folder are of; None where it is missing or damaged."""
+        try:
+            record: dict[str, Any] = read_json(folder / RECORD, dict[str, Any])
+        except UserError:
+            return None
+        return record
+
+    @staticmethod
     def joined(folder: Path) -> bool:
         """Whether a command was killed while it joined these parts: it may have written one file and not the others."""
-        record = folder / "identity.json"
-        return record.is_file() and JOINED in read_json(record)
+        return JOINED in (Parts.made_of(folder) or {})
 
     def note_joined(self) -> None:
         """Notes that the parts are being joined."""
-        record = self.folder / "identity.json"
-        write_json(record, {**read_json(record), JOINED: True})
+        write_json(self.folder / RECORD, {**read_json(self.folder / RECORD), JOINED: True})
 
     def path(self, number: int) -> Path:
         """The file of a part."""
@@ -307,7 +324,9 @@ class Parts:
             raise UserError(f"{self.path(number)} was damaged and is removed: run the command again") from error
 
     def discard(self) -> None:
-        """Removes the folder."""
+        """Removes the folder, as the file is complete."""
+        if before := self.made_of(self.folder):  # a kill in between leaves parts that are not to be joined again
+            write_json(self.folder / RECORD, {name: value for name, value in before.items() if name != JOINED})
         discard(self.folder, "embedding")
 
 

@@ -351,6 +351,15 @@ class TestCoco:
         with pytest.raises(UserError, match=r"1 images.*\.\./elsewhere/c\.png: No such file"):
             read(file)
 
+    @pytest.mark.parametrize("name", ["a\0b.png", "a\ud800b.png", "x" * 5000])
+    def test_names_that_no_file_can_have(self, tmp_path, name):
+        images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "other.png"}]
+        file = coco(tmp_path / "a.json", images=images)
+        file.write_text(file.read_text().replace('"other.png"', json.dumps(name)))
+        with pytest.raises(UserError, match=r"^1 images or objects of a\.json cannot be used"):
+            read(file)
+        assert len(read(file, max_bad=1)) == 1
+
     def test_the_folder_is_the_one_with_most_of_the_images(self, tmp_path):
         (tmp_path / "annotations").mkdir()
         (tmp_path / "train").mkdir()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import sssd_zoo  # noqa: F401
 from helpers.commands import ROOT, command, one_line, sssd
 from helpers.commands import TINY_DETECTION as TINY
-from helpers.images import CLASSES, draw, write_voc
+from helpers.images import CLASSES, draw, file_bytes, write_parquet, write_voc
 from helpers.networks import save_tiny
 from sssd_zoo.configs import DetectionDataConfig, DetectorConfig
 from sssd_zoo.data.augment import BatchRandom
@@ -530,6 +530,33 @@ class TestEvaluation:
         for more in ([], ["--split", "trainval"], ["--split", "trainval+test"]):
             assert sssd(*words, *more) == 0
         assert [len(data) for _, data in measured] == [3, 6, 9]
+
+    def test_coco_files_are_measured_beside_a_split(self, untrained, voc, measured, tmp_path):
+        file = write_coco(tmp_path / "coco", range(9, 13))
+        assert sssd("detect-eval", untrained, "--data", f"[{file},{voc}]", "--workers", "0") == 0
+        assert [len(data) for _, data in measured] == [4 + 3]
+
+    def test_what_may_be_trained_on_is_not_the_default(self, untrained, measured, tmp_path, capsys):
+        tree = write_voc(tmp_path / "tree", {"trainval": range(4)})
+        file = write_coco(tmp_path / "coco", range(9, 13))
+        for data in (f"[{tree}]", f"[{file},{tree}]"):
+            words = ["detect-eval", untrained, "--data", data, "--workers", "0"]
+            assert sssd(*words) == 2
+            assert f"{tree}: no split 'test' or 'val' to measure on: give another by --split" in one_line(capsys)
+            assert sssd(*words, "--split", "trainval") == 0
+        assert [len(data) for _, data in measured] == [4, 4 + 4]
+
+    def test_the_only_split_is_measured(self, untrained, measured, tmp_path, capsys):
+        from datasets import Dataset, DatasetDict
+
+        objects = {"bbox": [[5, 5, 20, 20]], "category": ["disc"]}
+        one = write_parquet(tmp_path / "one.parquet", [file_bytes(Image.new("RGB", (60, 40)))], objects=[objects])
+        rows = Dataset.from_parquet(str(one), cache_dir=str(tmp_path / "cache"))
+        DatasetDict(train=rows, extra=rows).save_to_disk(tmp_path / "two")
+        assert sssd("detect-eval", untrained, "--data", f"[{one}]", "--workers", "0") == 0
+        assert sssd("detect-eval", untrained, "--data", f"[{tmp_path / 'two'}]", "--workers", "0") == 2
+        assert "no split 'test' or 'val'" in one_line(capsys)
+        assert [len(data) for _, data in measured] == [1]
 
     def test_the_long_side_keeps_its_ratio(self, untrained, voc, measured):
         for more in ([], ["--short_side", "128"]):

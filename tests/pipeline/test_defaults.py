@@ -1,5 +1,6 @@
 """Settings that `sssd fit` chooses by the images and the device: they train at any size, as in the paper at its own."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import yaml
 
 from helpers.commands import one_line, sssd
 from sssd_zoo.configs import ClusterConfig, ContrastiveConfig, FitArgs, MoCoConfig, StudentConfig
+from sssd_zoo.errors import UserError
+from sssd_zoo.pipeline.budget import chosen_in
 from sssd_zoo.pipeline.defaults import DERIVED, Scale, advice, derive, describe_chosen
 from sssd_zoo.pipeline.preflight import size_note
 from sssd_zoo.pipeline.pretrain import check_splits
@@ -144,6 +147,13 @@ def test_a_budget_chooses_the_epochs():
     args, chosen = derive(replace(ARGS, budget="5h", pretrain=MoCoConfig(warmup_epochs=50)), frozenset(), scale(5_000))
     assert not {"pretrain.epochs", "distill.epochs"} & chosen.keys()
     assert args.pretrain.warmup_epochs == 50
+
+
+def test_a_damaged_budget_says_where_its_epochs_are(tmp_path):
+    (tmp_path / "budget.json").write_text("")
+    where = re.escape(str(tmp_path / "config.yaml"))
+    with pytest.raises(UserError, match=f"in {where}: give them .* by --pretrain.epochs and --distill.epochs$"):
+        chosen_in(tmp_path)
 
 
 def test_few_images_get_advice_and_those_that_took_it_do_not():

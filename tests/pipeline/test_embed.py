@@ -19,13 +19,14 @@ from PIL import Image
 
 from helpers.commands import ROOT, command, one_line, sssd
 from helpers.data import load
+from helpers.disk import contents
 from helpers.images import file_bytes, picture, write, write_parquet
 from helpers.networks import save_tiny
 from sssd_zoo.configs import EmbedArgs, ForwardConfig
 from sssd_zoo.errors import UserError
 from sssd_zoo.evaluation.embeddings import EmbeddingFile
 from sssd_zoo.evaluation.features import network_features
-from sssd_zoo.files import RUN_MARK
+from sssd_zoo.files import RUN_MARK, run_folder
 from sssd_zoo.models.networks import load_network
 from sssd_zoo.pipeline import embed as module
 
@@ -184,6 +185,59 @@ def test_other_settings_discard_the_parts_with_overwrite(network, photos, tmp_pa
     assert not parts.folder.exists()
 
 
+def interrupt(monkeypatch, network, photos, out, *words) -> None:
+    """Runs `sssd embed` up to the moment before its parts are joined."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert embed(network, photos, out, *words) == 130
+
+
+@pytest.mark.parametrize("content", [None, "", "[]"], ids=["missing", "cut", "other"])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_parts_that_do_not_say_what_they_are_of_are_not_used(
+    content, overwrite, network, photos, tmp_path, monkeypatch, capsys
+):
+    out, new = tmp_path / "e.npy", tmp_path / "new.npy"
+    assert embed(network, photos, new, "--exits", "1") == 0
+    interrupt(monkeypatch, network, photos, out)
+    record = module.parts_of(out) / "identity.json"
+    record.unlink() if content is None else record.write_text(content)
+    capsys.readouterr()
+    assert embed(network, photos, out, "--exits", "1", *(["--overwrite"] if overwrite else [])) == 0
+    assert "resumed" not in capsys.readouterr().out
+    assert out.read_bytes() == new.read_bytes()
+    interrupt(monkeypatch, network, photos, out, "--overwrite")
+    record.unlink() if content is None else record.write_text(content)
+    assert embed(network, photos, out, "--exits", "1") == 0
+    assert not record.parent.exists(), "the file is complete"
+
+
+@pytest.mark.parametrize("removed", range(4))
+def test_a_kill_while_the_parts_are_removed(removed, network, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "PART", 8)  # so that there are three
+    out, remove, count = tmp_path / "e.npy", run_folder._remove, 0
+
+    def stopping(path):
+        nonlocal count
+        if module.parts_of(out) in path.parents:
+            count += 1
+            if count > removed:
+                raise KeyboardInterrupt
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "_remove", stopping)
+        assert embed(network, photos, out) == 130
+    whole = out.read_bytes()
+    assert module.parts_of(out).is_dir()
+    assert embed(network, photos, out, "--exits", "1") == 2
+    capsys.readouterr()
+    assert embed(network, photos, out) == 0
+    assert capsys.readouterr().out == f"done before: {out}\n"
+    assert out.read_bytes() == whole
+    assert not module.parts_of(out).exists()
+
+
 @pytest.mark.parametrize("name", ["e.parquet", "e.csv", "e.npy"])
 def test_the_same_call_again_changes_nothing(name, network, photos, tmp_path, monkeypatch, capsys):
     data, out = tmp_path / "photos", tmp_path / "out" / name
@@ -273,6 +327,18 @@ def test_nothing_of_the_users_is_replaced(network, photos, tmp_path, capsys):
     (tmp_path / ".other.npy.parts" / "mine.txt").write_text("mine")
     assert embed(network, photos, tmp_path / "other.npy", "--overwrite") == 2
     assert "was not made by sssd-zoo" in one_line(capsys)
+
+
+def test_a_damaged_record_of_a_file_is_named(network, photos, tmp_path, capsys):
+    assert embed(network, photos, tmp_path / "e.csv") == 0
+    (tmp_path / "e.csv.json").write_text("")
+    before = contents(tmp_path)
+    for words in ((), ("--overwrite",)):
+        assert embed(network, photos, tmp_path / "e.csv", *words) == 2
+        line = one_line(capsys)
+        assert "e.csv.json as JSON" in line
+        assert "writes there what made e.csv: restore it, or give another --out" in line
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("changed", ["e.npy", "e.npy.csv"])

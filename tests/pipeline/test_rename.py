@@ -227,6 +227,15 @@ def test_networks_that_are_not_renamed(run, network, folder_of_images, tmp_path,
     assert contents(tmp_path) == before
 
 
+def test_a_run_whose_results_are_damaged_is_not_renamed(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "metrics.json").write_text("")
+    before = contents(copy)
+    assert sssd("rename", copy, csv(tmp_path, GOOD)) == 2
+    assert f"run the command that made {copy} again, which repairs it" in one_line(capsys)
+    assert contents(copy) == before
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")], ids=["missing", "cut"])
 def test_clusters_of_damaged_labels_get_no_names(damage, run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "run")

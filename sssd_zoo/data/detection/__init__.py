@@ -13,7 +13,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -304,6 +304,25 @@ def load_detection(
 def default_test_splits(config: DetectionDataConfig) -> list[str]:
     """Those of the splits 'test' and 'val' (or 'validation') that every source has; a COCO file has none."""
     return [split for split in ("test", "val", "validation") if _has_split(config, split)]
+
+
+def split_to_measure(config: DetectionDataConfig) -> str | None:
+    """The split to measure a detector on: 'test' or 'val'; None for sources without splits, or with only one.
+
+    COCO files have no splits, so all of them is measured whatever the others have.
+
+    Raises:
+        UserError: if there are splits, and neither 'test' nor 'val' is in every source that has any.
+    """
+    chosen = [source for source in config.data if not coco.is_coco(Path(expand_home(source)))]
+    if not chosen:
+        return None
+    for split in default_test_splits(replace(config, data=chosen)):
+        return split
+    for source in chosen:
+        if voc.is_voc(Path(expand_home(source))) or len(sources.open_splits(source)) > 1:
+            raise UserError(f"{listed(chosen)}: no split 'test' or 'val' to measure on: give another by --split")
+    return None
 
 
 def _has_split(config: DetectionDataConfig, split: str) -> bool:

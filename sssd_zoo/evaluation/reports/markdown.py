@@ -107,7 +107,10 @@ def read_results(run: str | Path) -> Results:
         UserError: if its metrics.json is missing or of another shape.
     """
     path = Path(run) / "metrics.json"
-    results: Results = read_json(path, Results)
+    try:
+        results: Results = read_json(path, Results)
+    except UserError as error:
+        raise UserError(f"{error}; run the command that made {run} again, which repairs it") from error
     if "data" not in results:
         raise UserError(f"{path} is not that of a finished run: it does not say what `data` it was of")
     return results
