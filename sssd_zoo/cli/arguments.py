@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from sssd_zoo import configs
 from sssd_zoo.cli.commands import COMMANDS, COMPLETED
 from sssd_zoo.cli.guard import fail
-from sssd_zoo.cli.recipes import outdated
+from sssd_zoo.cli.recipes import check_order, outdated
 from sssd_zoo.configs.ranges import problems
 from sssd_zoo.errors import UserError
 from sssd_zoo.files import expand_home
@@ -242,12 +242,14 @@ def recipes_in(words: list[str]) -> list[str]:
     """The values of `--config`.
 
     Raises:
-        UserError: for one that is no file, or that is large or becomes so when it is parsed.
+        UserError: for one that is no file, or that is large or becomes so when it is parsed, or overrides an argument.
     """
     pairs = (word.split("=", 1) if "=" in word else [word, after] for word, after in pairwise([*words, ""]))
-    recipes = [value for name, value in pairs if name == "--config"]
+    given = [(name.removeprefix("--"), value) for name, value in pairs if name.startswith("--")]
+    recipes = [value for name, value in given if name == "config"]
     for recipe in recipes:
         check_recipe(recipe)
+    check_order((name, value if name == "config" else loaded(value)) for name, value in given)
     return recipes
 
 

@@ -1,13 +1,15 @@
-"""`sssd fit --config RUN/config.yaml` with other arguments: what that run derived from them is derived anew.
+"""Recipes beside other arguments: which override which, and what `sssd fit` derives anew from a run's config.yaml.
 
 The config.yaml of a run has all settings as resolved. Taken as they are, those that were chosen for its method would
 train another one badly. A recipe that is written by hand has only what its author chose, and stays as it is.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sssd_zoo.errors import UserError
+from sssd_zoo.errors.text import plain
 from sssd_zoo.files import expand_home
 from sssd_zoo.files.untrusted import flat, read_yaml
 from sssd_zoo.pipeline.defaults import BY_METHOD, DERIVED, EPOCH_SETTINGS
@@ -41,6 +43,31 @@ def outdated(recipes: list[str], typed: set[str], values: Mapping[str, Any]) -> 
         # Of another value, it is from a later recipe or the command line.
         found |= {name for name in names if name in settings and _alike(values.get(name), settings[name])}
     return found - typed
+
+
+def check_order(given: Iterable[tuple[str, Any]]) -> None:
+    """Refuses an argument before a recipe that gives it another value, such as its own `out`, and would override it.
+
+    Args:
+        given: names and values on the command line, in order; those of `--config` are files or YAML text.
+
+    Raises:
+        UserError: that names the first.
+    """
+    before: dict[str, Any] = {}
+    for name, value in given:
+        if name != "config":
+            before |= flat({name: value})
+            continue
+        recipe = expand_home(value)
+        content = read_yaml(recipe) if os.path.isfile(recipe) else None  # noqa: PTH113  of YAML text it is False
+        settings = flat(content) if isinstance(content, dict) else {}
+        for name in before.keys() & settings.keys():
+            if not _alike(before[name], settings[name]):
+                raise UserError(
+                    f"--{name} stands before --config {plain(recipe)}, which gives another {name} and would override "
+                    "it: put --config first"
+                )
 
 
 def _alike(value: Any, other: Any) -> bool:

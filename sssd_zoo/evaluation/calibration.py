@@ -1,11 +1,10 @@
 """Early exit: temperatures, and thresholds for a budget."""
 
 import itertools
-import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from sssd_zoo.configs import EarlyExitArgs
 from sssd_zoo.errors import UserError
+from sssd_zoo.evaluation.paired_test import p_value
 from sssd_zoo.models import (
     StageCosts,
     classifiers,
@@ -320,47 +320,27 @@ def shared_threshold(logits: Tensor, target: Tensor, budget: float, *, by_agreem
     confidences = confidence(logits)
     # What exit 1, 2, 3 and, where none of them is sure, the ensemble has right.
     right = torch.cat([logits[:3].argmax(2), ensemble_answers(logits)[None]]) == target
-    passed: float | None = None
-    least: float | None = None
-    for threshold in SHARED:
+
+    def keeps(threshold: float, percent: float) -> bool:
         answered = right.gather(0, exits_taken(confidences, [threshold] * 3)[None] - 1)[0]
-        bound = most_lost(right[3].int() - answered.int(), one_way=by_agreement)
-        least = bound if least is None else least
-        if bound > budget:
+        lost, won = int((right[3] & ~answered).sum()), int((answered & ~right[3]).sum())
+        return p_value(lost, won, len(target), percent / 100, one_way=by_agreement) <= 1 - CONFIDENCE
+
+    passed: float | None = None
+    for threshold in SHARED:
+        if not keeps(threshold, budget):
             break
         passed = threshold
     if passed is not None:
         return passed
-    assert least is not None  # there are thresholds
     what, unit = ("change", "percent of the answers") if by_agreement else ("lose", "points of accuracy")
-    possible = f"{math.ceil(10 * least) / 10:g}"  # rounded up, so that it passes as a budget
+    tenths = range(1, 1001)
+    possible = f"{tenths[bisect_left(tenths[:-1], True, key=lambda tenth: keeps(SHARED[0], tenth / 10))] / 10:g}"
     raise UserError(
         f"{len(target):,} images do not show that early exit would {what} at most {budget:g} {unit}: even at its "
         f"highest threshold it may {what} up to {possible}; calibrate on more images (--holdout, --calibration_split), "
         f"or give {'--answers_changed' if by_agreement else '--points_lost'} {possible} or more"
     )
-
-
-def most_lost(difference: Tensor, *, one_way: bool) -> float:
-    """An upper bound, with 95 percent confidence, of the mean of a difference, in percent.
-
-    Args:
-        difference: int [N], 1 where early exit has an answer wrong that the ensemble has right, -1 the other way round,
-            else 0.
-        one_way: it is never -1: then the bound is exact (Clopper-Pearson). Else it is that of Agresti and Min (2005),
-            "Simple improved confidence intervals for comparing matched proportions": half an image is added to each
-            of the four cases, and the normal distribution taken. That is too low where few images differ, so the
-            exact bound of the net loss, losses less wins, is taken where it is greater.
-    """
-    from scipy.stats import binomtest  # takes a second to import
-
-    count, lost, won = len(difference), int((difference > 0).sum()), int((difference < 0).sum())
-    exact = float(binomtest(max(lost - won, 0), count, alternative="less").proportion_ci(CONFIDENCE).high)
-    if one_way:
-        return 100 * exact
-    mean, changed = (lost - won) / (count + 2), (lost + won + 1) / (count + 2)
-    error = ((changed - mean**2) / (count + 2)) ** 0.5
-    return 100 * max(exact, float(mean + NormalDist().inv_cdf(CONFIDENCE) * error))
 
 
 def _within(rules: Rules, budget: float, scale: float, unit: str) -> list[float]:

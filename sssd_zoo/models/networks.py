@@ -64,7 +64,7 @@ def choose_model(name: str | None, size: int, *, exits: bool = False) -> str:
 
 
 def check_sizes(arch: str, sizes: list[int]) -> None:
-    """Refuses views that are too small for a network of this package.
+    """Refuses views that are too small for a network of this package, or of a size that a network does not take.
 
     Below its smallest input a stage would stride over a map of one pixel, where oneDNN's bf16 convolutions (seen in
     torch 2.15) give weight gradients of uninitialised memory.
@@ -79,6 +79,23 @@ def check_sizes(arch: str, sizes: list[int]) -> None:
             f"views of {min(sizes)} px are too small for {arch}, which needs at least {smallest}: give larger sizes or "
             "a network with the stem for small images (one that ends in _cifar)"
         )
+    if config is None or not config.fixed_input_size:
+        return
+    own = config.input_size[-1]
+    for size in sizes:
+        if size != own and not _runs_at(arch, size):
+            raise UserError(f"'{arch}' does not take images of {size} px: give --image_size {own}, or another network")
+
+
+def _runs_at(arch: str, size: int) -> bool:
+    """Whether a network runs on images of this size: Swin's windows do not, vision transformers interpolate."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        network = new_network(arch, None).eval()
+        try:
+            network(torch.zeros(1, input_channels(network), size, size))
+        except (AssertionError, RuntimeError, ValueError):  # every architecture fails in its own way
+            return False
+    return True
 
 
 def load_network(name: str, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers.commands import one_line, sssd
 from sssd_zoo.cli.arguments import read_arguments
 from sssd_zoo.configs import FitArgs
 from sssd_zoo.pipeline.defaults import BY_METHOD, DERIVED, Scale, derive
@@ -108,6 +109,24 @@ def test_a_budget_takes_the_place_of_its_epochs(whole, tmp_path):
     assert "distill.epochs" in given
     _, given = read_arguments("fit", [*words[:-1], "null"], "sssd fit")
     assert {"pretrain.epochs", "distill.epochs"} <= given
+
+
+def test_an_argument_that_a_recipe_would_override_is_refused(tmp_path, capsys):
+    save_config(tmp_path, resolved("--pretrain.epochs", "7")[0])
+    config = ["--config", str(tmp_path / "config.yaml")]
+    for before, name in (
+        (["--out", "new"], "out"),
+        (["--out=new"], "out"),
+        (["--pretrain", "{epochs: 8}"], "pretrain.epochs"),
+        (["--pretrain.epochs", "8"], "pretrain.epochs"),
+        (["--unlabelled"], "unlabelled"),
+    ):
+        assert sssd("fit", *before, *config) == 2
+        assert f"error: --{name} stands before --config {config[1]}, which gives another {name}" in one_line(capsys)
+        after, _ = read_arguments("fit", [*config, *before], "sssd fit")
+        assert after != read_arguments("fit", config, "sssd fit")[0]
+    same, _ = read_arguments("fit", ["--pretrain.epochs", "7", *config], "sssd fit")
+    assert same == read_arguments("fit", config, "sssd fit")[0]
 
 
 def test_a_run_has_all_that_tells_its_recipe(tmp_path):

@@ -13,6 +13,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from scipy.special import gammaln, xlogy
+from scipy.stats import beta, binom, multinomial
 
 import sssd_zoo  # noqa: F401  registers the models
 from helpers.commands import one_line, sssd
@@ -29,9 +31,9 @@ from sssd_zoo.evaluation.calibration import (
     ensemble_answers,
     fit_temperatures,
     fold,
-    most_lost,
     shared_threshold,
 )
+from sssd_zoo.evaluation.paired_test import p_value
 from sssd_zoo.evaluation.reports.early_exit import command_line, network_source
 from sssd_zoo.evaluation.timing import measure_stages
 from sssd_zoo.models import (
@@ -220,61 +222,87 @@ def test_measured_stages():
     assert all(value > 0 for value in (*measured.stages, *measured.heads))
 
 
-def slow_shared_threshold(logits, labels, budget, bound):
-    """The lowest threshold before the first whose bound, of images lost and won, exceeds the budget."""
+def slow_shared_threshold(logits, labels, budget, chance):
+    """The lowest threshold before the first that fails the test, given images lost and won."""
     passed = None
     full = ensemble_answers(logits) == labels
     for threshold in SHARED:
         right, _ = rule_by_hand(logits, labels, [threshold] * 3)
         lost, won = int((full & ~right).sum()), int((~full & right).sum())
-        if bound(lost, won, len(labels)) > budget:
+        if chance(lost, won, len(labels), budget / 100) > 0.05:
             return passed
         passed = threshold
     return passed
 
 
-def bound_by_hand(lost, won, count):
-    """Of Agresti and Min, by their table with half an image added to each case; no less than that of a net loss."""
-    net = exact_bound(max(lost - won, 0), 0, count)
-    lost, won, both, neither = lost + 0.5, won + 0.5, (count - lost - won) / 2 + 0.5, (count - lost - won) / 2 + 0.5
-    total = lost + won + both + neither
-    mean = (lost - won) / total
-    return max(net, 100 * (mean + 1.6448536 * ((lost + won) / total - mean**2) ** 0.5 / total**0.5))
+def chance_by_hand(lost, won, count, budget):
+    """`p_value` of two ways, by the outcomes one by one and their multinomial chances."""
+
+    def distance(lost, won):
+        mean, changed = (lost - won) / (count + 2), (lost + won + 1) / (count + 2)
+        return (budget - mean) / ((changed - mean**2) / (count + 2)) ** 0.5
+
+    if (lost - won) / (count + 2) >= budget:
+        return 1.0
+    losses, wins = np.meshgrid(np.arange(count + 1), np.arange(count + 1), indexing="ij")
+    losses, wins = losses[losses + wins <= count], wins[losses + wins <= count]
+    good = distance(losses, wins) >= distance(lost, won) * (1 - 1e-12)
+    ways = gammaln(count + 1) - gammaln(losses + 1) - gammaln(wins + 1) - gammaln(count - losses - wins + 1)
+    low = beta.ppf(0.0005, won, count - won + 1) if won else 0.0
+    high = min(beta.ppf(0.9995, won + 1, count - won) if won < count else 1.0, (1 - budget) / 2)
+    chances = [0.0]
+    for rate in np.linspace(low**0.5, high**0.5, 64) ** 2 if low <= high else ():
+        same = 1 - budget - 2 * rate
+        log = ways + xlogy(losses, budget + rate) + xlogy(wins, rate) + xlogy(count - losses - wins, max(same, 0))
+        chances.append(np.exp(log[good]).sum())
+    return max(chances) + 0.001
 
 
-def exact_bound(lost, won, count):
-    """The fraction at which so few or fewer would be seen in 5 percent of the samples, by bisection."""
+def few_by_hand(lost, won, count, budget):
+    """The binomial chance of so few losses."""
     assert won == 0
-    low, high = 0.0, 1.0
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        few = sum(math.comb(count, k) * middle**k * (1 - middle) ** (count - k) for k in range(lost + 1))
-        low, high = (middle, high) if few > 0.05 else (low, middle)
-    return 100 * high
+    return sum(math.comb(count, k) * budget**k * (1 - budget) ** (count - k) for k in range(lost + 1))
+
+
+@pytest.mark.parametrize("count", [7, 40, 150])
+@pytest.mark.parametrize("budget", [0.005, 0.03, 0.3])
+def test_the_chance_of_an_outcome_by_hand(count, budget):
+    for lost, won in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 5), (3, 2), (6, 0), (2, count - 2), (0, count)):
+        expected = min(chance_by_hand(lost, won, count, budget), 1)
+        assert p_value(lost, won, count, budget, one_way=False) == pytest.approx(expected, abs=1e-6), (lost, won)
+        assert p_value(lost, 0, count, budget, one_way=True) == pytest.approx(few_by_hand(lost, 0, count, budget))
+
+
+def test_all_or_nothing_may_be_lost():
+    assert p_value(100, 0, 100, 1.0, one_way=False) == p_value(100, 0, 100, 1.0, one_way=True) == 0
+    assert p_value(0, 0, 100, 0.0, one_way=False) == 1
+    assert p_value(1, 2, 100, 0.0, one_way=False) > 0.05
+    assert p_value(1, 40, 100, 0.0, one_way=False) < 0.05
+    assert p_value(0, 0, 100, 0.0, one_way=True) == 1
 
 
 def test_a_shared_threshold_is_the_last_that_passes():
     logits, labels = random_logits(count=300)
     found = shared_threshold(3 * logits, labels, 4.0, by_agreement=False)
     assert 0 < found < SHARED[1]
-    assert found == slow_shared_threshold(3 * logits, labels, 4.0, bound_by_hand)
+    assert found == slow_shared_threshold(3 * logits, labels, 4.0, chance_by_hand)
     answers = ensemble_answers(3 * logits)
     found = shared_threshold(3 * logits, answers, 4.0, by_agreement=True)
     assert 0 < found < SHARED[1]
-    assert found == slow_shared_threshold(3 * logits, answers, 4.0, exact_bound)
+    assert found == slow_shared_threshold(3 * logits, answers, 4.0, few_by_hand)
 
 
-@pytest.mark.parametrize(("count", "won"), [(100, 0.0), (330, 0.0), (330, 0.1), (670, 0.05), (1000, 0.0)])
-def test_few_images_keep_a_small_budget(count, won):
-    """A rule that loses a little more than the budget passes on about 5 percent of the samples, or fewer."""
-    budget = 0.5
-    rates = [(1.02 * budget + won) / 100, won / 100]
-    samples = np.random.default_rng(0).multinomial(count, [*rates, 1 - sum(rates)], size=20_000)
-    passed = 0
-    for (lost, win, same), times in zip(*np.unique(samples, axis=0, return_counts=True), strict=True):
-        difference = torch.tensor([1] * lost + [-1] * win + [0] * same)
-        passed += times * (most_lost(difference, one_way=False) <= budget)
-    assert passed / len(samples) < 0.06
+@pytest.mark.parametrize("count", [300, 600, 620, 1000])
+@pytest.mark.parametrize("won", [0.0, 0.0002, 0.001, 0.0015, 0.003, 0.02])
+def test_a_rule_that_breaks_the_budget_passes_on_one_sample_of_twenty(count, won):
+    budget = 0.005
+    chance, lost = 0.0, budget + won
+    for wins in range(int(binom.ppf(1 - 1e-6, count, won)) + 1):
+        for losses in range(count):
+            if p_value(losses, wins, count, budget, one_way=False) > 0.05:
+                break
+            chance += multinomial.pmf([losses, wins, count - losses - wins], count, [lost, won, 1 - lost - won])
+    assert chance <= 0.05
 
 
 @pytest.mark.parametrize("by_agreement", [True, False])

@@ -25,7 +25,7 @@ from sssd_zoo.errors import UserError
 from sssd_zoo.models import early_logits, multiply_adds
 from sssd_zoo.models.backbones import architecture_of, has_network, named_backbone
 from sssd_zoo.models.checks import check_network, read_config
-from sssd_zoo.models.networks import choose_model, load_network, load_trunk
+from sssd_zoo.models.networks import check_sizes, choose_model, load_network, load_trunk
 from sssd_zoo.models.saving import save_network
 from sssd_zoo.models.staged import (
     TESTED,
@@ -405,6 +405,14 @@ def test_what_cannot_have_exits_is_refused_in_one_line(backbone, cifar_stem, mes
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_a_size_that_a_network_does_not_take_is_refused():
+    swin = choose_model("swin_tiny_patch4_window7_224", 224, exits=True)
+    check_sizes(swin, [224])
+    with pytest.raises(UserError, match=r"does not take images of 64 px: give --image_size 224, or another network$"):
+        check_sizes(swin, [224, 64])
+    check_sizes(choose_model("vit_tiny_patch16_224", 64, exits=True), [64, 96])
 
 
 def test_wrong_arguments():
