@@ -62,10 +62,10 @@ def check_order(given: Iterable[tuple[str, Any]]) -> None:
         recipe = expand_home(value)
         content = read_yaml(recipe) if os.path.isfile(recipe) else None  # noqa: PTH113  of YAML text it is False
         settings = flat(content) if isinstance(content, dict) else {}
-        for name in before.keys() & settings.keys():
-            if not _alike(before[name], settings[name]):
+        for typed, wanted in before.items():
+            if typed in settings and not _alike(wanted, settings[typed]):
                 raise UserError(
-                    f"--{name} stands before --config {plain(recipe)}, which gives another {name} and would override "
+                    f"--{typed} stands before --config {plain(recipe)}, which gives another {typed} and would override "
                     "it: put --config first"
                 )
 
