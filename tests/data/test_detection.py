@@ -351,7 +351,7 @@ class TestCoco:
         with pytest.raises(UserError, match=r"1 images.*\.\./elsewhere/c\.png: No such file"):
             read(file)
 
-    @pytest.mark.parametrize("name", ["a\0b.png", "a\ud800b.png", "x" * 5000])
+    @pytest.mark.parametrize("name", ["a\0b.png", "a\ud800b.png", "x" * 5000], ids=["null", "surrogate", "long"])
     def test_names_that_no_file_can_have(self, tmp_path, name):
         images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "other.png"}]
         file = coco(tmp_path / "a.json", images=images)
