@@ -352,13 +352,14 @@ class TestCoco:
             read(file)
 
     @pytest.mark.parametrize("name", ["a\0b.png", "a\ud800b.png", "x" * 5000], ids=["null", "surrogate", "long"])
-    def test_names_that_no_file_can_have(self, tmp_path, name):
+    def test_names_that_no_file_can_have(self, tmp_path, name, caplog):
         images = [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "other.png"}]
         file = coco(tmp_path / "a.json", images=images)
         file.write_text(file.read_text().replace('"other.png"', json.dumps(name)))
         with pytest.raises(UserError, match=r"^1 images or objects of a\.json cannot be used"):
             read(file)
-        assert len(read(file, max_bad=1)) == 1
+        with caplog.at_level(logging.CRITICAL, "sssd_zoo"):  # xdist cannot send half a surrogate pair
+            assert len(read(file, max_bad=1)) == 1
 
     def test_the_folder_is_the_one_with_most_of_the_images(self, tmp_path):
         (tmp_path / "annotations").mkdir()
