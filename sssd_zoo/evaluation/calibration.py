@@ -334,8 +334,8 @@ def shared_threshold(logits: Tensor, target: Tensor, budget: float, *, by_agreem
     if passed is not None:
         return passed
     what, unit = ("change", "percent of the answers") if by_agreement else ("lose", "points of accuracy")
-    tenths = range(1, 1001)
-    possible = f"{tenths[bisect_left(tenths[:-1], True, key=lambda tenth: keeps(SHARED[0], tenth / 10))] / 10:g}"
+    failing = bisect_left(range(1, 1000), True, key=lambda tenths: keeps(SHARED[0], tenths / 10))
+    possible = f"{(failing + 1) / 10:g}"  # the least in tenths that passes as a budget, as 100 does
     raise UserError(
         f"{len(target):,} images do not show that early exit would {what} at most {budget:g} {unit}: even at its "
         f"highest threshold it may {what} up to {possible}; calibrate on more images (--holdout, --calibration_split), "
