@@ -710,8 +710,8 @@ class DetectEvalArgs(DetectionDataConfig, ForwardConfig):
 
     Args:
         model: run folder of `sssd detect`; also as the first word, without the flag.
-        split: split to measure on; by default 'test' or 'val'. COCO files, and data with a single split, are measured
-            whole.
+        split: split to measure on; by default 'test' or 'val'. A COCO file is measured whole, and so is a `datasets`
+            source with a single split.
         classes: class names, which must be the detector's; by default they are.
         batch_size: images per forward pass.
         precision: precision of the forward pass; in half precision many scores are equal.

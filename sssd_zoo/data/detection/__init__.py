@@ -307,9 +307,9 @@ def default_test_splits(config: DetectionDataConfig) -> list[str]:
 
 
 def split_to_measure(config: DetectionDataConfig) -> str | None:
-    """The split to measure a detector on: 'test' or 'val'; None for sources without splits, or with only one.
+    """The split to measure a detector on: 'test' or 'val'; None for COCO files, and `datasets` sources with one.
 
-    COCO files have no splits, so all of them is measured whatever the others have.
+    COCO files have no splits, so they are measured whole whatever the others have.
 
     Raises:
         UserError: if there are splits, and neither 'test' nor 'val' is in every source that has any.
